@@ -1,0 +1,52 @@
+# The two commands: `make reproduce` and `make test`. Everything else is a convenience.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+# Extra words for the main job, e.g. `make reproduce PAPER=hourglass_swag FORCE=1 ARGS="--columns gmacs"`.
+PAPER ?=
+ARGS ?=
+OUT ?= report/gpu
+PART ?=
+
+.PHONY: help install reproduce test check format docs bench gpu clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(STAMP)  ## create .venv with the pinned versions and this project (editable)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v < (3, 14) or sys.exit(f"LeanViT needs Python 3.11 to 3.13, but $(PYTHON) is {v.major}.{v.minor}. Name another: make install PYTHON=python3.12")'
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	$(PY) -m uv pip install --python $(PY) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+reproduce: install  ## the main job: the ledger of published tables, and the desk experiments
+	$(PY) -m common.reproduce $(PAPER) --desk --report report $(if $(FORCE),--force) $(ARGS)
+
+test: install  ## the test suite (CPU; GPU tests skip themselves)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(ARGS)
+
+check: install  ## lint, format and types, changing nothing
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/basedpyright
+
+format: install  ## apply the formatter and the safe fixes
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+docs: install  ## render the tables inside the READMEs from tables/ and results/
+	$(PY) -m common.docs
+
+bench: install  ## speed of each method against its dense backbone on this machine
+	$(PY) -m common.reproduce $(PAPER) --columns fps,throughput_ips $(ARGS)
+
+gpu:  ## on a GPU machine, with its own interpreter: GPU tests and speed rows, one JSON per part in OUT
+	PYTHONPATH=. $(PYTHON) -m common.gpu --output $(OUT) $(if $(PART),--part $(PART)) $(ARGS)
+
+clean:  ## remove what the commands above made, except results/
+	rm -rf $(VENV) .cache report build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Dynamic Vision Transformer (NeurIPS 2021)."""

@@ -1,0 +1,1 @@
+"""Expediting Large-Scale Vision Transformer for Dense Prediction without Fine-tuning, on SWAG."""

@@ -1,0 +1,1 @@
+"""Slicing Vision Transformer for Flexible Inference (NeurIPS 2024)."""

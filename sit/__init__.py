@@ -1,0 +1,1 @@
+"""Self-slimmed Vision Transformer (ECCV 2022)."""

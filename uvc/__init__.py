@@ -1,0 +1,1 @@
+"""Unified Vision Transformer Compression (ICLR 2022)."""
