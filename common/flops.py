@@ -1,0 +1,440 @@
+"""Costs of a model: analytic operation counts, the counting conventions of the five papers, and an independent count.
+
+Three views of one number, which tests hold together:
+
+- ``OpCounts``: what one forward pass does, by kind of operation. Every model states its own next to its forward
+  (``model.count_ops()``), from shapes alone, so costs need no weights, no data and no GPU.
+- ``Convention``: which kinds a paper's tool counts, and with what weight. A multiply-accumulate is 1 in all of them;
+  the papers print the sum as "FLOPs".
+- ``count_executed_macs``: multiply-accumulates of the operations really dispatched during a forward pass.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+KINDS: dict[str, str] = {
+    "linear": "multiply-accumulates of linear layers: rows x in x out",
+    "linear_bias": "bias of linear layers: rows x out",
+    "head": "multiply-accumulates of a classification head, where a paper's tool leaves the head out (UVC)",
+    "head_bias": "bias of such a head",
+    "conv": "multiply-accumulates of convolutions",
+    "conv_bias": "bias of convolutions: output elements",
+    "matmul": "multiply-accumulates of products of two activations (attention, einsum)",
+    "softmax": "elements that pass a softmax",
+    "layer_norm": "elements that pass a layer normalisation",
+    "batch_norm": "elements that pass a batch normalisation",
+    "gelu": "elements",
+    "relu": "elements",
+    "tanh": "elements",
+    "add": "elements of the (broadcast) result",
+    "sub": "elements of the (broadcast) result",
+    "mul": "elements of the (broadcast) result",
+    "div": "elements of the (broadcast) result",
+    "exp": "elements",
+    "dropout": "elements that pass a dropout layer, at any rate and in evaluation too",
+    "rsqrt": "elements",
+    "norm": "elements that enter a vector norm",
+    "cumsum": "elements",
+    "pool": "elements that enter a pooling layer",
+    "upsample": "elements that leave a resize",
+}
+"""Every kind of operation, with its unit. A kind that is not listed here is an error, never a silent zero."""
+
+MAC_KINDS = ("linear", "head", "conv", "matmul")
+"""The kinds that ``count_executed_macs`` sees."""
+
+
+class OpCounts(Counter[str]):
+    """Operation kind -> elements or multiply-accumulates; adds with ``+`` and repeats with ``* int``.
+
+    Unlike ``Counter``, a sum keeps its type. Kinds are those of ``KINDS``.
+    """
+
+    def __add__(self, other: Mapping[str, int]) -> "OpCounts":  # pyright: ignore[reportIncompatibleMethodOverride]
+        result = OpCounts(self)
+        result.update(other)
+        return result
+
+    def __radd__(self, other: int) -> "OpCounts":
+        """Let ``sum(list_of_counts)`` work, whose start value is 0."""
+        if other != 0:
+            return NotImplemented
+        return OpCounts(self)
+
+    def __mul__(self, times: int) -> "OpCounts":
+        return OpCounts({kind: count * times for kind, count in self.items()})
+
+    __rmul__ = __mul__
+
+    @property
+    def macs(self) -> int:
+        """Plain multiply-accumulates: linear layers, convolutions and products of activations."""
+        return CONVENTIONS["macs"].total(self)
+
+
+@dataclass(frozen=True)
+class Convention:
+    """What one tool counts: the weight of each kind it sees; kinds without a weight cost nothing."""
+
+    name: str
+    description: str
+    weights: Mapping[str, int] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        _check_kinds(self.weights, f"convention {self.name!r}")
+
+    def total(self, counts: Mapping[str, int]) -> int:
+        """Cost of ``counts`` in operations.
+
+        Raises:
+            ValueError: if a kind is not one of ``KINDS``.
+        """
+        _check_kinds(counts, "operation counts")
+        return sum(count * self.weights.get(kind, 0) for kind, count in counts.items())
+
+    def by_kind(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """The terms of ``total`` that are not zero."""
+        _check_kinds(counts, "operation counts")
+        weighted = {kind: count * self.weights.get(kind, 0) for kind, count in counts.items()}
+        return {kind: cost for kind, cost in weighted.items() if cost}
+
+
+def _check_kinds(kinds: Iterable[str], where: str) -> None:
+    if unknown := sorted(set(kinds) - set(KINDS)):
+        raise ValueError(f"{where}: unknown operation kinds {unknown}; the kinds are {sorted(KINDS)}")
+
+
+_MACS: dict[str, int] = dict.fromkeys(MAC_KINDS, 1)
+
+CONVENTIONS: dict[str, Convention] = {
+    convention.name: convention
+    for convention in (
+        Convention(
+            "macs",
+            "plain multiply-accumulates of linear layers, convolutions and matrix products, nothing else",
+            _MACS,
+        ),
+        Convention(
+            "swag",
+            "the tool of the Hourglass repository: multiply-accumulate 1, bias of linear layers 1 (of convolutions 0), "
+            "normalisation 4, softmax 5, dropout 1 (in evaluation too), rsqrt 2, element-wise arithmetic 1",
+            _MACS
+            | {"linear_bias": 1, "head_bias": 1, "layer_norm": 4, "batch_norm": 4, "softmax": 5, "rsqrt": 2}
+            | dict.fromkeys(("dropout", "add", "sub", "mul", "div", "exp", "gelu", "relu", "norm", "cumsum"), 1),
+        ),
+        Convention(
+            "fvcore",
+            "fvcore's FlopCountAnalysis in evaluation mode (Scala, DVT, SiT): multiply-accumulate 1, layer norm 5, "
+            "batch norm 2, pooling and resizing 1 per element; no biases, softmax, activations or additions",
+            _MACS | {"layer_norm": 5, "batch_norm": 2, "pool": 1, "upsample": 1},
+        ),
+        Convention(
+            "uvc",
+            "UVC's own counter: multiply-accumulates of the patch embedding and of the blocks' six matrix products; "
+            "the classification head (kind 'head'), biases, normalisation and activations are left out",
+            {"linear": 1, "conv": 1, "matmul": 1},
+        ),
+    )
+}
+"""The counting convention of each paper, by name."""
+
+
+def gmacs(counts: Mapping[str, int], convention: str = "macs") -> float:
+    """Cost in units of 1e9 under a named convention (the number that the papers print as GFLOPs).
+
+    Raises:
+        ValueError: if the convention or a kind is unknown.
+    """
+    if convention not in CONVENTIONS:
+        raise ValueError(f"unknown counting convention {convention!r}; the conventions are {sorted(CONVENTIONS)}")
+    return CONVENTIONS[convention].total(counts) / 1e9
+
+
+# Analytic counts of the common layers, for count_ops() next to a forward.
+
+
+def linear(rows: int, in_features: int, out_features: int, bias: bool = True) -> OpCounts:
+    """A linear layer applied to ``rows`` vectors."""
+    counts = OpCounts(linear=rows * in_features * out_features)
+    if bias:
+        counts["linear_bias"] = rows * out_features
+    return counts
+
+
+def conv2d(
+    out_height: int,
+    out_width: int,
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int | tuple[int, int],
+    *,
+    groups: int = 1,
+    bias: bool = True,
+) -> OpCounts:
+    """A two-dimensional convolution with an output of ``out_channels`` x ``out_height`` x ``out_width``.
+
+    Raises:
+        ValueError: if a channel count is not a multiple of ``groups``.
+    """
+    if in_channels % groups or out_channels % groups:
+        raise ValueError(f"channels ({in_channels} -> {out_channels}) must be multiples of groups = {groups}")
+    height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+    elements = out_height * out_width * out_channels
+    counts = OpCounts(conv=elements * (in_channels // groups) * height * width)
+    if bias:
+        counts["conv_bias"] = elements
+    return counts
+
+
+def matmul(batch: int, n: int, m: int, k: int) -> OpCounts:
+    """``batch`` products (n, k) @ (k, m), both operands activations."""
+    return OpCounts(matmul=batch * n * m * k)
+
+
+def attention(queries: int, keys: int, width: int, heads: int, *, scale_query: bool = True) -> OpCounts:
+    """Softmax attention between projected tokens: Q K^T, softmax, A V; without the projections.
+
+    Args:
+        queries, keys: number of tokens on either side.
+        width: channels of queries, keys and values, all heads together.
+        heads: number of heads.
+        scale_query: whether the division of the queries by sqrt(d) is counted.
+    """
+    counts = OpCounts(matmul=2 * queries * keys * width, softmax=heads * queries * keys)
+    if scale_query:
+        counts["div"] = queries * width
+    return counts
+
+
+def elementwise(kind: str, elements: int) -> OpCounts:
+    """``elements`` of any kind that is counted per element.
+
+    Raises:
+        ValueError: if the kind is not one of ``KINDS``.
+    """
+    _check_kinds([kind], "elementwise")
+    return OpCounts({kind: elements})
+
+
+def softmax(elements: int) -> OpCounts:
+    """A softmax over any dimension of a tensor of ``elements``."""
+    return OpCounts(softmax=elements)
+
+
+def layer_norm(elements: int) -> OpCounts:
+    """A layer normalisation of ``elements``."""
+    return OpCounts(layer_norm=elements)
+
+
+def batch_norm(elements: int) -> OpCounts:
+    """A batch normalisation of ``elements``."""
+    return OpCounts(batch_norm=elements)
+
+
+def dropout(elements: int) -> OpCounts:
+    """A dropout layer over ``elements``, whatever its rate."""
+    return OpCounts(dropout=elements)
+
+
+def gelu(elements: int) -> OpCounts:
+    """A GELU over ``elements``."""
+    return OpCounts(gelu=elements)
+
+
+def add(elements: int) -> OpCounts:
+    """An addition with a result of ``elements``."""
+    return OpCounts(add=elements)
+
+
+def sub(elements: int) -> OpCounts:
+    """A subtraction with a result of ``elements``."""
+    return OpCounts(sub=elements)
+
+
+def mul(elements: int) -> OpCounts:
+    """An element-wise product with a result of ``elements``."""
+    return OpCounts(mul=elements)
+
+
+def div(elements: int) -> OpCounts:
+    """An element-wise quotient with a result of ``elements``."""
+    return OpCounts(div=elements)
+
+
+def pool(elements: int) -> OpCounts:
+    """A pooling layer that reads ``elements``."""
+    return OpCounts(pool=elements)
+
+
+def upsample(elements: int) -> OpCounts:
+    """A resize that writes ``elements``."""
+    return OpCounts(upsample=elements)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, each shared one once; buffers are not parameters. Works on the meta device."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# The independent count.
+
+
+def _count_mm(args: Sequence[Any], out: Any) -> int:
+    """mm, bmm, mv, dot and their kin: elements of the first operand times columns of the second."""
+    first, second = args[0], args[1]
+    columns = second.shape[-1] if second.dim() >= 2 else 1
+    return first.numel() * columns
+
+
+def _count_addmm(args: Sequence[Any], out: Any) -> int:
+    return _count_mm(args[1:], out)
+
+
+def _count_convolution(args: Sequence[Any], out: Any) -> int:
+    """Forward and transposed convolution, grouped or not; the argument order is that of aten::convolution."""
+    images, weight, transposed = args[0], args[1], args[6]
+    elements = images.numel() if transposed else out.numel()
+    return elements * math.prod(weight.shape[1:])
+
+
+def _count_attention(args: Sequence[Any], out: Any) -> int:
+    """Fused attention: Q K^T and A V. Masked entries are counted, as the plain form computes them."""
+    query, key, value = args[0], args[1], args[2]
+    return math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+_COUNTERS: dict[str, Callable[[Sequence[Any], Any], int]] = {
+    **dict.fromkeys(("mm", "bmm", "mv", "dot", "vdot", "_int_mm", "_scaled_mm"), _count_mm),
+    **dict.fromkeys(("addmm", "addmm_", "baddbmm", "baddbmm_", "addbmm", "addbmm_"), _count_addmm),
+    **dict.fromkeys(("addmv", "addmv_", "_addmm_activation"), _count_addmm),
+    "convolution": _count_convolution,
+    "convolution_overrideable": _count_convolution,
+    **dict.fromkeys(
+        (
+            "_scaled_dot_product_flash_attention",
+            "_scaled_dot_product_flash_attention_for_cpu",
+            "_scaled_dot_product_efficient_attention",
+            "_scaled_dot_product_cudnn_attention",
+            "_scaled_dot_product_fused_attention_overrideable",
+        ),
+        _count_attention,
+    ),
+}
+
+_SUSPICIOUS = re.compile(
+    r"mm|mv|matmul|matrix|dot|conv|attention|linear|einsum|gemm|inner|outer|cdist|pdist|_dist|lstm|gru|rnn|transformer"
+    r"|chain|kron|tensordot|addr_?$|^ger$"
+)
+_HARMLESS = re.compile(
+    r"^(_?upsample_\w*linear\w*|\w*gamma\w*|_?cum(max|min)\w*|hamming_window|is_distributed|convert_element_type)$"
+)
+_PLAIN_NAMESPACES = frozenset({"aten", "prims", "prim", "profiler", "c10d", "_c10d_functional"})
+
+
+class _MacCounter(TorchDispatchMode):
+    """Add up the multiply-accumulates of every operation dispatched while active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace not in _PLAIN_NAMESPACES:
+            raise ValueError(
+                f"cannot count {namespace}::{name}: a custom operator may hide matrix products. Count the model with "
+                "its plain PyTorch form instead"
+            )
+        counter = _COUNTERS.get(name) if namespace == "aten" else None
+        if counter is None:
+            # Under inference_mode composite operations arrive whole: look inside before judging the name.
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+            if _SUSPICIOUS.search(name) and not _HARMLESS.match(name):
+                raise ValueError(
+                    f"cannot count {func}: its name suggests matrix products, but common/flops.py has no rule for it; "
+                    "add one to _COUNTERS (or to _HARMLESS if it holds no matrix product)"
+                )
+        result = func(*args, **kwargs)
+        if counter is not None:
+            names = [argument.name for argument in func._schema.arguments]
+            positional = [*args, *(kwargs[key] for key in names[len(args) :] if key in kwargs)]
+            self.macs += counter(positional, result)
+        return result
+
+
+def count_executed_macs(model: nn.Module, *inputs: Any) -> int:
+    """Multiply-accumulates of the convolutions, linear layers and matrix products that a forward pass really executes.
+
+    It shares nothing with the analytic counts: it watches the operations below autograd, on the CPU, CUDA or the meta
+    device (where nothing is computed), and is right under fused attention. The model runs in evaluation mode and
+    without gradients; its training flags are restored.
+
+    Args:
+        model: network; wrappers of torch.compile and of data parallelism are looked through.
+        inputs: what ``model.forward`` takes, on the model's device. The count is for the whole batch.
+
+    Returns:
+        Multiply-accumulates. Biases and element-wise work are not included.
+
+    Raises:
+        ValueError: if an operation could hide matrix products (a custom kernel, an unknown name), or if the model was
+            compiled in place or turned into TorchScript, so that its operations cannot be seen.
+    """
+    model = _unwrap(model)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"cannot count a TorchScript module ({name or 'the model'}); pass the model it was made from"
+            )
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise ValueError(f"cannot count a compiled module ({name or 'the model'}); count before compiling")
+    with evaluating(model), torch.no_grad(), _no_fastpath(), _MacCounter() as counter:
+        model(*inputs)
+    return counter.macs
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The network inside torch.compile's and data parallel's wrappers."""
+    while True:
+        if isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, the training flag of every module as before after."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
+def _no_fastpath() -> Iterator[None]:
+    """Without the fused inference kernels of nn.MultiheadAttention and nn.TransformerEncoderLayer."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
