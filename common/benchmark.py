@@ -1,0 +1,562 @@
+"""Speed of a forward pass: latency, throughput, memory, and paired comparisons that cancel the drift of a machine.
+
+What is measured: whole forward passes in evaluation mode under ``torch.inference_mode``, on image-like data already on
+the device, each pass enclosed by a synchronisation. The result is the median over rounds with its interquartile spread.
+The precision is that of the images and the model, which are *cast* to it (``model.to(dtype)``), as a deployed model
+would be; autocast would convert every weight again in every pass and so measure the conversion at batch 1.
+
+A ratio between two models is the median of the ratios of single rounds, in which the models take turns: a machine that
+gets slower during the run slows both alike. The official protocol of the Hourglass repository is
+``measure_paper_protocol``.
+"""
+
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+from common.flops import evaluating
+
+Clock = Callable[[], float]
+"""Seconds since any fixed moment; tests inject their own."""
+
+MIB = 2**20
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class BenchmarkError(RuntimeError):
+    """A measurement that cannot be made, with what to change."""
+
+
+class NotEnoughMemory(BenchmarkError):
+    """The batch does not fit; the message says how much is missing."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One model, one batch size, one precision, one device."""
+
+    batch_size: int
+    latency_ms: float
+    """median time of one batch"""
+    throughput_ips: float
+    """images per second: batch size over median time (FPS when the batch size is 1)"""
+    spread_percent: float | None
+    """interquartile range of the batch times over their median; None for a single round"""
+    peak_memory_mb: float | None
+    """most memory allocated during a pass, this model's weights included, in MiB; None on the CPU"""
+    dtype: str
+    device: str
+    compiled: bool
+    rounds: int
+    """timed passes"""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, for a record file."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class PairedSpeed:
+    """Speed of one model of a comparison, and its ratio to the baseline."""
+
+    speed: Speed
+    speedup: float
+    """baseline time over own time: median over the rounds"""
+    speedup_spread_percent: float | None
+    """interquartile range of the ratios over their median"""
+
+
+def random_images(
+    batch: int,
+    size: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Tensor:
+    """Image-like random data: smooth noise at several scales, normalised with ImageNet's mean and deviation.
+
+    Zeros or constants let processors and kernels save work (and power) that real pictures need, and give every token
+    the same content. Image i depends on the seed and i alone, whatever the batch.
+
+    Returns:
+        (batch, 3, size, size), a photograph's range: pixels in [0, 1] before normalisation.
+    """
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    images = torch.empty(batch, 3, size, size, device=device, dtype=dtype)
+    for index in range(batch):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+        pixels = torch.zeros(1, 3, size, size)
+        cells, weight = 2, 1.0
+        while cells < size:
+            noise = torch.rand(1, 3, cells, cells, generator=generator) - 0.5
+            pixels += weight * F.interpolate(noise, size=(size, size), mode="bilinear", align_corners=False)
+            cells, weight = cells * 4, weight * 0.6
+        pixels += 0.05 * (torch.rand(1, 3, size, size, generator=generator) - 0.5)
+        pixels = (pixels - pixels.amin()) / (pixels.amax() - pixels.amin()).clamp_min(1e-6)
+        images[index] = ((pixels - mean) / std)[0].to(device=device, dtype=dtype)
+    return images
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished what was asked of it; the CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    warmup: int = 3,
+    rounds: int = 10,
+    limit_s: float | None = None,
+    progress: str | None = None,
+    clock: Clock = time.perf_counter,
+) -> Speed:
+    """Median latency and throughput of a model on one batch.
+
+    Args:
+        model: network on the device of ``images``, in their precision; compiled or not. Its mode is restored.
+        images: one batch, (B, 3, height, width).
+        warmup, rounds: untimed and timed passes.
+        limit_s: stop after this many seconds, with the rounds done so far. A pass is never interrupted, and at least
+            one is reported: if the warm-up alone reaches the limit, its last pass.
+        progress: label of a progress bar, which appears if the measurement takes longer than two seconds.
+        clock: source of the time.
+
+    Raises:
+        ValueError: if ``rounds`` < 1 or ``warmup`` < 0.
+        NotEnoughMemory: if the batch does not fit.
+    """
+    paired = compare(
+        {"model": model},
+        images,
+        baseline="model",
+        warmup=warmup,
+        rounds=rounds,
+        limit_s=limit_s,
+        progress=progress,
+        clock=clock,
+    )
+    return paired["model"].speed
+
+
+def compare(
+    models: Mapping[str, nn.Module],
+    images: Tensor,
+    *,
+    baseline: str,
+    rounds: int = 10,
+    warmup: int = 3,
+    limit_s: float | None = None,
+    progress: str | None = None,
+    clock: Clock = time.perf_counter,
+) -> dict[str, PairedSpeed]:
+    """Speeds of several models that take turns round by round, each with its ratio to the baseline of the same rounds.
+
+    The order within a round rotates, so that no model always follows the same one. Arguments and errors are those of
+    ``measure``; ``limit_s`` is for all models together and ends the run between rounds.
+
+    Raises:
+        ValueError: also if ``baseline`` is not one of ``models``.
+    """
+    if baseline not in models:
+        raise ValueError(f"baseline {baseline!r} is not among the models {sorted(models)}")
+    if rounds < 1 or warmup < 0:
+        raise ValueError(f"need rounds >= 1 and warmup >= 0, got {rounds} and {warmup}")
+    device = images.device
+    names = list(models)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    peaks: dict[str, float] = dict.fromkeys(names, 0.0)
+    started = clock()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(_explain_out_of_memory(images))
+        for model in models.values():
+            stack.enter_context(evaluating(model))
+        bar = stack.enter_context(_PassBar(progress, (warmup + rounds) * len(names)))
+        for done in range(warmup + rounds):
+            shift = done % len(names)
+            for name in names[shift:] + names[:shift]:
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)
+                with bar.one_pass(models[name]):
+                    seconds[name].append(_time_pass(models[name], images, clock))
+                if device.type == "cuda":
+                    peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated(device) / MIB)
+            elapsed = clock() - started
+            if limit_s is not None and elapsed + elapsed / (done + 1) > limit_s:
+                break
+    weights = {name: _resident_bytes([model], device) / MIB for name, model in models.items()}
+    together = _resident_bytes(models.values(), device) / MIB
+    timed = {name: times[warmup:] or times[-1:] for name, times in seconds.items()}
+    return {
+        name: PairedSpeed(
+            speed=_summarise(
+                timed[name],
+                images,
+                peak_memory_mb=peaks[name] - together + weights[name] if device.type == "cuda" else None,
+                compiled=hasattr(model, "_orig_mod"),
+            ),
+            speedup=statistics.median(ratios := [a / b for a, b in zip(timed[baseline], timed[name], strict=True)]),
+            speedup_spread_percent=_spread_percent(ratios),
+        )
+        for name, model in models.items()
+    }
+
+
+def measure_paper_protocol(
+    model: nn.Module,
+    *,
+    batch_size: int,
+    resolution: int,
+    device: torch.device | str,
+    runs: int = 50,
+    progress: str | None = None,
+    clock: Clock = time.perf_counter,
+) -> Speed:
+    """Throughput as the Hourglass repository's own tool measures it.
+
+    Uniform random input in [0, 1), not normalised, float32 without autocast, ``runs`` forward passes of which the first
+    int(runs / 4) are warm-up; synchronised before the clock starts and at the end, not between passes. The latency is
+    the mean, and there is no spread, because single passes are not timed.
+
+    Raises:
+        ValueError: if ``runs`` < 1.
+        NotEnoughMemory: if the batch does not fit.
+    """
+    if runs < 1:
+        raise ValueError(f"need runs >= 1, got {runs}")
+    device = torch.device(device)
+    warmup = int(runs * 0.25)
+    start = clock()
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(evaluating(model))
+        images = torch.rand(batch_size, 3, resolution, resolution, device=device)
+        stack.enter_context(_explain_out_of_memory(images))
+        bar = stack.enter_context(_PassBar(progress, runs))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        for done in range(runs):
+            if done == warmup:
+                synchronize(device)
+                start = clock()
+            with bar.one_pass(model):
+                model(images)
+        synchronize(device)
+        seconds = clock() - start
+        peak = torch.cuda.max_memory_allocated(device) / MIB if device.type == "cuda" else None
+    timed = runs - warmup
+    return Speed(
+        batch_size=batch_size,
+        latency_ms=1e3 * seconds / timed,
+        throughput_ips=timed * batch_size / seconds,
+        spread_percent=None,
+        peak_memory_mb=peak,
+        dtype="float32",
+        device=device_name(device),
+        compiled=hasattr(model, "_orig_mod"),
+        rounds=timed,
+    )
+
+
+def measure_share(
+    model: nn.Module,
+    part: nn.Module,
+    images: Tensor,
+    *,
+    warmup: int = 1,
+    rounds: int = 5,
+    clock: Clock = time.perf_counter,
+) -> float:
+    """Fraction of a forward pass that is spent inside one of its modules; median over rounds.
+
+    The device is synchronised on entry to and exit from the part, so on a GPU the share is an upper bound: the part
+    cannot overlap with the launches around it. The model must not be compiled.
+
+    Raises:
+        ValueError: if ``part`` is not a module of ``model``, or is not called during the pass.
+    """
+    if all(part is not module for module in model.modules()):
+        raise ValueError(f"{type(part).__name__} is not part of {type(model).__name__}")
+    device = images.device
+    entered = inside = 0.0
+
+    def enter(*_: Any) -> None:
+        nonlocal entered
+        synchronize(device)
+        entered = clock()
+
+    def leave(*_: Any) -> None:
+        nonlocal inside
+        synchronize(device)
+        inside += clock() - entered
+
+    shares: list[float] = []
+    handles = [part.register_forward_pre_hook(enter), part.register_forward_hook(leave)]
+    try:
+        with torch.inference_mode(), evaluating(model), _explain_out_of_memory(images):
+            for done in range(warmup + rounds):
+                inside = 0.0
+                seconds = _time_pass(model, images, clock)
+                if done >= warmup:
+                    shares.append(inside / seconds)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not any(shares):
+        raise ValueError(f"{type(part).__name__} is never called during a forward pass of {type(model).__name__}")
+    return statistics.median(shares)
+
+
+def measure_activation_bytes(model: nn.Module, images: Tensor) -> int:
+    """Most memory that the results of one forward pass hold at the same time, without weights and input, in bytes.
+
+    Follows the storages of all results of the operations dispatched; buffers inside a kernel are not seen. For one
+    image it predicts what a batch will need.
+    """
+    with torch.no_grad(), evaluating(model), _LiveBytes() as live:
+        model(images)
+    return live.peak
+
+
+def available_memory_bytes(device: torch.device) -> int | None:
+    """Memory that can still be allocated, on a CUDA device or by this process on the CPU; None if unknown."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    limits: list[int] = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        if "MemAvailable" in fields:
+            limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    limit, usage = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and usage.exists() and (text := limit.read_text().strip()).isdigit():
+        limits.append(int(text) - int(usage.read_text()))
+    return min(limits) if limits else None
+
+
+def device_name(device: torch.device | str) -> str:
+    """The device's own name: the GPU model, or the processor's."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def describe_device(device: torch.device | str) -> dict[str, Any]:
+    """What a measured number depends on besides the model: device, driver and versions."""
+    device = torch.device(device)
+    description: dict[str, Any] = {
+        "type": device.type,
+        "name": device_name(device),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+    for package in ("torchvision", "timm"):
+        try:
+            description[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            description[package] = None
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        description["memory_mb"] = round(properties.total_memory / MIB)
+        description["capability"] = f"{properties.major}.{properties.minor}"
+        description["cudnn"] = torch.backends.cudnn.version()
+        description["driver"] = _driver_version()
+    return description
+
+
+def _driver_version() -> str | None:
+    """Version of NVIDIA's driver; None if nvidia-smi is not there to ask."""
+    if (program := shutil.which("nvidia-smi")) is None:
+        return None
+    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    lines = answer.stdout.split()
+    return lines[0] if answer.returncode == 0 and lines else None
+
+
+def _time_pass(model: nn.Module, images: Tensor, clock: Clock) -> float:
+    """Seconds of one forward pass, synchronised on both sides."""
+    synchronize(images.device)
+    start = clock()
+    model(images)
+    synchronize(images.device)
+    return clock() - start
+
+
+def _summarise(times: Sequence[float], images: Tensor, *, peak_memory_mb: float | None, compiled: bool) -> Speed:
+    median = statistics.median(times)
+    return Speed(
+        batch_size=images.shape[0],
+        latency_ms=1e3 * median,
+        throughput_ips=images.shape[0] / median,
+        spread_percent=_spread_percent(times),
+        peak_memory_mb=peak_memory_mb,
+        dtype=str(images.dtype).removeprefix("torch."),
+        device=device_name(images.device),
+        compiled=compiled,
+        rounds=len(times),
+    )
+
+
+def _spread_percent(values: Sequence[float]) -> float | None:
+    """Interquartile range over the median, in percent; None for a single value."""
+    if len(values) < 2:
+        return None
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return 100 * (third - first) / median
+
+
+def _resident_bytes(models: Any, device: torch.device) -> int:
+    """Bytes of the weights and buffers on a device, each storage once."""
+    storages = {}
+    for model in models:
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device.type == device.type:
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+@contextmanager
+def _explain_out_of_memory(images: Tensor) -> Iterator[None]:
+    """Turn the allocators' errors into one that names the batch."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        text = str(error)
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in text:
+            raise
+        batch, _, height, width = images.shape
+        raise NotEnoughMemory(
+            f"a batch of {batch} images of {height}x{width} in {str(images.dtype).removeprefix('torch.')} does not fit "
+            f"into the memory of {device_name(images.device)}: {text.splitlines()[0] if text else 'out of memory'}"
+        ) from error
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of all results that are alive, and the most there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._seen: dict[int, tuple[Any, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {
+            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
+        } - set(self._seen)
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and (key := leaf.untyped_storage()._cdata) not in given:
+                storage = leaf.untyped_storage()
+                self._seen[key] = (torch.multiprocessing.reductions.StorageWeakRef(storage), storage.nbytes())
+        self._seen = {key: entry for key, entry in self._seen.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._seen.values()))
+        return result
+
+
+class _PassBar:
+    """Progress over the passes of a measurement; within a pass, over the blocks of the model.
+
+    The blocks are watched only while passes take longer than two seconds, where the cost of watching is nothing.
+    """
+
+    def __init__(self, label: str | None, passes: int) -> None:
+        self._label = label
+        self._passes = passes
+        self._bar: Any = None
+        self._watch = True
+        self._done = 0
+
+    def __enter__(self) -> "_PassBar":
+        if self._label is not None:
+            self._bar = tqdm(
+                total=self._passes,
+                desc=self._label,
+                delay=2,
+                leave=False,
+                file=sys.stderr,
+                mininterval=0.5,
+                bar_format="{desc}: {percentage:3.0f} %|{bar}| pass {postfix} [{elapsed}, {remaining} left]",
+                postfix=f"1/{self._passes}",
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    @contextmanager
+    def one_pass(self, model: nn.Module) -> Iterator[None]:
+        """Enclose one pass of ``model``."""
+        if self._bar is None:
+            yield
+            return
+        blocks = _blocks(model) if self._watch and not hasattr(model, "_orig_mod") else []
+        start = time.perf_counter()
+        with _watching(blocks, self._advance) if blocks else nullcontext():
+            yield
+        self._watch = time.perf_counter() - start > 2
+        self._done += 1
+        self._bar.n = self._done
+        self._bar.set_postfix_str(f"{min(self._done + 1, self._passes)}/{self._passes}", refresh=False)
+        self._bar.update(0)
+
+    def _advance(self, fraction: float) -> None:
+        self._bar.update(self._done + fraction - self._bar.n)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The longest chain of modules: the blocks of a transformer, the stages of a convolutional network."""
+    chains = [list(module) for module in model.modules() if isinstance(module, (nn.Sequential, nn.ModuleList))]
+    return max(chains, key=len, default=[])
+
+
+@contextmanager
+def _watching(blocks: Sequence[nn.Module], advance: Callable[[float], None]) -> Iterator[None]:
+    """Report the fraction of the blocks that have run."""
+
+    def report(index: int) -> Callable[..., None]:
+        return lambda *_: advance((index + 1) / (len(blocks) + 1))
+
+    handles = [block.register_forward_hook(report(index)) for index, block in enumerate(blocks)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
