@@ -1,0 +1,398 @@
+"""Samplers and loaders whose pictures do not depend on how they are loaded.
+
+The randomness of a training picture is a function of (seed, epoch, index, repeat) alone, so augmentation is the same
+for any number of workers, and a run stopped in the middle of an epoch goes on with exactly the batches that were left.
+Evaluation hands out every picture exactly once over all ranks. Datasets by name are in ``common.datasets``, transforms
+in ``common.transforms``; this module passes their public names on.
+
+    loader = train_loader(dataset, batch_size=64, workers=4, seed=0)
+    loader.set_epoch(epoch)                 # once per epoch; a resumed position within this epoch stays
+    for images, targets in loader: ...      # (B, 3, height, width), (B,)
+    loader.state_dict()                     # position after the batch last received, whatever was prefetched
+    loader.skipped                          # pictures that could not be decoded since the iteration began
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    Sampler,
+    default_collate,
+    get_worker_info,
+)
+
+from common.datasets import (
+    BadPictureError,
+    DataError,
+    Digits,
+    build_dataset,
+    decode_picture,
+    default_num_classes,
+    load_picture,
+    num_classes,
+)
+from common.transforms import eval_transform, train_transform
+
+__all__ = [
+    "BadPictureError",
+    "DataError",
+    "Digits",
+    "Key",
+    "Loader",
+    "ResumableBatchSampler",
+    "SeededDataset",
+    "build_dataset",
+    "decode_picture",
+    "default_num_classes",
+    "eval_loader",
+    "eval_transform",
+    "load_picture",
+    "num_classes",
+    "seeded",
+    "train_loader",
+    "train_transform",
+]
+
+
+class Key(NamedTuple):
+    """What the samplers ask a ``SeededDataset`` for. It carries the epoch: persistent workers never see a new one."""
+
+    epoch: int
+    index: int
+    repeat: int = 0
+
+
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's CPU generators by ``numbers``; the main process gets its own state back."""
+    restore = get_worker_info() is None
+    states = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if restore else None
+    for_python, for_numpy, *for_torch = np.random.SeedSequence(numbers).generate_state(4).tolist()
+    random.seed(for_python)
+    np.random.seed(for_numpy)
+    torch.default_generator.manual_seed(for_torch[0] << 32 | for_torch[1])  # torch.manual_seed would reseed CUDA too
+    try:
+        yield
+    finally:
+        if states:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
+
+
+class SeededDataset(Dataset[Any]):
+    """``dataset`` under keys: what a key returns is a function of ``seed`` and the key, in any process."""
+
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.classes: Sequence[str] | None = getattr(dataset, "classes", None)
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # pyright: ignore[reportArgumentType]
+
+    def __getitem__(self, key: Key | int) -> Any:
+        epoch, index, repeat = key if isinstance(key, tuple) else Key(0, key)
+        with seeded(self.seed, epoch, index, repeat):
+            return self.dataset[index]
+
+
+class SeededStream(IterableDataset[Any]):
+    """A stream (``wds/``, ``tfds/``, ``hfids/``) whose randomness depends on seed, epoch, rank, worker and position.
+
+    A stream has no index to seed by: the number of ranks and workers must stay for a run to be repeated or resumed.
+
+    Args:
+        rank, world_size: share of an evaluation stream to yield, every ``world_size``-th sample of each worker, so that
+            no picture is counted twice. None leaves sharding to timm's reader, which repeats pictures to give each rank
+            as many: right for training.
+    """
+
+    def __init__(self, stream: IterableDataset[Any], seed: int, *, share: tuple[int, int] | None, rank: int) -> None:
+        self.stream = stream
+        self.seed = seed
+        self.share = share
+        self.rank = rank
+        self.epoch = 0
+        self.classes: Sequence[str] | None = getattr(stream, "classes", None)
+        reader = getattr(stream, "reader", None)
+        if share and reader is not None:  # every rank reads the whole stream and keeps its share
+            reader.dist_rank, reader.dist_num_replicas = 0, 1
+
+    def __len__(self) -> int:
+        length = len(self.stream)  # pyright: ignore[reportArgumentType]
+        return -(-length // self.share[1]) if self.share else length
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        if hasattr(self.stream, "set_epoch"):
+            self.stream.set_epoch(epoch)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        source = (self.rank, worker.id if worker else 0)
+        with seeded(self.seed, self.epoch, *source):
+            samples = iter(self.stream)
+        position = 0
+        while True:
+            with seeded(self.seed, self.epoch, *source, position):
+                sample = next(samples, None)
+            if sample is None:
+                return
+            if self.share is None or position % self.share[1] == self.share[0]:
+                yield sample
+            position += 1
+
+
+class Position:
+    """Where a loader is: epoch, the batch to start it at, and the batches of it that have been handed out."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.start_batch = 0
+        self.batches_done = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin ``epoch``; a position loaded for this very epoch stays."""
+        if epoch != self.epoch:
+            self.epoch, self.start_batch, self.batches_done = epoch, 0, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "start_batch": self.batches_done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch = state["epoch"]
+        self.start_batch = self.batches_done = state["start_batch"]
+
+
+class ResumableBatchSampler(Position, Sampler[list[Key]]):
+    """Batches of ``Key`` from a sampler of indices, or of (index, repeat); an epoch can begin at ``start_batch``.
+
+    ``batches_done`` counts what the consumer has received, not what was prefetched; ``Loader`` keeps it.
+    """
+
+    def __init__(self, sampler: Sampler[Any] | Sequence[int], batch_size: int, drop_last: bool) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        super().__init__()
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.drop_last = drop_last
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, wherever this one starts."""
+        count = len(self.sampler)  # pyright: ignore[reportArgumentType]
+        return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(self.epoch)  # pyright: ignore[reportAttributeAccessIssue]
+        remaining = islice(iter(self.sampler), self.start_batch * self.batch_size, None)
+        while batch := list(islice(remaining, self.batch_size)):
+            if self.drop_last and len(batch) < self.batch_size:
+                return
+            yield [Key(self.epoch, *(item if isinstance(item, tuple) else (item,))) for item in batch]
+
+
+class RepeatedSampler(RepeatAugSampler):
+    """timm's repeated augmentation, yielding (index, repeat) so that the repeats of a picture differ on all ranks."""
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for position, index in enumerate(super().__iter__()):
+            yield index, (self.rank + position * self.num_replicas) % int(self.num_repeats)
+
+
+class Loader(DataLoader[Any]):
+    """A ``DataLoader`` of (images, targets) that knows its position, counts skipped pictures and draws no global random
+    number.
+
+    Attributes:
+        skipped: pictures that could not be decoded since the last iteration began, on this rank; add it over the ranks.
+        position: see ``Position``; ``set_epoch``, ``state_dict`` and ``load_state_dict`` are passed on to it.
+    """
+
+    def __init__(
+        self, dataset: SeededDataset | SeededStream, *, pin_memory: bool | None, workers: int, **options: Any
+    ) -> None:
+        streams = isinstance(dataset, SeededStream)
+        super().__init__(
+            dataset,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+            persistent_workers=workers > 0 and not streams,  # a stream's workers learn the epoch when they start
+            generator=torch.Generator(),
+            **options,
+        )
+        self.skipped = 0
+        self.position = self.batch_sampler if isinstance(self.batch_sampler, ResumableBatchSampler) else Position()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.position.set_epoch(epoch)
+        if isinstance(self.dataset, SeededStream):
+            self.dataset.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, int]:
+        return self.position.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position.load_state_dict(state)
+        self.set_epoch(state["epoch"])
+
+    def __iter__(self) -> Iterator[Any]:
+        assert isinstance(self.generator, torch.Generator)
+        assert isinstance(self.dataset, (SeededDataset, SeededStream))
+        (seed,) = np.random.SeedSequence((self.dataset.seed, self.position.epoch)).generate_state(1).tolist()
+        self.generator.manual_seed(seed)  # of the workers, which only streams go by
+        self.skipped, self.position.batches_done = 0, self.position.start_batch
+        batches = super().__iter__()
+        if isinstance(self.dataset, SeededStream):  # without indices, the way to a position is through what precedes it
+            batches = islice(batches, self.position.start_batch, None)
+        try:
+            for images, targets, skipped in batches:
+                self.skipped += skipped
+                self.position.batches_done += 1
+                if images is not None:
+                    yield images, targets
+        except DataError as error:  # from a worker it comes as a traceback in text, of which the last line matters
+            raise DataError(str(error).rsplit("Error: ", 1)[-1].strip()) from None
+        self.position.start_batch = 0
+
+
+def collate_evaluation(samples: list[Any]) -> tuple[Any, Any, int]:
+    """A batch without its undecodable pictures, and their number; (None, None, n) where no other is left."""
+    good = [sample for sample in samples if sample is not None]
+    images, targets = default_collate(good) if good else (None, None)
+    return images, targets, len(samples) - len(good)
+
+
+def collate_training(samples: list[Any]) -> tuple[Any, Any, int]:
+    """A batch with good pictures of its own repeated in place of undecodable ones, and the number of these.
+
+    The size stays, because mixup needs an even one and ranks must take the same number of steps.
+    """
+    good = [sample for sample in samples if sample is not None]
+    if not good:
+        raise DataError(f"none of the {len(samples)} pictures of a batch can be decoded")
+    skipped = len(samples) - len(good)
+    images, targets = default_collate(good + [good[i % len(good)] for i in range(skipped)])
+    return images, targets, skipped
+
+
+def train_loader(
+    dataset: Dataset[Any],
+    *,
+    batch_size: int,
+    workers: int = 0,
+    seed: int = 0,
+    repeated_aug: bool = False,
+    pin_memory: bool | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+) -> Loader:
+    """Shuffled batches of exactly ``batch_size``, each rank its share; what does not fill a batch is dropped.
+
+    Args:
+        batch_size: pictures per batch of this rank.
+        workers: loading processes; 0 loads in this one. Any number gives the same batches.
+        seed: of order and augmentation, the same on all ranks.
+        repeated_aug: three augmented versions of each picture, spread over the ranks, of a third of the pictures.
+        pin_memory: None pins where there is a CUDA device.
+        rank, world_size: None takes those of the process group, or one process.
+
+    Raises:
+        DataError: if no batch can be filled.
+    """
+    rank, world_size = _place(rank, world_size)
+    if isinstance(dataset, IterableDataset):
+        if repeated_aug:
+            raise DataError("a stream cannot repeat pictures: give --no-repeated-aug, or a dataset with an index")
+        stream = _open_stream(dataset, seed, workers, share=None, rank=rank)
+        return Loader(
+            stream,
+            pin_memory=pin_memory,
+            workers=workers,
+            batch_size=batch_size,
+            drop_last=True,
+            collate_fn=collate_training,
+        )
+    count = len(dataset)  # pyright: ignore[reportArgumentType]
+    if repeated_aug:
+        if count < 256:
+            raise DataError(
+                f"repeated augmentation takes pictures by 256 and there are {count} to train on: give --no-repeated-aug"
+            )
+        sampler: Sampler[Any] = RepeatedSampler(dataset, num_replicas=world_size, rank=rank)
+    else:
+        sampler = DistributedSampler(dataset, num_replicas=world_size, rank=rank, seed=seed)
+    batches = ResumableBatchSampler(sampler, batch_size, drop_last=True)
+    if len(batches) == 0:
+        raise DataError(
+            f"the training split has {count} pictures, too few for one batch of {batch_size} on each of {world_size} "
+            "process(es): give a smaller --batch-size"
+        )
+    return Loader(
+        SeededDataset(dataset, seed),
+        pin_memory=pin_memory,
+        workers=workers,
+        batch_sampler=batches,
+        collate_fn=collate_training,
+    )
+
+
+def eval_loader(
+    dataset: Dataset[Any],
+    *,
+    batch_size: int,
+    workers: int = 0,
+    seed: int = 0,
+    pin_memory: bool | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+) -> Loader:
+    """Every picture exactly once over all ranks, in order and without padding; a rank may get none.
+
+    Rank r takes pictures r, r + world_size, ... Reduce sums, not means, over the ranks. ``seed`` matters only where the
+    transform is random.
+    """
+    rank, world_size = _place(rank, world_size)
+    if isinstance(dataset, IterableDataset):
+        stream = _open_stream(dataset, seed, workers, share=(rank, world_size), rank=0)
+        return Loader(
+            stream, pin_memory=pin_memory, workers=workers, batch_size=batch_size, collate_fn=collate_evaluation
+        )
+    share = range(rank, len(dataset), world_size)  # pyright: ignore[reportArgumentType]
+    return Loader(
+        SeededDataset(dataset, seed),
+        pin_memory=pin_memory,
+        workers=workers,
+        batch_sampler=ResumableBatchSampler(share, batch_size, drop_last=False),
+        collate_fn=collate_evaluation,
+    )
+
+
+def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    grouped = dist.is_available() and dist.is_initialized()
+    return (
+        rank if rank is not None else dist.get_rank() if grouped else 0,
+        world_size if world_size is not None else dist.get_world_size() if grouped else 1,
+    )
+
+
+def _open_stream(
+    dataset: IterableDataset[Any], seed: int, workers: int, *, share: tuple[int, int] | None, rank: int
+) -> SeededStream:
+    stream = SeededStream(dataset, seed, share=share, rank=rank)
+    if hasattr(dataset, "set_loader_cfg"):
+        dataset.set_loader_cfg(num_workers=workers)  # pyright: ignore[reportAttributeAccessIssue]
+    return stream

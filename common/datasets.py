@@ -1,0 +1,368 @@
+"""Datasets by name: folders of classes, tar files, iNaturalist, CIFAR, digits, and all that timm's factory opens.
+
+Every dataset of pictures yields (picture through ``transform``, class number) and has ``classes``, the class names in
+the order of their numbers. Nothing is skipped or replaced in silence: timm's own ``ImageDataset`` would return the next
+picture in place of one that does not decode, so its readers are used without it.
+"""
+
+import json
+import tarfile
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image
+from timm.data.dataset import ImageDataset
+from timm.data.dataset_factory import create_dataset
+from timm.data.readers.reader import Reader
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from torch.utils.data import Dataset, IterableDataset
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+
+from common.transforms import Transform
+
+SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "img_val", "validation", "valid")}
+NUM_CLASSES = {"imagenet": 1000, "inat18": 8142, "inat19": 1010, "cifar10": 10, "cifar100": 100, "digits": 10}
+TIMM_PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
+INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+
+
+class DataError(ValueError):
+    """Data that is missing, incomplete or damaged; the message names it and says what to do."""
+
+
+class BadPictureError(DataError):
+    """A picture that cannot be decoded; the only error that ``on_bad_image="skip"`` passes over."""
+
+
+def build_dataset(
+    name: str,
+    root: str | Path | None,
+    split: str,
+    transform: Transform | None,
+    *,
+    on_bad_image: str = "raise",
+    download: bool = False,
+    inat_category: str = "name",
+    batch_size: int = 1,
+    seed: int = 0,
+) -> Dataset[Any]:
+    """Open one split of a dataset.
+
+    Args:
+        name: ``imagenet`` (``root`` holds train/ and val/ or img_val/), ``folder`` (any class folders, split or not),
+            ``tar`` (a tar file, or a folder of them; also found by the two above), ``inat18``, ``inat19``, ``cifar10``,
+            ``cifar100``, ``digits`` (needs no root), or a name for timm's ``create_dataset`` with its prefix
+            (``hfds/``, ``hfids/``, ``tfds/``, ``wds/``, ``torch/``).
+        split: ``train`` or ``val``; for timm's names whatever split the dataset has.
+        on_bad_image: ``raise`` stops at the first picture that cannot be decoded; ``skip`` yields None in its place,
+            which the loaders of ``common.data`` leave out and count. Streams (``hfids/``, ``tfds/``, ``wds/``) decode
+            inside timm's reader, which decides itself: ``wds/`` logs a warning and goes on.
+        download: let CIFAR and timm's names fetch what ``root`` lacks.
+        inat_category: level of the taxonomy that makes the classes of ``inat18`` and ``inat19``.
+        batch_size, seed: passed on to streams, which shuffle and count by them.
+
+    Raises:
+        DataError: wrong path, missing split, class folders without pictures, a name that nothing knows.
+    """
+    if on_bad_image not in ("raise", "skip"):
+        raise ValueError(f"on_bad_image must be 'raise' or 'skip', got {on_bad_image!r}")
+    split = next((main for main, names in SPLIT_NAMES.items() if split in names), split)
+    if name == "digits":
+        dataset: Dataset[Any] = Digits(split, transform)
+    elif name.lower().startswith(TIMM_PREFIXES):
+        dataset = _open_with_timm(name, root, split, transform, download, batch_size, seed)
+    elif name in ("imagenet", "folder", "tar"):
+        dataset = _open_folder(name, _existing(name, root), split, transform)
+    elif name in ("inat18", "inat19"):
+        dataset = INaturalist(
+            _existing(name, root), split, transform, year=2000 + int(name[-2:]), category=inat_category
+        )
+    elif name in ("cifar10", "cifar100"):
+        dataset = _open_cifar(name, root, split, transform, download)
+    else:
+        known = ", ".join([*NUM_CLASSES, "folder", "tar"])
+        raise DataError(f"unknown dataset {name!r}: give one of {known}, or a timm name such as hfds/NAME or wds/NAME")
+    return SkipBadPictures(dataset) if on_bad_image == "skip" and not isinstance(dataset, IterableDataset) else dataset
+
+
+def default_num_classes(name: str) -> int:
+    """Classes of a dataset known by name, for building a model before (or without) its pictures."""
+    if name not in NUM_CLASSES:
+        raise DataError(f"the number of classes of {name!r} is known only once it is open: give --num-classes")
+    return NUM_CLASSES[name]
+
+
+def num_classes(dataset: Dataset[Any]) -> int:
+    """Number of classes of an open dataset."""
+    classes = getattr(dataset, "classes", None)
+    if not classes:
+        raise DataError(f"{type(dataset).__name__} does not say its classes: give --num-classes")
+    return len(classes)
+
+
+def decode_picture(file: IO[bytes], name: str) -> Image.Image:
+    """Decode a whole picture to RGB.
+
+    Raises:
+        BadPictureError: naming the picture, whatever its decoder raised.
+    """
+    try:
+        with Image.open(file) as picture:
+            return picture.convert("RGB")
+    except Exception as error:  # damaged data makes Pillow's decoders raise nearly any type
+        raise BadPictureError(
+            f"cannot decode picture {name} ({type(error).__name__}: {error}); replace it, "
+            "or leave such pictures out and count them with --on-bad-image skip"
+        ) from error
+
+
+def load_picture(path: str | Path) -> Image.Image:
+    """Read and decode a picture file; a file that cannot be read at all is a ``DataError``, never skipped."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read picture {path}: {error.strerror}") from error
+    return decode_picture(BytesIO(content), str(path))
+
+
+class SkipBadPictures(Dataset[Any]):
+    """``dataset`` with None where a picture cannot be decoded; the collate functions of the loaders count these."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+        self.classes: Sequence[str] | None = getattr(dataset, "classes", None)
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # pyright: ignore[reportArgumentType]
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except BadPictureError:
+            return None
+
+
+class Digits(Dataset[Any]):
+    """The 1,797 handwritten digits inside scikit-learn: 8x8 grey levels 0 to 16, here 32x32 RGB pictures.
+
+    80 % train and 20 % val, stratified by digit, the same on every machine.
+
+    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository.
+    """
+
+    classes: Sequence[str] = tuple("0123456789")
+
+    def __init__(self, split: str, transform: Transform | None = None, *, size: int = 32) -> None:
+        from sklearn.datasets import load_digits  # slow to import, and needed by this dataset only
+        from sklearn.model_selection import train_test_split
+
+        if split not in SPLIT_NAMES:
+            raise DataError(f"digits has the splits train and val, not {split!r}")
+        grey, labels = load_digits(return_X_y=True)
+        chosen = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+        self.indices = [int(index) for index in chosen[0 if split == "train" else 1]]
+        self.targets: list[int] = labels[self.indices].tolist()
+        pixels = np.rint(grey[self.indices].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+        self.pictures = [
+            Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC).convert("RGB") for picture in pixels
+        ]
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        picture = self.pictures[index]
+        return (self.transform(picture) if self.transform else picture), self.targets[index]
+
+
+class INaturalist(Dataset[Any]):
+    """iNaturalist 2018 or 2019 from its JSON lists: train{year}.json, val{year}.json, categories.json.
+
+    Classes are numbered in the order in which they first appear among the *train* annotations. The path of a picture is
+    its file name without its second part (the supercategory); its category id is the third part.
+    """
+
+    def __init__(self, root: Path, split: str, transform: Transform | None, *, year: int, category: str) -> None:
+        if category not in INAT_CATEGORIES:
+            raise DataError(f"--inat-category must be one of {', '.join(INAT_CATEGORIES)}, got {category!r}")
+        if split not in SPLIT_NAMES:
+            raise DataError(f"inat{year % 100} has the splits train and val, not {split!r}")
+        categories = _read_json(root / "categories.json")
+        names = [
+            categories[int(entry["category_id"])][category] for entry in self._list(root, year, "train", "annotations")
+        ]
+        self.classes: Sequence[str] = tuple(dict.fromkeys(names))
+        number = {name: position for position, name in enumerate(self.classes)}
+        self.samples: list[tuple[str, int]] = []
+        for picture in self._list(root, year, split, "images"):
+            folder, _, category_id, file = picture["file_name"].split("/")
+            self.samples.append(
+                (str(root / folder / category_id / file), number[categories[int(category_id)][category]])
+            )
+        self.transform = transform
+
+    @staticmethod
+    def _list(root: Path, year: int, split: str, key: str) -> list[dict[str, Any]]:
+        entries = _read_json(root / f"{split}{year}.json")[key]
+        if not entries:
+            raise DataError(f"{root / f'{split}{year}.json'} lists no {key}")
+        return entries
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, target = self.samples[index]
+        picture = load_picture(path)
+        return (self.transform(picture) if self.transform else picture), target
+
+
+class ReaderPictures(Dataset[Any]):
+    """Pictures of a timm reader (tar files, Hugging Face datasets), decoded here so that a bad one is named."""
+
+    def __init__(self, reader: Reader, transform: Transform | None, *, source: str) -> None:
+        self.reader = reader
+        self.transform = transform
+        self.source = source
+        number = getattr(reader, "class_name_to_idx", None) or getattr(reader, "class_to_idx", None) or {}
+        self.classes: Sequence[str] = tuple(sorted(number, key=number.__getitem__))
+
+    def __len__(self) -> int:
+        return len(self.reader)  # pyright: ignore[reportArgumentType]
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        file, target = self.reader[index][:2]  # pyright: ignore[reportIndexIssue]
+        with file:
+            picture = decode_picture(file, f"{self.source}: {self.reader.filename(index) or f'picture {index}'}")
+        return (self.transform(picture) if self.transform else picture), int(target)
+
+
+def _existing(name: str, root: str | Path | None) -> Path:
+    if root is None or not str(root):
+        raise DataError(f"dataset {name!r} needs a data directory: give --data DIR")
+    path = Path(root).expanduser()
+    if not path.exists():
+        parent = next(parent for parent in path.absolute().parents if parent.exists())
+        raise DataError(f"data directory {path} does not exist; the nearest that does, {parent}, {_contents(parent)}")
+    return path
+
+
+def _contents(folder: Path, limit: int = 12) -> str:
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"holds {', '.join(names[:limit])}{more}" if names else "is empty"
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise DataError(f"cannot read {path} ({error.strerror}): iNaturalist's JSON lists belong there") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from error
+
+
+def _find_split(name: str, root: Path, split: str) -> Path:
+    """The folder or tar file of a split; ``root`` itself where it is not divided and need not be."""
+    wanted = SPLIT_NAMES.get(split, (split,))
+    candidates = [root / f"{entry}{suffix}" for entry in wanted for suffix in ("", ".tar")]
+    found = next((path for path in candidates if path.exists()), None)
+    if found:
+        return found
+    divided = any(
+        (root / f"{entry}{suffix}").exists()
+        for names in SPLIT_NAMES.values()
+        for entry in names
+        for suffix in ("", ".tar")
+    )
+    if root.is_file() or (not divided and (name != "imagenet" or _holds_tars(root))):
+        return root
+    looked_for = ", ".join(f"{entry}/" for entry in wanted)
+    raise DataError(f"{root} has no {split} split: looked for {looked_for} (or .tar); it {_contents(root)}")
+
+
+def _holds_tars(path: Path) -> bool:
+    if path.is_file():
+        return path.suffix == ".tar"
+    return any(path.glob("*.tar")) and not any(entry.is_dir() for entry in path.iterdir())
+
+
+def _open_folder(name: str, root: Path, split: str, transform: Transform | None) -> Dataset[Any]:
+    path = _find_split(name, root, split)
+    if name == "tar" or _holds_tars(path):
+        try:  # a handle kept open would be shared by the workers, who would move its position under each other
+            reader = ReaderImageInTar(str(path), cache_tarfiles=False)
+        except (tarfile.TarError, AssertionError, ValueError) as error:
+            raise DataError(f"cannot use {path} as tar files of pictures ({type(error).__name__}: {error})") from error
+        return ReaderPictures(reader, transform, source=str(path))
+    if path.is_file():
+        raise DataError(f"{path} is neither a folder of class folders nor a .tar file")
+    try:
+        dataset = ImageFolder(str(path), transform=transform, loader=load_picture)
+    except FileNotFoundError as error:  # torchvision names the class folders that hold no picture
+        raise DataError(f"{path}: {error}; it {_contents(path)}") from error
+    _check_same_classes(name, root, path, dataset.classes)
+    return dataset
+
+
+def _check_same_classes(name: str, root: Path, path: Path, classes: Sequence[str]) -> None:
+    """Class numbers follow sorted folder names, so a folder missing from one split would shift those after it."""
+    train = next((root / entry for entry in SPLIT_NAMES["train"] if (root / entry).is_dir()), path)
+    expected = {entry.name for entry in train.iterdir() if entry.is_dir()} if train != path else set(classes)
+    if not expected or expected == set(classes):
+        return
+    missing, extra = sorted(expected - set(classes)), sorted(set(classes) - expected)
+    raise DataError(
+        f"{path} does not have the class folders of {train}: missing {missing[:5]} ({len(missing)} in all), "
+        f"unexpected {extra[:5]} ({len(extra)} in all); class numbers would not agree"
+    )
+
+
+def _open_cifar(
+    name: str, root: str | Path | None, split: str, transform: Transform | None, download: bool
+) -> Dataset[Any]:
+    if split not in SPLIT_NAMES:
+        raise DataError(f"{name} has the splits train and val, not {split!r}")
+    path = Path(root).expanduser() if root and download else _existing(name, root)
+    kind = CIFAR10 if name == "cifar10" else CIFAR100
+    try:
+        return kind(str(path), train=split == "train", transform=transform, download=download)
+    except RuntimeError as error:
+        raise DataError(
+            f"{name} is not (or not completely) under {path}: expected {path / kind.base_folder}/, "
+            f"unpacked from {kind.filename}; unpack it there or let it be fetched with --download; {path} {_contents(path)}"
+        ) from error
+
+
+def _open_with_timm(
+    name: str,
+    root: str | Path | None,
+    split: str,
+    transform: Transform | None,
+    download: bool,
+    batch_size: int,
+    seed: int,
+) -> Dataset[Any]:
+    timm_split = "validation" if split == "val" else split
+    try:
+        dataset = create_dataset(
+            name,
+            root=None if root is None else str(root),
+            split=timm_split,
+            is_training=split == "train",
+            download=download,
+            batch_size=batch_size,
+            seed=seed,
+            transform=transform,
+        )
+    except (ImportError, AssertionError, OSError, RuntimeError, ValueError, KeyError) as error:
+        raise DataError(
+            f"timm cannot open dataset {name!r} (root {root}, split {timm_split!r}): {type(error).__name__}: {error}"
+        ) from error
+    if isinstance(dataset, ImageDataset):
+        return ReaderPictures(dataset.reader, transform, source=name)
+    return dataset
