@@ -393,7 +393,19 @@ def count_executed_macs(model: nn.Module, *inputs: Any) -> int:
         ValueError: if an operation could hide matrix products (a custom kernel, an unknown name), or if the model was
             compiled in place or turned into TorchScript, so that its operations cannot be seen.
     """
-    model = _unwrap(model)
+    model = unwrap(model)
+    check_countable(model)
+    with evaluating(model), torch.no_grad(), no_fastpath(), _MacCounter() as counter:
+        model(*inputs)
+    return counter.macs
+
+
+def check_countable(model: nn.Module) -> None:
+    """Refuse a model whose operations cannot be seen one by one.
+
+    Raises:
+        ValueError: naming the module that was compiled in place or turned into TorchScript.
+    """
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
@@ -401,12 +413,9 @@ def count_executed_macs(model: nn.Module, *inputs: Any) -> int:
             )
         if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
             raise ValueError(f"cannot count a compiled module ({name or 'the model'}); count before compiling")
-    with evaluating(model), torch.no_grad(), _no_fastpath(), _MacCounter() as counter:
-        model(*inputs)
-    return counter.macs
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """The network inside torch.compile's and data parallel's wrappers."""
     while True:
         if isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
@@ -430,7 +439,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _no_fastpath() -> Iterator[None]:
+def no_fastpath() -> Iterator[None]:
     """Without the fused inference kernels of nn.MultiheadAttention and nn.TransformerEncoderLayer."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
