@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common.flops import check_countable, no_fastpath, unwrap
+from common.flops import CONVENTIONS, check_countable, no_fastpath, unwrap
+from hourglass_swag.models.ops.cluster import TokenClusteringBlock
 from hourglass_swag.tools import jit_handles as handles
 
 _log = logging.getLogger(__name__)
@@ -49,6 +50,26 @@ SUPPORTED_OPS: dict[str, Rule] = {
 }
 """Operation -> rule. Anything else is not counted by the convention and is named once in a warning."""
 
+_KEYS = {"linear_bias": "linear", "matmul": "bmm", "layer_norm": "batchnorm", "batch_norm": "batchnorm"}
+_UNPREFIXED = ("linear", "conv", "softmax", "dropout", "rsqrt")
+
+
+def count_clustering(
+    layer: nn.Module, inputs_shapes: Sequence[Sequence[int]], outputs_shapes: Sequence[Sequence[int]]
+) -> Counter[str]:
+    """The clustering layer by the published formulas; it executes the same matrix products, but less around them."""
+    assert isinstance(layer, TokenClusteringBlock)
+    images, channels, height, width = inputs_shapes[0]
+    ops = layer.count_ops(height * width, channels, outputs_shapes[0][1] if layer.grid is None else None)
+    counts: Counter[str] = Counter()
+    for kind, cost in CONVENTIONS["swag"].by_kind(ops * images).items():
+        counts[_KEYS.get(kind, kind if kind in _UNPREFIXED else f"aten::{kind}")] += cost
+    return counts
+
+
+LAYERS: dict[type[nn.Module], Rule] = {TokenClusteringBlock: count_clustering}
+"""Layers that are counted as a whole: class -> rule(layer, inputs_shapes, outputs_shapes)."""
+
 # fmt: off
 _MOVES = frozenset((
     "alias", "arange", "as_strided", "cat", "chunk", "clone", "constant_pad_nd", "contiguous", "copy_",
@@ -76,9 +97,10 @@ def flop_count(
         model: network in the mode to be counted (evaluation mode for the published numbers), on any device; on the meta
             device nothing is computed. Wrappers of torch.compile and data parallelism are looked through.
         inputs: what ``model.forward`` takes.
-        whitelist: operations to count, such as ``aten::linear``; all that are supported if None.
-        customized_ops: rules added to, or put in place of, ``SUPPORTED_OPS``: operation name -> handle
-            (``jit_handles``). A key can also be a class of modules: its handle then stands for everything inside them.
+        whitelist: operations to count, such as ``aten::linear``; all that are supported if None. With a whitelist, no
+            layer is counted as a whole.
+        customized_ops: rules added to, or put in place of, those of ``SUPPORTED_OPS`` (operation name -> handle of
+            ``jit_handles``) and ``LAYERS`` (class of modules -> rule for everything inside them).
 
     Returns:
         Key -> G: ``linear``, ``bmm``, ``conv``, ``softmax``, ``batchnorm`` (both normalisations), ``aten::add``, ...
@@ -90,13 +112,14 @@ def flop_count(
     custom = dict(customized_ops or {})
     rules: dict[str, Rule] = dict(SUPPORTED_OPS)
     rules.update({key: handle for key, handle in custom.items() if isinstance(key, str)})
-    layers = {key: handle for key, handle in custom.items() if not isinstance(key, str)}
+    layers = LAYERS | {key: handle for key, handle in custom.items() if not isinstance(key, str)}
     if whitelist is not None:
         if unknown := sorted(set(whitelist) - set(rules)):
             raise ValueError(
                 f"whitelist must be a subset of the supported operations; {unknown} are not. Supported: {sorted(rules)}"
             )
         rules = {name: handle for name, handle in rules.items() if name in whitelist}
+        layers = {}
     model = unwrap(model)
     check_countable(model)
     counter = _OpCounter(rules, quiet=set() if whitelist is None else set(SUPPORTED_OPS))
@@ -162,7 +185,7 @@ def _layers_counted_whole(
     def leave(handle: Rule, module: nn.Module, args: Any, result: Any) -> None:
         counter.paused -= 1
         if not counter.paused:
-            counter.counts.update(handle(_shapes(args), _shapes(tree_leaves(result))))
+            counter.counts.update(handle(module, _shapes(args), _shapes(tree_leaves(result))))
 
     with ExitStack() as stack:
         for module in model.modules():
