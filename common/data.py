@@ -13,9 +13,11 @@ in ``common.transforms``; this module passes their public names on.
 """
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from traceback import clear_frames
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -264,8 +266,13 @@ class Loader(DataLoader[Any]):
                 self.position.batches_done += 1
                 if images is not None:
                     yield images, targets
-        except DataError as error:  # from a worker it comes as a traceback in text, of which the last line matters
-            raise DataError(str(error).rsplit("Error: ", 1)[-1].strip()) from None
+        except Exception as error:
+            clear_frames(error.__traceback__)  # they hold the workers in a cycle; collected as one, each would take 5 s
+            if not isinstance(error, DataError):
+                raise
+            # a worker's arrives with its traceback as text, of which the user needs the end
+            message = re.split(rf"^[\w.]*{type(error).__name__}: ", str(error), flags=re.MULTILINE)[-1]
+            raise type(error)(message.strip()) from None
         self.position.start_batch = 0
 
 

@@ -9,11 +9,12 @@ import json
 import tarfile
 from collections.abc import Sequence
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data.dataset import ImageDataset
 from timm.data.dataset_factory import create_dataset
 from timm.data.readers.reader import Reader
@@ -52,10 +53,10 @@ def build_dataset(
     """Open one split of a dataset.
 
     Args:
-        name: ``imagenet`` (``root`` holds train/ and val/ or img_val/), ``folder`` (any class folders, split or not),
-            ``tar`` (a tar file, or a folder of them; also found by the two above), ``inat18``, ``inat19``, ``cifar10``,
-            ``cifar100``, ``digits`` (needs no root), or a name for timm's ``create_dataset`` with its prefix
-            (``hfds/``, ``hfids/``, ``tfds/``, ``wds/``, ``torch/``).
+        name: ``imagenet`` (``root`` holds train/ and val/ or img_val/), ``folder`` (any class folders; without splits
+            they serve only to evaluate), ``tar`` (a tar file or a folder of them, which the two above find too),
+            ``inat18``, ``inat19``, ``cifar10``, ``cifar100``, ``digits`` (needs no root), or a name for timm's
+            ``create_dataset`` with its prefix (``hfds/``, ``hfids/``, ``tfds/``, ``wds/``, ``torch/``).
         split: ``train`` or ``val``; for timm's names whatever split the dataset has.
         on_bad_image: ``raise`` stops at the first picture that cannot be decoded; ``skip`` yields None in its place,
             which the loaders of ``common.data`` leave out and count. Streams (``hfids/``, ``tfds/``, ``wds/``) decode
@@ -113,8 +114,10 @@ def decode_picture(file: IO[bytes], name: str) -> Image.Image:
         with Image.open(file) as picture:
             return picture.convert("RGB")
     except Exception as error:  # damaged data makes Pillow's decoders raise nearly any type
+        unknown = isinstance(error, UnidentifiedImageError)  # whose text names a buffer in memory
+        reason = "not in a format that Pillow knows" if unknown else f"{type(error).__name__}: {error}"
         raise BadPictureError(
-            f"cannot decode picture {name} ({type(error).__name__}: {error}); replace it, "
+            f"cannot decode picture {name} ({reason}); replace it, "
             "or leave such pictures out and count them with --on-bad-image skip"
         ) from error
 
@@ -192,25 +195,21 @@ class INaturalist(Dataset[Any]):
         if split not in SPLIT_NAMES:
             raise DataError(f"inat{year % 100} has the splits train and val, not {split!r}")
         categories = _read_json(root / "categories.json")
-        names = [
-            categories[int(entry["category_id"])][category] for entry in self._list(root, year, "train", "annotations")
-        ]
+        annotations = _entries(root / f"train{year}.json", "annotations")
+        names = [categories[int(entry["category_id"])][category] for entry in annotations]
         self.classes: Sequence[str] = tuple(dict.fromkeys(names))
         number = {name: position for position, name in enumerate(self.classes)}
         self.samples: list[tuple[str, int]] = []
-        for picture in self._list(root, year, split, "images"):
-            folder, _, category_id, file = picture["file_name"].split("/")
-            self.samples.append(
-                (str(root / folder / category_id / file), number[categories[int(category_id)][category]])
-            )
+        listed = root / f"{split}{year}.json"
+        for entry in _entries(listed, "images"):
+            parts = entry["file_name"].split("/")
+            if len(parts) < 4:
+                raise DataError(f"{listed}: file_name {entry['file_name']!r} is not of the form a/b/category/file")
+            name = categories[int(parts[2])][category]
+            if name not in number:
+                raise DataError(f"{listed}: {category} {name!r} of {entry['file_name']} has no train annotation")
+            self.samples.append((str(root / parts[0] / parts[2] / parts[3]), number[name]))
         self.transform = transform
-
-    @staticmethod
-    def _list(root: Path, year: int, split: str, key: str) -> list[dict[str, Any]]:
-        entries = _read_json(root / f"{split}{year}.json")[key]
-        if not entries:
-            raise DataError(f"{root / f'{split}{year}.json'} lists no {key}")
-        return entries
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -266,23 +265,30 @@ def _read_json(path: Path) -> Any:
         raise DataError(f"{path} is not valid JSON: {error}") from error
 
 
+def _entries(path: Path, key: str) -> list[dict[str, Any]]:
+    entries = _read_json(path).get(key)
+    if not entries:
+        raise DataError(f"{path} lists no {key}")
+    return entries
+
+
 def _find_split(name: str, root: Path, split: str) -> Path:
-    """The folder or tar file of a split; ``root`` itself where it is not divided and need not be."""
+    """The folder or tar file of a split, or ``root`` itself where it is not divided: enough to evaluate on."""
     wanted = SPLIT_NAMES.get(split, (split,))
-    candidates = [root / f"{entry}{suffix}" for entry in wanted for suffix in ("", ".tar")]
-    found = next((path for path in candidates if path.exists()), None)
+    found = _first_of(root, wanted)
     if found:
         return found
-    divided = any(
-        (root / f"{entry}{suffix}").exists()
-        for names in SPLIT_NAMES.values()
-        for entry in names
-        for suffix in ("", ".tar")
-    )
-    if root.is_file() or (not divided and (name != "imagenet" or _holds_tars(root))):
+    divided = _first_of(root, tuple(chain(*SPLIT_NAMES.values())))
+    if split != "train" and not divided and (name != "imagenet" or _holds_tars(root)):
         return root
     looked_for = ", ".join(f"{entry}/" for entry in wanted)
-    raise DataError(f"{root} has no {split} split: looked for {looked_for} (or .tar); it {_contents(root)}")
+    holds = _contents(root) if root.is_dir() else "is a file"
+    raise DataError(f"{root} has no {split} split: looked for {looked_for} (or .tar) in it; it {holds}")
+
+
+def _first_of(root: Path, names: Sequence[str]) -> Path | None:
+    candidates = [root / f"{name}{suffix}" for name in names for suffix in ("", ".tar")]
+    return next((path for path in candidates if path.exists()), None)
 
 
 def _holds_tars(path: Path) -> bool:
@@ -305,11 +311,11 @@ def _open_folder(name: str, root: Path, split: str, transform: Transform | None)
         dataset = ImageFolder(str(path), transform=transform, loader=load_picture)
     except FileNotFoundError as error:  # torchvision names the class folders that hold no picture
         raise DataError(f"{path}: {error}; it {_contents(path)}") from error
-    _check_same_classes(name, root, path, dataset.classes)
+    _check_same_classes(root, path, dataset.classes)
     return dataset
 
 
-def _check_same_classes(name: str, root: Path, path: Path, classes: Sequence[str]) -> None:
+def _check_same_classes(root: Path, path: Path, classes: Sequence[str]) -> None:
     """Class numbers follow sorted folder names, so a folder missing from one split would shift those after it."""
     train = next((root / entry for entry in SPLIT_NAMES["train"] if (root / entry).is_dir()), path)
     expected = {entry.name for entry in train.iterdir() if entry.is_dir()} if train != path else set(classes)
@@ -334,7 +340,7 @@ def _open_cifar(
     except RuntimeError as error:
         raise DataError(
             f"{name} is not (or not completely) under {path}: expected {path / kind.base_folder}/, "
-            f"unpacked from {kind.filename}; unpack it there or let it be fetched with --download; {path} {_contents(path)}"
+            f"unpacked from {kind.filename}; put it there or fetch it with --download; {path} {_contents(path)}"
         ) from error
 
 

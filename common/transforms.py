@@ -118,8 +118,8 @@ def posterize_any(image: Image.Image, bits_to_keep: int, **unused: object) -> Im
 
     ``rand-m9-mstd0.5-inc1`` draws its magnitude from a normal distribution around 9 and cuts it at 10, where 4 - 4 = 0
     bits are kept. Pillow masked all bits then, hence black, until version 13 made it a ValueError, which kills a
-    training run after some thousand pictures. The published models were trained with the black picture (about one in
-    700), so 0 bits stay black here instead of becoming 1 bit.
+    training run after some thousand pictures. The published models were trained with the black picture (one in about
+    660), so 0 bits stay black here instead of becoming 1 bit.
     """
     if bits_to_keep < 1:
         return Image.new(image.mode, image.size)  # black

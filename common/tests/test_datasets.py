@@ -1,0 +1,313 @@
+"""Datasets by name: what they yield, and that whatever is missing or damaged is named."""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.data import BadPictureError, DataError, build_dataset, default_num_classes, eval_transform, num_classes
+
+
+def write_picture(path: Path, seed: int = 0, size: tuple[int, int] = (40, 36)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def write_folders(root: Path, splits: tuple[str, ...] = ("train", "val"), count: int = 2) -> Path:
+    for split in splits:
+        for number, name in enumerate(("ape", "bee", "cat")):
+            for picture in range(count):
+                write_picture(root / split / name / f"{picture}.png", seed=10 * number + picture)
+    return root
+
+
+# -------------------------------------------------- digits
+
+
+def test_digits_split_is_fixed_stratified_and_complete() -> None:
+    train, val = (build_dataset("digits", None, split, None) for split in ("train", "val"))
+    digest = hashlib.sha256(json.dumps([train.indices, val.indices]).encode()).hexdigest()
+    assert digest == "af1eaa3003be1ed37f76d8b15415e0140bf0d6b175e548a1d254f44c09fd437c"
+    assert sorted(train.indices + val.indices) == list(range(1797))
+    assert (len(train), len(val)) == (1437, 360)
+    shares = [np.bincount(dataset.targets) / len(dataset) for dataset in (train, val)]
+    assert np.abs(shares[0] - shares[1]).max() < 0.003
+    assert min(np.bincount(val.targets)) >= 34
+
+
+def test_digits_pictures_are_the_upsampled_originals() -> None:
+    from sklearn.datasets import load_digits
+
+    dataset = build_dataset("digits", None, "validation", None)
+    picture, target = dataset[5]
+    original, labels = load_digits(return_X_y=True)
+    assert (picture.size, picture.mode, target) == ((32, 32), "RGB", labels[dataset.indices[5]])
+    assert num_classes(dataset) == default_num_classes("digits") == 10
+    blocks = np.asarray(picture.convert("L"), dtype=float).reshape(8, 4, 8, 4).mean((1, 3))  # back to 8x8
+    assert np.corrcoef(blocks.ravel(), original[dataset.indices[5]])[0, 1] > 0.95
+    red, green, blue = picture.split()
+    assert red.tobytes() == green.tobytes() == blue.tobytes()
+
+
+# -------------------------------------------------- folders
+
+
+@pytest.mark.parametrize("val", ["val", "img_val", "validation"])
+def test_folders_number_classes_by_sorted_name(tmp_path: Path, val: str) -> None:
+    dataset = build_dataset("imagenet", write_folders(tmp_path, ("train", val)), "val", eval_transform(24))
+    assert list(dataset.classes) == ["ape", "bee", "cat"]
+    assert [target for _, target in (dataset[i] for i in range(len(dataset)))] == [0, 0, 1, 1, 2, 2]
+    assert dataset[0][0].shape == (3, 24, 24)
+
+
+def test_evaluation_needs_no_train_folder(tmp_path: Path) -> None:
+    assert len(build_dataset("imagenet", write_folders(tmp_path, ("img_val",)), "val", None)) == 6
+
+
+def test_undivided_folder_serves_evaluation_only(tmp_path: Path) -> None:
+    root = write_folders(tmp_path, ("pictures",)) / "pictures"
+    assert len(build_dataset("folder", root, "val", None)) == 6
+    with pytest.raises(DataError, match=r"pictures has no train split: looked for train/, training/.*holds ape/, bee/"):
+        build_dataset("folder", root, "train", None)
+    with pytest.raises(DataError, match=r"no val split: looked for val/, img_val/"):
+        build_dataset("imagenet", root, "val", None)
+
+
+def test_wrong_path_is_named_with_what_exists(tmp_path: Path) -> None:
+    (tmp_path / "imagenet").mkdir()
+    with pytest.raises(DataError, match=r"imagnet/val2 does not exist; the nearest that does, .* holds imagenet/"):
+        build_dataset("imagenet", tmp_path / "imagnet" / "val2", "val", None)
+    with pytest.raises(DataError, match=r"'imagenet' needs a data directory: give --data"):
+        build_dataset("imagenet", None, "val", None)
+
+
+def test_missing_split_says_what_was_looked_for_and_what_is_there(tmp_path: Path) -> None:
+    write_folders(tmp_path, ("train",))
+    (tmp_path / "valid_maps.txt").touch()
+    with pytest.raises(DataError, match=r"no val split: looked for val/, img_val/.*holds train/, valid_maps.txt"):
+        build_dataset("imagenet", tmp_path, "val", None)
+    with pytest.raises(DataError, match="no val split"):  # not the folder of splits taken for one of classes
+        build_dataset("folder", tmp_path, "val", None)
+
+
+def test_empty_classes_are_named(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    for name in ("dog", "eel"):
+        for split in ("train", "val"):
+            (tmp_path / split / name).mkdir()
+    with pytest.raises(DataError, match=r"val.*dog, eel"):
+        build_dataset("imagenet", tmp_path, "val", None)
+
+
+def test_folder_without_classes_is_named(tmp_path: Path) -> None:
+    (tmp_path / "val").mkdir()
+    with pytest.raises(DataError, match=r"class folder in .*val.*is empty"):
+        build_dataset("imagenet", tmp_path, "val", None)
+    write_picture(tmp_path / "val" / "alone.png")
+    with pytest.raises(DataError, match=r"class folder.*holds alone.png"):
+        build_dataset("imagenet", tmp_path, "val", None)
+
+
+def test_class_missing_from_one_split_is_named(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    write_picture(tmp_path / "train" / "bat" / "0.png")
+    with pytest.raises(DataError, match=r"missing \['bat'\] \(1 in all\)"):  # bee and cat would get other numbers
+        build_dataset("imagenet", tmp_path, "val", None)
+
+
+# -------------------------------------------------- bad pictures
+
+
+@pytest.mark.parametrize("damage", ["text", "empty", "truncated", "broken"])
+def test_undecodable_picture_is_named_or_skipped(tmp_path: Path, damage: str) -> None:
+    write_folders(tmp_path)
+    bad = tmp_path / "val" / "bee" / "1.png"
+    content = bad.read_bytes()
+    middle = len(content) // 2
+    damaged = {
+        "text": b"<html>404</html>",
+        "empty": b"",
+        "truncated": content[:middle],
+        "broken": content[:middle] + bytes(50) + content[middle + 50 :],
+    }
+    bad.write_bytes(damaged[damage])
+    with pytest.raises(BadPictureError, match=r"cannot decode picture .*val/bee/1.png .*--on-bad-image skip"):
+        build_dataset("imagenet", tmp_path, "val", None)[3]
+    dataset = build_dataset("imagenet", tmp_path, "val", None, on_bad_image="skip")
+    assert [dataset[i] is None for i in range(len(dataset))] == [False, False, False, True, False, False]
+    assert num_classes(dataset) == 3
+
+
+def test_unreadable_file_is_never_skipped(tmp_path: Path) -> None:
+    dataset = build_dataset("imagenet", write_folders(tmp_path), "val", None, on_bad_image="skip")
+    (tmp_path / "val" / "bee" / "1.png").unlink()
+    with pytest.raises(DataError, match=r"cannot read picture .*bee/1.png: No such file"):
+        dataset[3]
+
+
+def test_grey_and_palette_pictures_become_rgb(tmp_path: Path) -> None:
+    write_folders(tmp_path, ("val",), count=1)
+    for mode, name in (("L", "ape"), ("P", "bee"), ("CMYK", "cat")):
+        Image.new(mode, (9, 9)).save(tmp_path / "val" / name / "0.png", format="TIFF" if mode == "CMYK" else "PNG")
+    dataset = build_dataset("imagenet", tmp_path, "val", None)
+    assert [dataset[i][0].mode for i in range(3)] == ["RGB"] * 3
+
+
+def test_unknown_policy_is_refused() -> None:
+    with pytest.raises(ValueError, match="on_bad_image must be 'raise' or 'skip', got 'ignore'"):
+        build_dataset("digits", None, "val", None, on_bad_image="ignore")
+
+
+# -------------------------------------------------- tar files
+
+
+def pack(folder: Path, archive: Path) -> None:
+    with tarfile.open(archive, "w") as tar:
+        for path in sorted(folder.rglob("*.png")):
+            tar.add(path, path.relative_to(folder))
+
+
+@pytest.mark.parametrize("layout", ["one tar per split", "one tar per class"])
+@pytest.mark.parametrize("name", ["imagenet", "folder", "tar"])
+def test_tar_files_equal_folders(tmp_path: Path, layout: str, name: str) -> None:
+    folders = write_folders(tmp_path / "folders")
+    tars = tmp_path / "tars"
+    for split in ("train", "val"):
+        (tars / split).mkdir(parents=True)
+        if layout == "one tar per split":
+            pack(folders / split, tars / f"{split}.tar")
+            (tars / split).rmdir()
+        else:
+            for label in ("ape", "bee", "cat"):
+                pack(folders / split / label, tars / split / f"{label}.tar")
+    wanted = build_dataset("imagenet", folders, "val", None)
+    got = build_dataset(name, tars, "val", None)
+    assert list(got.classes) == wanted.classes
+    pictures = [Counter((p.tobytes(), t) for p, t in (d[i] for i in range(6))) for d in (got, wanted)]
+    assert pictures[0] == pictures[1]
+
+
+def test_bad_picture_in_a_tar_is_named(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        for member in ("ape/0.png", "bee/1.png"):
+            info = tarfile.TarInfo(member)
+            info.size = 3
+            tar.addfile(info, io.BytesIO(b"bad"))
+    with pytest.raises(BadPictureError, match=r"val.tar: bee/1.png"):
+        build_dataset("tar", tmp_path, "val", None)[1]
+    assert build_dataset("tar", tmp_path, "val", None, on_bad_image="skip")[1] is None
+
+
+@pytest.mark.parametrize("content", [b"", b"not a tar file" * 100])
+def test_damaged_tar_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "val.tar").write_bytes(content)
+    with pytest.raises(DataError, match=r"cannot use .*val.tar as tar files of pictures"):
+        build_dataset("imagenet", tmp_path, "val", None)
+
+
+# -------------------------------------------------- named sets
+
+CATEGORIES = [
+    {"kingdom": "Animalia", "supercategory": "Aves", "name": "n0"},
+    {"kingdom": "Animalia", "supercategory": "Aves", "name": "n1"},
+    {"kingdom": "Plantae", "supercategory": "Plantae", "name": "n2"},
+    {"kingdom": "Plantae", "supercategory": "Plantae", "name": "n3"},
+]
+
+
+def write_inat(root: Path, year: int = 2018) -> Path:
+    images = ["Plantae/2/t0.jpg", "Aves/0/t1.jpg", "Aves/1/t2.jpg", "Plantae/3/t3.jpg"]
+    val = ["Aves/1/v0.jpg", "Plantae/2/v1.jpg"]
+    (root / "categories.json").write_text(json.dumps(CATEGORIES))
+    for split, files, annotated in (("train", images, (2, 0, 1, 3)), ("val", val, (1, 2))):
+        listed = {
+            "annotations": [{"category_id": number} for number in annotated],
+            "images": [{"file_name": f"train_val{year}/{file}"} for file in files],
+        }
+        (root / f"{split}{year}.json").write_text(json.dumps(listed))
+        for file in files:
+            write_picture(root / f"train_val{year}" / file.split("/", 1)[1])
+    return root
+
+
+@pytest.mark.parametrize(
+    ("category", "train", "val"), [("name", [0, 1, 2, 3], [2, 0]), ("kingdom", [0, 1, 1, 0], [1, 0])]
+)
+def test_inat_numbers_classes_by_first_train_annotation(
+    tmp_path: Path, category: str, train: list[int], val: list[int]
+) -> None:
+    write_inat(tmp_path)
+    for split, targets in (("train", train), ("val", val)):
+        dataset = build_dataset("inat18", tmp_path, split, eval_transform(32), inat_category=category)
+        assert [dataset[i][1] for i in range(len(dataset))] == targets
+        assert num_classes(dataset) == len(set(train))
+    assert dataset.samples[0][0] == str(tmp_path / "train_val2018" / "1" / "v0.jpg")
+
+
+def test_inat_failures_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot read .*categories.json"):
+        build_dataset("inat18", tmp_path, "val", None)
+    write_inat(tmp_path)
+    with pytest.raises(DataError, match=r"cannot read .*train2019.json"):
+        build_dataset("inat19", tmp_path, "val", None)
+    with pytest.raises(DataError, match=r"--inat-category must be one of kingdom, .*, got 'species'"):
+        build_dataset("inat18", tmp_path, "val", None, inat_category="species")
+    (tmp_path / "val2018.json").write_text('{"images": [{"file_name": "a/b/3/v.jpg"}]}')
+    (tmp_path / "train2018.json").write_text('{"annotations": [{"category_id": 0}]}')
+    with pytest.raises(DataError, match=r"name 'n3' of a/b/3/v.jpg has no train annotation"):
+        build_dataset("inat18", tmp_path, "val", None)
+    (tmp_path / "train2018.json").write_text("{")
+    with pytest.raises(DataError, match=r"train2018.json is not valid JSON"):
+        build_dataset("inat18", tmp_path, "val", None)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_missing_cifar_says_where_it_belongs(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=rf"{name} is not .*expected .*cifar-.*--download; .* is empty"):
+        build_dataset(name, tmp_path, "train", None)
+
+
+def test_cifar10_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pickle
+
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 3072), dtype=np.uint8)
+    (folder / "test_batch").write_bytes(pickle.dumps({"data": pixels, "labels": list(range(10))}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)  # the real files are 160 MB
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: True)
+    dataset = build_dataset("cifar10", tmp_path, "val", eval_transform(32))
+    assert (len(dataset), num_classes(dataset), dataset[7][1]) == (10, 10, 7)
+    picture = build_dataset("cifar10", tmp_path, "val", None)[7][0]
+    assert np.array_equal(np.asarray(picture), pixels[7].reshape(3, 32, 32).transpose(1, 2, 0))
+
+
+def test_timm_names(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    dataset = build_dataset("torch/image_folder", tmp_path, "val", eval_transform(32))
+    assert (len(dataset), num_classes(dataset), dataset[5][1]) == (6, 3, 2)
+    with pytest.raises(DataError, match=r"timm cannot open dataset 'wds/' \(root .*, split 'validation'\)"):
+        build_dataset("wds/", tmp_path, "val", None)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(DataError, match=r"unknown dataset 'imagnet': give one of imagenet, inat18"):
+        build_dataset("imagnet", None, "val", None)
+    with pytest.raises(DataError, match="'folder' is known only once it is open: give --num-classes"):
+        default_num_classes("folder")
+    assert [default_num_classes(name) for name in ("imagenet", "cifar100", "inat18", "inat19")] == [
+        1000,
+        100,
+        8142,
+        1010,
+    ]
