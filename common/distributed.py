@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage] - documented
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 Result = TypeVar("Result")
 
@@ -320,6 +321,7 @@ class _Watch:
                 return  # the store's host is gone; the launcher or the next collective reports that
             if not self.failed_here:
                 _say(f"[rank {self.rank}] stopped because rank {failed} failed; its error is above or below\n")
+                time.sleep(2 * POLL_SECONDS)  # launchers blame the rank that ends first
                 os._exit(1)
 
     def report(self) -> str | None:
@@ -377,10 +379,13 @@ def _leave(watch: _Watch, error: BaseException, expected: tuple[type[Exception],
         _say(f"[rank {watch.rank}] interrupted\n")
     elif first is not None:
         _say(f"[rank {watch.rank}] stopped because rank {first} failed ({type(error).__name__} here)\n")
+        time.sleep(2 * POLL_SECONDS)  # launchers blame the rank that ends first
     elif isinstance(error, (*expected, SystemExit)):
         _say(f"[rank {watch.rank}] error: {error}\n")
     else:
         _say(f"[rank {watch.rank}] error:\n" + "".join(traceback.format_exception(error)))
+    if first is None and "TORCHELASTIC_ERROR_FILE" in os.environ and isinstance(error, Exception):
+        get_error_handler().record_exception(error)  # torchrun's summary shows it then
     if watch.lingers:
         time.sleep(4 * POLL_SECONDS)  # this process serves the store through which the others learn of the failure
     os._exit(status)

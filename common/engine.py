@@ -1,0 +1,624 @@
+"""The loop of epochs around a paper's training step, and evaluation.
+
+A paper writes ``step(batch) -> {"loss": ..., further terms}``; autocast, scaling, backward, clipping, optimizer step,
+schedule, averaging, logging and checkpoints happen here, in this order::
+
+    zero gradients -> step under autocast -> stop if the loss is not finite -> backward -> unscale, clip
+        -> optimizer step -> schedule -> after_step (a paper's own update) -> average of the weights
+
+A step with several backward passes sets ``own_backward=True`` and calls ``optimization.backward(loss)`` itself, as
+often as it likes; the gradients add up and the optimizer steps once, under one loss scale.
+
+A run that is killed at any step and resumed continues bit for bit on the CPU: the state is written whole, holds every
+generator, and the hooks below are called exactly once each in the life of a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.checkpoint import CheckpointManager, TrainingState
+from common.distributed import World, get_logger, reduce_sums, wrap_for_training
+from common.metrics import Means, ProgressLine, Record
+
+logger = get_logger(__name__)
+
+AMP_MODES = ("none", "fp16", "bf16")
+MOST_PENDING = 16  # rows of loss terms that may be on their way from the GPU before one is waited for
+
+Terms = Mapping[str, Tensor]
+Batch = Any
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became infinite or not a number; the message gives epoch, step and every term."""
+
+
+class Step(Protocol):
+    """Loss terms of a batch, scalar tensors by name; ``loss`` is the one that is back-propagated."""
+
+    def __call__(self, batch: Batch, /) -> Terms: ...
+
+
+class OwnBackwardStep(Protocol):
+    """Back-propagates by itself through ``optimization.backward``; ``loss`` among its terms is the total."""
+
+    def __call__(self, batch: Batch, optimization: Optimization, /) -> Terms: ...
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """Where a run is, after an optimizer step. ``epoch`` and ``batch`` count from 0, ``step`` from 1."""
+
+    epoch: int
+    batch: int
+    step: int
+    learning_rates: tuple[float, ...]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Precision
+
+
+def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of ``--amp``; None for full precision.
+
+    Raises:
+        ValueError: an unknown name, or one this device cannot do, naming what it can.
+    """
+    if amp not in AMP_MODES:
+        raise ValueError(f"--amp must be one of {', '.join(AMP_MODES)}, got {amp!r}")
+    if amp == "none":
+        return None
+    if amp == "fp16":
+        if device.type != "cuda":
+            raise ValueError(f"--amp fp16 needs a CUDA device, this is {device.type}; use --amp bf16 or none")
+        return torch.float16
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError("--amp bf16 is not supported by this GPU; use --amp fp16 or none")
+    return torch.bfloat16
+
+
+def autocast(amp: str, device: torch.device) -> torch.autocast:
+    """Autocast of ``--amp``, doing nothing for ``none``."""
+    dtype = amp_dtype(amp, device)
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def make_scaler(amp: str, device: torch.device) -> torch.amp.GradScaler:
+    """Loss scaler: active for fp16 only, whose gradients would underflow."""
+    return torch.amp.GradScaler(device.type, enabled=amp_dtype(amp, device) is torch.float16)
+
+
+def prepare_network(
+    model: nn.Module, world: World, *, compiled: bool = False, find_unused_parameters: bool = False
+) -> nn.Module:
+    """What a training step calls: ``model`` under DistributedDataParallel if there are several ranks, then compiled."""
+    network = wrap_for_training(model, world, find_unused_parameters=find_unused_parameters)
+    if compiled:
+        network = torch.compile(network)  # pyright: ignore[reportAssignmentType] - an OptimizedModule is a module
+    return network  # pyright: ignore[reportReturnType]
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Tensors of a batch, in lists, tuples and dicts too, on ``device``."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def count_images(batch: Batch) -> int:
+    """Pictures in a batch: the length of its first tensor."""
+    while not isinstance(batch, Tensor):
+        batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
+    return batch.shape[0]
+
+
+class Optimization:
+    """The optimizer with its loss scale, clipping and gradient exchange, for steps that back-propagate by themselves.
+
+    Args:
+        optimizer: its parameters are the ones clipped.
+        scaler: from :func:`make_scaler`; None for full precision.
+        clip_grad: largest L2 norm of all gradients together, taken after unscaling; None leaves them.
+        network: what the step calls; needed by :meth:`no_sync` only.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        clip_grad: float | None = None,
+        network: nn.Module | None = None,
+    ) -> None:
+        if clip_grad is not None and not clip_grad > 0:
+            raise ValueError(f"--clip-grad must be positive, or left out, got {clip_grad}")
+        self.optimizer = optimizer
+        self.scaler = scaler if scaler is not None else torch.amp.GradScaler("cpu", enabled=False)
+        self.clip_grad = clip_grad
+        self.network = network
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of ``loss``, times the loss scale, to those that are there."""
+        device = loss.device.type
+        with torch.autocast(device, enabled=False):
+            self.scaler.scale(loss).backward()
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Forward and backward passes in here exchange no gradients between ranks; the next one outside does for all.
+
+        Put all but the last pass of a step in it: the gradients are the same for a fraction of the traffic.
+        """
+        network = getattr(self.network, "_orig_mod", self.network)
+        if isinstance(network, nn.parallel.DistributedDataParallel):
+            with network.no_sync():
+                yield
+        else:
+            yield
+
+    def step(self) -> None:
+        """Unscale, clip, step, and adapt the loss scale; an overflow under fp16 skips the step."""
+        if self.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            parameters = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss terms
+
+
+@dataclass
+class _PendingTerms:
+    epoch: int
+    step: int
+    names: tuple[str, ...]
+    values: Tensor
+    images: int
+    event: torch.cuda.Event | None
+
+
+class TermReader:
+    """Reads every step's loss terms without stopping the GPU, and stops the run when a loss is not finite.
+
+    On the CPU a row is looked at before the optimizer steps. On CUDA its copy to the host is awaited by nobody: rows
+    are looked at when they have arrived, all of them in :meth:`flush`, which precedes every checkpoint.
+    """
+
+    def __init__(self, means: Means) -> None:
+        self.means = means
+        self.latest: dict[str, float] = {}
+        self.extra: dict[str, float] = {}
+        self.pending: deque[_PendingTerms] = deque()
+
+    def add(self, epoch: int, step: int, terms: Terms, images: int) -> None:
+        """Take the terms of one step.
+
+        Raises:
+            NonFiniteLoss: of this step on the CPU, of an earlier one on CUDA.
+        """
+        if "loss" not in terms:
+            raise KeyError(f"the training step must return its total under 'loss', got {sorted(terms)}")
+        names = tuple(terms)
+        values = torch.stack([torch.as_tensor(terms[name]).detach().float().reshape(()) for name in names])
+        event = None
+        if values.is_cuda:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values = host.copy_(values, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self.pending.append(_PendingTerms(epoch, step, names, values, images, event))
+        while self.pending and self._arrived(self.pending[0]):
+            self._read(self.pending.popleft())
+
+    def add_extra(self, values: Mapping[str, float], images: int) -> None:
+        """Numbers of a paper's own update, logged next to the terms."""
+        self.extra = {name: float(value) for name, value in values.items()}
+        self.means.add(self.extra, images)
+
+    def shown(self) -> dict[str, float]:
+        """The latest known values."""
+        return {**self.latest, **self.extra}
+
+    def _arrived(self, row: _PendingTerms) -> bool:
+        if row.event is not None and len(self.pending) > MOST_PENDING:
+            row.event.synchronize()
+        return row.event is None or row.event.query()
+
+    def flush(self) -> None:
+        """Wait for all rows and look at them; a checkpoint may be written only after this."""
+        while self.pending:
+            row = self.pending.popleft()
+            if row.event is not None:
+                row.event.synchronize()
+            self._read(row)
+
+    def _read(self, row: _PendingTerms) -> None:
+        values = dict(zip(row.names, row.values.tolist(), strict=True))
+        if not math.isfinite(values["loss"]):
+            terms = ", ".join(f"{name} = {value:.6g}" for name, value in values.items())
+            raise NonFiniteLoss(
+                f"the loss is not finite at epoch {row.epoch}, step {row.step}: {terms}. The last checkpoint is from "
+                "before; a lower --lr, --clip-grad 1, or --amp bf16 or none usually helps"
+            )
+        self.latest = values
+        self.means.add(values, row.images)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(
+    step: Step | OwnBackwardStep,
+    state: TrainingState,
+    loader: Iterable[Batch],
+    *,
+    world: World,
+    epochs: int,
+    network: nn.Module | None = None,
+    amp: str = "none",
+    clip_grad: float | None = None,
+    own_backward: bool = False,
+    train_mode: bool = True,
+    schedule_every: Literal["epoch", "step"] = "epoch",
+    evaluate_fn: Callable[[], Mapping[str, float]] | None = None,
+    manager: CheckpointManager | None = None,
+    record: Record | None = None,
+    save_every_steps: int | None = None,
+    log_every_steps: int | None = None,
+    epoch_start: Callable[[int], None] | None = None,
+    after_step: Callable[[StepInfo], Mapping[str, float] | None] | None = None,
+    show_progress: bool = True,
+) -> dict[str, float]:
+    """Run the epochs that ``state`` has not done yet.
+
+    Args:
+        step: see the module's docstring. It gets batches already on the device.
+        state: model, optimizer and the rest, new or resumed; ``scheduler`` may be timm's or torch's.
+        loader: batches; ``set_epoch``, ``state_dict`` and ``load_state_dict`` are used where it has them, and needed
+            for ``save_every_steps``.
+        epochs: in total, those done before included.
+        network: what ``step`` calls (see :func:`prepare_network`); the state's model by default.
+        amp, clip_grad: values of ``--amp`` and ``--clip-grad``.
+        own_backward: ``step`` takes (batch, optimization) and back-propagates by itself.
+        train_mode: what ``network.train()`` is given.
+        schedule_every: when the scheduler advances. A rate set by hand belongs in ``epoch_start``.
+        evaluate_fn: called after every epoch; its result decides which state is best.
+        manager: writes checkpoints; None keeps none.
+        record: gets a row per epoch, and per ``log_every_steps`` steps.
+        save_every_steps: also write a checkpoint within epochs, every so many optimizer steps.
+        epoch_start: called with the epoch before its first step, once in the life of a run.
+        after_step: called after every optimizer step, gradients still there; numbers it returns are logged.
+        show_progress: print the progress line.
+
+    Returns:
+        The last epoch's row: means of the terms as ``train_*``, the evaluation as ``test_*``; {} if nothing was left.
+
+    Raises:
+        NonFiniteLoss: before any checkpoint that the loss could have spoilt.
+    """
+    if not isinstance(state.optimizer, torch.optim.Optimizer):
+        raise TypeError("training needs an optimizer in the state")
+    if save_every_steps is not None and (save_every_steps < 1 or manager is None):
+        raise ValueError("--save-every-steps must be at least 1 and needs --output-dir")
+    if save_every_steps is not None and not hasattr(loader, "load_state_dict"):
+        raise ValueError("saving within an epoch needs a loader that can start there, such as common.data.train_loader")
+    loop = _Loop(
+        step=step,
+        state=state,
+        loader=loader,
+        device=world.device,
+        epochs=epochs,
+        network=network if network is not None else state.model,
+        amp=amp,
+        own_backward=own_backward,
+        schedule_every=schedule_every,
+        manager=manager,
+        record=record,
+        save_every_steps=save_every_steps,
+        log_every_steps=log_every_steps,
+        after_step=after_step,
+        show_progress=show_progress,
+        optimizer=state.optimizer,
+        clip_grad=clip_grad,
+    )
+    progress = state.progress
+    if record is not None:
+        record.rewind(progress.epoch, progress.step)
+        record.write("start", {"epoch": progress.epoch, "step": progress.step, "arguments": dict(state.arguments)})
+    row: dict[str, float] = {}
+    while progress.epoch < epochs:
+        loop.network.train(train_mode)
+        means = loop.run_epoch(epoch_start)
+        if evaluate_fn is not None and manager is not None:
+            manager.save(state)  # a run killed while it evaluates need not train the epoch again
+        row = loop.finish_epoch(means, evaluate_fn)
+    return row
+
+
+@dataclass
+class _Loop:
+    """One run of :func:`train`; the fields are its arguments."""
+
+    step: Any
+    state: TrainingState
+    loader: Any
+    device: torch.device
+    epochs: int
+    network: nn.Module
+    amp: str
+    own_backward: bool
+    schedule_every: str
+    manager: CheckpointManager | None
+    record: Record | None
+    save_every_steps: int | None
+    log_every_steps: int | None
+    after_step: Callable[[StepInfo], Mapping[str, float] | None] | None
+    show_progress: bool
+    optimizer: torch.optim.Optimizer
+    clip_grad: float | None
+
+    def __post_init__(self) -> None:
+        if self.state.scaler is None:
+            self.state.scaler = make_scaler(self.amp, self.device)
+        assert isinstance(self.state.scaler, torch.amp.GradScaler)
+        self.optimization = Optimization(
+            self.optimizer, scaler=self.state.scaler, clip_grad=self.clip_grad, network=self.network
+        )
+
+    def run_epoch(self, epoch_start: Callable[[int], None] | None) -> Means:
+        """The batches of the current epoch that are left; none if only its evaluation is outstanding."""
+        progress = self.state.progress
+        reader = TermReader(Means(progress.sums))
+        if progress.trained:
+            self.state.restore_random()
+            return reader.means
+        batches = self._open_loader(progress.batch > 0)
+        if progress.batch == 0:
+            self.state.restore_random()
+            if epoch_start is not None:
+                epoch_start(progress.epoch)
+            iterator = iter(batches)
+        else:
+            iterator = iter(batches)
+            self.state.restore_random()
+        title = f"epoch {progress.epoch + 1}/{self.epochs}"
+        started = time.monotonic()
+        with ProgressLine(title, _length(batches), done=progress.batch, show=self.show_progress) as line:
+            for batch in iterator:
+                self._run_step(to_device(batch, self.device), reader)
+                line.update(count_images(batch), {**reader.shown(), "lr": self.rates()[0]})
+                progress.batch += 1
+                self._maybe_log(reader)
+                if self.save_every_steps is not None and progress.step % self.save_every_steps == 0:
+                    started = self._note(reader, started)
+                    assert self.manager is not None
+                    self.manager.save(self.state)
+        if progress.batch == 0:
+            raise ValueError("the training loader gave no batch; lower --batch-size or check the dataset")
+        progress.trained = True
+        self._note(reader, started)
+        return reader.means
+
+    def _open_loader(self, resumed: bool) -> Any:
+        """The loader at the right epoch and, in a resumed run, at the right batch."""
+        progress = self.state.progress
+        if resumed:
+            if not hasattr(self.loader, "load_state_dict"):
+                raise ValueError("the checkpoint is from within an epoch, where this loader cannot start")
+            self.loader.load_state_dict(progress.position)
+        elif hasattr(self.loader, "set_epoch"):
+            self.loader.set_epoch(progress.epoch)
+        else:
+            sampler = getattr(self.loader, "sampler", None)
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(progress.epoch)  # pyright: ignore[reportOptionalMemberAccess]
+        return self.loader
+
+    def _note(self, reader: TermReader, started: float) -> float:
+        """Bring ``progress`` up to date before a checkpoint; returns the time from which seconds count anew."""
+        reader.flush()
+        now = time.monotonic()
+        progress = self.state.progress
+        progress.seconds += now - started
+        progress.sums = dict(reader.means.sums)
+        progress.position = dict(self.loader.state_dict()) if hasattr(self.loader, "state_dict") else None
+        return now
+
+    def rates(self) -> tuple[float, ...]:
+        return tuple(float(group["lr"]) for group in self.optimizer.param_groups)
+
+    def _run_step(self, batch: Batch, reader: TermReader) -> None:
+        state, progress = self.state, self.state.progress
+        self.optimization.zero_grad()
+        with autocast(self.amp, self.device):
+            terms = self.step(batch, self.optimization) if self.own_backward else self.step(batch)
+        reader.add(progress.epoch, progress.step + 1, terms, count_images(batch))
+        if not self.own_backward:
+            self.optimization.backward(terms["loss"])
+        self.optimization.step()
+        progress.step += 1
+        if state.scheduler is not None and self.schedule_every == "step":
+            self._advance_schedule(progress.step, None)
+        if self.after_step is not None:
+            info = StepInfo(progress.epoch, progress.batch, progress.step, self.rates())
+            extra = self.after_step(info)
+            reader.add_extra(extra or {}, count_images(batch))
+        ema: Any = state.ema
+        if ema is not None:
+            ema.update(state.model, step=progress.step if getattr(ema, "use_warmup", False) else None)
+
+    def _advance_schedule(self, count: int, metric: float | None) -> None:
+        """timm's schedulers are told where they are, torch's count by themselves."""
+        scheduler: Any = self.state.scheduler
+        if isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
+            scheduler.step()
+        elif self.schedule_every == "step":
+            scheduler.step_update(count, metric)
+        else:
+            scheduler.step(count, metric)
+
+    def _maybe_log(self, reader: TermReader) -> None:
+        progress = self.state.progress
+        if self.record is None or self.log_every_steps is None or progress.step % self.log_every_steps:
+            return
+        reader.flush()
+        values = {f"train_{name}": value for name, value in reader.shown().items()}
+        self.record.write(
+            "step", {"epoch": progress.epoch, "step": progress.step, "train_lr": self.rates()[0], **values}
+        )
+
+    def finish_epoch(self, means: Means, evaluate_fn: Callable[[], Mapping[str, float]] | None) -> dict[str, float]:
+        """Evaluate, advance the schedule, record, and write the checkpoint with which the next epoch starts."""
+        state, progress = self.state, self.state.progress
+        images = reduce_sums({"images": means.sums["count/loss"]})["images"]
+        row: dict[str, float] = {"epoch": progress.epoch, "step": progress.step}
+        rates = self.rates()
+        row["train_lr"] = rates[0]
+        row.update({f"train_lr_{index}": rate for index, rate in enumerate(rates) if rate != rates[0]})
+        row.update({f"train_{name}": value for name, value in means.reduce().items()})
+        row["train_images"], row["train_seconds"] = images, progress.seconds
+        metrics = dict(evaluate_fn()) if evaluate_fn is not None else None
+        row.update({f"test_{name}": value for name, value in (metrics or {}).items()})
+        if state.scheduler is not None and self.schedule_every == "epoch":
+            metric = self.manager.metric if self.manager is not None else None
+            self._advance_schedule(progress.epoch + 1, (metrics or {}).get(metric) if metric else None)
+        if self.record is not None:  # before the checkpoint: a run killed in between repeats both
+            self.record.write("epoch", row)
+        progress.epoch, progress.batch, progress.trained = progress.epoch + 1, 0, False
+        progress.sums, progress.position, progress.seconds = {}, None, 0.0
+        if self.manager is not None:
+            self.manager.save(state, metrics)
+        shown = {name: row[name] for name in row if name not in ("epoch", "step") and "seconds" not in name}
+        logger.info("epoch %d/%d done  %s", progress.epoch, self.epochs, _row_text(shown))
+        return row
+
+
+def _length(loader: Any) -> int | None:
+    """Batches of an epoch, where the loader knows; a stream need not."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def _row_text(row: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.5g}" for name, value in row.items() if isinstance(value, (int, float)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()  # inference mode would leave a model's cached tensors unusable for training
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device,
+    amp: str = "none",
+    output: Callable[[Any], Tensor] | None = None,
+    title: str = "test",
+    show_progress: bool = True,
+) -> dict[str, float]:
+    """Accuracy over the pictures of all ranks, each counted once, whatever the number of ranks and the batch size.
+
+    Args:
+        model: called with images (B, 3, height, width); put in evaluation mode, and back afterwards. Without the
+            shell of DistributedDataParallel, whose ranks would have to take the same number of batches.
+        loader: (images, targets) of this rank's share; an attribute ``skipped`` counts undecodable pictures.
+        device: of the model.
+        amp: value of ``--amp``; logits are compared in float32.
+        output: picks the class logits (B, C) out of what the model returns, where that is no tensor.
+        title: of the progress line.
+
+    Returns:
+        ``loss`` (cross-entropy, mean over pictures), ``top1_percent``, ``top5_percent`` (of as many as there are, with
+        fewer than five classes), ``images``, ``skipped``; the same on every rank.
+
+    Raises:
+        ValueError: no picture at all, or a label the model has no class for.
+    """
+    model = _without_exchange(model)
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    images_seen = 0
+    try:
+        with ProgressLine(title, _length(loader), show=show_progress) as line:
+            for images, targets in loader:
+                with autocast(amp, device):
+                    result = model(images.to(device, non_blocking=True))
+                logits = _pick_logits(result, output).float()
+                _check_labels(targets, logits.shape[1])
+                sums += _batch_sums(logits, targets.to(device, non_blocking=True))
+                images_seen += len(targets)
+                line.update(len(targets))
+    finally:
+        model.train(was_training)
+    loss, top1, top5 = sums.tolist()
+    total = reduce_sums(
+        {"loss": loss, "top1": top1, "top5": top5, "images": images_seen, "skipped": getattr(loader, "skipped", 0)}
+    )
+    if total["images"] == 0:
+        raise ValueError(f"no picture to evaluate ({total['skipped']:.0f} skipped as undecodable); check the dataset")
+    return {
+        "loss": total["loss"] / total["images"],
+        "top1_percent": 100 * total["top1"] / total["images"],
+        "top5_percent": 100 * total["top5"] / total["images"],
+        "images": int(total["images"]),
+        "skipped": int(total["skipped"]),
+    }
+
+
+def _without_exchange(model: nn.Module) -> nn.Module:
+    """``model`` with DistributedDataParallel removed, and torch.compile kept where it is not around that."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else model
+
+
+def _pick_logits(result: Any, output: Callable[[Any], Tensor] | None) -> Tensor:
+    logits = output(result) if output is not None else result
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"evaluation needs class logits (B, C), the model gave {found}; pass output= to pick them")
+    return logits
+
+
+def _check_labels(targets: Tensor, classes: int) -> None:
+    """On the CPU, where the loader leaves them: on the GPU a wrong label ends in an unreadable assertion."""
+    if not targets.is_cuda and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
+        raise ValueError(
+            f"the dataset has label {int(targets.max())}, the model only {classes} classes; check --num-classes and "
+            "that the dataset is the one the model was trained for"
+        )
+
+
+def _batch_sums(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross-entropy, and how many labels are first, and among the first five; (3,) in float64."""
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, <=5)
+    hits = ranked == targets[:, None]
+    loss = F.cross_entropy(logits, targets, reduction="sum")
+    return torch.stack([loss.double(), hits[:, 0].sum().double(), hits.sum().double()])
