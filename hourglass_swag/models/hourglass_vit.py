@@ -1,0 +1,143 @@
+"""Hourglass ViT: a published Vision Transformer whose later layers run on clusters of tokens, without fine-tuning.
+
+Paper: Expediting Large-Scale Vision Transformer for Dense Prediction without Fine-tuning, arXiv:2210.01035. The
+clustering has no parameters, so any checkpoint of the backbone fits.
+
+Letters: B images, N tokens, P patches, C width; K clusters.
+"""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common import flops
+from common.flops import OpCounts
+from hourglass_swag.models.ops.cluster import TokenClusteringBlock
+from hourglass_swag.models.vision_transformer import SIZES, VisionTransformer, count_layer
+
+OFF = -1  # the clustering_location that switches clustering off
+
+
+def get_aspect_ratio(height: int, width: int) -> tuple[int, int]:
+    """Height and width in lowest terms."""
+    divisor = math.gcd(height, width)
+    return height // divisor, width // divisor
+
+
+def reshape_as_aspect_ratio(tokens: Tensor, ratio: tuple[int, int]) -> Tensor:
+    """Put tokens (B, P, C), row by row, back on a grid of the given height to width: (B, C, H, W), a view.
+
+    Raises:
+        ValueError: if P tokens do not fill such a grid.
+    """
+    patches, scale = tokens.shape[1], math.isqrt(tokens.shape[1] // (ratio[0] * ratio[1]))
+    if scale * ratio[0] * scale * ratio[1] != patches:
+        raise ValueError(f"{patches} tokens do not fill a grid of height : width = {ratio[0]} : {ratio[1]}")
+    return tokens.transpose(1, 2).unflatten(2, (scale * ratio[0], scale * ratio[1]))
+
+
+class HourglassViT(VisionTransformer):
+    """Vision Transformer with one token clustering step before or after a layer.
+
+    Args:
+        options: arguments of ``VisionTransformer``.
+        cluster_after_output: cluster after the layer instead of before it. Published rows cluster before.
+        clustering_location: index of the layer; -1 switches clustering off.
+        num_cluster: number of clusters, a square, or (height, width) of their grid.
+        cluster_iters, cluster_temperture, cluster_window_size: see ``TokenClusteringBlock``.
+
+    Raises:
+        ValueError: if an argument is out of range. A location beyond the layers only warns: as in the published code
+            it never triggers.
+    """
+
+    def __init__(
+        self,
+        *,
+        cluster_after_output: bool = True,
+        clustering_location: int = 0,
+        num_cluster: int | tuple[int, int] | list[int] = 256,
+        cluster_iters: int = 5,
+        cluster_temperture: float = 1.0,
+        cluster_window_size: int = 5,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.cluster_after_output = cluster_after_output
+        self.clustering_location = clustering_location
+        self.token_clustering_layer = TokenClusteringBlock(
+            num_cluster, cluster_iters, cluster_temperture, cluster_window_size
+        )
+        if clustering_location != OFF and not 0 <= clustering_location < self.num_layers:
+            warnings.warn(
+                f"clustering_location = {clustering_location} is not a layer (0 to {self.num_layers - 1}): nothing is "
+                f"clustered and this is the dense model; {OFF} says so without this warning",
+                stacklevel=2,
+            )
+
+    def cluster(self, x: Tensor) -> Tensor:
+        """Replace the patches among tokens ``x`` (N, B, C) by clusters, the class token staying in front.
+
+        With classifier "gap" there is none, and all tokens are clustered (the published code fails).
+        """
+        x = x.transpose(0, 1)  # (B, N, C)
+        class_token, patches = x[:, : self.num_class_tokens], x[:, self.num_class_tokens :]
+        features = reshape_as_aspect_ratio(patches, (1, 1))
+        centroids, _ = self.token_clustering_layer(features, return_labels=False)
+        return torch.cat([class_token, centroids], dim=1).transpose(0, 1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        x = self.encoder.embed(x)
+        for i, layer in enumerate(self.encoder.layers):
+            here = i == self.clustering_location
+            if here and not self.cluster_after_output:
+                x = self.cluster(x)
+            x = layer(self.encoder.dropout(x))  # before every layer, as published; the dense encoder has it once
+            if here and self.cluster_after_output:
+                x = self.cluster(x)
+        return self.encoder.normalize(x)
+
+    def tokens_per_layer(self) -> list[int]:
+        """Tokens that enter each layer and, last, those that leave the last one."""
+        grid = self.token_clustering_layer.grid
+        assert grid is not None
+        clustered = self.num_class_tokens + grid[0] * grid[1]
+        if not 0 <= self.clustering_location < self.num_layers:
+            return [self.seq_length] * (self.num_layers + 1)
+        first = self.clustering_location + int(self.cluster_after_output)
+        return [self.seq_length if i < first else clustered for i in range(self.num_layers + 1)]
+
+    def count_encoder_ops(self) -> OpCounts:
+        """NC, then N_i C (dropout) + block(N_i, N_i) in layer i, the clustering, and 4 N_L C for the norm."""
+        C = self.hidden_dim
+        counts = flops.add(self.seq_length * C)
+        *entering, leaving = self.tokens_per_layer()
+        for layer, num_tokens in zip(self.encoder.layers, entering, strict=True):
+            counts += flops.dropout(num_tokens * C) + count_layer(layer, num_tokens)
+        if 0 <= self.clustering_location < self.num_layers:
+            counts += self.token_clustering_layer.count_ops(self.num_patches, C)
+        return counts + flops.layer_norm(leaving * C)
+
+
+class HourglassViTL16(HourglassViT):
+    """Hourglass ViT-L/16; ``options`` are the other arguments of ``HourglassViT``."""
+
+    def __init__(self, image_size: int = 224, **options: Any) -> None:
+        super().__init__(image_size=image_size, **SIZES["l16"].kwargs(), **options)
+
+
+class HourglassViTH14(HourglassViT):
+    """Hourglass ViT-H/14; ``options`` are the other arguments of ``HourglassViT``."""
+
+    def __init__(self, image_size: int = 224, **options: Any) -> None:
+        super().__init__(image_size=image_size, **SIZES["h14"].kwargs(), **options)
+
+
+class HourglassViTDesk(HourglassViT):
+    """The network of the embedded experiment; ``options`` are the other arguments of ``HourglassViT``."""
+
+    def __init__(self, image_size: int = 32, **options: Any) -> None:
+        super().__init__(image_size=image_size, **SIZES["desk"].kwargs(), **options)

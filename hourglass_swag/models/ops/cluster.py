@@ -1,0 +1,254 @@
+"""Token clustering without parameters: local soft k-means that starts from an adaptive average pool.
+
+Paper: Expediting Large-Scale Vision Transformer for Dense Prediction without Fine-tuning, arXiv:2210.01035, its token
+clustering layer. Written from the formulas.
+
+Letters: B images, P = H x W tokens z, K = kh x kw clusters with centroids s, C width, tau inverse temperature,
+r = window_size // 2.
+
+One iteration, with the mask fixed by the initial assignment of token p to a cell of the grid of clusters:
+
+    D[p,k] = |z_p - s_k|^2 + (1e16 where cell k is further than r, in either direction, from the initial cell of p)
+    A[p,k] = softmax over k of -tau D[p,k]
+    s_k    = sum_p A[p,k] z_p / sum_p A[p,k]
+
+|z_p|^2 is the same for all clusters and cancels in the softmax, so it is never computed, and D is never formed.
+"""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import flops
+from common.flops import OpCounts
+
+MASK_DISTANCE = 1e16  # added to the squared distance outside the window
+MIN_WEIGHT = 1e-16  # smallest divisor of a weighted average
+
+Grid = tuple[int, int]
+
+
+def cluster_grid(num_spixels: int | tuple[int, int] | list[int]) -> Grid:
+    """Height and width of a grid of clusters, from the number of clusters (a square) or from the pair itself.
+
+    Raises:
+        ValueError: if a single number is not a square, or a side is below 1.
+    """
+    if isinstance(num_spixels, int):
+        side = math.isqrt(max(num_spixels, 0))
+        if num_spixels < 1 or side * side != num_spixels:
+            nearest = ", ".join(str(s * s) for s in (side, side + 1) if s)
+            raise ValueError(f"num_clusters must be a square, got {num_spixels}; nearest are {nearest}")
+        return side, side
+    height, width = num_spixels
+    if height < 1 or width < 1:
+        raise ValueError(f"a grid of clusters needs a height and a width of at least 1, got {(height, width)}")
+    return height, width
+
+
+def initial_labels(size: Grid, grid: Grid, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Cell of the (kh, kw) grid that each of the H x W tokens starts in, (P,), whole numbers of type ``dtype``.
+
+    A nearest-neighbour resize of the map of cell numbers: torch's own, because its rounding decides some borders.
+    """
+    cells = torch.arange(grid[0] * grid[1], device=device, dtype=dtype).view(1, 1, *grid)
+    return F.interpolate(cells, size=size, mode="nearest").flatten()
+
+
+def allowed_clusters(size: Grid, grid: Grid, radius: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Whether token p may join cluster k, (P, K): its initial cell is at most ``radius`` rows and columns away."""
+    labels = initial_labels(size, grid, device=device, dtype=dtype).long()[:, None]
+    cells = torch.arange(grid[0] * grid[1], device=device)
+    near_rows = (labels // grid[1] - cells // grid[1]).abs() <= radius
+    near_columns = (labels % grid[1] - cells % grid[1]).abs() <= radius
+    return near_rows & near_columns
+
+
+def assign_tokens(tokens: Tensor, centroids: Tensor, penalty: Tensor, temperature: float) -> Tensor:
+    """Soft assignment A of tokens to clusters.
+
+    Args:
+        tokens: z, (B, P, C).
+        centroids: s, (B, K, C).
+        penalty: -tau times the masked distance, (P, K): zero where a token may join a cluster.
+        temperature: tau.
+
+    Returns:
+        A, (B, P, K); the weights of a token sum to one over the clusters.
+    """
+    logits = penalty - temperature * centroids.square().sum(2)[:, None]  # (B, P, K)
+    logits.baddbmm_(tokens, centroids.transpose(1, 2), alpha=2 * temperature)
+    return logits.softmax(dim=2)
+
+
+def average_tokens(tokens: Tensor, weights: Tensor) -> Tensor:
+    """Centroids (B, K, C): averages of tokens (B, P, C) under weights (B, P, K)."""
+    total = weights.sum(1).clamp_min(MIN_WEIGHT)  # (B, K)
+    return weights.transpose(1, 2) @ tokens / total[..., None]
+
+
+class TokenClusteringBlock(nn.Module):
+    """Replace H x W tokens by a grid of clusters.
+
+    Args:
+        num_spixels: number of clusters, a square, or (height, width) of their grid; None if given at each call.
+        n_iters: iterations; 0 returns the average pool.
+        temperture: tau (spelt as published); 0 weighs all clusters alike, the far ones included, as in the formula.
+        window_size: odd side of the square of cells that a token may join, centred on its initial cell.
+
+    Raises:
+        ValueError: if one of them is out of range.
+    """
+
+    def __init__(
+        self,
+        num_spixels: int | tuple[int, int] | list[int] | None = None,
+        n_iters: int = 5,
+        temperture: float = 1.0,
+        window_size: int = 7,
+    ) -> None:
+        super().__init__()
+        if window_size < 1 or window_size % 2 == 0:
+            raise ValueError(f"window_size must be odd and positive, got {window_size}")
+        if n_iters < 0:
+            raise ValueError(f"n_iters must not be negative, got {n_iters}")
+        if temperture < 0:
+            raise ValueError(f"temperture must not be negative, got {temperture}")
+        self.grid = None if num_spixels is None else cluster_grid(num_spixels)
+        self.n_iters = n_iters
+        self.temperture = float(temperture)
+        self.window_size = window_size
+        self.radius = window_size // 2
+        self._windows: dict[tuple[Any, ...], Tensor] = {}
+
+    def extra_repr(self) -> str:
+        return f"grid={self.grid}, n_iters={self.n_iters}, temperture={self.temperture}, window_size={self.window_size}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the table of windows, which is made again when needed."""
+        return self.__dict__ | {"_windows": {}}
+
+    def calc_init_centroid(self, images: Tensor, width: int, height: int) -> tuple[Tensor, Tensor]:
+        """Initial centroids and the cell that each token starts in.
+
+        Args:
+            images: features, (B, C, H, W).
+            width, height: of the grid of clusters (width first, as published).
+
+        Returns:
+            Average-pooled centroids (B, C, K) and cells (B, P) as whole numbers of the features' type.
+        """
+        centroids = F.adaptive_avg_pool2d(images, (height, width)).flatten(2)
+        labels = initial_labels(
+            (images.shape[2], images.shape[3]), (height, width), device=images.device, dtype=images.dtype
+        )
+        return centroids, labels.expand(images.shape[0], -1)
+
+    def forward(
+        self, features: Tensor, num_spixels: int | tuple[int, int] | list[int] | None = None, return_labels: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Cluster a grid of tokens. Gradients flow through the averaged tokens; the assignment is detached.
+
+        Args:
+            features: tokens on their grid, (B, C, H, W). Half precision is computed in float32.
+            num_spixels: as in the constructor, which it overrides.
+            return_labels: whether to look for the nearest centroid of every token (one more product of K x P x C).
+
+        Returns:
+            Centroids (B, K, C), row by row, and the nearest centroid of every token, (B, P) int64, over all clusters
+            and not only over those in the window; None instead unless asked for.
+
+        Raises:
+            ValueError: if the number of clusters is known neither here nor from the constructor.
+        """
+        grid = self.grid if num_spixels is None else cluster_grid(num_spixels)
+        if grid is None:
+            raise ValueError("num_spixels was given neither to TokenClusteringBlock nor to its forward")
+        dtype = features.dtype if features.dtype in (torch.float32, torch.float64) else torch.float32
+        with _without_autocast(features.device.type):
+            centroids, labels = self._cluster(features.to(dtype), grid, return_labels)
+        return centroids.to(features.dtype), labels
+
+    def _cluster(self, features: Tensor, grid: Grid, return_labels: bool) -> tuple[Tensor, Tensor | None]:
+        """``forward`` in float32 or float64."""
+        tokens = features.flatten(2).transpose(1, 2)  # (B, P, C)
+        centroids = F.adaptive_avg_pool2d(features, grid).flatten(2).transpose(1, 2)  # (B, K, C)
+        detached = tokens.detach()
+        if self.n_iters:
+            penalty = self._penalty((features.shape[2], features.shape[3]), grid, features.device, features.dtype)
+            for iteration in range(self.n_iters):
+                with torch.no_grad():
+                    weights = assign_tokens(detached, centroids.detach(), penalty, self.temperture)  # (B, P, K)
+                # Earlier centroids matter through the detached weights only.
+                last = iteration == self.n_iters - 1
+                centroids = average_tokens(tokens if last else detached, weights)
+                del weights
+        if not return_labels:
+            return centroids, None
+        with torch.no_grad():
+            closeness = -centroids.detach().square().sum(2)[:, None].expand(-1, tokens.shape[1], -1)
+            closeness = torch.baddbmm(closeness, detached, centroids.detach().transpose(1, 2), alpha=2)
+            return centroids, closeness.argmax(2)
+
+    def _penalty(self, size: Grid, grid: Grid, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """-tau times the distance added outside the window, (P, K).
+
+        It depends on shapes alone, so it is kept per shape and device, except while compiling or tracing, where the
+        compiler folds it and a kept tensor could outlive the trace.
+        """
+        key = (size, grid, device, dtype, self.temperture, self.radius)
+        if (known := self._windows.get(key)) is not None:
+            return known
+        allowed = allowed_clusters(size, grid, self.radius, device=device, dtype=dtype)
+        penalty = torch.zeros(allowed.shape, device=device, dtype=dtype)
+        penalty = penalty.masked_fill(~allowed, -self.temperture * MASK_DISTANCE)
+        if not torch.compiler.is_compiling() and type(penalty) is Tensor and not penalty.is_inference():
+            self._windows[key] = penalty
+        return penalty
+
+    def count_ops(
+        self, num_tokens: int, channels: int, num_spixels: int | None = None, *, return_labels: bool = False
+    ) -> OpCounts:
+        """Operations for one image, in the published formula's terms, the products being those really executed.
+
+        n_iters [PC + KC + 2KP (mul) + 2KP (add) + KP (sub) + 2KPC (matmul) + KP (softmax) + KC (div)], and 3KP for
+        the window. The published tool sees |z|^2 computed, and the window in every pass; here neither is.
+        """
+        grid = self.grid if num_spixels is None else cluster_grid(num_spixels)
+        if grid is None:
+            raise ValueError("num_spixels was given neither to TokenClusteringBlock nor to count_ops")
+        K, P, C = grid[0] * grid[1], num_tokens, channels
+        once = flops.pool(P * C) + flops.sub(2 * K * P) + flops.mul(K * P)
+        iteration = (
+            flops.mul(P * C + K * C + 2 * K * P)
+            + flops.add(2 * K * P)
+            + flops.sub(K * P)
+            + flops.matmul(2, K, P, C)
+            + flops.softmax(K * P)
+            + flops.div(K * C)
+        )
+        labels = flops.matmul(1, K, P, C) if return_labels else OpCounts()
+        return once + iteration * self.n_iters + labels
+
+
+class AvgPool(nn.Module):
+    """The ablation without iterations: an adaptive average pool with the interface of ``TokenClusteringBlock``."""
+
+    def __init__(self, num_spixels: int | tuple[int, int] | list[int]) -> None:
+        super().__init__()
+        self.grid = cluster_grid(num_spixels)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, None]:
+        """Pool features (B, C, H, W) to (B, K, C); there are no labels."""
+        return F.adaptive_avg_pool2d(features, self.grid).flatten(2).transpose(1, 2), None
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Computation in the tensors' own types, on devices that have automatic mixed precision at all."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
