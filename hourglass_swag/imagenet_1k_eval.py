@@ -1,0 +1,138 @@
+"""Accuracy of any network of hubconf.py on ImageNet-1K, or on another data set that it was trained for.
+
+    python hourglass_swag/imagenet_1k_eval.py -m hourglass_vit_l16_in1k -r 512 -b 256 -l 12 -n 529 DIR
+    torchrun --nproc-per-node 8 hourglass_swag/imagenet_1k_eval.py -m vit_l16_in1k -r 512 DIR
+    python hourglass_swag/imagenet_1k_eval.py -m hourglass_vit_desk -r 32 -l 2 -n 16 --dataset digits --weights FILE
+
+DIR holds val/<class>/ or img_val/<class>/. The last line printed is the accuracy in percent.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset, Subset
+
+from common.benchmark import describe_device
+from common.cache import write_atomic
+from common.checkpoint import CheckpointError
+from common.data import DataError, build_dataset, eval_loader
+from common.distributed import World, get_logger, launch, main_process_first, run
+from hourglass_swag.evaluation import evaluate, swag_eval_transform
+from hourglass_swag.models import create
+from hourglass_swag.tools.parser import get_default_parser, get_model_args
+from hourglass_swag.tools.processes import device_name, pictures_per_process, set_environment, start_one_per_gpu
+
+logger = get_logger(__name__)
+
+WITHOUT_DIRECTORY = ("digits", "hfds/", "hfids/", "tfds/", "wds/")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """All published flags, and those of this script."""
+    parser = get_default_parser(__doc__)
+    group = parser.add_argument_group("beyond the published script")
+    group.add_argument(
+        "--dataset", "--data-set", default="imagenet", help="data set by name: imagenet, digits, inat18, hfds/NAME ..."
+    )
+    group.add_argument("--split", default="val", help="part of the data set")
+    group.add_argument("--limit", type=int, metavar="N", help="only the first N pictures")
+    group.add_argument("--skip-bad-images", action="store_true", help="leave out and count undecodable pictures")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument("--amp", default="none", choices=("none", "fp16", "bf16"), help="mixed precision")
+    group.add_argument("--compile", action="store_true", help="compile the network first")
+    group.add_argument("--output", type=Path, metavar="FILE", help="write the result as JSON, too")
+    args = parser.parse_args(argv)
+    if args.data is None and not args.dataset.startswith(WITHOUT_DIRECTORY):
+        parser.error(f"DIR is missing: the root of {args.dataset}, which holds val/ or img_val/")
+    for flag, value in (("--batch-size", args.batch_size), ("--print-freq", args.print_freq)):
+        if value < 1:
+            parser.error(f"{flag} must be at least 1, got {value}")
+    return args
+
+
+def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """The network that the flags describe, in evaluation mode on ``device``."""
+    if args.no_pretrained and not args.weights:
+        logger.warning("--no-pretrained: the weights are random, so the accuracy means nothing")
+    try:
+        with main_process_first():  # one download serves all
+            model = create(
+                args.model,
+                pretrained=not args.no_pretrained,
+                weights=args.weights,
+                image_size=args.resolution,
+                **get_model_args(args),
+            )
+    except ValueError as error:
+        raise SystemExit(f"error: {args.model} at -r {args.resolution}: {error}") from error
+    model = model.eval().to(device)
+    return torch.compile(model) if args.compile else model  # pyright: ignore[reportReturnType] - it is a module
+
+
+def build_data(args: argparse.Namespace) -> Dataset[Any]:
+    """The pictures to evaluate on."""
+    dataset = build_dataset(
+        args.dataset,
+        args.data,
+        args.split,
+        swag_eval_transform(args.resolution),
+        on_bad_image="skip" if args.skip_bad_images else "raise",
+        batch_size=args.batch_size,
+    )
+    if args.limit is None:
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        raise DataError(f"--limit does not work with {args.dataset}, which is a stream")
+    return Subset(dataset, range(min(args.limit, len(dataset))))  # pyright: ignore[reportArgumentType]
+
+
+def evaluate_network(args: argparse.Namespace) -> dict[str, Any]:
+    """What one process does."""
+    set_environment(args)
+    world = launch(device_name(args), local_rank=args.local_rank)
+    report_devices(args, world)
+    dataset = build_data(args)
+    model = build_model(args, world.device)
+    loader = eval_loader(dataset, batch_size=pictures_per_process(args.batch_size, world.size), workers=args.workers)
+    measured = evaluate(model, loader, world, amp=args.amp, print_freq=args.print_freq)
+    result = measured | {"arguments": vars(args) | {"output": str(args.output)}, "processes": world.size}
+    if args.output and world.is_main:
+        write_atomic(args.output, json.dumps(result | {"device": describe_device(world.device)}, indent=1) + "\n")
+    return result
+
+
+def report_devices(args: argparse.Namespace, world: World) -> None:
+    """Say what runs where, on rank 0."""
+    if not world.is_main:
+        return
+    print(args)
+    if world.device.type == "cpu":
+        print("using CPU, this will be slow")
+    elif world.size == 1 and args.gpu is None and torch.cuda.device_count() > 1:
+        logger.info("one of %d GPUs is used; --multiprocessing-distributed uses all", torch.cuda.device_count())
+    if world.backend and world.device.type == "cuda" and args.dist_backend != world.backend:
+        logger.warning("--dist-backend %s is ignored: CUDA devices talk through %s", args.dist_backend, world.backend)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the script; ``argv`` as on the command line. Returns what ``--output`` holds, but for the device."""
+    args = parse_args(argv)
+    if not args.multiprocessing_distributed:
+        return run(partial(evaluate_network, args), expected=(DataError, CheckpointError, NotImplementedError))
+    words = list(sys.argv[1:] if argv is None else argv)
+    with TemporaryDirectory() as folder:
+        output = args.output or Path(folder, "result.json")
+        start_one_per_gpu(args, __file__, [*words, "--output", str(output)])
+        return json.loads(output.read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""Command-line flags shared by the accuracy and the cost tool, and what of them reaches a network."""
+
+import argparse
+from typing import Any
+
+from hourglass_swag.models import names
+
+DEFAULT_MODEL = "vit_b16_in1k"
+
+_TRUE = frozenset({"true", "t", "yes", "y", "on", "1"})
+_FALSE = frozenset({"false", "f", "no", "n", "off", "0", ""})
+
+
+def boolean(word: str) -> bool:
+    """Read True or False (the published flags took every word but the empty one as True)."""
+    if word.lower() in _TRUE:
+        return True
+    if word.lower() in _FALSE:
+        return False
+    raise argparse.ArgumentTypeError(f"expected True or False, got {word!r}")
+
+
+def model_choices() -> list[str]:
+    """Names that ``-m`` offers: those with a classification head."""
+    return names(classifiers=True)
+
+
+def add_network_args(parser: argparse.ArgumentParser) -> None:
+    """Flags that say which network, at which resolution, with which weights."""
+    group = parser.add_argument_group("network")
+    group.add_argument(
+        "-m",
+        "--model",
+        default=DEFAULT_MODEL,
+        choices=model_choices(),
+        metavar="NAME",
+        help="a name of hubconf.py: " + ", ".join(model_choices()),
+    )
+    group.add_argument("-r", "--resolution", type=int, default=224, help="side of the input in pixels")
+    group.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="checkpoint of the published or of torchvision's layout; without it the published file is taken from "
+        "torch.hub's cache or downloaded into it",
+    )
+    group.add_argument("--no-pretrained", action="store_true", help="random weights, for trying things out")
+
+
+def add_model_args(parser: argparse.ArgumentParser) -> None:
+    """Flags of the methods, under their published names and with their published defaults."""
+    group = parser.add_argument_group("Hourglass (hourglass_vit_*)")
+    group.add_argument(
+        "-l",
+        "--clustering_location",
+        type=int,
+        default=-1,
+        help="index of the layer before which tokens are clustered; -1: nowhere",
+    )
+    group.add_argument(
+        "-n", "--num_cluster", type=int, default=1000, help="number of clusters, a square; the default is none"
+    )
+    group.add_argument("--cluster_iters", type=int, default=5, help="iterations of the clustering")
+    group.add_argument(
+        "--cluster_temperture", type=float, default=1.0, help="factor of the squared distances in the soft assignment"
+    )
+    group.add_argument(
+        "--cluster_window_size", type=int, default=5, help="odd side, in clusters, of the window a token may join"
+    )
+    group = parser.add_argument_group("ToMe (tome_vit_*)")
+    group.add_argument("--tome_r", type=int, default=0, help="tokens merged in every layer")
+    group = parser.add_argument_group("EViT (e_vit_*)")
+    group.add_argument(
+        "--base_keep_rate", type=float, default=0.7, help="fraction of the patches kept at each location"
+    )
+    group.add_argument(
+        "--drop_loc",
+        type=int,
+        nargs="+",
+        default=[3, 6, 9],
+        help="indices of the layers that drop patches; the default suits 12 layers, the published rows use 6 12 18 "
+        "(L/16) and 8 16 24 (H/14)",
+    )
+    group.add_argument("--fuse_token", action="store_true", help="fuse the dropped patches into one more token")
+    group = parser.add_argument_group("ACT (act_*)")
+    group.add_argument("--act_plug_in_index", type=int, default=0, help="first layer with clustered attention")
+    group.add_argument(
+        "--act_plug_out_index", type=int, default=-1, help="first layer after that without it; -1: never"
+    )
+    group.add_argument("--act_group_q", type=boolean, default=True, metavar="BOOL", help="cluster the queries")
+    group.add_argument("--act_group_k", type=boolean, default=False, metavar="BOOL", help="cluster keys and values")
+    group.add_argument("--act_q_hashes", type=int, default=32, help="hash rounds for the queries")
+    group.add_argument("--act_k_hashes", type=int, default=32, help="hash rounds for the keys, where clustered")
+    group = parser.add_argument_group("SMYRF (smyrf_*)")
+    group.add_argument("--smyrf_plug_in_index", type=int, default=0, help="first layer with SMYRF attention")
+    group.add_argument(
+        "--smyrf_plug_out_index", type=int, default=-1, help="first layer after that without it; -1: never"
+    )
+    group.add_argument("--smyrf_n_hashes", type=int, default=32, help="hash rounds")
+    group.add_argument("--smyrf_q_cluster_size", type=int, default=64, help="queries per cluster")
+    group.add_argument("--smyrf_k_cluster_size", type=int, default=64, help="keys per cluster")
+    group = parser.add_argument_group("ATS (ats_*)")
+    group.add_argument("--ats_blocks_indexes", type=int, nargs="*", default=[], help="indices of the sampling layers")
+    group.add_argument("--ats_num_tokens", type=int, default=197, help="upper bound of the tokens sampled")
+    group.add_argument("--ats_drop_tokens", action="store_true", help="shorten the sequence instead of masking")
+    group = parser.add_argument_group("Evo-ViT (evo_*)")
+    group.add_argument(
+        "--evo_prune_ratio", type=float, default=0.5, help="fraction of the patches KEPT from the pruning layer on"
+    )
+    group.add_argument("--evo_prune_location", type=int, default=4, help="index of the first pruned layer")
+
+
+def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
+    """Published flags of the accuracy tool besides the network's: data, output, processes."""
+    parser.add_argument(
+        "data",
+        metavar="DIR",
+        nargs="?",
+        help="root of the data set: DIR/val/<class>/ or DIR/img_val/<class>/ for ImageNet",
+    )
+    group = parser.add_argument_group("data and output")
+    group.add_argument("-j", "--workers", type=int, default=4, help="processes that load pictures, per rank")
+    group.add_argument(
+        "-b", "--batch-size", type=int, default=200, help="pictures per batch, of all processes of a machine together"
+    )
+    group.add_argument("-p", "--print-freq", type=int, default=10, help="batches between two progress lines")
+    group = parser.add_argument_group(
+        "processes", "the job is read from torchrun's, torch.distributed.launch's or Slurm's variables where they exist"
+    )
+    group.add_argument("--world-size", type=int, default=-1, help="number of machines (of processes, without the next)")
+    group.add_argument("--rank", type=int, default=-1, help="number of this machine (of this process), from 0")
+    group.add_argument(
+        "--dist-url", default="tcp://224.66.41.62:23456", help="where the first machine listens; env:// reads variables"
+    )
+    group.add_argument("--dist-backend", default="nccl", help="nccl, or gloo; on the CPU it is always gloo")
+    group.add_argument("--gpu", type=int, default=None, help="number of the only GPU to use (default: all there are)")
+    group.add_argument(
+        "--multiprocessing-distributed",
+        action="store_true",
+        help="start one process per GPU of this machine; with --world-size machines, of which this is --rank",
+    )
+    group.add_argument("--local-rank", "--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+
+
+def get_default_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """Parser of ``imagenet_1k_eval.py`` with all published flags."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    add_evaluation_args(parser)
+    add_network_args(parser)
+    add_model_args(parser)
+    return parser
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults behind every help text; the description keeps its lines."""
+
+
+# Part of a model name -> {keyword of the factory: flag}. The first part that occurs decides: tome_vit contains e_vit.
+_MODEL_FLAGS: dict[str, dict[str, str]] = {
+    "hourglass_vit": {
+        key: key
+        for key in (
+            "clustering_location",
+            "num_cluster",
+            "cluster_iters",
+            "cluster_temperture",
+            "cluster_window_size",
+        )
+    },
+    "tome": {"tome_r": "tome_r"},
+    "e_vit": {key: key for key in ("base_keep_rate", "drop_loc", "fuse_token")},
+    "act": {
+        key: key
+        for key in (
+            "act_plug_in_index",
+            "act_plug_out_index",
+            "act_group_q",
+            "act_group_k",
+            "act_q_hashes",
+            "act_k_hashes",
+        )
+    },
+    "smyrf": {
+        key: key
+        for key in (
+            "smyrf_plug_in_index",
+            "smyrf_plug_out_index",
+            "smyrf_n_hashes",
+            "smyrf_q_cluster_size",
+            "smyrf_k_cluster_size",
+        )
+    },
+    "ats": {"ats_blocks": "ats_blocks_indexes", "num_tokens": "ats_num_tokens", "drop_tokens": "ats_drop_tokens"},
+    "evo": {"prune_ratio": "evo_prune_ratio", "prune_location": "evo_prune_location"},
+}
+
+
+def get_model_args(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments that the flags give the factory of ``args.model``, besides ``image_size``."""
+    for part, flags in _MODEL_FLAGS.items():
+        if part in args.model:
+            return {keyword: getattr(args, flag) for keyword, flag in flags.items()}
+    return {}
