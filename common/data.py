@@ -117,8 +117,8 @@ class SeededStream(IterableDataset[Any]):
 
     Args:
         rank, world_size: share of an evaluation stream to yield, every ``world_size``-th sample of each worker, so that
-            no picture is counted twice. None leaves sharding to timm's reader, which repeats pictures to give each rank
-            as many: right for training.
+            no picture is counted twice. None leaves sharding to timm's reader, which gives each rank as many good
+            pictures, repeating some: right for training, where those left out are then not counted.
     """
 
     def __init__(self, stream: IterableDataset[Any], seed: int, *, share: tuple[int, int] | None, rank: int) -> None:
@@ -146,13 +146,13 @@ class SeededStream(IterableDataset[Any]):
         source = (self.rank, worker.id if worker else 0)
         with seeded(self.seed, self.epoch, *source):
             samples = iter(self.stream)
-        position = 0
+        position, end = 0, object()
         while True:
             with seeded(self.seed, self.epoch, *source, position):
-                sample = next(samples, None)
-            if sample is None:
+                sample = next(samples, end)
+            if sample is end:
                 return
-            if self.share is None or position % self.share[1] == self.share[0]:
+            if sample is not None if self.share is None else position % self.share[1] == self.share[0]:
                 yield sample
             position += 1
 

@@ -7,16 +7,18 @@ picture in place of one that does not decode, so its readers are used without it
 
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from io import BytesIO
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
+from traceback import walk_tb
 from typing import IO, Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from timm.data.dataset import ImageDataset
+from timm.data.dataset import ImageDataset, IterableImageDataset
 from timm.data.dataset_factory import create_dataset
+from timm.data.readers import reader_wds
 from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset, IterableDataset
@@ -59,8 +61,8 @@ def build_dataset(
             ``create_dataset`` with its prefix (``hfds/``, ``hfids/``, ``tfds/``, ``wds/``, ``torch/``).
         split: ``train`` or ``val``; for timm's names whatever split the dataset has.
         on_bad_image: ``raise`` stops at the first picture that cannot be decoded; ``skip`` yields None in its place,
-            which the loaders of ``common.data`` leave out and count. Streams (``hfids/``, ``tfds/``, ``wds/``) decode
-            inside timm's reader, which decides itself: ``wds/`` logs a warning and goes on.
+            which the loaders of ``common.data`` leave out and count. ``hfids/`` and ``tfds/`` decode in their own
+            libraries, where a bad picture stops the run in any case.
         download: let CIFAR and timm's names fetch what ``root`` lacks.
         inat_category: level of the taxonomy that makes the classes of ``inat18`` and ``inat19``.
         batch_size, seed: passed on to streams, which shuffle and count by them.
@@ -75,6 +77,8 @@ def build_dataset(
         dataset: Dataset[Any] = Digits(split, transform)
     elif name.lower().startswith(TIMM_PREFIXES):
         dataset = _open_with_timm(name, root, split, transform, download, batch_size, seed)
+        if isinstance(dataset, IterableImageDataset) and isinstance(dataset.reader, reader_wds.ReaderWds):
+            dataset = ShardStream(dataset, skip=on_bad_image == "skip")
     elif name in ("imagenet", "folder", "tar"):
         dataset = _open_folder(name, _existing(name, root), split, transform)
     elif name in ("inat18", "inat19"):
@@ -114,12 +118,16 @@ def decode_picture(file: IO[bytes], name: str) -> Image.Image:
         with Image.open(file) as picture:
             return picture.convert("RGB")
     except Exception as error:  # damaged data makes Pillow's decoders raise nearly any type
-        unknown = isinstance(error, UnidentifiedImageError)  # whose text names a buffer in memory
-        reason = "not in a format that Pillow knows" if unknown else f"{type(error).__name__}: {error}"
-        raise BadPictureError(
-            f"cannot decode picture {name} ({reason}); replace it, "
-            "or leave such pictures out and count them with --on-bad-image skip"
-        ) from error
+        raise _bad_picture(name, error) from error
+
+
+def _bad_picture(name: str, error: Exception) -> BadPictureError:
+    unknown = isinstance(error, UnidentifiedImageError)  # whose text names a buffer in memory
+    reason = "not in a format that Pillow knows" if unknown else f"{type(error).__name__}: {error}"
+    return BadPictureError(
+        f"cannot decode picture {name} ({reason}); replace it, "
+        "or leave such pictures out and count them with --on-bad-image skip"
+    )
 
 
 def load_picture(path: str | Path) -> Image.Image:
@@ -238,6 +246,58 @@ class ReaderPictures(Dataset[Any]):
         with file:
             picture = decode_picture(file, f"{self.source}: {self.reader.filename(index) or f'picture {index}'}")
         return (self.transform(picture) if self.transform else picture), int(target)
+
+
+class ShardStream(IterableDataset[Any]):
+    """WebDataset shards through timm, with None for each picture left out, or the error that names it.
+
+    timm's reader logs a warning and goes on, so that accuracy would be of an unknown part of the pictures. Its error
+    handler is a name in its module, looked up once, when the reader builds its pipeline in the process that iterates;
+    the name stands for ``handle`` during that moment only.
+    """
+
+    def __init__(self, stream: IterableImageDataset, *, skip: bool) -> None:
+        self.stream = stream
+        self.reader: Any = stream.reader
+        self.skip = skip
+        self.left_out = 0
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.stream.set_epoch(epoch)
+
+    def set_loader_cfg(self, num_workers: int) -> None:
+        self.stream.set_loader_cfg(num_workers=num_workers)
+
+    def handle(self, error: Exception) -> bool:
+        frames = (frame for frame, _ in walk_tb(error.__traceback__))
+        sample = next((frame.f_locals["sample"] for frame in frames if "sample" in frame.f_locals), None)
+        if not sample or "__key__" not in sample:
+            raise DataError(f"cannot read a shard of {self.reader.root} ({type(error).__name__}: {error})") from error
+        if not isinstance(error, (OSError, SyntaxError, Image.DecompressionBombError)):  # what Pillow raises
+            raise DataError(
+                f"cannot use sample {sample['__key__']} of {sample.get('__url__')} ({type(error).__name__}: {error})"
+            ) from error
+        if not self.skip:
+            raise _bad_picture(f"{sample.get('__url__')}: {sample['__key__']}", error) from error
+        self.left_out += 1
+        return True
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.reader.ds is None:
+            timms, reader_wds.log_and_continue = reader_wds.log_and_continue, self.handle
+            try:
+                self.reader._lazy_init()
+            finally:
+                reader_wds.log_and_continue = timms
+        self.left_out = reported = 0
+        for sample in chain(self.stream, (None,)):  # the last round is for what was left out at the end
+            yield from repeat(None, self.left_out - reported)
+            reported = self.left_out
+            if sample is not None:
+                yield sample
 
 
 def _existing(name: str, root: str | Path | None) -> Path:

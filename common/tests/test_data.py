@@ -248,6 +248,21 @@ def test_stream_evaluation_counts_every_picture_once(world_size: int, workers: i
     assert sorted(chain(*shares)) == list(range(23))
 
 
+class TornStream(Stream):
+    """Every fifth picture left out, which the stream says by None."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for sample in super().__iter__():
+            yield None if sample[1] % 5 == 0 else sample
+
+
+def test_pictures_left_out_of_a_stream() -> None:
+    loaders = [eval_loader(TornStream(23), batch_size=4, rank=rank, world_size=2) for rank in range(2)]
+    assert sum(len(targets_of(loader)) for loader in loaders) == 18
+    assert sum(loader.skipped for loader in loaders) == 5
+    assert [len(targets) for _, targets in batches_of(train_loader(TornStream(23), batch_size=4))] == [4] * 4
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stream_resumes_with_the_same_workers(workers: int) -> None:
     def build() -> Loader:

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.data import BadPictureError, DataError, build_dataset, default_num_classes, eval_transform, num_classes
+from common.data import (
+    BadPictureError,
+    DataError,
+    build_dataset,
+    default_num_classes,
+    eval_loader,
+    eval_transform,
+    num_classes,
+)
 
 
 def write_picture(path: Path, seed: int = 0, size: tuple[int, int] = (40, 36)) -> None:
@@ -298,6 +306,53 @@ def test_timm_names(tmp_path: Path) -> None:
     assert (len(dataset), num_classes(dataset), dataset[5][1]) == (6, 3, 2)
     with pytest.raises(DataError, match=r"timm cannot open dataset 'wds/' \(root .*, split 'validation'\)"):
         build_dataset("wds/", tmp_path, "val", None)
+
+
+def write_shards(root: Path, count: int, bad: tuple[int, ...], shards: int = 3) -> Path:
+    """WebDataset shards of ``count`` pictures, those in ``bad`` undecodable; class = number."""
+    names = [f"val-{shard}.tar" for shard in range(shards)]
+    numbers = [list(range(shard, count, shards)) for shard in range(shards)]
+    for name, inside in zip(names, numbers, strict=True):
+        with tarfile.open(root / name, "w") as tar:
+            for number in inside:
+                buffer = io.BytesIO()
+                Image.new("RGB", (8, 8), (number, 0, 0)).save(buffer, "PNG")
+                picture = b"not a picture" if number in bad else buffer.getvalue()
+                for suffix, content in (("png", picture), ("cls", str(number).encode())):
+                    info = tarfile.TarInfo(f"{number:03d}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    split = {"name": "validation", "filenames": names, "shard_lengths": [*map(len, numbers)], "num_samples": count}
+    (root / "_info.json").write_text(json.dumps({"splits": {"validation": split}}))
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_webdataset_shards(tmp_path: Path, workers: int, world_size: int) -> None:
+    pytest.importorskip("webdataset", reason="WebDataset shards need the package webdataset")
+    from timm.data.readers import reader_wds
+
+    timms = reader_wds.log_and_continue
+    root = write_shards(tmp_path, 11, bad=(4, 9, 10))
+    seen, skipped = [], 0
+    for rank in range(world_size):
+        dataset = build_dataset("wds/", root, "val", eval_transform(32), on_bad_image="skip")
+        loader = eval_loader(dataset, batch_size=2, workers=workers, rank=rank, world_size=world_size)
+        for _ in range(2):
+            targets = [int(target) for _, batch in loader for target in batch]
+        seen, skipped = seen + targets, skipped + loader.skipped
+    assert (sorted(seen), skipped) == ([0, 1, 2, 3, 5, 6, 7, 8], 3)
+    strict = eval_loader(build_dataset("wds/", root, "val", eval_transform(32)), batch_size=2, workers=workers)
+    with pytest.raises(BadPictureError, match=r"cannot decode picture \S*val-[01].tar: (004|009|010) \(not in"):
+        list(strict)
+    assert reader_wds.log_and_continue is timms
+    (root / "val-2.tar").write_bytes((root / "val-2.tar").read_bytes()[:700])
+    torn = eval_loader(
+        build_dataset("wds/", root, "val", eval_transform(32), on_bad_image="skip"), batch_size=2, workers=workers
+    )
+    with pytest.raises(DataError, match="cannot read a shard of"):
+        list(torn)
 
 
 def test_unknown_names_are_refused() -> None:
