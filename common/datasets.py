@@ -28,6 +28,7 @@ from common.transforms import Transform
 
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "img_val", "validation", "valid")}
 NUM_CLASSES = {"imagenet": 1000, "inat18": 8142, "inat19": 1010, "cifar10": 10, "cifar100": 100, "digits": 10}
+DEIT_NAMES = {"IMNET": "imagenet", "CIFAR": "cifar100", "CIFAR10": "cifar10", "INAT": "inat18", "INAT19": "inat19"}
 TIMM_PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
@@ -58,7 +59,8 @@ def build_dataset(
         name: ``imagenet`` (``root`` holds train/ and val/ or img_val/), ``folder`` (any class folders; without splits
             they serve only to evaluate), ``tar`` (a tar file or a folder of them, which the two above find too),
             ``inat18``, ``inat19``, ``cifar10``, ``cifar100``, ``digits`` (needs no root), or a name for timm's
-            ``create_dataset`` with its prefix (``hfds/``, ``hfids/``, ``tfds/``, ``wds/``, ``torch/``).
+            ``create_dataset`` with its prefix (``hfds/``, ``hfids/``, ``tfds/``, ``wds/``, ``torch/``). DeiT's names
+            (``IMNET``, ``CIFAR`` for CIFAR-100, ``INAT``, ``INAT19``) are understood.
         split: ``train`` or ``val``; for timm's names whatever split the dataset has.
         on_bad_image: ``raise`` stops at the first picture that cannot be decoded; ``skip`` yields None in its place,
             which the loaders of ``common.data`` leave out and count. ``hfids/`` and ``tfds/`` decode in their own
@@ -72,6 +74,7 @@ def build_dataset(
     """
     if on_bad_image not in ("raise", "skip"):
         raise ValueError(f"on_bad_image must be 'raise' or 'skip', got {on_bad_image!r}")
+    name = DEIT_NAMES.get(name, name)
     split = next((main for main, names in SPLIT_NAMES.items() if split in names), split)
     if name == "digits":
         dataset: Dataset[Any] = Digits(split, transform)
@@ -95,6 +98,7 @@ def build_dataset(
 
 def default_num_classes(name: str) -> int:
     """Classes of a dataset known by name, for building a model before (or without) its pictures."""
+    name = DEIT_NAMES.get(name, name)
     if name not in NUM_CLASSES:
         raise DataError(f"the number of classes of {name!r} is known only once it is open: give --num-classes")
     return NUM_CLASSES[name]
@@ -126,7 +130,7 @@ def _bad_picture(name: str, error: Exception) -> BadPictureError:
     reason = "not in a format that Pillow knows" if unknown else f"{type(error).__name__}: {error}"
     return BadPictureError(
         f"cannot decode picture {name} ({reason}); replace it, "
-        "or leave such pictures out and count them with --on-bad-image skip"
+        "or leave such pictures out and count them with --skip-bad-images"
     )
 
 
@@ -302,7 +306,7 @@ class ShardStream(IterableDataset[Any]):
 
 def _existing(name: str, root: str | Path | None) -> Path:
     if root is None or not str(root):
-        raise DataError(f"dataset {name!r} needs a data directory: give --data DIR")
+        raise DataError(f"dataset {name!r} needs a data directory: give DIR (--data-path DIR)")
     path = Path(root).expanduser()
     if not path.exists():
         parent = next(parent for parent in path.absolute().parents if parent.exists())
@@ -400,7 +404,8 @@ def _open_cifar(
     except RuntimeError as error:
         raise DataError(
             f"{name} is not (or not completely) under {path}: expected {path / kind.base_folder}/, "
-            f"unpacked from {kind.filename}; put it there or fetch it with --download; {path} {_contents(path)}"
+            f"unpacked from {kind.filename}; put it there, or fetch it: python -c 'from torchvision.datasets import "
+            f'{kind.__name__}; {kind.__name__}("{path}", download=True)\'; {path} {_contents(path)}'
         ) from error
 
 

@@ -92,7 +92,7 @@ def test_wrong_path_is_named_with_what_exists(tmp_path: Path) -> None:
     (tmp_path / "imagenet").mkdir()
     with pytest.raises(DataError, match=r"imagnet/val2 does not exist; the nearest that does, .* holds imagenet/"):
         build_dataset("imagenet", tmp_path / "imagnet" / "val2", "val", None)
-    with pytest.raises(DataError, match=r"'imagenet' needs a data directory: give --data"):
+    with pytest.raises(DataError, match=r"'imagenet' needs a data directory: give DIR"):
         build_dataset("imagenet", None, "val", None)
 
 
@@ -146,7 +146,7 @@ def test_undecodable_picture_is_named_or_skipped(tmp_path: Path, damage: str) ->
         "broken": content[:middle] + bytes(50) + content[middle + 50 :],
     }
     bad.write_bytes(damaged[damage])
-    with pytest.raises(BadPictureError, match=r"cannot decode picture .*val/bee/1.png .*--on-bad-image skip"):
+    with pytest.raises(BadPictureError, match=r"cannot decode picture .*val/bee/1.png .*--skip-bad-images"):
         build_dataset("imagenet", tmp_path, "val", None)[3]
     dataset = build_dataset("imagenet", tmp_path, "val", None, on_bad_image="skip")
     assert [dataset[i] is None for i in range(len(dataset))] == [False, False, False, True, False, False]
@@ -278,7 +278,9 @@ def test_inat_failures_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_missing_cifar_says_where_it_belongs(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DataError, match=rf"{name} is not .*expected .*cifar-.*--download; .* is empty"):
+    with pytest.raises(
+        DataError, match=rf"{name} is not .*expected .*cifar-.*fetch it: python -c .*CIFAR100?\(.*; .* is empty"
+    ):
         build_dataset(name, tmp_path, "train", None)
 
 
@@ -360,7 +362,7 @@ def test_unknown_names_are_refused() -> None:
         build_dataset("imagnet", None, "val", None)
     with pytest.raises(DataError, match="'folder' is known only once it is open: give --num-classes"):
         default_num_classes("folder")
-    assert [default_num_classes(name) for name in ("imagenet", "cifar100", "inat18", "inat19")] == [
+    assert [default_num_classes(name) for name in ("IMNET", "CIFAR", "inat18", "inat19")] == [
         1000,
         100,
         8142,
