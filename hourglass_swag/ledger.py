@@ -1,0 +1,105 @@
+"""What the ledger asks of this paper: costs, speeds and accuracy of a published row, and the experiment at desk size."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common.cache import FOLDER
+from common.checkpoint import hub_folder
+from common.flops import count_parameters, gmacs
+from common.speeds import as_measured, measure_rows
+from common.tables import DeskTable, Measured, NeedsWeights, NotImplementedYet, Row
+from hourglass_swag import desk as desk_experiment
+from hourglass_swag.models import REGISTRY
+from hourglass_swag.models.weights import TORCHVISION_FILES
+from hourglass_swag.tools.costs import build_network, parse_network
+
+CPU_ROUNDS = 5
+"""A pass of H/14 takes many seconds on a CPU, whose clock varies little."""
+
+
+def build(row: Row) -> tuple[nn.Module, int]:
+    """The row's network, with random weights, on torch's default device, and its resolution in pixels.
+
+    Raises:
+        NotImplementedYet: if its method is not built yet.
+    """
+    args = parse_network(row.arguments)
+    if REGISTRY[args.model].model is None:
+        raise NotImplementedYet(args.model)
+    return build_network(args), args.resolution
+
+
+def costs(row: Row) -> dict[str, Measured]:
+    """Parameters and GMACs of a row, counted on the meta device: nothing is computed and nothing downloaded."""
+    with torch.device("meta"):
+        model, resolution = build(row)
+    counts = model.count_ops()  # pyright: ignore[reportCallIssue] - every network of the registry has it
+    convention = row.convention.get("gmacs", "swag")
+    source = f"count_ops() of {type(model).__name__}, one image at {resolution}"
+    return {
+        "gmacs": Measured(gmacs(counts, convention), convention, source),
+        "macs_g": Measured(gmacs(counts), "macs", source),
+        "params_m": Measured(count_parameters(model) / 1e6, "all parameters", f"parameters of {type(model).__name__}"),
+    }
+
+
+def speeds(
+    rows: Sequence[Row], *, columns: Sequence[str], device: torch.device | str, progress: bool
+) -> dict[tuple[str, str], Measured]:
+    """Speed of the rows that share a dense row, each pair in turns; random weights, which no speed here depends on."""
+    device = torch.device(device)
+    rounds = {"rounds": CPU_ROUNDS, "warmup": 1} if device.type == "cpu" else {}
+    run = measure_rows(rows, build, device=device, columns=columns, progress="speed" if progress else None, **rounds)
+    return as_measured(run, device)
+
+
+def accuracy(
+    row: Row, *, data: Path, weights: Path | None, device: torch.device | str, progress: bool
+) -> dict[str, Measured]:
+    """Top-1 and top-5 of a row on ImageNet, through the very command of the row.
+
+    Args:
+        data: folder that holds val/ or img_val/.
+        weights: folder with the checkpoints, of the published or of torchvision's names; None: torch.hub's cache.
+
+    Raises:
+        NeedsWeights: if the checkpoint is in neither.
+        NotImplementedYet: if the row's method is not built yet.
+    """
+    from hourglass_swag import imagenet_1k_eval
+
+    args = parse_network(row.arguments)
+    entry = REGISTRY[args.model]
+    if entry.model is None or entry.weights is None:
+        raise NotImplementedYet(args.model)
+    file = find_weights(entry.weights, weights)
+    command = ["-b", "256", "--device", str(device), "--weights", str(file), "-p", "10" if progress else "1000000"]
+    result = imagenet_1k_eval.main([*shlex.split(row.arguments), *command, str(data)])
+    convention = f"{result['images']} images, {file.name}, float32"
+    source = f"imagenet_1k_eval.py {row.arguments}"
+    return {name: Measured(result[name], convention, source) for name in ("top1_percent", "top5_percent")}
+
+
+def find_weights(name: str, folder: Path | None) -> Path:
+    """A published checkpoint under its own or torchvision's name, in ``folder`` or torch.hub's cache.
+
+    Raises:
+        NeedsWeights: naming the files looked for.
+    """
+    folders = [folder] if folder is not None else [hub_folder()]
+    files = [name, *filter(None, [TORCHVISION_FILES.get(name)])]
+    for path in (place / file for place in folders for file in files):
+        if path.is_file():
+            return path
+    raise NeedsWeights(reason=f"{' or '.join(files)} in {folders[0]} (--weights DIR)")
+
+
+def desk(*, folder: Path | None = None, device: torch.device | str, force: bool, progress: bool) -> DeskTable:
+    """The paper's table on handwritten digits."""
+    return desk_experiment.run(
+        folder or FOLDER / "desk" / "hourglass_swag", device=device, force=force, progress=progress
+    )
