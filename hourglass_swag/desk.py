@@ -75,8 +75,8 @@ def run(folder: Path, *, device: torch.device | str, force: bool, progress: bool
         columns=COLUMNS,
         rows=rows,
         notes=(
-            "vit_desk: 8 layers, width 64, 8x8 tokens of 32x32 pictures; trained once on 1,437 digits, evaluated on the "
-            "360 others. One picture is 0.28 points.",
+            "vit_desk: 8 layers, width 64, 8x8 tokens of 32x32 pictures; trained once on 1,437 digits and evaluated on "
+            "the 360 others. One picture is 0.28 points.",
             f"Throughput on {device_name(device)}{threads}, float32, batch {BATCH[device.type]}, median of {ROUNDS} "
             "rounds in turns. speedup: paired, over dense; flops_ratio: what the counted cost promises; realised: the "
             "first over the second. mmacs by the convention 'swag', in millions.",

@@ -1,4 +1,4 @@
-"""What the ledger asks of this paper: costs, speeds and accuracy of a published row, and the experiment at desk size."""
+"""What the ledger asks of this paper: costs, speeds and accuracy of a published row, and the desk experiment."""
 
 import shlex
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from hourglass_swag.models import REGISTRY
 from hourglass_swag.models.weights import TORCHVISION_FILES
 from hourglass_swag.tools.costs import build_network, parse_network
 
-CPU_ROUNDS = 5
-"""A pass of H/14 takes many seconds on a CPU, whose clock varies little."""
+PASSES = {"cpu": (1, 5), "gpu": (3, 20)}
+"""Warm-up and timed passes of each pair: one pass of H/14 takes many seconds on a CPU."""
 
 
 def build(row: Row) -> tuple[nn.Module, int]:
@@ -52,8 +52,9 @@ def speeds(
 ) -> dict[tuple[str, str], Measured]:
     """Speed of the rows that share a dense row, each pair in turns; random weights, which no speed here depends on."""
     device = torch.device(device)
-    rounds = {"rounds": CPU_ROUNDS, "warmup": 1} if device.type == "cpu" else {}
-    run = measure_rows(rows, build, device=device, columns=columns, progress="speed" if progress else None, **rounds)
+    warmup, rounds = PASSES["cpu" if device.type == "cpu" else "gpu"]
+    label = "speed" if progress else None
+    run = measure_rows(rows, build, device=device, columns=columns, warmup=warmup, rounds=rounds, progress=label)
     return as_measured(run, device)
 
 

@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.data.mixup import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.utils import ModelEmaV3
+from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from common import cli
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )  # fmt: skip
     ema = None
     if args.model_ema:
-        ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+        ema = ModelEmaV3(model, args.model_ema_decay, device=torch.device("cpu") if args.model_ema_force_cpu else None)
     state = TrainingState(model, optimizer, scheduler, ema=ema, arguments=vars(args), device=world.device)
     folder = Path(args.output_dir) if args.output_dir else None
     manager = CheckpointManager(folder) if folder else None
@@ -137,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if args.mixup or args.cutmix or args.cutmix_minmax:
         mixup = Mixup(
             args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
-            label_smoothing=args.smoothing, num_classes=model.num_classes,
+            label_smoothing=args.smoothing, num_classes=int(model.num_classes),  # pyright: ignore[reportArgumentType] - every network of the registry has it
         )  # fmt: skip
     network = prepare_network(model, world, compiled=args.compile)
     step = partial(classification_step, network=network, criterion=build_criterion(mixup, args.smoothing), mixup=mixup)
