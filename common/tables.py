@@ -173,6 +173,8 @@ class Row:
     setting: str
     series: str
     """what the row belongs to when drawn: a backbone, a training run"""
+    label: str
+    """text at its point in a figure"""
     arguments: str
     """command-line words of this row, the same for every command of the table"""
     variables: Mapping[str, str]
@@ -222,7 +224,10 @@ class Table:
     dataset: str
     note: str
     plot: Mapping[str, str]
-    """``x`` and ``y``: columns to draw; ``overview``: name of a figure shared with other tables of the paper"""
+    """``x`` and ``y``: columns to draw; ``overview``: name of a figure shared with other tables of the paper;
+    ``panels = "series"``: that figure has a panel per series and a line per method"""
+    order: int
+    """place among the tables of the paper"""
     checkpoints: Mapping[str, Checkpoint]
     rows: tuple[Row, ...]
     path: Path
@@ -247,12 +252,11 @@ class Table:
 
 
 _TABLE_KEYS = frozenset(
-    "paper table title source dataset note plot convention tolerance commands needs checkpoints rows".split()
-)
+    ("paper", "table", "title", "source", "dataset", "note", "plot", "convention", "tolerance", "commands", "needs")
+) | {"checkpoints", "rows", "order"}
 _ROW_KEYS = frozenset(
-    "id method setting series arguments variables checkpoint dense cited published approximate reasons convention "
-    "tolerance commands needs note".split()
-)
+    ("id", "method", "setting", "series", "arguments", "variables", "checkpoint", "dense", "cited", "published")
+) | {"label", "approximate", "reasons", "convention", "tolerance", "commands", "needs", "note"}
 
 
 class _Reader:
@@ -273,6 +277,12 @@ class _Reader:
             raise self.fail(key, f"expected text, got {value!r}")
         if required and not value:
             raise self.fail(key, "is missing")
+        return value
+
+    def whole(self, key: str, default: int) -> int:
+        value = self.data.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.fail(key, f"expected a whole number, got {value!r}")
         return value
 
     def flag(self, key: str) -> bool:
@@ -338,7 +348,7 @@ def load_tables(paper: str | None = None, *, root: Path = ROOT) -> tuple[Table, 
     """Read the tables of one paper, or of all.
 
     Args:
-        paper: name of the package; None for all, in alphabetical order.
+        paper: name of the package; None for all, in alphabetical order. A paper's tables come in their ``order``.
         root: folder that holds the packages.
 
     Raises:
@@ -350,7 +360,7 @@ def load_tables(paper: str | None = None, *, root: Path = ROOT) -> tuple[Table, 
     result: list[Table] = []
     for name in names if paper is None else (paper,):
         tables = [load_table(path) for path in sorted((root / name / "tables").glob("*.toml"))]
-        result += _link(name, tables)
+        result += _link(name, sorted(tables, key=lambda table: table.order))
     return tuple(result)
 
 
@@ -388,6 +398,7 @@ def load_table(path: Path) -> Table:
         dataset=top.text("dataset"),
         note=top.text("note"),
         plot=top.texts("plot"),
+        order=top.whole("order", 100),
         checkpoints=checkpoints,
         rows=rows,
         path=path,
@@ -451,6 +462,7 @@ def _row(
         method=reader.text("method", required=True),
         setting=reader.text("setting"),
         series=reader.text("series"),
+        label=reader.text("label") if "label" in entry else reader.text("setting") or reader.text("method"),
         arguments=reader.text("arguments"),
         variables=reader.texts("variables"),
         checkpoint=checkpoints[checkpoint] if checkpoint else None,
@@ -495,8 +507,10 @@ def _check_table(table: Table, top: _Reader) -> None:
     ids = [row.id for row in table.rows]
     if twice := sorted({name for name in ids if ids.count(name) > 1}):
         raise top.fail("rows", f"ids {twice} appear more than once")
-    if unknown := sorted(set(table.plot) - {"x", "y", "overview"}):
-        raise top.fail("plot", f"unknown keys {unknown}; the keys are ['overview', 'x', 'y']")
+    if unknown := sorted(set(table.plot) - {"x", "y", "overview", "panels"}):
+        raise top.fail("plot", f"unknown keys {unknown}; the keys are ['overview', 'panels', 'x', 'y']")
+    if table.plot.get("panels", "series") != "series":
+        raise top.fail("plot.panels", f"can only be 'series', got {table.plot['panels']!r}")
     for axis in ("x", "y"):
         if table.plot and table.plot.get(axis) not in table.columns:
             raise top.fail(f"plot.{axis}", f"must be one of the published columns {list(table.columns)}")
