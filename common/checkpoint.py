@@ -307,7 +307,7 @@ def _explain(error: Exception) -> str:
             f"it names {forbidden.group(1)}, which is no plain value; it was refused and nothing in it was run. "
             "If you trust the file's origin, have its author save only tensors and plain values"
         )
-    if isinstance(error, EOFError) or "PytorchStreamReader" in text or "central directory" in text:
+    if isinstance(error, EOFError) or re.search("PytorchStreamReader|central directory|unexpected EOF", text):
         return f"it is truncated or damaged ({_first_line(text) or 'unexpected end'})"
     cause = text.split("WeightsUnpickler error:")[-1]  # torch's own advice around it is to load unsafely
     return f"{type(error).__name__}: {_first_line(cause) or 'no reason given'}"
@@ -653,7 +653,7 @@ class TrainingState:
     Args:
         model: the bare module, not wrapped.
         optimizer, scheduler, scaler, ema: None where the run has none; ``ema`` holds its average in ``.module``.
-        extra: a paper's own state by name, for example dual variables.
+        extra: a paper's own state by name, for example dual variables; the same on every rank.
         arguments: the run's flags, ``vars(args)``, for the record.
         device: this process's, whose generator is part of the state.
     """

@@ -380,16 +380,21 @@ def build_optimizer(
         extra["eps"] = eps
     if betas is not None:
         extra["betas"] = tuple(betas)
+    if decay_all:  # timm's own switch still leaves out what no_weight_decay() names
+        group_fn = _one_group
     return create_optimizer_v2(
         model_or_groups,  # pyright: ignore[reportArgumentType] - timm names only the mutable kinds of groups
         opt=opt,
         lr=lr,
         weight_decay=weight_decay,
         momentum=momentum,
-        filter_bias_and_bn=not decay_all,
         param_group_fn=group_fn,
         **extra,
     )
+
+
+def _one_group(model: nn.Module) -> list[dict[str, Any]]:
+    return [{"params": [weight for weight in model.parameters() if weight.requires_grad]}]
 
 
 def build_schedule(

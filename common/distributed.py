@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 FAILURE_KEY = "leanvit/failures"
 REASON_KEY = "leanvit/failed_rank"
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.3
 DEFAULT_PORT = 29500
 
 
@@ -386,7 +386,7 @@ def _leave(watch: _Watch, error: BaseException, expected: tuple[type[Exception],
         _say(f"[rank {watch.rank}] error:\n" + "".join(traceback.format_exception(error)))
     if first is None and "TORCHELASTIC_ERROR_FILE" in os.environ and isinstance(error, Exception):
         get_error_handler().record_exception(error)  # torchrun's summary shows it then
-    if watch.lingers:
+    if watch.lingers and first is None:
         time.sleep(4 * POLL_SECONDS)  # this process serves the store through which the others learn of the failure
     os._exit(status)
 
@@ -468,6 +468,13 @@ def gather_objects(value: object) -> list:
     gathered: list = [None] * get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every rank the buffers of rank 0: batch norm's running averages differ after each training batch."""
+    if get_world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def seed_everything(seed: int, rank: int | None = None) -> None:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.checkpoint import CheckpointManager, TrainingState
-from common.distributed import World, get_logger, reduce_sums, wrap_for_training
+from common.distributed import World, broadcast_buffers, get_logger, reduce_sums, wrap_for_training
 from common.metrics import Means, ProgressLine, Record
 
 logger = get_logger(__name__)
@@ -190,7 +190,9 @@ class Optimization:
 
 
 @dataclass
-class _PendingTerms:
+class PendingTerms:
+    """The terms of one step on their way to the host; ``event`` is None where they are there."""
+
     epoch: int
     step: int
     names: tuple[str, ...]
@@ -210,7 +212,7 @@ class TermReader:
         self.means = means
         self.latest: dict[str, float] = {}
         self.extra: dict[str, float] = {}
-        self.pending: deque[_PendingTerms] = deque()
+        self.pending: deque[PendingTerms] = deque()
 
     def add(self, epoch: int, step: int, terms: Terms, images: int) -> None:
         """Take the terms of one step.
@@ -228,7 +230,7 @@ class TermReader:
             values = host.copy_(values, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self.pending.append(_PendingTerms(epoch, step, names, values, images, event))
+        self.pending.append(PendingTerms(epoch, step, names, values, images, event))
         while self.pending and self._arrived(self.pending[0]):
             self._read(self.pending.popleft())
 
@@ -241,7 +243,7 @@ class TermReader:
         """The latest known values."""
         return {**self.latest, **self.extra}
 
-    def _arrived(self, row: _PendingTerms) -> bool:
+    def _arrived(self, row: PendingTerms) -> bool:
         if row.event is not None and len(self.pending) > MOST_PENDING:
             row.event.synchronize()
         return row.event is None or row.event.query()
@@ -254,7 +256,7 @@ class TermReader:
                 row.event.synchronize()
             self._read(row)
 
-    def _read(self, row: _PendingTerms) -> None:
+    def _read(self, row: PendingTerms) -> None:
         values = dict(zip(row.names, row.values.tolist(), strict=True))
         if not math.isfinite(values["loss"]):
             terms = ", ".join(f"{name} = {value:.6g}" for name, value in values.items())
@@ -547,7 +549,8 @@ def evaluate(
 
     Args:
         model: called with images (B, 3, height, width); put in evaluation mode, and back afterwards. Without the
-            shell of DistributedDataParallel, whose ranks would have to take the same number of batches.
+            shell of DistributedDataParallel, whose ranks would have to take the same number of batches. Its buffers
+            become those of rank 0, which are the ones in a checkpoint.
         loader: (images, targets) of this rank's share; an attribute ``skipped`` counts undecodable pictures.
         device: of the model.
         amp: value of ``--amp``; logits are compared in float32.
@@ -562,6 +565,7 @@ def evaluate(
         ValueError: no picture at all, or a label the model has no class for.
     """
     model = _without_exchange(model)
+    broadcast_buffers(model)
     was_training = model.training
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=device)

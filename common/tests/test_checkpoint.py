@@ -1,0 +1,506 @@
+import argparse
+import collections
+import hashlib
+import http.server
+import os
+import pathlib
+import pickle
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from common.checkpoint import (
+    CheckpointError,
+    CheckpointManager,
+    TrainingState,
+    fetch,
+    list_key_differences,
+    load_safely,
+    load_strict,
+    locate,
+    plain,
+    save_atomic,
+    select_state,
+)
+from common.tests.forks import run_forked
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading safely
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_reads_what_official_files_hold(tmp_path: Path, new_format: bool) -> None:
+    weights = nn.Linear(2, 3).state_dict()
+    args = argparse.Namespace(
+        output_dir=pathlib.PosixPath("/data/run"),
+        lr=np.float64(0.5),
+        seed=np.int64(4),
+        flag=np.bool_(True),
+        name=np.str_("vit"),
+        matrix=np.arange(6, dtype=np.float32).reshape(2, 3),
+        columns=np.asfortranarray(np.arange(6).reshape(2, 3)),
+        big_endian=np.arange(3, dtype=">i4"),
+        kind=np.dtype("float16"),
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        shape=torch.Size([1, 2]),
+        table=collections.defaultdict(dict, {1: {2: 3}}),
+        counts=collections.Counter("aab"),
+        random=np.random.get_state(),
+        nested=[{"x": (np.float32(1.5), [np.int8(3)])}],
+    )
+    file = tmp_path / "a.pth"
+    content = {"model": weights, "args": args, "epoch": 3}
+    torch.save(content, file, _use_new_zipfile_serialization=new_format)
+    loaded = load_safely(file)
+    assert loaded["epoch"] == 3
+    assert all(torch.equal(loaded["model"][key], weights[key]) for key in weights)
+    found = loaded["args"]
+    assert isinstance(found, argparse.Namespace)
+    assert found.output_dir == pathlib.PurePosixPath("/data/run")
+    assert (found.lr, type(found.lr)) == (0.5, np.float64)
+    assert (found.seed, found.flag, found.name, found.kind) == (4, True, "vit", np.dtype("float16"))
+    for key in ("matrix", "columns", "big_endian"):
+        np.testing.assert_array_equal(getattr(found, key), getattr(args, key))
+        assert getattr(found, key).dtype == getattr(args, key).dtype
+    assert found.dtype is torch.bfloat16
+    assert (found.device, tuple(found.shape)) == (torch.device("cpu"), (1, 2))
+    assert found.table == {1: {2: 3}}
+    assert found.counts["a"] == 2
+    np.testing.assert_array_equal(found.random[1], args.random[1])
+    assert found.nested == [{"x": (1.5, [3])}]
+    np.random.RandomState().set_state(found.random)
+
+
+def rename_global(file: Path, old: str, new: str) -> None:
+    """Rewrite a legacy file as if another version of a library had written it: globals are lines of text there."""
+    content = file.read_bytes()
+    before, after = ("c" + "\n".join(name.rsplit(".", 1)) + "\n" for name in (old, new))
+    changed = content.replace(before.encode(), after.encode())
+    assert changed != content
+    file.write_bytes(changed)
+
+
+@pytest.mark.parametrize("core", ["numpy.core", "numpy._core"])
+def test_reads_both_numpy_spellings(tmp_path: Path, core: str) -> None:
+    file = tmp_path / "a.pth"
+    torch.save({"x": np.float64(2.5), "y": np.ones(3)}, file, _use_new_zipfile_serialization=False)
+    other = "numpy._core" if b"numpy._core" in file.read_bytes() else "numpy.core"
+    if core != other:
+        rename_global(file, f"{other}.multiarray.scalar", f"{core}.multiarray.scalar")
+        rename_global(file, f"{other}.multiarray._reconstruct", f"{core}.multiarray._reconstruct")
+    assert core.encode() in file.read_bytes()
+    loaded = load_safely(file)
+    assert loaded["x"] == 2.5
+    np.testing.assert_array_equal(loaded["y"], np.ones(3))
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+@pytest.mark.parametrize("name", ["PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"])
+def test_reads_paths_of_any_platform_and_python(tmp_path: Path, module: str, name: str) -> None:
+    file = tmp_path / "a.pth"
+    torch.save({"p": pathlib.PurePosixPath("c", "x")}, file, _use_new_zipfile_serialization=False)
+    written = "pathlib._local" if b"pathlib._local" in file.read_bytes() else "pathlib"
+    if (module, name) != (written, "PurePosixPath"):
+        rename_global(file, f"{written}.PurePosixPath", f"{module}.{name}")
+    path = load_safely(file)["p"]
+    assert path.parts == ("c", "x")
+    assert isinstance(path, pathlib.PureWindowsPath) == ("Windows" in name)
+
+
+class Command:
+    """Runs a shell command when unpickled carelessly."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.file}",)
+
+
+class Evaluated(Command):
+    def __reduce__(self) -> tuple:
+        return eval, (f"open({str(self.file)!r}, 'w')",)
+
+
+@pytest.mark.parametrize("writer", ["zip", "legacy", "pickle", "pickle0"])
+@pytest.mark.parametrize(("kind", "named"), [(Command, "system"), (Evaluated, "eval")])
+def test_hostile_files_are_refused_and_not_run(tmp_path: Path, kind: type[Command], named: str, writer: str) -> None:
+    trace, file = tmp_path / "hacked", tmp_path / "evil.pth"
+    content = {"model": kind(trace)}
+    if writer in ("zip", "legacy"):
+        torch.save(content, file, _use_new_zipfile_serialization=writer == "zip")
+    else:
+        file.write_bytes(pickle.dumps(content, protocol=0 if writer == "pickle0" else None))
+    with pytest.raises(CheckpointError) as caught:
+        load_safely(file)
+    assert not trace.exists()
+    assert str(file) in str(caught.value)
+    if writer != "pickle0":
+        assert named in str(caught.value)
+    assert "weights_only" not in str(caught.value)  # torch's own advice is to load unsafely
+
+
+def test_numpy_objects_and_callables_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.pth"
+    for content in (np.array([{}, []], dtype=object), np.float64, len):
+        torch.save({"x": content}, file)
+        with pytest.raises(CheckpointError, match=r"a\.pth"):
+            load_safely(file)
+
+
+def truncated(new_format: bool) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    torch.save({"model": torch.randn(5000)}, buffer, _use_new_zipfile_serialization=new_format)
+    return buffer.getvalue()[:9000]
+
+
+@pytest.mark.parametrize(
+    ("content", "finding"),
+    [
+        (b"", "empty file"),
+        (truncated(True), "truncated"),
+        (truncated(False), "truncated or damaged"),
+        (b"<!DOCTYPE html>\n<html>404 Not Found</html>", "web page"),
+        (b"Access denied\n", "text file of 14 bytes that begins with 'Access denied"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "Git LFS"),
+        (bytes(range(256)) * 10, "no readable checkpoint"),
+        (b"PK\x03\x04" + bytes(100), "truncated"),
+        (pickle.dumps({"a": 1}), "Python pickle"),
+    ],
+)
+def test_files_that_are_no_checkpoint_are_described(tmp_path: Path, content: bytes, finding: str) -> None:
+    file = tmp_path / "weights.pth"
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=finding) as caught:
+        load_safely(file)
+    assert str(file) in str(caught.value)
+    assert "download or copy the file again" in str(caught.value)
+
+
+def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_safely(tmp_path / "none.pth")
+    with pytest.raises(CheckpointError, match="found a folder"):
+        load_safely(tmp_path)
+
+
+def test_other_archives_are_described(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", a=np.ones(2))
+    with pytest.raises(CheckpointError, match="zip archive without"):
+        load_safely(tmp_path / "a.npz")
+
+
+def test_reads_safetensors_and_mapped_files(tmp_path: Path) -> None:
+    weights = {"w": torch.randn(4, 3), "b": torch.zeros(2)}
+    save_file(weights, tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").rename(tmp_path / "named.bin")  # known by its content too
+    loaded = load_safely(tmp_path / "named.bin")
+    torch.save(weights, tmp_path / "a.pth")
+    mapped = load_safely(tmp_path / "a.pth", mmap=True)
+    for key in weights:
+        assert torch.equal(loaded[key], weights[key])
+        assert torch.equal(mapped[key], weights[key])
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "named.bin").read_bytes()[:-20])
+    with pytest.raises(CheckpointError, match=r"cut\.safetensors"):
+        load_safely(tmp_path / "cut.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def test_saved_files_hold_plain_values_only(tmp_path: Path) -> None:
+    content = {
+        "args": argparse.Namespace(path=Path("x"), lr=np.float32(1.5)),
+        "array": np.arange(3),
+        "model": nn.BatchNorm1d(2).state_dict(),
+    }
+    save_atomic(content, tmp_path / "deep" / "a.pth")
+    loaded = torch.load(tmp_path / "deep" / "a.pth", weights_only=True)  # without any allow-list
+    assert loaded["args"] == {"path": "x", "lr": 1.5}
+    assert torch.equal(loaded["array"], torch.arange(3))
+    assert loaded["model"]._metadata == content["model"]._metadata
+
+
+def test_values_that_are_not_plain_are_named(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"checkpoint\['a'\]\[1\] is a builtins.function"):
+        save_atomic({"a": [1, lambda: 0]}, tmp_path / "a.pth")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = save_atomic({"x": 1}, tmp_path / "a.pth")
+
+    def full(content: object, target: Any) -> None:
+        target.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match=r"a\.pth.*No space left"):
+        save_atomic({"x": 2}, file)
+    assert load_safely(file) == {"x": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
+    file = save_atomic({"x": 1}, tmp_path / "last.pth")
+
+    def die() -> None:
+        original = torch.save
+
+        def save(content: object, target: Any) -> None:
+            original(content, target)
+            target.truncate(target.tell() // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        torch.save = save
+        save_atomic({"x": 2}, file)
+
+    (ended,) = run_forked(die)
+    assert ended.status == -signal.SIGKILL
+    assert load_safely(file) == {"x": 1}
+    assert len(list(tmp_path.iterdir())) == 2  # the half-written one beside it
+    CheckpointManager(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fetching
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, dict[str, bytes], list[str]]]:
+    """A local web server: its address, its files, and the requests it saw. A name with ``cut`` is sent in part."""
+    files: dict[str, bytes] = {}
+    seen: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.path)
+            body = files.get(self.path.lstrip("/"))
+            self.send_response(200 if body is not None else 404)
+            self.send_header("Content-Length", str(len(body or b"")))
+            self.end_headers()
+            self.wfile.write((body or b"")[: 10 if "cut" in self.path else None])
+
+        def log_message(self, *unused: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{web.server_address[1]}", files, seen
+        web.shutdown()
+
+
+def test_fetch_downloads_once_and_checks_the_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: tuple[str, dict[str, bytes], list[str]]
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    address, files, seen = server
+    body = b"weights" * 1000
+    digest = hashlib.sha256(body).hexdigest()
+    name = f"net-{digest[:8]}.pth"
+    files[name] = body
+    path = fetch(f"{address}/{name}", progress=False)
+    assert path == tmp_path / "home" / "hub" / "checkpoints" / name
+    assert path.read_bytes() == body
+    assert fetch(f"{address}/{name}", progress=False) == path
+    assert len(seen) == 1
+    path.write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="Delete it to download it again"):
+        fetch(f"{address}/{name}", progress=False)
+    files["other.torch"] = body
+    with pytest.raises(CheckpointError, match=f"SHA-256 is {digest}, expected 0000"):
+        fetch(f"{address}/other.torch", sha256_prefix="0000", progress=False)
+    assert fetch(f"{address}/other.torch", sha256_prefix=digest[:10].upper(), progress=False).read_bytes() == body
+    assert locate(f"{address}/other.torch").name == "other.torch"
+    assert locate("some/file.pth") == Path("some/file.pth")
+
+
+def test_fetch_explains_failures_and_leaves_nothing(
+    tmp_path: Path, server: tuple[str, dict[str, bytes], list[str]]
+) -> None:
+    address, files, _ = server
+    files["cut.pth"] = b"x" * 1000
+    for url, reason in (
+        (f"{address}/cut.pth", "10 of 1000|Incomplete"),
+        (f"{address}/gone.pth", "404|Not Found"),
+        ("http://127.0.0.1:9/offline.pth", "refused"),
+    ):
+        with pytest.raises(CheckpointError, match=reason) as caught:
+            fetch(url, folder=tmp_path / "keep", progress=False, timeout_s=5)
+        for part in (url, str(tmp_path / "keep"), "put it at"):
+            assert part in str(caught.value)
+    assert list((tmp_path / "keep").iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Strict loading
+
+
+def test_all_differences_are_listed_and_nothing_is_loaded() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = {
+        "0.weight": torch.ones(3, 2),
+        "0.bias": torch.ones(5),
+        "1.weight": torch.ones(9, 3),
+        "extra": torch.ones(1),
+    }
+    with pytest.raises(CheckpointError) as caught:
+        load_strict(model, state, source="file.pth")
+    text = str(caught.value)
+    for part in (
+        "file.pth does not fit Sequential",
+        "missing, in the model but not in the file (1)",
+        "1.bias",
+        "unexpected, in the file but not in the model (1)",
+        "extra",
+        "different shape (2)",
+        "0.bias: model [3], file [5]",
+        "1.weight: model [4, 3], file [9, 3]",
+    ):
+        assert part in text
+    assert all(torch.equal(model.state_dict()[key], before[key]) for key in before)
+    assert not list_key_differences(model, before)
+
+
+def test_tolerated_differences_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+    state = {"0.weight": torch.ones(3, 2), "0.bias": torch.ones(3), "old.mask": torch.ones(1)}
+    found = load_strict(model, state, allow_missing=["1.*"], allow_unexpected=["*.mask"], source="f")
+    assert found.tolerated == ("1.weight", "1.bias", "old.mask")
+    assert torch.equal(model[0].weight, torch.ones(3, 2))
+    assert "1.weight, 1.bias, old.mask" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=r"1\.bias"):
+        load_strict(model, state, allow_missing=["1.weight"], allow_unexpected=["*.mask"])
+
+
+def test_a_model_without_storage_is_refused() -> None:
+    with torch.device("meta"):
+        model = nn.Linear(2, 2)
+    with pytest.raises(CheckpointError, match="meta device"):
+        load_strict(model, nn.Linear(2, 2).state_dict())
+
+
+def test_weights_are_found_in_the_usual_places() -> None:
+    weights = nn.Linear(2, 2).state_dict()
+    assert select_state(weights).keys() == weights.keys()
+    assert select_state({"model": weights, "epoch": 1}).keys() == weights.keys()
+    wrapped = {f"module._orig_mod.{key}": value for key, value in weights.items()}
+    assert select_state({"state_dict": wrapped, "args": None}).keys() == weights.keys()
+    assert select_state({"state_dict_ema": weights}, ["state_dict_ema"]).keys() == weights.keys()
+    with pytest.raises(CheckpointError, match="found the keys epoch, args"):
+        select_state({"epoch": 1, "args": {}}, source="f")
+    with pytest.raises(CheckpointError, match="found a list"):
+        select_state([1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def make_state(**parts: Any) -> TrainingState:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    return TrainingState(model, optimizer, **parts)
+
+
+def test_manager_keeps_last_and_best(tmp_path: Path) -> None:
+    manager, state = CheckpointManager(tmp_path), make_state()
+    improved = []
+    for epoch, accuracy in enumerate((50.0, 70.0, 70.0, float("nan"), 60.0), start=1):
+        state.progress.epoch = epoch
+        improved.append(manager.save(state, {"top1_percent": accuracy}))
+    assert improved == [True, True, False, False, False]
+    assert load_safely(manager.best)["progress"]["epoch"] == 2
+    last = load_safely(manager.last)
+    assert (last["progress"]["epoch"], last["progress"]["best"], last["epoch"]) == (5, 70.0, 4)
+    lower = CheckpointManager(tmp_path / "loss", metric="loss", higher_is_better=False)
+    assert lower.improves(1.0, 2.0)
+    assert not lower.improves(2.0, 1.0)
+    with pytest.raises(KeyError, match="top1_percent"):
+        manager.save(state, {"loss": 1.0})
+
+
+def test_resume_says_what_a_file_lacks(tmp_path: Path) -> None:
+    state = make_state()
+    manager = CheckpointManager(tmp_path)
+    assert manager.resume(state, "auto") is False
+    with pytest.raises(CheckpointError, match="no such file"):
+        manager.resume(state, tmp_path / "x.pth")
+    save_atomic({"weights": 1}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="expected the key 'model', found weights"):
+        manager.resume(state, tmp_path / "x.pth")
+    save_atomic({"model": state.model.state_dict()}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="lacks optimizer"):
+        manager.resume(state, tmp_path / "x.pth")
+    manager.save(state)
+    other = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with pytest.raises(CheckpointError, match="does not fit Sequential"):
+        manager.resume(TrainingState(other, torch.optim.AdamW(other.parameters())))
+    wide = torch.optim.AdamW([{"params": [weight]} for weight in state.model.parameters()])
+    with pytest.raises(CheckpointError, match="optimizer does not fit"):
+        manager.resume(TrainingState(state.model, wide))
+    with pytest.raises(CheckpointError, match="extra state 'duals'"):
+        manager.resume(make_state(extra={"duals": torch.optim.SGD([torch.zeros(1, requires_grad=True)])}))
+
+
+def test_resume_of_an_official_file_starts_at_its_next_epoch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    official = make_state()
+    assert isinstance(official.optimizer, torch.optim.AdamW)
+    content = {
+        "model": official.model.state_dict(),
+        "optimizer": official.optimizer.state_dict(),
+        "epoch": 6,
+        "scaler": {},
+        "args": argparse.Namespace(output_dir=Path("/checkpoint"), lr=1.0),
+    }
+    torch.save(content, tmp_path / "checkpoint.pth")
+    state = make_state()
+    CheckpointManager(tmp_path).resume(state, tmp_path / "checkpoint.pth")
+    assert state.progress.epoch == 7
+    assert torch.equal(state.model.weight, official.model.weight)  # pyright: ignore[reportArgumentType]
+    assert "continuing at epoch 7" in capsys.readouterr().err
+
+
+def test_another_number_of_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = make_state()
+    content = state.state_dict()
+    content["ranks"] = content["ranks"] * 2
+    make_state().load_state_dict(content, source="f")
+    assert "written by 2 processes and is resumed by 1" in capsys.readouterr().err
+    content["progress"]["batch"] = 3
+    with pytest.raises(CheckpointError, match="within an epoch of 2 processes"):
+        make_state().load_state_dict(content, source="f")
+
+
+def test_changed_arguments_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manager = CheckpointManager(tmp_path)
+    manager.save(make_state(arguments={"lr": 1.0, "out": Path("a")}))
+    manager.resume(make_state(arguments={"lr": 2.0, "out": Path("a")}))
+    err = capsys.readouterr().err
+    assert "lr 1.0 -> 2.0" in err
+    assert "out" not in err.split("changed")[1].splitlines()[0]
+
+
+def test_plain_keeps_shared_weights_and_order() -> None:
+    weights = nn.Linear(2, 2).state_dict()
+    copy = plain({"a": weights, "b": weights})
+    assert list(copy["a"]) == list(weights)
+    assert copy["a"]["weight"].data_ptr() == copy["b"]["weight"].data_ptr()

@@ -1,0 +1,303 @@
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from common import distributed
+from common.distributed import LaunchError, choose_device, first_host, launch, reduce_sums, run, shutdown
+from common.tests.forks import LAUNCH_VARIABLES, free_port, run_forked, torchrun_variables
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in LAUNCH_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def join() -> dict:
+    """What a job of several ranks sees, from inside."""
+
+    def main() -> dict:
+        world = launch("cpu", start_timeout_s=30)
+        tensor = torch.tensor([1, 2**40 + world.rank])
+        with distributed.main_process_first():
+            order = time.monotonic()
+        return {
+            "world": (world.rank, world.size, world.local_rank, world.backend),
+            "sums": reduce_sums({"a": 1, "b": torch.tensor(0.5) * world.rank}),
+            "tensor": reduce_sums(tensor).tolist(),
+            "untouched": tensor.tolist(),
+            "objects": distributed.gather_objects(world.rank * 10),
+            "order": order,
+        }
+
+    result = run(main)
+    assert not dist.is_initialized()
+    return result
+
+
+def check_two_ranks(results: Sequence[dict]) -> None:
+    for rank, result in enumerate(results):
+        assert result["world"][:2] == (rank, 2)
+        assert result["world"][3] == "gloo"
+        assert result["sums"] == {"a": 2.0, "b": 0.5}
+        assert result["tensor"] == [2, 2**41 + 1]
+        assert result["untouched"] == [1, 2**40 + rank]
+        assert result["objects"] == [0, 10]
+    assert results[0]["order"] < results[1]["order"]
+
+
+def test_single_process_needs_no_group(bare: pytest.MonkeyPatch) -> None:
+    world = launch("cpu")
+    assert (world.rank, world.size, world.backend, world.is_main) == (0, 1, None, True)
+    assert not dist.is_initialized()
+    assert reduce_sums({"a": 3}) == {"a": 3.0}
+    assert distributed.gather_objects("x") == ["x"]
+    distributed.barrier()
+    shutdown()
+
+
+def test_torchrun_variables_make_a_group() -> None:
+    ended = run_forked(join, torchrun_variables(2))
+    assert [process.status for process in ended] == [0, 0], ended
+    check_two_ranks([process.result for process in ended])
+
+
+def test_slurm_step_makes_a_group() -> None:
+    port = str(free_port())
+    step = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost"}
+    ended = run_forked(
+        join, [{**step, "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "MASTER_PORT": port} for rank in "01"]
+    )
+    assert [process.status for process in ended] == [0, 0], ended
+    check_two_ranks([process.result for process in ended])
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"},  # salloc's shell
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},  # srun --pty
+        {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"},
+        {"WORLD_SIZE": "1"},
+    ],
+)
+def test_one_task_is_one_process(bare: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    for name, value in environment.items():
+        bare.setenv(name, value)
+    assert launch("cpu").size == 1
+    assert not dist.is_initialized()
+
+
+def test_batch_shell_of_a_larger_reservation_goes_on_alone(bare: pytest.MonkeyPatch) -> None:
+    """sbatch's own shell looks like task 0 of 8, which nobody else joins."""
+    environment = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "localhost"}
+    assert distributed._place(environment, None).wait_s == 20
+    bare.setattr(distributed, "_place", lambda *_: distributed._Place(0, 8, 0, "slurm", wait_s=0.5))
+    bare.setenv("SLURM_JOB_NODELIST", "localhost")
+    bare.setenv("MASTER_PORT", str(free_port()))
+    world = launch("cpu")
+    assert (world.size, world.backend) == (1, None)
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("node1", "node1"),
+        ("node[01-04,07],other", "node01"),
+        ("gpu-[7,9]", "gpu-7"),
+        ("rack[1-2]n[03-04]-ib,x", "rack1n03-ib"),
+        ("a,b", "a"),
+    ],
+)
+def test_first_host_of_a_node_list(nodelist: str, host: str) -> None:
+    assert first_host(nodelist) == host
+
+
+def test_unreadable_node_list_asks_for_the_address() -> None:
+    with pytest.raises(LaunchError, match="MASTER_ADDR"):
+        first_host("node[01-")
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE is missing"),
+        ({"WORLD_SIZE": "2"}, "RANK is missing"),
+        ({"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK must be an integer, got 'x'"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "rank 2 is not one of 0 to 1"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "--local-rank"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "MASTER_ADDR is missing"),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "MASTER_ADDR"),
+    ],
+)
+def test_broken_environments_say_what_is_wrong(
+    bare: pytest.MonkeyPatch, environment: dict[str, str], message: str
+) -> None:
+    for name, value in environment.items():
+        bare.setenv(name, value)
+    with pytest.raises(LaunchError, match=message):
+        launch("cpu")
+
+
+def test_flag_stands_in_for_a_missing_local_rank() -> None:
+    """torch.distributed.launch without --use_env, of old, gives the flag and no LOCAL_RANK."""
+    environment = {"RANK": "3", "WORLD_SIZE": "4"}
+    assert distributed._place(environment, 1).local_rank == 1
+    assert distributed._place({**environment, "LOCAL_RANK": "2"}, 1).local_rank == 2
+
+
+def test_missing_partner_ends_with_an_error() -> None:
+    variables = torchrun_variables(2)[:1]
+    started = time.monotonic()
+    (ended,) = run_forked(lambda: run(lambda: launch("cpu", start_timeout_s=2)), variables)
+    assert ended.status == 1
+    assert "Are all 2 processes started" in ended.output
+    assert time.monotonic() - started < 20
+
+
+def test_device_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LaunchError, match="auto, cpu, cuda or cuda:N, got 'tpu'"):
+        choose_device("tpu")
+    assert choose_device("cpu").type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(LaunchError, match="use --device cpu"):
+        choose_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto", local_rank=1, size=2) == torch.device("cuda:1")
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(LaunchError, match="shows 2"):
+        choose_device("cuda:5")
+    with pytest.raises(LaunchError, match="at most one process per GPU"):
+        choose_device("cuda", local_rank=2, size=3)
+    with pytest.raises(LaunchError, match="use --device cuda"):
+        choose_device("cuda:1", size=2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert choose_device("cuda", local_rank=3, size=4, one_visible_gpu_is_mine=True) == torch.device("cuda:0")
+
+
+def fail_on(rank: int, how: str) -> None:
+    """Rank ``rank`` fails; the other waits for it in a collective, or is busy elsewhere."""
+
+    def main() -> None:
+        world = launch("cpu", start_timeout_s=30)
+        reduce_sums({"here": 1})
+        if world.rank == rank:
+            if how == "exit":
+                sys.exit(3)
+            raise ArithmeticError(f"rank {rank} broke on purpose")
+        if how == "busy":
+            time.sleep(60)
+        reduce_sums({"never": 1})
+
+    run(main, expected=(ArithmeticError,) if how == "expected" else ())
+
+
+@pytest.mark.parametrize(("rank", "how"), [(0, "busy"), (1, "busy"), (1, "waiting"), (1, "expected"), (1, "exit")])
+def test_failure_on_one_rank_ends_the_job_with_its_error(rank: int, how: str) -> None:
+    started = time.monotonic()
+    ended = run_forked(lambda: fail_on(rank, how), torchrun_variables(2))
+    assert time.monotonic() - started < 20
+    guilty, other = ended[rank], ended[1 - rank]
+    assert guilty.status == (3 if how == "exit" else 1)
+    assert other.status == 1
+    if how != "exit":
+        assert f"[rank {rank}] error" in guilty.output
+        assert "broke on purpose" in guilty.output
+    assert ("Traceback" in guilty.output) == (how in ("busy", "waiting"))
+    assert f"stopped because rank {rank} failed" in other.output
+    assert "Traceback" not in other.output
+
+
+def test_expected_errors_of_one_process_print_one_line(bare: pytest.MonkeyPatch) -> None:
+    def main() -> None:
+        raise LaunchError("do this")
+
+    with pytest.raises(SystemExit, match="error: do this"):
+        run(main)
+
+    def broken() -> None:
+        raise ArithmeticError("a bug")
+
+    with pytest.raises(ArithmeticError):
+        run(broken)
+    assert run(lambda: 5) == 5
+
+
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc_per_node=2"],
+    "launch": ["torch.distributed.launch", "--nproc_per_node=2"],
+    "launch --use_env": ["torch.distributed.launch", "--use_env", "--nproc_per_node=2"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_real_launchers(launcher: str, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
+    script = Path(__file__).with_name("place_job.py")
+    fail = ["--fail-rank=1"] if launcher == "torchrun" else []
+    done = subprocess.run(
+        [sys.executable, "-m", *LAUNCHERS[launcher], f"--master_port={free_port()}", str(script), *fail],
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    if fail:
+        assert done.returncode != 0
+        assert "[rank 1] error:" in done.stderr
+        assert "ArithmeticError: rank 1 broke on purpose" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    rows = sorted((json.loads(line) for line in done.stdout.splitlines() if line), key=lambda row: row["rank"])
+    assert [(row["rank"], row["local_rank"], row["size"]) for row in rows] == [(0, 0, 2), (1, 1, 2)]
+    assert all(row["ranks"] == 1 and row["count"] == 2 for row in rows)
+    assert [row["flag"] for row in rows] == ([0, 1] if launcher == "launch" else [-1, -1])
+
+
+def test_seeds_differ_by_rank_and_cover_all_generators() -> None:
+    def draw(seed: int, rank: int) -> tuple:
+        distributed.seed_everything(seed, rank)
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    assert draw(3, 1) == draw(3, 1) == draw(4, 0)
+    assert all(a != b for a, b in zip(draw(3, 0), draw(3, 1), strict=True))
+    with pytest.raises(ValueError, match="--seed"):
+        distributed.seed_everything(-5, 0)
+
+
+def test_unwrap_removes_shells() -> None:
+    model = nn.Linear(2, 2)
+    assert distributed.unwrap(nn.DataParallel(model)) is model
+    assert distributed.unwrap(model) is model
+
+
+def test_logger_speaks_on_rank_zero_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = distributed.get_logger("some_package.module")
+    assert len(logging.getLogger("some_package").handlers) == 1
+    distributed.get_logger("some_package.other")
+    assert len(logging.getLogger("some_package").handlers) == 1
+    logger.info("hello %d", 1)
+    monkeypatch.setattr(distributed, "get_rank", lambda: 1)
+    logger.info("silence")
+    captured = capsys.readouterr()
+    assert captured.err == "hello 1\n"
+    assert captured.out == ""
