@@ -464,7 +464,8 @@ def _explain_out_of_memory(images: Tensor) -> Iterator[None]:
         batch, _, height, width = images.shape
         raise NotEnoughMemory(
             f"a batch of {batch} images of {height}x{width} in {str(images.dtype).removeprefix('torch.')} does not fit "
-            f"into the memory of {device_name(images.device)}: {text.splitlines()[0] if text else 'out of memory'}"
+            f"into the memory of {device_name(images.device)}; take a smaller batch (-b). "
+            f"{text.splitlines()[0] if text else 'Out of memory'}"
         ) from error
 
 
@@ -512,8 +513,8 @@ class _PassBar:
                 leave=False,
                 file=sys.stderr,
                 mininterval=0.5,
-                bar_format="{desc}: {percentage:3.0f} %|{bar}| pass {postfix} [{elapsed}, {remaining} left]",
-                postfix=f"1/{self._passes}",
+                bar_format="{desc}: {percentage:3.0f} %|{bar}| [{elapsed}, {remaining} left{postfix}]",
+                postfix=f"pass 1/{self._passes}",
             )
         return self
 
@@ -534,7 +535,7 @@ class _PassBar:
         self._watch = time.perf_counter() - start > 2
         self._done += 1
         self._bar.n = self._done
-        self._bar.set_postfix_str(f"{min(self._done + 1, self._passes)}/{self._passes}", refresh=False)
+        self._bar.set_postfix_str(f"pass {min(self._done + 1, self._passes)}/{self._passes}", refresh=False)
         self._bar.update(0)
 
     def _advance(self, fraction: float) -> None:

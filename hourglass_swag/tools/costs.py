@@ -1,0 +1,114 @@
+"""Costs of one network of the registry, and the published rows that command-line words stand for."""
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import nn
+
+from common.flops import count_parameters, gmacs
+from common.tables import Row, load_tables
+from hourglass_swag.models import create, names
+from hourglass_swag.models.hourglass_vit import HourglassViT
+from hourglass_swag.models.ops.cluster import TokenClusteringBlock
+from hourglass_swag.tools.flop_count import flop_count
+from hourglass_swag.tools.parser import DEFAULT_MODEL, add_model_args, get_model_args
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a forward pass of one image costs."""
+
+    gflops: float
+    """G under the convention ``swag``, which the papers call GFLOPs"""
+    gmacs: float
+    """plain multiply-accumulates, G"""
+    params_m: float
+    """parameters, M"""
+    clustering_percent: float | None
+    """multiply-accumulates of the clustering step in percent of all; None without one"""
+
+
+def add_cost_network_args(parser: argparse.ArgumentParser) -> None:
+    """Flags that say which network is measured, at which resolution and, for once, with which weights."""
+    group = parser.add_argument_group("network")
+    choices = names()
+    group.add_argument(
+        "-m", "--model", default=DEFAULT_MODEL, choices=choices, metavar="NAME", help=f"one of {', '.join(choices)}"
+    )
+    group.add_argument("-r", "--resolution", type=int, default=224, help="side of the input in pixels")
+
+
+def parse_network(words: str | Sequence[str]) -> argparse.Namespace:
+    """Network, resolution and method flags from the words of a command line.
+
+    Raises:
+        ValueError: if they are not valid.
+    """
+    parser = argparse.ArgumentParser(prog="", add_help=False, allow_abbrev=False, exit_on_error=False)
+    add_cost_network_args(parser)
+    add_model_args(parser)
+    try:
+        args, unknown = parser.parse_known_args(shlex.split(words) if isinstance(words, str) else list(words))
+    except (argparse.ArgumentError, SystemExit) as error:
+        raise ValueError(f"{words!r} does not describe a network: {error}") from error
+    if unknown:
+        raise ValueError(f"{words!r} does not describe a network: unknown words {unknown}")
+    return args
+
+
+def build_network(args: argparse.Namespace, *, pretrained: bool = False, weights: str | None = None) -> nn.Module:
+    """The network of parsed flags, in evaluation mode on torch's default device.
+
+    Raises:
+        As ``hourglass_swag.models.create``.
+    """
+    model = create(
+        args.model, pretrained=pretrained, weights=weights, image_size=args.resolution, **get_model_args(args)
+    )
+    return model.eval()
+
+
+def count_costs(args: argparse.Namespace) -> Costs:
+    """Costs of the network of parsed flags, from one pass on the meta device: no weights, nothing computed.
+
+    Raises:
+        As ``hourglass_swag.models.create``.
+    """
+    with torch.device("meta"):
+        model = build_network(args)
+        images = torch.empty(1, 3, args.resolution, args.resolution)
+    counts = model.count_ops()  # pyright: ignore[reportCallIssue] - every network of the registry has it
+    clustering = clustering_layer(model)
+    share = None
+    if clustering is not None:
+        assert isinstance(model, HourglassViT)
+        ops = clustering.count_ops(model.num_patches, model.hidden_dim)
+        share = 100 * gmacs(ops) / gmacs(counts)
+    return Costs(sum(flop_count(model, (images,)).values()), gmacs(counts), count_parameters(model) / 1e6, share)
+
+
+def clustering_layer(model: nn.Module) -> TokenClusteringBlock | None:
+    """The token clustering step of a Hourglass network that clusters at all."""
+    if isinstance(model, HourglassViT) and 0 <= model.clustering_location < model.num_layers:
+        return model.token_clustering_layer
+    return None
+
+
+@cache
+def _published() -> list[tuple[tuple[object, ...], Row]]:
+    rows = [row for table in load_tables("hourglass_swag") for row in table.rows if row.arguments]
+    return [(_settings(parse_network(row.arguments)), row) for row in rows]
+
+
+def _settings(args: argparse.Namespace) -> tuple[object, ...]:
+    return args.model, args.resolution, sorted((key, str(value)) for key, value in get_model_args(args).items())
+
+
+def published_row(args: argparse.Namespace, column: str) -> Row | None:
+    """The row with these settings that publishes a value in ``column``; None if there is none."""
+    wanted = _settings(args)
+    return next((row for settings, row in _published() if settings == wanted and column in row.published), None)
