@@ -1,0 +1,113 @@
+"""The plan of the house: imports point one way, no file names a machine, and what the docs say to type is accepted."""
+
+import ast
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.cache import ROOT
+from common.tables import load_tables
+
+PAPERS = ("scala", "hourglass_swag", "dvt", "sit", "uvc")
+
+
+def tracked() -> list[Path]:
+    """Files of the repository: git's list, or all but the ignored folders where there is no git."""
+    try:
+        names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        names = [
+            str(p.relative_to(ROOT)) for p in ROOT.rglob("*") if not re.search(r"/\.|__pycache__|egg-info", str(p))
+        ]
+    return [ROOT / name for name in names if (ROOT / name).is_file()]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Top-level packages that a module imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            yield node.module.split(".")[0]
+
+
+def test_imports_point_one_way() -> None:
+    for package in ("common", *PAPERS):
+        forbidden = set(PAPERS) - {package}
+        for path in (ROOT / package).rglob("*.py"):
+            if package == "common" and "tests" in path.parts:
+                continue  # this test, for one, asks the papers' parsers
+            wrong = forbidden & set(imported(path))
+            assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
+def test_models_see_neither_parser_nor_loop() -> None:
+    for paper in PAPERS:
+        for path in (ROOT / paper / "models").rglob("*.py"):
+            text = path.read_text()
+            assert not re.search(r"^\s*(import|from) (argparse|common\.(engine|data|cli))\b", text, re.MULTILINE), path
+
+
+def test_no_machine_and_no_registry_is_written_down() -> None:
+    registry = re.compile(r"(index-url|find-links|\bpypi\.org/simple|https?://[^ \"']+/simple\b)")
+    machine = re.compile(r"(?<![\w.])/(home/[a-z]+|root|Users/\w+)/")
+    for path in tracked():
+        if path.suffix in (".npz", ".png") or path == Path(__file__):
+            continue
+        text = path.read_text(errors="ignore")
+        assert not registry.search(text), f"{path} names a package registry"
+        assert not machine.search(text), f"{path} names a folder of one machine"
+
+
+def commands() -> list[tuple[str, str]]:
+    """(where, command) of every python or torchrun line of the READMEs, the scripts and the tables."""
+    found: list[tuple[str, str]] = []
+    for path in tracked():
+        if path.name == "README.md":
+            blocks = re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL)
+            found += [(str(path.relative_to(ROOT)), line) for block in blocks for line in block.splitlines()]
+    for table in load_tables():
+        for row in table.rows:
+            found += [(f"{table.path.name}/{row.id}", row.command(name)) for name in row.published if not row.cited]
+    return [(where, re.sub(r"(^|\s)#.*", "", line)) for where, line in found]
+
+
+def script_of(command: str) -> tuple[str, list[str]] | None:
+    """(module, its words) of a command that starts one of our own programs which exists already."""
+    words = shlex.split(command)
+    if "-m" in words and words[0].endswith("python") and words[words.index("-m") + 1].startswith("common."):
+        at = words.index("-m") + 1
+        return words[at], words[at + 1 :]
+    scripts = [i for i, word in enumerate(words) if word.endswith(".py") and (ROOT / word).is_file()]
+    if not scripts:
+        return None
+    return words[scripts[0]][:-3].replace("/", "."), words[scripts[0] + 1 :]
+
+
+def test_documented_commands_are_accepted_by_the_real_parsers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from common import reproduce
+    from hourglass_swag import get_flops_fps, imagenet_1k_eval, train
+
+    parsers = {
+        "common.reproduce": reproduce.parse_args,
+        "hourglass_swag.get_flops_fps": get_flops_fps.parse_args,
+        "hourglass_swag.imagenet_1k_eval": imagenet_1k_eval.parse_args,
+        "hourglass_swag.train": train.parse_args,
+    }
+    (tmp_path / "DIR").mkdir()  # what a command calls DIR must exist for some of them
+    monkeypatch.chdir(tmp_path)
+    seen = set()
+    for where, command in commands():
+        found = script_of(command)
+        if found is None or found[0] not in parsers:
+            continue
+        try:
+            parsers[found[0]](found[1])
+        except SystemExit as error:
+            pytest.fail(f"{where}: {command}: refused ({error.code})")
+        seen.add(found[0])
+    assert seen == set(parsers), f"no documented command of {set(parsers) - seen}"

@@ -1,0 +1,68 @@
+"""The ledger's adapter: the published costs come out, and every other number says honestly what it needs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.cache import ROOT
+from common.flops import CONVENTIONS, count_executed_macs
+from common.tables import NeedsWeights, NotImplementedYet, load_tables
+from hourglass_swag import ledger
+from hourglass_swag.models import REGISTRY, Entry
+from hourglass_swag.models.vision_transformer import VisionTransformer
+from hourglass_swag.tools.flop_count import flop_count
+
+TABLES = {table.name: table for table in load_tables("hourglass_swag", root=ROOT)}
+COUNTED = [row for name in ("swag", "hourglass") for row in TABLES[name].rows]
+
+
+@pytest.mark.parametrize("row", COUNTED, ids=lambda row: row.id)
+def test_published_gflops_by_three_counts(row) -> None:
+    """The analytic count has the published digits, and two counts of what is executed agree with it exactly."""
+    published = row.published["gmacs"]
+    measured = ledger.costs(row)
+    assert round(measured["gmacs"].value, -published.as_tuple().exponent) == pytest.approx(float(published))
+    with torch.device("meta"):
+        model, size = ledger.build(row)
+        images = torch.empty(1, 3, size, size)
+    counts = model.count_ops()
+    assert CONVENTIONS["macs"].total(counts) == count_executed_macs(model, images)
+    assert sum(flop_count(model, (images,)).values()) == pytest.approx(measured["gmacs"].value, rel=1e-9)
+
+
+def test_rows_of_methods_to_come_say_so() -> None:
+    with pytest.raises(NotImplementedYet, match="tome_vit_l16_in1k"):
+        ledger.costs(next(iter(TABLES["tome"].rows)))
+
+
+def test_accuracy_names_the_missing_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(NeedsWeights, match=r"vit_l16_in1k\.torch or vit_l_16_swag-4f3808c9\.pth"):
+        ledger.accuracy(COUNTED[0], data=tmp_path, weights=tmp_path, device="cpu", progress=False)
+
+
+def test_accuracy_through_the_row_s_own_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small network under a name of the registry, its published file in --weights, pictures in --data."""
+
+    def small(**options) -> VisionTransformer:
+        options["image_size"] = 32
+        return VisionTransformer(patch_size=16, num_layers=1, num_heads=1, hidden_dim=8, mlp_dim=8, **options)
+
+    monkeypatch.setitem(REGISTRY, "vit_l16_in1k", Entry(small, "vit_l16_in1k.torch", 2))  # type: ignore[arg-type]
+    model = small(num_classes=2)
+    torch.nn.init.normal_(model.head.layers.head.weight)
+    torch.save(model.state_dict(), tmp_path / "vit_l16_in1k.torch")
+    rng = np.random.default_rng(0)
+    for label in "ab":
+        (tmp_path / "val" / label).mkdir(parents=True)
+        for index in range(2 + (label == "a")):
+            pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "val" / label / f"{index}.png")
+    row = replace(COUNTED[0], arguments="-m vit_l16_in1k -r 32")
+    found = ledger.accuracy(row, data=tmp_path, weights=tmp_path, device="cpu", progress=False)
+    assert found["top1_percent"].value * 5 / 100 == pytest.approx(round(found["top1_percent"].value * 5 / 100))
+    assert found["top5_percent"].value == 100
+    assert "5 images" in found["top1_percent"].convention
