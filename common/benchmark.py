@@ -137,8 +137,9 @@ def measure(
         model: network on the device of ``images``, in their precision; compiled or not. Its mode is restored.
         images: one batch, (B, 3, height, width).
         warmup, rounds: untimed and timed passes.
-        limit_s: stop after this many seconds, with the rounds done so far. A pass is never interrupted, and at least
-            one is reported: if the warm-up alone reaches the limit, its last pass.
+        limit_s: stop after this many seconds, with the rounds done so far. The warm-up takes at most a fifth of it, but
+            at least one pass. A pass is never interrupted, and at least one is reported: the last of the warm-up if
+            that alone reaches the limit.
         progress: label of a progress bar, which appears if the measurement takes longer than two seconds.
         clock: source of the time.
 
@@ -186,6 +187,7 @@ def compare(
     names = list(models)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     peaks: dict[str, float] = dict.fromkeys(names, 0.0)
+    warm = warmup
     started = clock()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
@@ -203,11 +205,14 @@ def compare(
                 if device.type == "cuda":
                     peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated(device) / MIB)
             elapsed = clock() - started
-            if limit_s is not None and elapsed + elapsed / (done + 1) > limit_s:
+            if limit_s is not None and elapsed > limit_s / 5:
+                warm = min(warm, done + 1)
+            late = limit_s is not None and elapsed + elapsed / (done + 1) > limit_s
+            if late or done + 1 == warm + rounds:
                 break
     weights = {name: _resident_bytes([model], device) / MIB for name, model in models.items()}
     together = _resident_bytes(models.values(), device) / MIB
-    timed = {name: times[warmup:] or times[-1:] for name, times in seconds.items()}
+    timed = {name: times[warm:] or times[-1:] for name, times in seconds.items()}
     return {
         name: PairedSpeed(
             speed=_summarise(

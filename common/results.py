@@ -46,6 +46,8 @@ class Origin:
     """which part of a longer job; names the file"""
     left_out: Sequence[str] = ()
     """what the job did not get to"""
+    tests: Mapping[str, Any] | None = None
+    """``status`` and ``summary`` of a part that ran tests and measured nothing"""
     path: Path | None = None
 
     @property
@@ -103,7 +105,7 @@ _RECORD_TYPES: Mapping[str, tuple[type, ...]] = {
     "peak_memory_mb": (float, int, type(None)),
 }
 _FILE_KEYS = {"format", "created", "commit", "device", "command", "records"}
-_OPTIONAL_KEYS = {"part", "left_out"}
+_OPTIONAL_KEYS = {"part", "left_out", "tests"}
 
 
 def write_records(path: Path, records: Sequence[Record], origin: Origin) -> None:
@@ -114,7 +116,7 @@ def write_records(path: Path, records: Sequence[Record], origin: Origin) -> None
     """
     content = {
         "format": FORMAT,
-        **{key: value for key, value in asdict(origin).items() if key != "path"},
+        **{key: value for key, value in asdict(origin).items() if key != "path" and (key != "tests" or value)},
         "records": [record.as_dict() for record in records],
     }
     text = json.dumps(content, indent=1) + "\n"
@@ -237,7 +239,7 @@ def add(file: Path, *, force: bool = False, root: Path = ROOT) -> list[Path]:
     """Check a record file and file it, split by paper.
 
     Returns:
-        The files written, under ``<paper>/results/``.
+        The files written, under ``<paper>/results/``; none for a file that only tells how tests went.
 
     Raises:
         RecordError: if the file is not valid, or a file of that name is there already and differs (``force`` replaces
@@ -248,6 +250,8 @@ def add(file: Path, *, force: bool = False, root: Path = ROOT) -> list[Path]:
     except (OSError, UnicodeDecodeError) as error:
         raise RecordError(f"{file}: cannot be read: {error}") from error
     records = parse_records(text, where=str(file))
+    if not records and json.loads(text).get("tests"):
+        return []
     if not records:
         raise RecordError(f"{file}: holds no records, so there is nothing to file")
     check_rows(records, where=str(file), root=root)
@@ -317,8 +321,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.action == "add":
             for file in args.files:
-                for path in add(file, force=args.force):
+                filed = add(file, force=args.force)
+                for path in filed:
                     print(f"{file} -> {path.relative_to(ROOT)}")
+                if not filed:
+                    print(f"{file}: tests only, nothing to file")
         else:
             for paper in args.papers or papers():
                 for record in load_records(paper):

@@ -1,6 +1,6 @@
 """Speeds of the rows of published tables: each row against its dense row, round by round, as records.
 
-A paper's adapter gives a function from a row to its network, ``build_row(row) -> (network, resolution)``; everything
+A paper's adapter gives a function from a row to its network, ``build(row) -> (network, resolution)``; everything
 else is the same for all papers. Speeds published on another device cannot be met in images per second, so what is
 compared is the ratio to the dense row.
 """
@@ -106,8 +106,8 @@ def measure_rows(
         except (Unavailable, NotEnoughMemory) as error:
             run.left_out.append(f"{row.key} {column}: {error}")
             continue
-        passes = speeds[dense.key].speed.rounds + warmup
-        shortest_s = max(shortest_s, loaded - begin + 2 * (clock() - loaded) / passes)
+        rounds_done = speeds[dense.key].speed.rounds + 1  # at least one warm-up
+        shortest_s = max(shortest_s, loaded - begin + 2 * (clock() - loaded) / rounds_done)
         dense_speeds[dense.key, column].append((speeds[dense.key].speed, resolution))
         if row is not dense:
             run.records.append(_record(row, column, speeds[row.key], resolution, dense, speeds[dense.key].speed))

@@ -80,6 +80,14 @@ def test_a_time_limit_ends_the_run_between_rounds() -> None:
     assert speed.rounds == 3
 
 
+def test_a_long_warm_up_is_cut_to_a_fifth_of_the_limit() -> None:
+    clock = FakeClock()
+    model = Costing(clock, 2.0)
+    speed = measure(model, IMAGES, warmup=10, rounds=3, limit_s=18.0, clock=clock)
+    assert model.calls == 5, "two of warm-up, which end after 4 of 18 s, and three timed"
+    assert speed.rounds == 3
+
+
 def test_a_limit_inside_the_warm_up_reports_its_last_pass() -> None:
     clock = FakeClock()
     model = Costing(clock, 60.0)

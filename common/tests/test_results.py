@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,16 @@ def test_a_wrong_file_is_refused_with_the_reason(changes: dict, message: str, fi
         add(edit(file, **changes), root=root)
     assert str(file) in str(caught.value)
     assert not (root / "shrink/results").exists()
+
+
+def test_a_report_of_tests_is_accepted_but_not_filed(
+    tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "part1.json"
+    write_records(path, [], replace(ORIGIN, tests={"status": 0, "summary": "3 passed"}))
+    assert add(path, root=root) == []
+    assert results.main(["add", str(path)]) == 0
+    assert "tests only" in capsys.readouterr().out
 
 
 def test_what_is_no_record_file_at_all(tmp_path: Path) -> None:
