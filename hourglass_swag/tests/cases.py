@@ -1,0 +1,313 @@
+"""Run a folder of reference vectors of this paper: ``python -m hourglass_swag.tests.cases DIR``.
+
+A table says which function runs what is built: ``RUNNERS``, by the class or function that a case names. Each reads the
+rest, configuration, input and outputs, from the case.
+"""
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from common import reference
+from common.flops import CONVENTIONS, count_executed_macs, count_parameters
+from common.reference import Case, Checks, NotCovered, Runner
+from hourglass_swag import evaluation
+from hourglass_swag.models import hourglass_vit, vision_transformer
+from hourglass_swag.models.ops.cluster import AvgPool, TokenClusteringBlock
+from hourglass_swag.models.ops.reconstruction import NaiveUnpooling, TokenReconstructionBlock
+from hourglass_swag.tools import jit_handles
+from hourglass_swag.tools.parser import boolean, get_default_parser, get_model_args
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "VisionTransformer": vision_transformer.VisionTransformer,
+    "ViTB16": vision_transformer.ViTB16,
+    "ViTL16": vision_transformer.ViTL16,
+    "ViTH14": vision_transformer.ViTH14,
+    "HourglassViT": hourglass_vit.HourglassViT,
+    "HourglassViTL16": hourglass_vit.HourglassViTL16,
+    "HourglassViTH14": hourglass_vit.HourglassViTH14,
+}
+
+
+def run_network(case: Case, checks: Checks) -> None:
+    """A whole network: output, gradients, resized position embedding, tokens and outputs of the layers, cost."""
+    if isinstance(case.values, dict) and "per_op" in case.values:
+        run_cost(case, checks)
+        return
+    make = NETWORKS[case.build["class"]]
+    model = reference.build(make, case.seed, **case.build["kwargs"])
+    if checkpoint := case.build.get("checkpoint"):
+        load_checkpoint(case, checks, model, checkpoint)
+    gradients = [name for name in case.outputs if name.startswith("grad:")]
+    with layer_tokens(model) as tokens, torch.set_grad_enabled(bool(gradients)):
+        logits = model(case.read())
+    parameters = dict(model.named_parameters())
+    if gradients:
+        case.read_loss(logits=logits, output=logits).backward()
+    known: dict[str, Any] = {"output": logits, "logits": logits, "pos_embedding": parameters["encoder.pos_embedding"]}
+    known |= {f"grad:{name}": parameter.grad for name, parameter in parameters.items()}
+    if "after_layer" in case.outputs:
+        known["after_layer"] = torch.stack([leaving for _, leaving in tokens])
+    for name in case.outputs:
+        if known.get(name) is None:
+            raise NotCovered(f"output {name} of a network")
+        checks.output(name, known[name])
+    facts: dict[str, Any] = {
+        "tokens entering each layer": [len(entering) for entering, _ in tokens],
+        "tokens leaving each layer": [len(leaving) for _, leaving in tokens],
+        "params": count_parameters(model),
+        "state_dict_keys": len(model.state_dict()),
+    }
+    for name, value in case.values.items():
+        if name not in facts:
+            raise NotCovered(f"value {name} of a network")
+        checks.equal(name, facts[name], value)
+
+
+def load_checkpoint(case: Case, checks: Checks, model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Fill ``model`` otherwise and load the checkpoint that the case describes, which must not be changed by that."""
+    reference.fill_(model, case.seed + 1)
+    source = reference.build(NETWORKS[checkpoint["class"]], checkpoint["filled with seed"], **checkpoint["kwargs"])
+    state = source.state_dict()
+    shapes = {key: value.shape for key, value in state.items()}
+    report = model.load_state_dict(state)
+    checks.equal("missing and unexpected keys", (report.missing_keys, report.unexpected_keys), ([], []))
+    checks.equal("shapes of the checkpoint", {key: value.shape for key, value in state.items()}, shapes)
+
+
+@contextmanager
+def layer_tokens(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Tokens (N, B, C) that enter and leave every layer while active."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    layers = model.get_submodule("encoder.layers").children()
+    handles = [layer.register_forward_hook(lambda _, args, out: seen.append((args[0], out))) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_cost(case: Case, checks: Checks) -> None:
+    """Analytic cost of a network: the published total, and multiply-accumulates equal to those executed."""
+    with torch.device("meta"):
+        model = NETWORKS[case.build["class"]](**case.build["kwargs"]).eval()
+    counts = model.count_ops()  # pyright: ignore[reportCallIssue]
+    checks.number("total", CONVENTIONS["swag"].total(counts), case.values["total"])
+    images = torch.empty_like(case.read(), device="meta", dtype=torch.float32)
+    checks.equal("executed MACs", count_executed_macs(model, images), CONVENTIONS["macs"].total(counts))
+
+
+def run_block(case: Case, checks: Checks) -> None:
+    """One encoder layer: its closed forms of cost, and its output where there is one."""
+    block = reference.build(vision_transformer.EncoderBlock, case.seed, **case.build["kwargs"])
+    x = case.read()
+    x = x if isinstance(x, Tensor) else torch.from_numpy(x)
+    for name, value in case.values.items():
+        if name not in ("flops", "activations"):
+            raise NotCovered(f"value {name} of EncoderBlock")
+        checks.equal(name, block.flops(x) if name == "flops" else block.activations(x, x), value)  # pyright: ignore[reportCallIssue]
+    if case.outputs:
+        with torch.no_grad():
+            checks.output(case.outputs[0], block(x))
+
+
+def run_head(case: Case, checks: Checks) -> None:
+    """The classification head alone."""
+    head = reference.build(vision_transformer.VisionTransformerHead, case.seed, **case.build["kwargs"])
+    with torch.no_grad():
+        checks.output("output", head(torch.from_numpy(case.read())))
+
+
+def run_clustering(case: Case, checks: Checks) -> None:
+    """The clustering block, its initialisation alone (``method``), or the average pool of the ablation."""
+    make = {"TokenClusteringBlock": TokenClusteringBlock, "AvgPool": AvgPool}[case.build["class"]]
+    block = make(**case.build.get("kwargs", {}))
+    features = torch.from_numpy(case.read())
+    if method := case.build.get("method"):
+        sides = {side: int(number) for side, number in re.findall(r"(width|height)\s*=\s*(\d+)", method)}
+        centroids, labels = block.calc_init_centroid(features, **sides)  # pyright: ignore[reportCallIssue]
+        checks.output("centroids", centroids)
+        checks.output("labels", labels)
+        return
+    features.requires_grad_(any(name.startswith("grad") for name in case.outputs))
+    number = case.build.get("forward num_spixels")
+    centroids, labels = block(features) if number is None else block(features, number)
+    checks.output("centroids", centroids)
+    if labels is not None:
+        checks.output("hard_labels", labels)
+    if features.requires_grad:
+        case.read_loss(centroids=centroids, output=centroids).backward()
+        for name in case.outputs:
+            if name.startswith("grad"):
+                checks.output(name, features.grad)
+
+
+def run_unpooling(case: Case, checks: Checks) -> None:
+    """Both reconstructions; the settings of the weighted one are in the names of its outputs."""
+    names = case.names()
+    drawn = {
+        key: torch.from_numpy(np.asarray(reference.evaluate_text(call, names)))
+        for key, call in re.findall(r'(?=fill\.array\("(\w+)")(fill\.array\([^()]*\([^()]*\)[^()]*\))', case.text)
+    }
+    labels = torch.from_numpy(case.read("hard_labels"))
+    for output in case.outputs:
+        if output == "index":
+            checks.output(output, labels)
+        elif output == "naive":
+            state = NaiveUnpooling().derive_unpooler()
+            state.update_state(hard_labels=labels)
+            checks.output(output, state.call(drawn["regions"])[0])
+        elif setting := re.fullmatch(r"tsa_k(-?\d+)_t([\d.e+-]+)_s([\d.e+-]+?)(?:_(l1|l2))?", output):
+            scale = float(setting[3])
+            block = TokenReconstructionBlock(int(setting[1]), float(setting[2]), normalize=setting[4] or "l2")  # pyright: ignore[reportArgumentType]
+            state = block.derive_unpooler()
+            state.update_state(feat_before_pooling=scale * drawn["before"])
+            state.update_state(feat_after_pooling=scale * drawn["after"])
+            checks.output(output, state.call(drawn["regions"])[0])
+        else:
+            raise NotCovered(f"output {output} of token reconstruction")
+
+
+def run_handles(case: Case, checks: Checks) -> None:
+    """Cost of single operations from shapes."""
+    for value in case.values:
+        handle = getattr(jit_handles, value["handle"], None)
+        if handle is None:
+            raise NotCovered(f"cost handle {value['handle']}")
+        checks.equal(
+            value["handle"], dict(handle(value["inputs"], value["outputs"], **value["kwargs"])), value["count"]
+        )
+
+
+def run_command_line(case: Case, checks: Checks) -> None:
+    """Namespace and keyword arguments of command lines.
+
+    The published flags of type bool take the word False as True; here they mean what they say, so such a flag is
+    expected to be what its word says.
+    """
+    for line in case.values:
+        args = get_default_parser().parse_args(line["argv"])
+        words = dict(zip(line["argv"], line["argv"][1:], strict=False))
+        said = {flag[2:]: boolean(words[flag]) for flag in ("--act_group_q", "--act_group_k") if flag in words}
+        for name, value in line.get("namespace", {}).items():
+            checks.equal(f"{line['argv']} {name}", getattr(args, name), said.get(name, value))
+        expected = {name: said.get(name, value) for name, value in line["model_kwargs"].items()}
+        checks.equal(f"{line['argv']} model arguments", get_model_args(args), expected)
+
+
+def run_lines(case: Case, checks: Checks) -> None:
+    """``accuracy``, and the lines printed from the meter updates that the case describes."""
+    names = case.names()
+    logits, target = (
+        torch.from_numpy(reference.evaluate_text(reference.find_expression(case.text, names, word), names))
+        for word in ("logits", "target")
+    )
+    acc1, acc5 = evaluation.accuracy(logits, target, topk=(1, 5))
+    checks.output("acc1", acc1)
+    checks.output("acc5", acc5)
+    times, losses = (
+        [float(number) for number in re.findall(r"[\d.]+\d", found[1])]
+        for word in ("times", "losses")
+        if (found := re.search(rf"{word} ([\d., ]+)", case.raw["what"]))
+    )
+    made = re.search(r"ProgressMeter\((\d+), prefix='([^']*)'\)", case.build["function"])
+    if not made:
+        raise NotCovered("lines of anything but ProgressMeter(number, prefix)")
+    meters = evaluation.make_meters()
+    progress = evaluation.ProgressMeter(int(made[1]), meters, prefix=made[2])
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        for i, (seconds, loss) in enumerate(zip(times, losses, strict=True)):
+            for meter, value in zip(meters, (seconds, loss, float(acc1) + i, float(acc5)), strict=True):
+                meter.update(value)
+            progress.display(i)
+        progress.display_summary()
+    checks.equal("stdout", printed.getvalue(), case.values["stdout"])
+
+
+def run_transform(case: Case, checks: Checks) -> None:
+    """The evaluation transform of one picture; Pillow's versions differ by a grey level here and there."""
+    start = case.text.find("clip(")
+    if start < 0:
+        raise NotCovered("a picture that is not made with clip()")
+    names = case.names()
+    pixels = reference.evaluate_text(reference.leading_expression(case.text[start:], names), names)
+    picture = Image.fromarray(pixels.astype(np.uint8))
+    tensor = evaluation.transform_image(picture, **case.build["kwargs"])
+    checks.output("tensor", tensor, absolute=True)
+    if found := re.search(r"mean abs error < ([\d.e-]+)", str(case.raw.get("tolerance", ""))):
+        want = checks.stored.get(f"{case.name}/tensor")
+        if want is not None and want.shape == tuple(tensor.shape):
+            error = float(np.abs(tensor.numpy() - want).mean())
+            if not error < float(found[1]):
+                checks.fail(f"tensor differs by {error:.2e} on average, allowed is {found[1]}")
+
+
+RUNNERS: dict[str, Runner] = {
+    **dict.fromkeys(NETWORKS, run_network),
+    "EncoderBlock": run_block,
+    "VisionTransformerHead": run_head,
+    "TokenClusteringBlock": run_clustering,
+    "AvgPool": run_clustering,
+    "NaiveUnpooling / TokenReconstructionBlock": run_unpooling,
+    "NaiveUnpooling": run_unpooling,
+    "TokenReconstructionBlock": run_unpooling,
+    "tools.jit_handles": run_handles,
+    "get_default_parser().parse_args, get_model_args": run_command_line,
+    "transform_image": run_transform,
+}
+
+# Beginning or part of what a case builds -> the method it belongs to, of which nothing is there yet.
+NOT_YET: dict[str, str] = {
+    "evit": "EViT",
+    "complement_idx": "EViT",
+    "tome": "ToMe",
+    "soft_matching": "ToMe",
+    "parse_r": "ToMe",
+    "make_visualization": "ToMe",
+    "ats": "ATS",
+    "softmax_with_policy": "ATS",
+    "get_unique_indices": "ATS",
+    "regnet": "RegNet",
+    "smyrf": "SMYRF",
+    "xboxplus": "SMYRF",
+    "evo": "Evo-ViT",
+    "ada": "ACT",
+    "act": "ACT",
+    "calccenter": "ACT",
+    "weighted_sum": "ACT",
+    "broadcast": "ACT",
+    "hash": "ACT",
+}
+
+
+def find_runner(case: Case) -> Runner:
+    """The function that runs a case."""
+    built = case.build.get("class") or case.build.get("function") or case.build.get("functions") or ""
+    built = built if isinstance(built, str) else ", ".join(built)
+    if built in RUNNERS:
+        return RUNNERS[built]
+    if "AverageMeter" in built:
+        return run_lines
+    for part, method in NOT_YET.items():
+        if part in built.lower():
+            raise NotCovered(f"{method}: not implemented yet")
+    raise NotCovered(f"no runner for {built or 'a case that names neither class nor function'}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 1 if any case fails."""
+    return reference.main(find_runner, argv, program="python -m hourglass_swag.tests.cases")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

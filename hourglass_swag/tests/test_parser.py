@@ -1,0 +1,82 @@
+"""Command-line flags: every published one, its default and help, and what reaches the network."""
+
+import argparse
+import ast
+from pathlib import Path
+
+import pytest
+
+from hourglass_swag.imagenet_1k_eval import parse_args
+from hourglass_swag.tools.parser import boolean, get_default_parser, get_model_args
+
+
+@pytest.mark.parametrize(
+    ("word", "value"), [("True", True), ("False", False), ("0", False), ("yes", True), ("", False)]
+)
+def test_booleans_mean_what_they_say(word, value):
+    assert boolean(word) is value
+    args = get_default_parser().parse_args(["d", "-m", "act_vit_l16_in1k", "--act_group_q", word])
+    assert get_model_args(args)["act_group_q"] is value
+
+
+def test_other_words_are_no_booleans(capsys):
+    with pytest.raises(SystemExit):
+        get_default_parser().parse_args(["d", "--act_group_k", "maybe"])
+    assert "expected True or False, got 'maybe'" in capsys.readouterr().err
+
+
+def test_every_flag_has_a_help_text(capsys):
+    actions = get_default_parser()._actions
+    assert [action.dest for action in actions if not action.help] == []
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "index of the layer before which tokens are clustered; -1: nowhere (default: -1)" in text
+
+
+def test_each_method_gets_its_own_arguments():
+    parser = get_default_parser()
+    expected = {
+        "vit_b16_in1k": 0,
+        "hourglass_vit_h14_in1k": 5,
+        "hourglass_vit_desk": 5,
+        "tome_vit_l16_in1k": 1,
+        "e_vit_l16_in1k": 3,
+        "act_vit_l16_in1k": 6,
+        "smyrf_vit_l16_in1k": 5,
+        "ats_vit_l16_in1k": 3,
+        "evo_vit_l16_in1k": 2,
+        "regnety_16gf_in1k": 0,
+    }
+    for name, number in expected.items():
+        assert len(get_model_args(parser.parse_args(["d", "-m", name]))) == number, name
+
+
+def test_unknown_names_and_missing_data_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["DIR", "-m", "vit_b16"])
+    assert "'hourglass_vit_l16_in1k'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_args(["-m", "vit_l16_in1k"])
+    assert "DIR is missing" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_args(["DIR", "-b", "0"])
+    assert "--batch-size must be at least 1" in capsys.readouterr().err
+    assert parse_args(["--dataset", "digits"]).data is None
+
+
+def test_every_flag_is_read_somewhere():
+    """Flags of the network's methods are read by name; all others as an attribute of ``args``."""
+    folder = Path(__file__).parent.parent
+    read = {
+        node.attr
+        for path in (folder / "imagenet_1k_eval.py", folder / "tools" / "processes.py", folder / "tools" / "parser.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
+    }
+    flags = vars(parse_args(["DIR"]))
+    for name in ("hourglass_vit", "tome", "e_vit", "act", "smyrf", "ats", "evo"):
+        method = argparse.Namespace(**(flags | {"model": name}))
+        read |= {flag for flag in flags if any(flags[flag] is value for value in get_model_args(method).values())}
+        read |= {flag for flag in flags if flag.startswith((name, "ats_", "evo_")) or flag in get_model_args(method)}
+    assert set(flags) - read == set()
