@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import Compose
 
-from common.data import eval_transform
+from common.data import DataError, eval_transform
 from common.distributed import World, reduce_sums
 from common.engine import autocast
 
@@ -134,7 +134,7 @@ def evaluate(
         ``images``, ``skipped`` and ``seconds`` (of rank 0), the same on every process but for the last.
 
     Raises:
-        ValueError: if there is no picture, or a label beyond the model's classes.
+        DataError: if there is no picture, or a label beyond the model's classes.
     """
     meters = batch_time, losses, top1, top5 = make_meters()
     progress = ProgressMeter(len(loader), meters, prefix="Test: ")  # pyright: ignore[reportArgumentType]
@@ -144,7 +144,7 @@ def evaluate(
         with autocast(amp, world.device):
             logits = model(images.to(world.device, non_blocking=True)).float()
         if int(targets.max()) >= logits.shape[1]:
-            raise ValueError(
+            raise DataError(
                 f"a picture is of class {int(targets.max())}, but the model knows classes 0 to {logits.shape[1] - 1}; "
                 "is this the data set that it was trained for?"
             )
@@ -164,7 +164,7 @@ def evaluate(
     total = reduce_sums({"loss": losses.sum, "top1": hits1, "top5": hits5, "images": losses.count, "skipped": skipped})
     images = int(total["images"])
     if images == 0:
-        raise ValueError(f"no picture to evaluate ({total['skipped']:.0f} skipped as undecodable)")
+        raise DataError(f"no picture to evaluate ({total['skipped']:.0f} skipped as undecodable)")
     losses.avg, top1.avg, top5.avg = (total["loss"] / images, *(100 * total[k] / images for k in ("top1", "top5")))
     if world.is_main:
         if total["skipped"]:

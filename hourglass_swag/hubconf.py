@@ -6,10 +6,10 @@
 The first argument is the path of this folder; the package need not be installed.
 """
 
+import os
 import sys
-from pathlib import Path
 
-_CHECKOUT = str(Path(__file__).resolve().parent.parent)
+_CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if _CHECKOUT not in sys.path:
     sys.path.insert(0, _CHECKOUT)
 

@@ -25,6 +25,7 @@ from common.cache import write_atomic
 from common.checkpoint import CheckpointError
 from common.data import DataError, build_dataset, eval_loader
 from common.distributed import World, get_logger, launch, main_process_first, run
+from common.engine import amp_dtype
 from hourglass_swag.evaluation import evaluate, swag_eval_transform
 from hourglass_swag.models import create
 from hourglass_swag.tools.parser import get_default_parser, get_model_args
@@ -63,6 +64,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
     if args.no_pretrained and not args.weights:
         logger.warning("--no-pretrained: the weights are random, so the accuracy means nothing")
     try:
+        amp_dtype(args.amp, device)
         with main_process_first():  # one download serves all
             model = create(
                 args.model,
@@ -72,7 +74,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
                 **get_model_args(args),
             )
     except ValueError as error:
-        raise SystemExit(f"error: {args.model} at -r {args.resolution}: {error}") from error
+        raise SystemExit(f"error: {args.model}: {error}") from error
     model = model.eval().to(device)
     return torch.compile(model) if args.compile else model  # pyright: ignore[reportReturnType] - it is a module
 

@@ -50,7 +50,7 @@ class Size:
     conv_stem_layers: tuple[ConvStemLayer, ...] | None = None
 
     def kwargs(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 SIZES: dict[str, Size] = {
@@ -318,7 +318,8 @@ class VisionTransformer(nn.Module):
         dropout_rate: after the position embedding and in every layer.
         attention_dropout_rate: at the attention weights.
         classifier: "token" (read a class token) or "gap" (average the patches; no class token).
-        conv_stem_layers: stages of a convolutional stem in place of one p x p convolution; their strides multiply to p.
+        conv_stem_layers: stages (``ConvStemLayer``, or what makes one) of a convolutional stem in place of one p x p
+            convolution; their strides multiply to p.
         num_classes: width of the head; None returns the features (B, C).
         make_block: builds layer i; None for ``EncoderBlock``.
 
@@ -340,7 +341,7 @@ class VisionTransformer(nn.Module):
         dropout_rate: float = 0.0,
         attention_dropout_rate: float = 0.0,
         classifier: Classifier = "token",
-        conv_stem_layers: Sequence[ConvStemLayer | Mapping[str, int]] | None = None,
+        conv_stem_layers: Sequence[Sequence[int] | Mapping[str, int]] | None = None,
         num_classes: int | None = None,
         *,
         make_block: BlockFactory | None = None,
@@ -451,7 +452,7 @@ def _plain_blocks(*arguments: Any) -> BlockFactory:
 
 
 def _patch_projection(
-    patch_size: int, hidden_dim: int, stem: Sequence[ConvStemLayer | Mapping[str, int]] | None
+    patch_size: int, hidden_dim: int, stem: Sequence[Sequence[int] | Mapping[str, int]] | None
 ) -> nn.Conv2d | nn.Sequential:
     """Images to patch embeddings: one convolution of a patch, or a stem that ends in a 1 x 1 convolution."""
     if stem is None:
@@ -459,7 +460,7 @@ def _patch_projection(
         nn.init.trunc_normal_(projection.weight, std=math.sqrt(1 / (3 * patch_size**2)))
         nn.init.zeros_(projection.bias)  # pyright: ignore[reportArgumentType]
         return projection
-    layers = [layer if isinstance(layer, ConvStemLayer) else ConvStemLayer(**layer) for layer in stem]
+    layers = [ConvStemLayer(**layer) if isinstance(layer, Mapping) else ConvStemLayer(*layer) for layer in stem]
     if math.prod(layer.stride for layer in layers) != patch_size:
         raise ValueError(
             f"the strides of conv_stem_layers must multiply to patch_size = {patch_size}, "
