@@ -147,9 +147,12 @@ def test_windows_made_in_inference_serve_training():
     block = TokenClusteringBlock(4, window_size=3)
     with torch.inference_mode():
         block(features(1, 3, 4, 4))
+    (window,) = block._windows.values()
     grids = features(1, 3, 4, 4).requires_grad_()
     block(grids)[0].sum().backward()
     assert grids.grad is not None
+    assert next(iter(block._windows.values())) is window
+    assert not window.is_inference()
 
 
 def test_compiles_as_one_graph():

@@ -200,15 +200,21 @@ class TokenClusteringBlock(nn.Module):
         It depends on shapes alone, so it is kept per shape and device, except while compiling or tracing, where the
         compiler folds it and a kept tensor could outlive the trace.
         """
+        if torch.compiler.is_compiling():
+            return self._make_penalty(size, grid, device, dtype)
         key = (size, grid, device, dtype, self.temperture, self.radius)
         if (known := self._windows.get(key)) is not None:
             return known
-        allowed = allowed_clusters(size, grid, self.radius, device=device, dtype=dtype)
-        penalty = torch.zeros(allowed.shape, device=device, dtype=dtype)
-        penalty = penalty.masked_fill(~allowed, -self.temperture * MASK_DISTANCE)
-        if not torch.compiler.is_compiling() and type(penalty) is Tensor and not penalty.is_inference():
+        with torch.inference_mode(False), torch.no_grad():  # an ordinary tensor, which serves training too
+            penalty = self._make_penalty(size, grid, device, dtype)
+        if type(penalty) is Tensor:
             self._windows[key] = penalty
         return penalty
+
+    def _make_penalty(self, size: Grid, grid: Grid, device: torch.device, dtype: torch.dtype) -> Tensor:
+        allowed = allowed_clusters(size, grid, self.radius, device=device, dtype=dtype)
+        penalty = torch.zeros(allowed.shape, device=device, dtype=dtype)
+        return penalty.masked_fill(~allowed, -self.temperture * MASK_DISTANCE)
 
     def count_ops(
         self, num_tokens: int, channels: int, num_spixels: int | None = None, *, return_labels: bool = False
