@@ -136,7 +136,7 @@ def render_all(root: Path = ROOT) -> list[Path]:
     texts = {path: path.read_text(encoding="utf-8") for path in readmes(root)}
     renewed = {path: renderer.render(text, path) for path, text in texts.items()}
     for key in dict.fromkeys(key for text in texts.values() for key in _plots(text)):
-        write_atomic(renderer.plot_path(key), draw(renderer.figures[key]))
+        write_atomic(renderer.plot_path(key), *draw(renderer.figures[key], "png"))
     changed = [path for path in texts if renewed[path] != texts[path]]
     for path in changed:
         write_atomic(path, renewed[path])

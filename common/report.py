@@ -19,6 +19,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from common.cache import write_atomic
 from common.ledger import KEYS, STATUSES, Entry, Ledger
 from common.tables import DeskTable, Row, Table, column
@@ -436,9 +438,11 @@ def figures(ledger: Ledger) -> list[Figure]:
     for table in ledger.tables:
         if not table.plot or not ledger.of(table):
             continue
-        if overview := table.plot.get("overview"):
+        overview = table.plot.get("overview")
+        if overview:
             shared.setdefault((table.paper, overview), []).append(table)
-        tables.append(_table_figure(ledger, table))
+        if len(table.rows) > 2 or not overview:
+            tables.append(_table_figure(ledger, table))
     overviews = [_overview_figure(ledger, paper, name, group) for (paper, name), group in shared.items()]
     desks = [_desk_figure(paper, desk) for paper, desk in ledger.desk if desk.plot]
     return [figure for figure in [*overviews, *tables, *desks] if any(figure.panels.values())]
@@ -539,12 +543,15 @@ def _desk_label(name: str) -> str:
         return name.replace("_", " ")
 
 
-def draw(figure: Figure, *, form: str = "png") -> bytes:
+def draw(figure: Figure, *forms: str) -> list[bytes]:
     """Draw a figure with matplotlib, without a display.
 
     Args:
         figure: what to draw.
-        form: "png" (on white) or "svg" (transparent, text as text, no date, so equal input gives equal output).
+        forms: "png" (on white) or "svg" (transparent, text as text, no date, so equal input gives equal output).
+
+    Returns:
+        The content of a file in each of the forms.
     """
     import matplotlib as mpl  # heavy, and not needed for tables alone
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -581,12 +588,16 @@ def draw(figure: Figure, *, form: str = "png") -> bytes:
         canvas.draw_without_rendering()
         for axes, series in zip(canvas.axes, panels.values(), strict=True):
             _place_labels(axes, series, {line.name: styles[line.name][0] for line in series})
-        stream = io.BytesIO()
-        if form == "svg":
-            canvas.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-        else:
-            canvas.savefig(stream, format="png", dpi=130, facecolor="white", metadata={"Software": None})
-        return stream.getvalue()
+        saving: Mapping[str, dict[str, Any]] = {
+            "svg": {"transparent": True, "metadata": {"Date": None}},
+            "png": {"dpi": 130, "facecolor": "white", "metadata": {"Software": None}},
+        }
+        contents: list[bytes] = []
+        for form in forms:
+            stream = io.BytesIO()
+            canvas.savefig(stream, format=form, **saving[form])
+            contents.append(stream.getvalue())
+        return contents
 
 
 def _styles(panels: Mapping[str, Sequence[Series]]) -> dict[str, tuple[str, str]]:
@@ -743,7 +754,7 @@ _STYLE = """
   --line: #323a45; --good: #4cc38a; --bad: #ff7a6b; --note: #6fb1ff; --wait: #e0b94a; } }
 * { box-sizing: border-box; }
 body { font: 15px/1.45 system-ui, sans-serif; color: var(--text); background: var(--ground); margin: 0 auto;
-  padding: 1.5rem; max-width: 76rem; }
+  padding: 1.5rem; max-width: 92rem; }
 h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
 h3 { font-size: 1rem; margin: 0 0 .6rem; } p { margin: .4rem 0; } .dim { color: var(--dim); font-size: .87rem; }
 section.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 1rem;
@@ -800,7 +811,7 @@ def to_html(ledger: Ledger, *, drawn: Mapping[str, str] | None = None) -> str:
         drawn: key of a figure -> its SVG; drawn here if None.
     """
     if drawn is None:
-        drawn = {figure.key: inline_svg(figure) for figure in figures(ledger)}
+        drawn = {figure.key: inline_svg(*draw(figure, "svg")) for figure in figures(ledger)}
     counts = ledger.counts()
     chips = "".join(
         f'<span class="{_class(status)}" title="{_text(STATUSES[status])}">{count} {status}</span>'
@@ -839,9 +850,9 @@ def to_html(ledger: Ledger, *, drawn: Mapping[str, str] | None = None) -> str:
     )
 
 
-def inline_svg(figure: Figure) -> str:
-    """The figure as an SVG element whose ink follows the colour of the page's text."""
-    text = draw(figure, form="svg").decode()
+def inline_svg(content: bytes) -> str:
+    """An SVG file as an element of a page, its ink in the colour of the page's text."""
+    text = content.decode()
     return text[text.index("<svg") :].replace(INK, "currentColor")
 
 
@@ -931,19 +942,29 @@ def _class(status: str) -> str:
 # -------------------------------------------------------------------------------------------------------------- folder
 
 
-def write_report(ledger: Ledger, folder: Path) -> list[Path]:
+def write_report(ledger: Ledger, folder: Path, *, quiet: bool = True) -> list[Path]:
     """Write the report folder, each file atomically.
+
+    Args:
+        ledger: what to report.
+        folder: made if it does not exist.
+        quiet: no progress bar.
 
     Returns:
         The files written.
     """
-    pictures = figures(ledger)
-    plots = {figure.key: f"plots/{figure.key}.png" for figure in pictures}
-    contents: dict[str, str | bytes] = {plots[figure.key]: draw(figure) for figure in pictures}
+    plots: dict[str, str] = {}
+    drawn: dict[str, str] = {}
+    contents: dict[str, str | bytes] = {}
+    for figure in tqdm(figures(ledger), desc="figures", delay=2, leave=False, disable=quiet):
+        picture, drawing = draw(figure, "png", "svg")
+        plots[figure.key] = f"plots/{figure.key}.png"
+        contents[plots[figure.key]] = picture
+        drawn[figure.key] = inline_svg(drawing)
     contents["ledger.json"] = to_json(ledger)
     contents["ledger.csv"] = to_csv(ledger)
     contents["report.md"] = to_markdown(ledger, plots=plots)
-    contents["index.html"] = to_html(ledger)
+    contents["index.html"] = to_html(ledger, drawn=drawn)
     for name, content in contents.items():
         write_atomic(folder / name, content)
     return [folder / name for name in contents]

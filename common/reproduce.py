@@ -17,7 +17,7 @@ from pathlib import Path
 from common import cache
 from common.ledger import Ledger, Request, build, run_desk, select
 from common.report import FORMATS, legend, to_text, write_report
-from common.tables import COLUMNS, TableError, column, load_tables, papers
+from common.tables import TableError, column, load_tables, papers
 
 
 def parse_args(argv: Sequence[str] | None = None, *, root: Path = cache.ROOT) -> argparse.Namespace:
@@ -61,21 +61,26 @@ def parse_args(argv: Sequence[str] | None = None, *, root: Path = cache.ROOT) ->
     return args
 
 
-def parse_columns(text: str | None, published: Sequence[str]) -> frozenset[str] | None:
+def parse_columns(text: str | None, published: Sequence[str], everywhere: Sequence[str]) -> frozenset[str] | None:
     """Names of a comma-separated list; None for all.
 
+    Args:
+        text: the list.
+        published: columns of the chosen tables.
+        everywhere: columns of all tables.
+
     Raises:
-        ValueError: if one is not published by any chosen table; the message lists those that are.
+        ValueError: if a column does not exist, or the chosen tables publish none of them; the message lists what there
+            is.
     """
     if text is None:
         return None
     names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise ValueError("--columns names no column")
     for name in names:
-        if name not in published:
-            kind = "no chosen table publishes" if name in COLUMNS else "there is no"
-            raise ValueError(f"--columns: {kind} column {name!r}; the columns are {', '.join(published)}")
+        if name not in everywhere:
+            raise ValueError(f"--columns: there is no column {name!r}; the columns are {', '.join(everywhere)}")
+    if not set(names) & set(published):
+        raise ValueError(f"--columns: the chosen tables publish none of these; they publish {', '.join(published)}")
     return frozenset(names)
 
 
@@ -105,8 +110,10 @@ def main(argv: Sequence[str] | None = None, *, root: Path = cache.ROOT) -> int:
         everything = load_tables(root=root)
         chosen = [table for table in everything if not args.papers or table.paper in args.papers]
         tables = select(chosen, table=args.table, row=args.row)
-        published = list(dict.fromkeys(name for table in tables for name in table.columns))
-        columns = parse_columns(args.columns, published)
+        published, everywhere = (
+            list(dict.fromkeys(name for table in group for name in table.columns)) for group in (tables, everything)
+        )
+        columns = parse_columns(args.columns, published, everywhere)
         device = resolve_device(args.device)
     except (TableError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -143,9 +150,9 @@ def show(ledger: Ledger, args: argparse.Namespace) -> None:
         print(legend(ledger))
         print(f"Written: {args.output}")
     else:
-        print(text, end="")
+        print(text, end="", flush=True)
     if args.report:
-        files = write_report(ledger, args.report)
+        files = write_report(ledger, args.report, quiet=args.quiet)
         print(f"Report: {args.report / 'index.html'} and {len(files) - 1} other files in {args.report}", file=screen)
     if reused := cache.report_skipped():
         print(reused, file=screen)

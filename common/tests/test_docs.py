@@ -1,0 +1,102 @@
+"""Tables inside the READMEs: rendered from data, and a stale one is found."""
+
+import pytest
+
+from common import docs
+from common.docs import DocsError, main, render_all, stale
+from common.tests.fake_paper import TABLE, importable, write_paper
+
+README = """# Fake
+
+before
+<!-- table: fakepaper/main -->
+something old
+<!-- end -->
+between
+<!-- ledger -->
+<!-- end -->
+<!-- plot: fakepaper-main -->
+<!-- end -->
+after
+"""
+
+
+@pytest.fixture
+def paper(tmp_path):
+    write_paper(tmp_path)
+    (tmp_path / "fakepaper" / "README.md").write_text(README)
+    with importable(tmp_path):
+        yield tmp_path
+
+
+def test_markers_are_filled_and_the_rest_is_kept(paper):
+    (changed,) = render_all(paper)
+    text = changed.read_text()
+    assert text.startswith("# Fake\n\nbefore\n<!-- table: fakepaper/main -->\n| Method |")
+    assert "something old" not in text
+    assert "\n<!-- end -->\nbetween\n<!-- ledger -->\n| Table |" in text
+    assert "![A made-up table](../docs/plots/fakepaper-main.png)" in text
+    assert text.endswith("<!-- end -->\nafter\n")
+    assert (paper / "docs" / "plots" / "fakepaper-main.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rendering_twice_changes_nothing(paper):
+    render_all(paper)
+    assert stale(paper) == []
+    assert render_all(paper) == []
+
+
+def test_the_check_names_stale_files_and_changes_nothing(paper, capsys):
+    assert main(["--check"], root=paper) == 1
+    assert "stale: fakepaper/README.md" in capsys.readouterr().out
+    assert (paper / "fakepaper" / "README.md").read_text() == README
+    assert main([], root=paper) == 0
+    assert main(["--check"], root=paper) == 0
+
+
+def test_another_published_value_makes_the_readme_stale(paper):
+    render_all(paper)
+    write_paper(paper, table=TABLE.replace("gmacs = 5.0", "gmacs = 5.1"))
+    assert stale(paper) == [paper / "fakepaper" / "README.md"]
+
+
+def test_a_missing_figure_is_stale(paper):
+    render_all(paper)
+    figure = paper / "docs" / "plots" / "fakepaper-main.png"
+    figure.unlink()
+    assert stale(paper) == [figure]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "a\n<!-- table: fakepaper/nothing -->\n<!-- end -->\n",
+            r"README\.md:2: there is no table 'fakepaper/nothing'",
+        ),
+        (
+            "<!-- plot: nothing -->\n<!-- end -->\n",
+            r"README\.md:1: there is no figure 'nothing'; the figures are fakepaper",
+        ),
+        ("<!-- ledger -->\nno end\n", r"README\.md:1: the marker has no <!-- end -->"),
+        ("<!-- ledger -->\n<!-- ledger -->\n<!-- end -->\n", r"README\.md:2: the marker before this one has no"),
+    ],
+)
+def test_wrong_markers_are_named(paper, text, message):
+    path = paper / "fakepaper" / "README.md"
+    path.write_text(text)
+    with pytest.raises(DocsError, match=message):
+        render_all(paper)
+    assert path.read_text() == text
+
+
+def test_a_failing_row_stops_the_rendering(tmp_path, capsys):
+    write_paper(tmp_path, adapter="def costs(row):\n    raise RuntimeError('no')\n")
+    (tmp_path / "README.md").write_text("<!-- ledger -->\n<!-- end -->\n")
+    with importable(tmp_path):
+        assert main([], root=tmp_path) == 2
+    assert "RuntimeError: no" in capsys.readouterr().err
+
+
+def test_the_readmes_of_this_checkout_are_current():
+    assert [str(path.relative_to(docs.ROOT)) for path in stale()] == [], "run make docs"
