@@ -517,7 +517,7 @@ class _PassBar:
                 delay=2,
                 leave=False,
                 file=sys.stderr,
-                mininterval=0.5,
+                mininterval=0.5 if sys.stderr.isatty() else 30,
                 bar_format="{desc}: {percentage:3.0f} %|{bar}| [{elapsed}, {remaining} left{postfix}]",
                 postfix=f"pass 1/{self._passes}",
             )

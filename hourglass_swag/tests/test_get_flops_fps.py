@@ -22,7 +22,7 @@ DESK = ["-m", "hourglass_vit_desk", "-r", "32", "-l", "2", "-n", "16"]
 
 
 def run(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "hourglass_swag/get_flops_fps.py"), *words]
     return subprocess.run(
         command, capture_output=True, text=True, env=environment, cwd=folder, timeout=120, check=False
