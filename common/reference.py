@@ -385,12 +385,12 @@ def read_cases(folder: str | Path) -> tuple[list[Case], Mapping[str, np.ndarray]
 
 
 def _make_case(entry: Mapping[str, Any]) -> Case:
-    name, outputs = str(entry["name"]), entry.get("outputs", ())
-    text = entry.get("input", "")
+    name, outputs = str(entry["name"]), entry.get("outputs") or ()
+    text, made, seed = entry.get("input"), entry.get("build"), entry.get("seed")
     return Case(
         name=name,
-        seed=int(entry.get("seed", 0)),
-        build=entry.get("build", {}),
+        seed=seed if isinstance(seed, int) else 0,
+        build=made if isinstance(made, dict) else {},
         text=text if isinstance(text, str) else "",
         outputs=tuple(str(output).removeprefix(f"{name}/") for output in outputs),
         values=entry.get("values", {}),

@@ -1,5 +1,7 @@
 """Deterministic numbers, the reader of inputs written as text, and the comparison."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from common.reference import (
     find_expression,
     image,
     input_names,
+    read_cases,
     relative_error,
     weight,
 )
@@ -131,3 +134,18 @@ def test_checks_find_every_kind_of_difference():
     checks.number("total", 1.1, 1.0, tolerance=0.01)
     assert len(checks.failures) == 6
     assert checks.compared == {"a", "i", "b"}
+
+
+def test_cases_of_every_set_are_read(tmp_path):
+    """What the five sets write differently: the outer object, outputs as names, no seed, a description as build."""
+    entries = [
+        {"name": "a", "seed": None, "build": "a text", "input": {"x": "array('x', (2,))"}, "outputs": ["a/y"]},
+        {"name": "b", "outputs": {"z": {"key": "b/z", "stride": 2}}},
+    ]
+    np.savez(tmp_path / "cases.npz", **{"a/y": np.ones(2)})
+    for content in (entries, {"format": "1", "cases": entries}):
+        (tmp_path / "cases.json").write_text(json.dumps(content))
+        (first, second), stored = read_cases(tmp_path)
+        assert (first.seed, first.build, first.text, first.outputs) == (0, {}, "", ("y",))
+        assert (second.outputs, second.values, second.raw["outputs"]["z"]["stride"]) == (("z",), {}, 2)
+        assert stored["a/y"].tolist() == [1, 1]
