@@ -152,9 +152,6 @@ def to_text(ledger: Ledger, *, collapse: bool = True) -> str:
 def legend(ledger: Ledger) -> str:
     """Totals per status, with the tag used in the tables."""
     counts = ledger.counts()
-    lines = align(
-        [["", "values", "status", ""]] + [[TAGS[s], str(n), s, STATUSES[s]] for s, n in counts.items()], left=1
-    )
     width = max((len(status) for status in counts), default=6)
     lines = [f"{'tag':<8}{'values':>6}  status"]
     lines += [f"{TAGS[s]:<8}{n:>6}  {s:<{width}}  {STATUSES[s]}" for s, n in counts.items()]
@@ -183,7 +180,7 @@ def _text_table(ledger: Ledger, table: Table, entries: Mapping[tuple[str, str], 
     lines = [f"{table.paper}/{table.name}: {table.title}"]
     for chunk in _chunks(heads, blocks):
         lines += align([[heads[i] for i in chunk]] + [[blocks[i][r] for i in chunk] for r in range(len(rows))])
-    return "\n".join(lines + _text_notes(entries.values()))
+    return "\n".join([*lines, *_text_notes(entries.values()), *_text_details(entries.values())])
 
 
 def _chunks(heads: Sequence[str], blocks: Sequence[Sequence[str]]) -> list[list[int]]:
@@ -223,6 +220,31 @@ def _text_notes(entries: Iterable[Entry]) -> list[str]:
         what = ", ".join(f"{name} of {count} row{'s' if count > 1 else ''}" for name, count in columns)
         lines.append(f"  {status}: {what}, e.g. {command}")
     return lines
+
+
+def _text_details(entries: Iterable[Entry]) -> list[str]:
+    """One line for each value that came out: how far off, what was allowed, how it was counted and where it is from."""
+    lines = [
+        [
+            f"  {entry.row}",
+            entry.column,
+            format_published(entry),
+            format_reproduced(entry),
+            "" if entry.difference is None else f"{entry.difference:+.4g}",
+            "" if entry.tolerance is None else f"{entry.tolerance:.3g}",
+            entry.status,
+            f"{entry.convention}: {entry.source}",
+        ]
+        for entry in entries
+        if entry.reproduced is not None
+    ]
+    if not lines:
+        return []
+    heads = ["  value", "column", "published", "here", "difference", "tolerance", "status", "convention: source"]
+    numbers = align([row[2:6] for row in [heads, *lines]], left=0)
+    texts = [[*row[:2], middle, *row[6:]] for row, middle in zip([heads, *lines], numbers, strict=True)]
+    width = max(map(len, numbers))
+    return align([[*row[:2], row[2].ljust(width), *row[3:]] for row in texts], left=5)
 
 
 def _text_desk(paper: str, desk: DeskTable) -> str:
