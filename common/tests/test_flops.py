@@ -159,7 +159,7 @@ def test_what_cannot_be_seen_is_refused() -> None:
 def test_an_operation_without_a_rule_is_an_error_not_a_zero() -> None:
     with pytest.raises(ValueError, match="_cdist_forward"):
         executed(lambda a: torch.cdist(a, a, compute_mode="donot_use_mm_for_euclid_dist"), (1, 3, 4))
-    with pytest.raises(ValueError, match="rnn|lstm"):
+    with pytest.raises(ValueError, match=r"rnn|lstm"):
         count_executed_macs(Recurrent(), torch.rand(1, 3, 4))
 
 
