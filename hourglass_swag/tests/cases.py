@@ -21,7 +21,7 @@ from common import reference
 from common.flops import CONVENTIONS, count_executed_macs, count_parameters
 from common.reference import Case, Checks, NotCovered, Runner
 from hourglass_swag import evaluation
-from hourglass_swag.models import hourglass_vit, vision_transformer
+from hourglass_swag.models import evit, hourglass_vit, vision_transformer
 from hourglass_swag.models.ops.cluster import AvgPool, TokenClusteringBlock
 from hourglass_swag.models.ops.reconstruction import NaiveUnpooling, TokenReconstructionBlock
 from hourglass_swag.tools import jit_handles
@@ -35,6 +35,10 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "HourglassViT": hourglass_vit.HourglassViT,
     "HourglassViTL16": hourglass_vit.HourglassViTL16,
     "HourglassViTH14": hourglass_vit.HourglassViTH14,
+    "EViT": evit.EViT,
+    "EViTB16": evit.EViTB16,
+    "EViTL16": evit.EViTL16,
+    "EViTH14": evit.EViTH14,
 }
 
 
@@ -48,13 +52,14 @@ def run_network(case: Case, checks: Checks) -> None:
     if checkpoint := case.build.get("checkpoint"):
         load_checkpoint(case, checks, model, checkpoint)
     gradients = [name for name in case.outputs if name.startswith("grad:")]
-    with layer_tokens(model) as tokens, torch.set_grad_enabled(bool(gradients)):
+    with layer_tokens(model) as tokens, kept_patches(model) as kept, torch.set_grad_enabled(bool(gradients)):
         logits = model(case.read())
     parameters = dict(model.named_parameters())
     if gradients:
         case.read_loss(logits=logits, output=logits).backward()
     known: dict[str, Any] = {"output": logits, "logits": logits, "pos_embedding": parameters["encoder.pos_embedding"]}
     known |= {f"grad:{name}": parameter.grad for name, parameter in parameters.items()}
+    known |= kept
     if "after_layer" in case.outputs:
         known["after_layer"] = torch.stack([leaving for _, leaving in tokens])
     for name in case.outputs:
@@ -95,6 +100,29 @@ def layer_tokens(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def kept_patches(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """EViT's ``score_<i>`` and ``kept_<i>`` of the i-th layer that drops patches, while active."""
+    seen: dict[str, Tensor] = {}
+
+    def remember(_: nn.Module, args: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor]) -> None:
+        index = len(seen) // 2
+        seen[f"score_{index}"], seen[f"kept_{index}"] = args[1], out[1][:, 1:] - 1
+
+    selections = [module for module in model.modules() if isinstance(module, evit.TokenSelection)]
+    handles = [module.register_forward_hook(remember) for module in selections]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_complement(case: Case, checks: Checks) -> None:
+    """``complement_idx`` of the rows given as input."""
+    checks.output("complement", evit.complement_idx(torch.tensor(case.raw["input"]), **case.build["kwargs"]))
 
 
 def run_cost(case: Case, checks: Checks) -> None:
@@ -261,6 +289,7 @@ RUNNERS: dict[str, Runner] = {
     "NaiveUnpooling / TokenReconstructionBlock": run_unpooling,
     "NaiveUnpooling": run_unpooling,
     "TokenReconstructionBlock": run_unpooling,
+    "complement_idx": run_complement,
     "tools.jit_handles": run_handles,
     "get_default_parser().parse_args, get_model_args": run_command_line,
     "transform_image": run_transform,
@@ -268,8 +297,6 @@ RUNNERS: dict[str, Runner] = {
 
 # Beginning or part of what a case builds -> the method it belongs to, of which nothing is there yet.
 NOT_YET: dict[str, str] = {
-    "evit": "EViT",
-    "complement_idx": "EViT",
     "tome": "ToMe",
     "soft_matching": "ToMe",
     "parse_r": "ToMe",

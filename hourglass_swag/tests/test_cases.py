@@ -20,7 +20,8 @@ def test_reference_vector(case):
     assert result.status == "pass", result.reason
 
 
-def test_command_reports_passes_failures_and_what_is_not_covered(tmp_path, capsys):
+def test_command_reports_passes_failures_and_what_is_not_covered(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(runner.NOT_YET, "later", "Later")
     chosen = {case.name: case for case in CASES if case.name in ("vit_token", "cluster_basic", "block_costs", "unpool")}
     arrays = {key: STORED[key].copy() for key in STORED if key.split("/")[0] in chosen}
     arrays["vit_token/output"][0, 0] *= 1 + 1e-6
@@ -28,7 +29,7 @@ def test_command_reports_passes_failures_and_what_is_not_covered(tmp_path, capsy
     del arrays["unpool/naive"]
     entries = [dict(case.raw) for case in chosen.values()]
     entries += [
-        {"name": "evit", "build": {"class": "EViT"}, "outputs": {"evit/output": [1]}},
+        {"name": "later", "build": {"class": "LaterViT"}, "outputs": {"later/output": [1]}},
         {"name": "odd", "build": {"function": "frobnicate"}},
         {"name": "broken", "build": {"class": "HourglassViT", "kwargs": {"num_layers": 1}}},
         chosen["vit_token"].raw | {"name": "renamed", "outputs": {"renamed/output": [2, 10], "renamed/new": [1]}},
@@ -42,7 +43,7 @@ def test_command_reports_passes_failures_and_what_is_not_covered(tmp_path, capsy
     assert "FAIL: hard_labels differs by 1.00e+00, allowed is 0e+00" in lines["cluster_basic"]
     assert "FAIL: cases.npz has no array unpool/naive" in lines["unpool"]
     assert lines["block_costs"].endswith("pass")
-    assert "not covered: EViT: not implemented yet" in lines["evit"]
+    assert "not covered: Later: not implemented yet" in lines["later"]
     assert "not covered: no runner for frobnicate" in lines["odd"]
     assert "FAIL: TypeError" in lines["broken"]
     assert "not covered: output new of a network" in lines["renamed"]

@@ -1,0 +1,383 @@
+"""EViT on the SWAG backbone: keep the most attended patches, drop the others or fuse them into one token.
+
+Paper: Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations (EViT),
+arXiv:2202.07800. There are no parameters beyond the backbone's, so any of its checkpoints fits.
+
+The published rows on SWAG score a patch by the mean attention that *all* tokens pay to it (``score="mean"``, the
+default); EViT itself by the attention of the class token alone (``score="cls"``).
+
+Letters: B images, N tokens, C width, h heads, d = C / h; U tokens left by a layer that drops some, q its keep rate.
+With classifier "gap" the first patch plays the part of the class token.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import flops
+from common.flops import OpCounts
+from hourglass_swag.models.vision_transformer import SIZES, EncoderBlock, SelfAttention, VisionTransformer
+
+Score = Literal["mean", "cls"]
+
+CPU_ROWS = 256  # queries whose attention weights exist at once on a CPU: they stay in its cache
+
+
+def count_kept(num_patches: int, keep_rate: float) -> int:
+    """Patches that remain of ``num_patches``: ceil(q (N - 1)), in floating point as published."""
+    return math.ceil(keep_rate * num_patches)
+
+
+def complement_idx(idx: Tensor, dim: int) -> Tensor:
+    """Numbers in 0 ... dim - 1 that are absent from each row of ``idx`` (..., K), ascending: (..., dim - K)."""
+    absent = torch.ones(*idx.shape[:-1], dim, dtype=torch.bool, device=idx.device).scatter(-1, idx, False)
+    return absent.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., : dim - idx.shape[-1]]
+
+
+def attend_and_score(q: Tensor, k: Tensor, v: Tensor, *, rows: int, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Attention, and the mean over heads and queries of its weights.
+
+    The mean needs the weights of every query, so they are computed once, ``rows`` queries at a time, for both results.
+
+    Args:
+        q, k, v: queries, keys, values, (B, h, N, d).
+        rows: queries per block.
+        dropout: rate at the weights.
+
+    Returns:
+        Output (B, h, N, d), and the mean weight of every key, (B, N), in float32 at least.
+    """
+    heads, tokens, width = q.shape[1:]
+    precise = torch.promote_types(q.dtype, torch.float32)
+    outputs: list[Tensor] = []
+    sums: list[Tensor] = []
+    for block in (q * width**-0.5).split(rows, dim=2):
+        weights = (block @ k.transpose(2, 3)).softmax(dim=3)  # (B, h, rows, N)
+        if dropout:
+            weights = F.dropout(weights, dropout)
+        outputs.append(weights @ v)
+        averaged = weights.sum(1, dtype=precise) / (heads * tokens)  # (B, rows, N): over heads, and the queries' 1 / N
+        sums.append(averaged.sum(1))
+    if len(outputs) == 1:
+        return outputs[0], sums[0]
+    return torch.cat(outputs, dim=2), torch.stack(sums).sum(0)
+
+
+def score_class_row(q: Tensor, k: Tensor) -> Tensor:
+    """Attention of token 0 to every token, averaged over heads, (B, N); q and k are (B, h, N, d)."""
+    weights = (q[:, :, :1] * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # (B, h, 1, N)
+    return weights.softmax(dim=3, dtype=torch.promote_types(q.dtype, torch.float32)).mean(1)[:, 0]
+
+
+class MultiheadAttention(SelfAttention):
+    """Self-attention that can score its tokens; parameters as its parent's.
+
+    Args:
+        embed_dim, num_heads, dropout: see ``SelfAttention``.
+        score: "mean" over all queries, or "cls", the class token's row.
+
+    Raises:
+        ValueError: for another ``score``.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, *, score: Score = "mean") -> None:
+        super().__init__(embed_dim, num_heads, dropout)
+        if score not in ("mean", "cls"):
+            raise ValueError(f"score must be 'mean' or 'cls', got {score!r}")
+        self.score: Score = score
+
+    def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention among the tokens of ``x`` (B, N, C): output of the same shape, and patch scores (B, N - 1).
+
+        One row of weights beside fused attention suffices for "cls"; "mean" needs them all.
+        """
+        q, k, v = self.project(x)
+        dropout = self.dropout if self.training else 0.0
+        if self.score == "cls":
+            out, scores = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout), score_class_row(q, k)
+        else:
+            rows = CPU_ROWS if x.device.type == "cpu" else x.shape[1]
+            out, scores = attend_and_score(q, k, v, rows=rows, dropout=dropout)
+        return self.merge_heads(out), scores[:, 1:]
+
+    def count_attend_ops(self, num_tokens: int) -> OpCounts:
+        """As without scores, and N^2 for the mean over heads; for "cls" a product of NC, its softmax, its scaling."""
+        if self.score == "mean":
+            return self.count_ops(num_tokens) + flops.div(num_tokens**2)
+        row = flops.matmul(1, 1, num_tokens, self.embed_dim) + flops.softmax(self.num_heads * num_tokens)
+        return self.count_ops(num_tokens) + row + flops.mul(self.embed_dim)
+
+
+class TokenSelection(nn.Module):
+    """Keep the best patches behind the class token, best first, and append the others as one token if asked for.
+
+    Args:
+        keep_rate: q, fraction of the patches kept.
+        fuse_token: append the sum of the dropped patches, each times its score (the scores are not normalised).
+
+    Raises:
+        ValueError: if the keep rate is not in (0, 1].
+    """
+
+    def __init__(self, keep_rate: float, fuse_token: bool) -> None:
+        super().__init__()
+        if not 0 < keep_rate <= 1:
+            raise ValueError(f"keep rates (--base_keep_rate) must be in (0, 1], got {keep_rate}")
+        self.keep_rate, self.fuse_token = keep_rate, fuse_token
+
+    def extra_repr(self) -> str:
+        return f"keep_rate={self.keep_rate}, fuse_token={self.fuse_token}"
+
+    def drops(self, num_tokens: int) -> bool:
+        """Whether any of ``num_tokens`` tokens goes."""
+        return count_kept(num_tokens - 1, self.keep_rate) < num_tokens - 1
+
+    def tokens_left(self, num_tokens: int) -> int:
+        """U for N: class token, kept patches, fused token."""
+        if not self.drops(num_tokens):
+            return num_tokens
+        return 1 + count_kept(num_tokens - 1, self.keep_rate) + int(self.fuse_token)
+
+    def forward(self, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Select among the patches of ``x``.
+
+        Args:
+            x: tokens, (B, N, C).
+            scores: of the patches, (B, N - 1).
+
+        Returns:
+            The tokens left, (B, U, C), and which of the N tokens were kept: the class token, then patches, best
+            first, (B, U or, with a fused token, U - 1).
+        """
+        number = 1 + count_kept(scores.shape[1], self.keep_rate)
+        scores = F.pad(scores, (1, 0), value=math.inf)  # the class token ranks first
+        ranked = scores.topk(x.shape[1] if self.fuse_token else number, dim=1)
+        x = x.gather(1, ranked.indices[..., None].expand(-1, -1, x.shape[2]))
+        kept = ranked.indices[:, :number]
+        if not self.fuse_token:
+            return x, kept
+        weights = ranked.values[:, number:, None].to(x.dtype)
+        fused = (x[:, number:] * weights).sum(1, keepdim=True)
+        return torch.cat([x[:, :number], fused], dim=1), kept
+
+    def count_ops(self, num_tokens: int, width: int) -> OpCounts:
+        """C per dropped patch that is fused."""
+        dropped = num_tokens - 1 - count_kept(num_tokens - 1, self.keep_rate)
+        return flops.mul(dropped * width) if self.fuse_token else OpCounts()
+
+
+class EViTEncoderBlock(EncoderBlock):
+    """Transformer layer that drops patches between its halves; with keep rate 1 it is a plain layer.
+
+    Args:
+        num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate: see ``EncoderBlock``.
+        keep_rate, fuse_token: see ``TokenSelection``.
+        score: see ``MultiheadAttention``.
+
+    Raises:
+        ValueError: if the keep rate or the score is out of range.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        hidden_dim: int,
+        mlp_dim: int,
+        dropout_rate: float,
+        attention_dropout_rate: float,
+        keep_rate: float = 1.0,
+        fuse_token: bool = False,
+        *,
+        score: Score = "mean",
+    ) -> None:
+        super().__init__(num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate)
+        self.self_attention = MultiheadAttention(hidden_dim, num_heads, attention_dropout_rate, score=score)
+        self.selection = TokenSelection(keep_rate, fuse_token)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One layer: ``x`` is (N, B, C), the result (U, B, C)."""
+        if not self.selection.drops(x.shape[0]):
+            return super().forward(x)
+        x = x.transpose(0, 1)  # (B, N, C)
+        attended, scores = self.self_attention.attend(self.ln_1(x))
+        x, _ = self.selection(x + self.dropout(attended), scores)
+        x = x + self.mlp(self.ln_2(x))
+        return x.transpose(0, 1)
+
+    def tokens_left(self, num_tokens: int) -> int:
+        """U for N."""
+        return self.selection.tokens_left(num_tokens)
+
+    def count_ops(self, num_tokens: int) -> OpCounts:
+        """block(N, U): the attention half on N tokens, the MLP half on U, and what scoring and fusing cost."""
+        if not self.selection.drops(num_tokens):
+            return super().count_ops(num_tokens)
+        before, after = num_tokens * self.hidden_dim, self.tokens_left(num_tokens) * self.hidden_dim
+        return (
+            flops.layer_norm(before + after)
+            + self.self_attention.count_attend_ops(num_tokens)
+            + flops.dropout(before)
+            + self.selection.count_ops(num_tokens, self.hidden_dim)
+            + flops.add(before + after)
+            + self.mlp.count_ops(self.tokens_left(num_tokens))
+        )
+
+
+class EViT(VisionTransformer):
+    """Vision Transformer whose layers drop the patches that are attended least.
+
+    Args:
+        image_size, patch_size, num_layers, num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate,
+            options: see ``VisionTransformer``.
+        keep_rate: fraction of the patches that each layer keeps, one number per layer.
+        fuse_token: append the dropped patches as one token; later layers treat it as a patch.
+        score: how patches are ranked: "mean" as in the published rows on SWAG, "cls" as in EViT's paper.
+
+    Raises:
+        ValueError: if there is not one keep rate per layer, one is not in (0, 1], or the score is unknown.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        num_layers: int,
+        num_heads: int,
+        hidden_dim: int,
+        mlp_dim: int,
+        dropout_rate: float = 0.0,
+        attention_dropout_rate: float = 0.0,
+        *,
+        keep_rate: Sequence[float] = (1,),
+        fuse_token: bool = False,
+        score: Score = "mean",
+        **options: Any,
+    ) -> None:
+        if len(keep_rate) != num_layers:
+            raise ValueError(
+                f"keep_rate must hold one number for each of the {num_layers} layers, got {len(keep_rate)}"
+            )
+
+        def make_block(index: int) -> nn.Module:
+            shape = (num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate)
+            return EViTEncoderBlock(*shape, keep_rate[index], fuse_token, score=score)
+
+        super().__init__(
+            image_size,
+            patch_size,
+            num_layers,
+            num_heads,
+            hidden_dim,
+            mlp_dim,
+            dropout_rate,
+            attention_dropout_rate,
+            make_block=make_block,
+            **options,
+        )
+
+    def tokens_per_layer(self) -> list[int]:
+        """Tokens that enter each layer and, last, those that leave the last one."""
+        tokens = [self.seq_length]
+        for layer in self.encoder.layers:
+            tokens.append(cast(EViTEncoderBlock, layer).tokens_left(tokens[-1]))
+        return tokens
+
+    def count_encoder_ops(self) -> OpCounts:
+        """2NC for position embedding and dropout, block(N_i, U_i) in layer i, 4 N_L C for the norm."""
+        *entering, leaving = self.tokens_per_layer()
+        counts = flops.add(entering[0] * self.hidden_dim) + flops.dropout(entering[0] * self.hidden_dim)
+        for layer, num_tokens in zip(self.encoder.layers, entering, strict=True):
+            counts += cast(EViTEncoderBlock, layer).count_ops(num_tokens)
+        return counts + flops.layer_norm(leaving * self.hidden_dim)
+
+
+def keep_rates(num_layers: int, base_keep_rate: float, drop_loc: Sequence[int]) -> list[float]:
+    """Keep rate of every layer: ``base_keep_rate`` at the layers ``drop_loc``, 1 elsewhere.
+
+    Raises:
+        ValueError: if one of ``drop_loc`` is no layer.
+    """
+    if beyond := sorted(location for location in drop_loc if not 0 <= location < num_layers):
+        raise ValueError(f"drop_loc (--drop_loc) must hold layers 0 to {num_layers - 1}, got {beyond}")
+    return [base_keep_rate if index in drop_loc else 1.0 for index in range(num_layers)]
+
+
+class _SizedEViT(EViT):
+    """EViT of a named size, which drops at the layers ``drop_loc``; ``options`` are arguments of ``EViT``."""
+
+    size: str
+
+    def __init__(
+        self, image_size: int, base_keep_rate: float, drop_loc: Sequence[int], fuse_token: bool, **options: Any
+    ) -> None:
+        size = SIZES[self.size]
+        rates = keep_rates(size.num_layers, base_keep_rate, drop_loc)
+        super().__init__(image_size, **size.kwargs(), keep_rate=rates, fuse_token=fuse_token, **options)
+
+
+class EViTB16(_SizedEViT):
+    """EViT-B/16; ``options`` are the other arguments of ``EViT``."""
+
+    size = "b16"
+
+    def __init__(
+        self,
+        image_size: int = 224,
+        base_keep_rate: float = 0.6,
+        drop_loc: Sequence[int] = (3, 6, 9),
+        fuse_token: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(image_size, base_keep_rate, drop_loc, fuse_token, **options)
+
+
+class EViTL16(_SizedEViT):
+    """EViT-L/16; ``options`` are the other arguments of ``EViT``."""
+
+    size = "l16"
+
+    def __init__(
+        self,
+        image_size: int = 224,
+        base_keep_rate: float = 0.6,
+        drop_loc: Sequence[int] = (6, 12, 18),
+        fuse_token: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(image_size, base_keep_rate, drop_loc, fuse_token, **options)
+
+
+class EViTH14(_SizedEViT):
+    """EViT-H/14; ``options`` are the other arguments of ``EViT``."""
+
+    size = "h14"
+
+    def __init__(
+        self,
+        image_size: int = 224,
+        base_keep_rate: float = 0.6,
+        drop_loc: Sequence[int] = (8, 16, 24),
+        fuse_token: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(image_size, base_keep_rate, drop_loc, fuse_token, **options)
+
+
+class EViTDesk(_SizedEViT):
+    """The network of the embedded experiment; ``options`` are the other arguments of ``EViT``."""
+
+    size = "desk"
+
+    def __init__(
+        self,
+        image_size: int = 32,
+        base_keep_rate: float = 0.7,
+        drop_loc: Sequence[int] = (2, 4, 6),
+        fuse_token: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(image_size, base_keep_rate, drop_loc, fuse_token, **options)
