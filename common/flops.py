@@ -341,6 +341,9 @@ _HARMLESS = re.compile(
 )
 _PLAIN_NAMESPACES = frozenset({"aten", "prims", "prim", "profiler", "c10d", "_c10d_functional"})
 
+CUSTOM_OPERATORS: dict[str, Callable[[Sequence[Any], Any], int]] = {}
+"""``namespace::name`` of a custom operator -> multiply-accumulates from arguments and result; who loads it adds it."""
+
 
 class _MacCounter(TorchDispatchMode):
     """Add up the multiply-accumulates of every operation dispatched while active."""
@@ -352,12 +355,14 @@ class _MacCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         namespace, _, name = func._schema.name.partition("::")
-        if namespace not in _PLAIN_NAMESPACES:
+        counter = CUSTOM_OPERATORS.get(func._schema.name)
+        if counter is None and namespace not in _PLAIN_NAMESPACES:
             raise ValueError(
                 f"cannot count {namespace}::{name}: a custom operator may hide matrix products. Count the model with "
                 "its plain PyTorch form instead"
             )
-        counter = _COUNTERS.get(name) if namespace == "aten" else None
+        if counter is None and namespace == "aten":
+            counter = _COUNTERS.get(name)
         if counter is None:
             # Under inference_mode composite operations arrive whole: look inside before judging the name.
             with self:

@@ -189,6 +189,15 @@ def test_a_custom_operator_is_refused() -> None:
         executed(torch.ops.leanvit_test.hidden, (3, 3), device="cpu")
 
 
+def test_a_custom_operator_that_states_its_products_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = torch.library.Library("leanvit_test_known", "FRAGMENT")
+    library.define("square(Tensor x) -> Tensor")
+    library.impl("square", lambda x: x @ x, "CompositeExplicitAutograd")
+    rule = lambda args, out: out.numel() * args[0].shape[-1]  # noqa: E731
+    monkeypatch.setitem(flops.CUSTOM_OPERATORS, "leanvit_test_known::square", rule)
+    assert executed(torch.ops.leanvit_test_known.square, (3, 3), device="cpu") == 27
+
+
 def test_every_matmul_like_operation_of_this_torch_is_counted_or_refused() -> None:
     """A new fused kernel of a coming torch must not slip through as zero."""
     operations = {name.removeprefix("aten::").split(".")[0] for name in torch._C._dispatch_get_all_op_names()}
