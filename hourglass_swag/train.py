@@ -35,8 +35,8 @@ logger = get_logger(__name__)
 # What a network without DeiT's 300 epochs on ImageNet wants instead of DeiT's defaults; any flag given wins over it.
 RECIPES: dict[str, dict[str, Any]] = {
     "vit_desk": {
-        "resolution": 32, "batch_size": 32, "workers": 0, "epochs": 30, "warmup_epochs": 3, "cooldown_epochs": 0,
-        "lr": 3e-3, "scale_lr": False, "clip_grad": 1.0, "model_ema": False, "repeated_aug": False, "aa": "",
+        "resolution": 32, "batch_size": 32, "workers": 0, "epochs": 36, "warmup_epochs": 3, "cooldown_epochs": 0,
+        "lr": 2e-3, "scale_lr": False, "clip_grad": 1.0, "model_ema_decay": 0.99, "repeated_aug": False, "aa": "",
         "color_jitter": 0.0, "hflip": 0.0, "reprob": 0.0, "mixup": 0.0, "cutmix": 0.0,
     },
 }  # fmt: skip

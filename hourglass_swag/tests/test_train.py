@@ -43,7 +43,7 @@ def epochs(folder: Path) -> list[dict]:
 @pytest.mark.slow
 def test_killed_and_resumed_is_bit_identical(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    flags = ("--epochs", "2", "--cooldown-epochs", "0", "--mixup", "0.8", "--model-ema", "--save-every-steps", "1")
+    flags = ("--epochs", "2", "--cooldown-epochs", "0", "--mixup", "0.8", "--save-every-steps", "1")
     finish(start(whole, *flags))
     process = start(broken, *flags)
     while process.poll() is None and not (broken / "last.pth").exists():
@@ -72,9 +72,9 @@ def test_two_processes_train_and_their_weights_evaluate(tmp_path: Path) -> None:
 
 
 def test_recipe_gives_way_to_flags() -> None:
-    assert train.parse_args(["-m", "vit_desk"]).epochs == 30
+    assert train.parse_args(["-m", "vit_desk"]).epochs == 36
     assert train.parse_args(["-m", "vit_desk", "--epochs", "2"]).epochs == 2
-    assert train.parse_args(["-m", "vit_b16_in1k"]).epochs == 300
+    assert train.parse_args(["-m", "vit_b16_in1k"]).epochs == 360
 
 
 def test_a_missing_folder_is_named(capsys: pytest.CaptureFixture[str]) -> None:
