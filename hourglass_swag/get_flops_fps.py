@@ -4,9 +4,10 @@
     python hourglass_swag/get_flops_fps.py -m hourglass_vit_l16_in1k -r 512 -b 4 -l 8 -n 256 --against vit_l16_in1k
     python hourglass_swag/get_flops_fps.py -m vit_h14_in1k -r 518 --no-speed
 
-Costs come first and need no weights; "Flops" counts as the published tool does (a multiply-accumulate is 1). Then
-passes are timed: the median, each pass synchronised, on image-like random pictures; --paper follows the published tool
-instead. The last line is the throughput of the table; --fps also measures batch 1, the table's FPS.
+Costs come first and need no weights, but for ATS with dropped tokens; "Flops" counts as the published tool does (a
+multiply-accumulate is 1). Then passes are timed: the median, each pass synchronised, on image-like random pictures;
+--paper follows the published tool instead. The last line is the throughput of the table; --fps also measures batch 1,
+the table's FPS.
 """
 
 import argparse
@@ -65,7 +66,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--pretrained",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="time with the published weights, downloading them; neither cost nor speed depends on them",
+        help="time with the published weights, downloading them; cost and speed depend on them only where a method "
+        "decides by what it sees (ATS)",
     )
     group.add_argument("--output", type=Path, metavar="FILE", help="write a record file for python -m common.results")
     args = parser.parse_args(argv)
@@ -99,6 +101,8 @@ def parse_networks(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
 def print_costs(costs: Costs, label: str) -> None:
     """Costs, the first line as the published tool prints it."""
     print(f"{label}Flops: {costs.gflops:.5g} G")
+    if costs.counted_for is not None:
+        print(f"{label}The cost depends on weights and image; counted for {costs.counted_for}")
     print(f"{label}MACs: {costs.gmacs:.5g} G (convolutions, linear layers and matrix products alone)")
     print(f"{label}Parameters: {costs.params_m:.5g} M")
     if costs.clustering_percent is not None:
@@ -116,7 +120,10 @@ def main(args: argparse.Namespace) -> None:
     """Costs, then speed."""
     print(args)
     networks = parse_networks(args)
-    costs = {name: count_costs(network) for name, network in networks.items()}
+    costs = {
+        name: count_costs(network, pretrained=args.pretrained, weights=args.weights)
+        for name, network in networks.items()
+    }
     for name, cost in costs.items():
         print_costs(cost, "" if name == args.model else f"{name}: ")
     if args.no_speed:

@@ -9,13 +9,13 @@ from torch import nn
 
 from common.cache import FOLDER
 from common.checkpoint import hub_folder
-from common.flops import count_parameters, gmacs
+from common.flops import OpCounts, count_parameters, gmacs
 from common.speeds import as_measured, measure_rows
 from common.tables import DeskTable, Measured, NeedsWeights, NotImplementedYet, Row
 from hourglass_swag import desk as desk_experiment
 from hourglass_swag.models import REGISTRY
 from hourglass_swag.models.weights import TORCHVISION_FILES
-from hourglass_swag.tools.costs import build_network, parse_network
+from hourglass_swag.tools.costs import build_network, depends_on_data, noise_image, parse_network
 
 PASSES = {"cpu": (1, 5), "gpu": (3, 20)}
 """Warm-up and timed passes of each pair: one pass of H/14 takes many seconds on a CPU."""
@@ -34,17 +34,45 @@ def build(row: Row) -> tuple[nn.Module, int]:
 
 
 def costs(row: Row) -> dict[str, Measured]:
-    """Parameters and GMACs of a row, counted on the meta device: nothing is computed and nothing downloaded."""
+    """Parameters and GMACs of a row, counted on the meta device: nothing is computed and nothing downloaded.
+
+    Raises:
+        NeedsWeights: if they depend on the checkpoint and it is not in torch.hub's cache.
+    """
     with torch.device("meta"):
         model, resolution = build(row)
-    counts = model.count_ops()  # pyright: ignore[reportCallIssue] - every network of the registry has it
     convention = row.convention.get("gmacs", "swag")
     source = f"count_ops() of {type(model).__name__}, one image at {resolution}"
+    if depends_on_data(model):
+        counts, source = count_with_weights(row)
+    else:
+        counts = model.count_ops()  # pyright: ignore[reportCallIssue] - every network of the registry has it
     return {
         "gmacs": Measured(gmacs(counts, convention), convention, source),
         "macs_g": Measured(gmacs(counts), "macs", source),
         "params_m": Measured(count_parameters(model) / 1e6, "all parameters", f"parameters of {type(model).__name__}"),
     }
+
+
+def count_with_weights(row: Row) -> tuple[OpCounts, str]:
+    """Operations of a row whose cost depends on weights and image, and what they were counted for.
+
+    The image is one of uniform noise, as in the published tool, always the same.
+
+    Raises:
+        NeedsWeights: if the checkpoint is not in torch.hub's cache.
+    """
+    args = parse_network(row.arguments)
+    entry = REGISTRY[args.model]
+    assert entry.weights is not None
+    try:
+        file = find_weights(entry.weights, None)
+    except NeedsWeights as missing:
+        command = f"python hourglass_swag/get_flops_fps.py {row.arguments} --no-speed --pretrained"
+        raise NeedsWeights(command, f"the cost depends on the checkpoint: {missing.reason}") from None
+    model = build_network(args, weights=str(file))
+    counts = model.count_ops_on(noise_image(args.resolution))  # pyright: ignore[reportCallIssue] - see depends_on_data
+    return counts, f"count_ops_on() of {type(model).__name__} with {file.name}, one image of noise at {args.resolution}"
 
 
 def speeds(

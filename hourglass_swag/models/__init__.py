@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from common.checkpoint import CheckpointError
+from hourglass_swag.models.ats_vision_transformer import ATSViTH14, ATSViTL16
 from hourglass_swag.models.evit import EViTB16, EViTH14, EViTL16
 from hourglass_swag.models.hourglass_vit import HourglassViTDesk, HourglassViTH14, HourglassViTL16
 from hourglass_swag.models.vision_transformer import ViTB16, ViTDesk, ViTH14, ViTL16
@@ -66,8 +67,8 @@ REGISTRY: dict[str, Entry] = {
     "e_vit_b16_in1k": Entry(EViTB16, "vit_b16_in1k.torch", IMAGENET_CLASSES),
     "e_vit_l16_in1k": Entry(EViTL16, "vit_l16_in1k.torch", IMAGENET_CLASSES),
     "e_vit_h14_in1k": Entry(EViTH14, "vit_h14_in1k.torch", IMAGENET_CLASSES),
-    "ats_vit_l16_in1k": Entry(None, "vit_l16_in1k.torch", IMAGENET_CLASSES),
-    "ats_vit_h14_in1k": Entry(None, "vit_h14_in1k.torch", IMAGENET_CLASSES),
+    "ats_vit_l16_in1k": Entry(ATSViTL16, "vit_l16_in1k.torch", IMAGENET_CLASSES),
+    "ats_vit_h14_in1k": Entry(ATSViTH14, "vit_h14_in1k.torch", IMAGENET_CLASSES),
     "act_vit_l16_in1k": Entry(None, "vit_l16_in1k.torch", IMAGENET_CLASSES),
     "act_vit_h14_in1k": Entry(None, "vit_h14_in1k.torch", IMAGENET_CLASSES),
     "smyrf_vit_l16_in1k": Entry(None, "vit_l16_in1k.torch", IMAGENET_CLASSES),

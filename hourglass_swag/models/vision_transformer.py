@@ -415,7 +415,11 @@ class VisionTransformer(nn.Module):
 
     def count_ops(self) -> OpCounts:
         """Operations of one forward pass of one image: P 3 p^2 C, the encoder, the head."""
-        counts = _projection_ops(self.conv_proj, self.image_size) + self.count_encoder_ops()
+        return self.count_outer_ops() + self.count_encoder_ops()
+
+    def count_outer_ops(self) -> OpCounts:
+        """Operations of all but ``encode`` for one image."""
+        counts = _projection_ops(self.conv_proj, self.image_size)
         return counts if self.head is None else counts + self.head.count_ops()
 
     def count_encoder_ops(self) -> OpCounts:

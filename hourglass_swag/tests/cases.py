@@ -21,7 +21,8 @@ from common import reference
 from common.flops import CONVENTIONS, count_executed_macs, count_parameters
 from common.reference import Case, Checks, NotCovered, Runner
 from hourglass_swag import evaluation
-from hourglass_swag.models import evit, hourglass_vit, vision_transformer
+from hourglass_swag.models import ats_vision_transformer, evit, hourglass_vit, vision_transformer
+from hourglass_swag.models.ops import ats
 from hourglass_swag.models.ops.cluster import AvgPool, TokenClusteringBlock
 from hourglass_swag.models.ops.reconstruction import NaiveUnpooling, TokenReconstructionBlock
 from hourglass_swag.tools import jit_handles
@@ -39,6 +40,10 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "EViTB16": evit.EViTB16,
     "EViTL16": evit.EViTL16,
     "EViTH14": evit.EViTH14,
+    "ATSVisionTransformer": ats_vision_transformer.ATSVisionTransformer,
+    "ATSViTB16": ats_vision_transformer.ATSViTB16,
+    "ATSViTL16": ats_vision_transformer.ATSViTL16,
+    "ATSViTH14": ats_vision_transformer.ATSViTH14,
 }
 
 
@@ -52,14 +57,15 @@ def run_network(case: Case, checks: Checks) -> None:
     if checkpoint := case.build.get("checkpoint"):
         load_checkpoint(case, checks, model, checkpoint)
     gradients = [name for name in case.outputs if name.startswith("grad:")]
-    with layer_tokens(model) as tokens, kept_patches(model) as kept, torch.set_grad_enabled(bool(gradients)):
+    observed = layer_tokens(model), kept_patches(model), policies(model), torch.set_grad_enabled(bool(gradients))
+    with observed[0] as tokens, observed[1] as kept, observed[2] as policy, observed[3]:
         logits = model(case.read())
     parameters = dict(model.named_parameters())
     if gradients:
         case.read_loss(logits=logits, output=logits).backward()
     known: dict[str, Any] = {"output": logits, "logits": logits, "pos_embedding": parameters["encoder.pos_embedding"]}
     known |= {f"grad:{name}": parameter.grad for name, parameter in parameters.items()}
-    known |= kept
+    known |= kept | policy
     if "after_layer" in case.outputs:
         known["after_layer"] = torch.stack([leaving for _, leaving in tokens])
     for name in case.outputs:
@@ -94,7 +100,12 @@ def layer_tokens(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Tokens (N, B, C) that enter and leave every layer while active."""
     seen: list[tuple[Tensor, Tensor]] = []
     layers = model.get_submodule("encoder.layers").children()
-    handles = [layer.register_forward_hook(lambda _, args, out: seen.append((args[0], out))) for layer in layers]
+    handles = [
+        layer.register_forward_hook(
+            lambda _, args, out: seen.append((args[0], out if isinstance(out, Tensor) else out[0]))
+        )
+        for layer in layers
+    ]
     try:
         yield seen
     finally:
@@ -120,6 +131,68 @@ def kept_patches(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
+@contextmanager
+def policies(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """ATS's ``policy_<layer>`` (B, U) of every layer that samples, while active."""
+    seen: dict[str, Tensor] = {}
+
+    def remember(layer: nn.Module, _: Any, out: tuple[Tensor, Tensor | None]) -> None:
+        x, policy = out
+        seen[f"policy_{index[layer]}"] = torch.ones(x.shape[1], len(x)) if policy is None else policy[:, :, 0]
+
+    layers = list(model.get_submodule("encoder.layers").children())
+    index = {layer: i for i, layer in enumerate(layers) if isinstance(layer, ats_vision_transformer.ATSBlock)}
+    handles = [layer.register_forward_hook(remember) for layer in index]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_sampling(case: Case, checks: Checks) -> None:
+    """The steps of adaptive token sampling one by one."""
+    names = case.names()
+    drawn = {
+        key: torch.from_numpy(reference.evaluate_text(call, names))
+        for key, call in re.findall(r'(?=fill\.array\("(\w+)")(fill\.array\("\w+",\s*\([\d, ]+\)\))', case.text)
+    }
+    q, v, raw = drawn["q"], drawn["v"], drawn["raw"]
+    k = torch.from_numpy(reference.array("k", q.shape, case.seed))
+    policy = torch.ones(*raw.shape[:2], 1, dtype=torch.float64)
+    if not (masked := re.search(r"last (\d+) tokens of the last sample 0", case.text)):
+        raise NotCovered("a policy that does not mask tokens of the last sample")
+    policy[-1, raw.shape[1] - int(masked[1]) :] = 0
+    logits = (q / q.shape[2] ** 0.5 @ k.transpose(1, 2)).view(*v.shape[:3], -1)
+    attention = ats.softmax_with_policy(logits, policy)
+    scores, indices = ats.score_assignment_step(attention, v * policy[:, None])
+    reference_tokens = case.build["kwargs"]["n_ref_tokens"]
+    positions, counts = ats.inverse_transform_sampling(scores, indices, reference_tokens)
+    survivors = (torch.arange(positions.shape[1]) < counts[:, None]).double()[..., None]
+    rows = ats.gather_tokens(attention.transpose(1, 2).flatten(2), positions, survivors)
+    cdf = ats.normalized_cdf(scores)
+    known = {
+        "softmax": attention,
+        "sorted_scores": scores,
+        "sorted_indices": indices,
+        "normalized_cdf": cdf,
+        "ys": ats.create_ys(cdf, reference_tokens),
+        "selected_x": ats.gather_tokens(raw, positions, survivors),
+        "selected_attn": rows.unflatten(2, attention.shape[1::2]).transpose(1, 2),
+        "policy": survivors,
+        "sampler": survivors.nonzero(),
+    }
+    for name in case.outputs:
+        if name not in known:
+            raise NotCovered(f"output {name} of adaptive token sampling")
+        checks.output(name, known[name])
+
+
+def run_unique(case: Case, checks: Checks) -> None:
+    """``get_unique_indices`` of the rows given as input."""
+    checks.output("unique", ats.get_unique_indices(torch.tensor(case.raw["input"]), **case.build["kwargs"]))
+
+
 def run_complement(case: Case, checks: Checks) -> None:
     """``complement_idx`` of the rows given as input."""
     checks.output("complement", evit.complement_idx(torch.tensor(case.raw["input"]), **case.build["kwargs"]))
@@ -127,11 +200,16 @@ def run_complement(case: Case, checks: Checks) -> None:
 
 def run_cost(case: Case, checks: Checks) -> None:
     """Analytic cost of a network: the published total, and multiply-accumulates equal to those executed."""
+    make, options = NETWORKS[case.build["class"]], case.build["kwargs"]
     with torch.device("meta"):
-        model = NETWORKS[case.build["class"]](**case.build["kwargs"]).eval()
-    counts = model.count_ops()  # pyright: ignore[reportCallIssue]
-    checks.number("total", CONVENTIONS["swag"].total(counts), case.values["total"])
+        model = make(**options).eval()
     images = torch.empty_like(case.read(), device="meta", dtype=torch.float32)
+    if getattr(model, "depends_on_data", False):
+        model, images = reference.build(make, case.seed, dtype=torch.float32, **options), case.read().float()
+        counts = model.count_ops_on(images)  # pyright: ignore[reportCallIssue]
+    else:
+        counts = model.count_ops()  # pyright: ignore[reportCallIssue]
+    checks.number("total", CONVENTIONS["swag"].total(counts), case.values["total"])
     checks.equal("executed MACs", count_executed_macs(model, images), CONVENTIONS["macs"].total(counts))
 
 
@@ -290,6 +368,8 @@ RUNNERS: dict[str, Runner] = {
     "NaiveUnpooling": run_unpooling,
     "TokenReconstructionBlock": run_unpooling,
     "complement_idx": run_complement,
+    "softmax_with_policy, score_assignment_step, create_ys, inverse_transform_sampling": run_sampling,
+    "get_unique_indices": run_unique,
     "tools.jit_handles": run_handles,
     "get_default_parser().parse_args, get_model_args": run_command_line,
     "transform_image": run_transform,
@@ -301,9 +381,6 @@ NOT_YET: dict[str, str] = {
     "soft_matching": "ToMe",
     "parse_r": "ToMe",
     "make_visualization": "ToMe",
-    "ats": "ATS",
-    "softmax_with_policy": "ATS",
-    "get_unique_indices": "ATS",
     "regnet": "RegNet",
     "smyrf": "SMYRF",
     "xboxplus": "SMYRF",

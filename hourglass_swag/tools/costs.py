@@ -30,6 +30,8 @@ class Costs:
     """parameters, M"""
     clustering_percent: float | None
     """multiply-accumulates of the clustering step in percent of all; None without one"""
+    counted_for: str | None = None
+    """what the cost was counted for, where it depends on weights and image; None elsewhere"""
 
 
 def add_cost_network_args(parser: argparse.ArgumentParser) -> None:
@@ -72,8 +74,24 @@ def build_network(args: argparse.Namespace, *, pretrained: bool = False, weights
     return model.eval()
 
 
-def count_costs(args: argparse.Namespace) -> Costs:
+def depends_on_data(model: nn.Module) -> bool:
+    """Whether a network's cost depends on weights and image; it then has ``count_ops_on(images)``."""
+    return getattr(model, "depends_on_data", False)
+
+
+def noise_image(resolution: int) -> torch.Tensor:
+    """The image that such a cost is counted on, (1, 3, S, S): uniform noise, as published, but always the same."""
+    return torch.rand(1, 3, resolution, resolution, generator=torch.Generator().manual_seed(0))
+
+
+def count_costs(args: argparse.Namespace, *, pretrained: bool = False, weights: str | None = None) -> Costs:
     """Costs of the network of parsed flags, from one pass on the meta device: no weights, nothing computed.
+
+    Only where they depend on weights and image, a pass is computed on the CPU.
+
+    Args:
+        args: of ``parse_network``.
+        pretrained, weights: see ``hourglass_swag.models.create``; read only in that case.
 
     Raises:
         As ``hourglass_swag.models.create``.
@@ -81,6 +99,14 @@ def count_costs(args: argparse.Namespace) -> Costs:
     with torch.device("meta"):
         model = build_network(args)
         images = torch.empty(1, 3, args.resolution, args.resolution)
+    params_m = count_parameters(model) / 1e6
+    if depends_on_data(model):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # random weights, if any, are always the same
+            model = build_network(args, pretrained=pretrained, weights=weights)
+        counts = model.count_ops_on(noise_image(args.resolution))  # pyright: ignore[reportCallIssue]
+        source = weights or ("the published weights" if pretrained else "random weights (--weights FILE, --pretrained)")
+        return Costs(gmacs(counts, "swag"), gmacs(counts), params_m, None, f"one image of uniform noise and {source}")
     counts = model.count_ops()  # pyright: ignore[reportCallIssue] - every network of the registry has it
     clustering = clustering_layer(model)
     share = None
@@ -88,7 +114,7 @@ def count_costs(args: argparse.Namespace) -> Costs:
         assert isinstance(model, HourglassViT)
         ops = clustering.count_ops(model.num_patches, model.hidden_dim)
         share = 100 * gmacs(ops) / gmacs(counts)
-    return Costs(sum(flop_count(model, (images,)).values()), gmacs(counts), count_parameters(model) / 1e6, share)
+    return Costs(sum(flop_count(model, (images,)).values()), gmacs(counts), params_m, share)
 
 
 def clustering_layer(model: nn.Module) -> TokenClusteringBlock | None:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common.flops import CONVENTIONS, check_countable, no_fastpath, unwrap
+from common.flops import CONVENTIONS, OpCounts, check_countable, no_fastpath, unwrap
+from hourglass_swag.models.ats_vision_transformer import ATSBlock
 from hourglass_swag.models.ops.cluster import TokenClusteringBlock
 from hourglass_swag.tools import jit_handles as handles
 
@@ -50,7 +51,13 @@ SUPPORTED_OPS: dict[str, Rule] = {
 }
 """Operation -> rule. Anything else is not counted by the convention and is named once in a warning."""
 
-_KEYS = {"linear_bias": "linear", "matmul": "bmm", "layer_norm": "batchnorm", "batch_norm": "batchnorm"}
+_KEYS = {
+    "linear_bias": "linear",
+    "matmul": "bmm",
+    "matmul_saved": "bmm",
+    "layer_norm": "batchnorm",
+    "batch_norm": "batchnorm",
+}
 _UNPREFIXED = ("linear", "conv", "softmax", "dropout", "rsqrt")
 
 
@@ -61,13 +68,27 @@ def count_clustering(
     assert isinstance(layer, TokenClusteringBlock)
     images, channels, height, width = inputs_shapes[0]
     ops = layer.count_ops(height * width, channels, outputs_shapes[0][1] if layer.grid is None else None)
+    return _by_key(ops * images)
+
+
+def count_sampling(
+    layer: nn.Module, inputs_shapes: Sequence[Sequence[int]], outputs_shapes: Sequence[Sequence[int]]
+) -> Counter[str]:
+    """An ATS layer by the published formula; it attends from the sampled tokens alone, the published one from all."""
+    assert isinstance(layer, ATSBlock)
+    (entering, images, _), leaving = inputs_shapes[0], outputs_shapes[0][0]
+    return _by_key(layer.count_ops(entering, leaving) * images)
+
+
+def _by_key(ops: OpCounts) -> Counter[str]:
+    """Analytic counts under the convention, by the keys of the published tool."""
     counts: Counter[str] = Counter()
-    for kind, cost in CONVENTIONS["swag"].by_kind(ops * images).items():
+    for kind, cost in CONVENTIONS["swag"].by_kind(ops).items():
         counts[_KEYS.get(kind, kind if kind in _UNPREFIXED else f"aten::{kind}")] += cost
     return counts
 
 
-LAYERS: dict[type[nn.Module], Rule] = {TokenClusteringBlock: count_clustering}
+LAYERS: dict[type[nn.Module], Rule] = {TokenClusteringBlock: count_clustering, ATSBlock: count_sampling}
 """Layers that are counted as a whole: class -> rule(layer, inputs_shapes, outputs_shapes)."""
 
 # fmt: off

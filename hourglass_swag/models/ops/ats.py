@@ -1,0 +1,247 @@
+"""Adaptive token sampling: pick the tokens that the class token needs by inverse transform sampling of their scores.
+
+Paper: Adaptive Token Sampling for Efficient Vision Transformers (ATS), arXiv:2111.15667, section 3. Written from the
+formulas; where the implementation behind the published rows on SWAG departs from the paper, the text says so.
+
+Letters: B images, N tokens in, U tokens out, R tokens that entered the network (the reference), h heads, d channels of
+a head, C = h d, m the policy: 1 for a token of the image, 0 for padding behind an image that has fewer than others.
+
+    A[i,j] = (e[i,j] + eps / N) / (sum_j e[i,j] + eps),   e[i,j] = exp(a[i,j] - max_j a[i,j]) m[j]   (or 1 for j = i)
+    s[j]   = (sum over heads of A[0,j]) |v[j]|, over the patches j, normalised to sum 1
+    c      = cumulative sum of s in ascending order, rescaled to [0, 1]
+    u[t]   = y0 + t (1 - y0) / (R - 2),  t = 0 ... R - 2,  y0 the smallest c above 0
+
+The patches whose c is nearest to some u survive, in ascending order of s, behind the class token. Only the class row of
+A is needed to choose, and only the survivors' rows to go on, so no N x N map is made.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common import flops
+from common.flops import OpCounts
+from hourglass_swag.models.vision_transformer import SelfAttention
+
+EPS = 1e-6
+
+
+def softmax_with_policy(logits: Tensor, policy: Tensor, eps: float = EPS) -> Tensor:
+    """Softmax over the tokens of the image, smoothed: A of this file's head, in float32 at least.
+
+    Args:
+        logits: a, (B, h, Q, N), rows of the first Q tokens.
+        policy: m, (B, N, 1).
+        eps: smoothing; with it A is not quite a softmax even if nothing is masked.
+
+    Returns:
+        A, (B, h, Q, N).
+    """
+    queries, tokens = logits.shape[2:]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    own = torch.eye(queries, tokens, dtype=torch.bool, device=logits.device)
+    allowed = (policy.view(-1, 1, 1, tokens) > 0) | own
+    weights = (logits - logits.amax(3, keepdim=True)).exp() * allowed
+    return (weights + eps / tokens) / (weights.sum(3, keepdim=True) + eps)
+
+
+def score_assignment_step(attention: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores s of the patches, ascending.
+
+    Args:
+        attention: A, (B, h, Q, N), of which the first row counts.
+        values: v, (B, h, N, d), zero for padding.
+
+    Returns:
+        Sorted scores (B, N - 1), and the patches they belong to, 0 ... N - 2, (B, N - 1).
+    """
+    length = torch.linalg.vector_norm(values, dim=(1, 3), dtype=attention.dtype)  # |v| over all C channels, (B, N)
+    scores = (attention[:, :, 0].sum(1) * length)[:, 1:]
+    return tuple((scores / scores.sum(1, keepdim=True)).sort(dim=1))  # pyright: ignore[reportReturnType]
+
+
+def normalized_cdf(sorted_scores: Tensor) -> Tensor:
+    """c of sorted scores s (B, N - 1): from 0 for the lowest score to 1 for the highest."""
+    cdf = sorted_scores.cumsum(1)
+    lowest, highest = cdf[:, :1], cdf[:, -1:]
+    return (cdf - lowest) / (highest - lowest).clamp_min(torch.finfo(cdf.dtype).tiny)
+
+
+def create_ys(cdf: Tensor, n_ref_tokens: int) -> Tensor:
+    """Sampling points u (B, R - 1) for c (B, N - 1). There are always R - 1, however few tokens are left."""
+    start = cdf.masked_fill(cdf == 0, 1.0).amin(1, keepdim=True)  # y0
+    steps = torch.arange(n_ref_tokens - 1, device=cdf.device, dtype=cdf.dtype)
+    return start + steps * ((1 - start) / max(n_ref_tokens - 2, 1))
+
+
+def nearest_ranks(cdf: Tensor, ys: Tensor) -> Tensor:
+    """Rank of the c (B, N - 1, ascending) nearest to each u (B, R - 1), the lowest of equally near ones."""
+    above = torch.searchsorted(cdf, ys).clamp_max(cdf.shape[1] - 1)
+    below = (above - 1).clamp_min(0)
+    left, right = cdf.gather(1, below), cdf.gather(1, above)
+    nearest = torch.where(ys - left <= right - ys, left, right)
+    return torch.searchsorted(cdf, nearest)  # the first of equal entries
+
+
+def get_unique_indices(indices: Tensor, max_value: int) -> Tensor:
+    """Distinct entries of each row, ascending, the rest filled with ``max_value``.
+
+    As in the published code a row whose largest entry is 1 loses it.
+
+    Args:
+        indices: whole numbers in 0 ... max_value - 1, (B, K).
+        max_value: M.
+
+    Returns:
+        (B, K).
+    """
+    present = torch.zeros(len(indices), max_value, dtype=torch.bool, device=indices.device).scatter(1, indices, True)
+    if max_value > 1:
+        higher = present[:, 2:].any(1, keepdim=True)
+        present = torch.cat([present[:, :1], present[:, 1:2] & higher, present[:, 2:]], dim=1)
+    numbers = torch.arange(max_value, device=indices.device)
+    unique = torch.where(present, numbers, max_value).sort(dim=1).values[:, : indices.shape[1]]
+    return F.pad(unique, (0, indices.shape[1] - unique.shape[1]), value=max_value)
+
+
+def inverse_transform_sampling(
+    sorted_scores: Tensor, sorted_indices: Tensor, n_ref_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Tokens that survive.
+
+    Args:
+        sorted_scores, sorted_indices: of ``score_assignment_step``, (B, N - 1).
+        n_ref_tokens: R.
+
+    Returns:
+        Positions among the N tokens, (B, N): the class token, then survivors by ascending score, then zeros; and how
+        many survive, class token included, (B,).
+    """
+    patches = sorted_scores.shape[1]
+    cdf = normalized_cdf(sorted_scores)
+    ranks = get_unique_indices(nearest_ranks(cdf, create_ys(cdf, n_ref_tokens)), patches)[:, :patches]
+    ranks = F.pad(ranks, (0, patches - ranks.shape[1]), value=patches)
+    positions = F.pad(sorted_indices + 1, (0, 1)).gather(1, ranks)  # rank N - 1 is no token
+    return F.pad(positions, (1, 0)), 1 + (ranks < patches).sum(1)
+
+
+def gather_tokens(x: Tensor, positions: Tensor, policy: Tensor | None) -> Tensor:
+    """Rows of ``x`` (B, N, C) at ``positions`` (B, U), zero where ``policy`` (B, U, 1) is 0: (B, U, C)."""
+    rows = x.gather(1, positions[..., None].expand(-1, -1, x.shape[2]))
+    return rows if policy is None else rows * policy
+
+
+def attend_with_policy(
+    q: Tensor, k: Tensor, v: Tensor, policy: Tensor | None, *, dropout: float = 0.0, eps: float = EPS
+) -> Tensor:
+    """Rows of A times v, for some tokens' queries.
+
+    With p the plain softmax over the image's tokens and z[i] = sum_j e[i,j], a row of A v is
+
+        (z (p v) + eps mean(v)) / (z + eps)
+
+    and z = 1 / max_j p[i,j], but for the published code's maximum, which runs over padding too, whose logits are 0.
+    Without padding z >= 1, so that eps changes a result by at most 1e-6 of |mean(v) - p v|, no more than float32
+    rounds: fused attention does then, except in float64.
+
+    Args:
+        q: (B, h, U, d).
+        k, v: (B, h, N, d), v zero for padding.
+        policy: m, (B, N, 1); None without padding.
+        dropout: rate at the weights.
+        eps: smoothing.
+
+    Returns:
+        (B, h, U, d).
+    """
+    if policy is None and q.dtype != torch.float64:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    logits = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # (B, h, U, N)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    shift: Tensor | float = 1.0  # z max_j p[i,j]
+    if policy is not None:
+        padding = policy.view(-1, 1, 1, k.shape[2]) == 0
+        logits = logits.masked_fill(padding, -torch.inf)
+        largest = logits.amax(3, keepdim=True)
+        shift = torch.where(padding.any(3, keepdim=True), -F.relu(-largest), largest.new_zeros(())).exp()
+    weights = logits.softmax(3)
+    share = eps * weights.amax(3, keepdim=True)
+    share = share / (shift + share)  # eps / (z + eps)
+    if dropout:
+        weights = F.dropout(weights, dropout)
+    return torch.lerp(weights.to(v.dtype) @ v, v.mean(2, keepdim=True), share.to(v.dtype))
+
+
+class AdaptiveTokenSampler(SelfAttention):
+    """Self-attention that returns the rows of the tokens it samples; parameters as its parent's.
+
+    Args:
+        embed_dim, num_heads, dropout: see ``SelfAttention``.
+        n_ref_tokens: R, tokens that enter the network.
+        drop_tokens: return only as many rows as the image with most survivors needs, instead of N. Their number is
+            read back from the device, which is the only wait for it.
+    """
+
+    def __init__(
+        self, embed_dim: int, num_heads: int, dropout: float = 0.0, *, n_ref_tokens: int, drop_tokens: bool
+    ) -> None:
+        super().__init__(embed_dim, num_heads, dropout)
+        self.n_ref_tokens, self.drop_tokens = n_ref_tokens, drop_tokens
+
+    def forward(self, x: Tensor, policy: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Sample among the tokens of ``x``.
+
+        Args:
+            x: (B, N, C).
+            policy: m, (B, N, 1); None without padding.
+
+        Returns:
+            Attention output of the sampled tokens (B, U, C), which is meaningless for padding; where they were among
+            the N, (B, U); and their policy (B, U, 1), or None if there is no padding.
+        """
+        q, k, v = self.project(x)
+        if policy is not None:
+            k, v = k * policy[:, None], v * policy[:, None]
+        positions, policy_out = self.sample(q, k, v, policy)
+        rows = positions[:, None, :, None].expand(-1, self.num_heads, -1, self.head_dim)
+        dropout = self.dropout if self.training else 0.0
+        out = attend_with_policy(q.gather(2, rows), k, v, policy, dropout=dropout)
+        return self.merge_heads(out), positions, policy_out
+
+    @torch.no_grad()
+    def sample(self, q: Tensor, k: Tensor, v: Tensor, policy: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Positions (B, U) of the sampled tokens and their policy, from queries, keys and values (B, h, N, d)."""
+        logits = (q[:, :, :1] * self.head_dim**-0.5) @ k.transpose(2, 3)  # the class row, (B, h, 1, N)
+        row = softmax_with_policy(logits, v.new_ones(len(v), v.shape[2], 1) if policy is None else policy)
+        positions, counts = inverse_transform_sampling(*score_assignment_step(row, v), self.n_ref_tokens)
+        number, fewest = q.shape[2], 0
+        if self.drop_tokens:
+            fewest, number = torch.stack(torch.aminmax(counts)).tolist()
+        if fewest == number:
+            return positions[:, :number], None
+        numbers = torch.arange(number, device=counts.device)
+        return positions[:, :number], (numbers < counts[:, None]).to(v.dtype)[..., None]
+
+    def count_ops(self, num_tokens: int, num_sampled: int | None = None) -> OpCounts:
+        """Of N tokens, U sampled: the published form, and the products that run here.
+
+        3NC(C+1) + 5NC + 2N^2 C + 2N^2 + 5hN^2 + hN + (R-1)^2 + 15(R-1) + UC(C+1). Of the 2N^2 C, 2UNC run here, and NC
+        for the class row. The softmax is spelt out: subtract, exp, multiply, add, divide.
+        """
+        N, C, h, R = num_tokens, self.embed_dim, self.num_heads, self.n_ref_tokens
+        U = N if num_sampled is None else num_sampled
+        return (
+            flops.linear(N, C, 3 * C)
+            + flops.mul(3 * N * C)  # the policy
+            + flops.div(N * C)
+            + flops.matmul(2, U, N, C)
+            + OpCounts(matmul_extra=N * C, matmul_saved=2 * (N - U) * N * C)
+            + flops.mul(N * N)  # who may attend whom
+            + flops.add(N * N)
+            + (flops.sub(h * N * N) + flops.elementwise("exp", h * N * N) + flops.mul(h * N * N))
+            + (flops.add(h * N * N + h * N) + flops.div(h * N * N))
+            + flops.elementwise("norm", N * C)
+            + flops.sub((R - 1) ** 2)  # distances between c and u
+            + OpCounts(cumsum=R - 1, add=2 * (R - 1), sub=4 * (R - 1), div=3 * (R - 1), mul=5 * (R - 1))  # c and u
+            + flops.linear(U, C, C)
+        )
