@@ -16,9 +16,13 @@ import torch
 from torch import nn
 
 from common.checkpoint import CheckpointError
+from hourglass_swag.models.act_vision_transformer import ActViTH14, ActViTL16
 from hourglass_swag.models.ats_vision_transformer import ATSViTH14, ATSViTL16
 from hourglass_swag.models.evit import EViTB16, EViTH14, EViTL16
+from hourglass_swag.models.evo_vit import EvoViTH14, EvoViTL16
 from hourglass_swag.models.hourglass_vit import HourglassViTDesk, HourglassViTH14, HourglassViTL16
+from hourglass_swag.models.regnet import RegNetY16gf, RegNetY32gf, RegNetY128gf
+from hourglass_swag.models.smyrf_vision_transformer import SmyrfViTH14, SmyrfViTL16
 from hourglass_swag.models.vision_transformer import ViTB16, ViTDesk, ViTH14, ViTL16
 from hourglass_swag.models.weights import load_weights, published_weights
 
@@ -69,19 +73,19 @@ REGISTRY: dict[str, Entry] = {
     "e_vit_h14_in1k": Entry(EViTH14, "vit_h14_in1k.torch", IMAGENET_CLASSES),
     "ats_vit_l16_in1k": Entry(ATSViTL16, "vit_l16_in1k.torch", IMAGENET_CLASSES),
     "ats_vit_h14_in1k": Entry(ATSViTH14, "vit_h14_in1k.torch", IMAGENET_CLASSES),
-    "act_vit_l16_in1k": Entry(None, "vit_l16_in1k.torch", IMAGENET_CLASSES),
-    "act_vit_h14_in1k": Entry(None, "vit_h14_in1k.torch", IMAGENET_CLASSES),
-    "smyrf_vit_l16_in1k": Entry(None, "vit_l16_in1k.torch", IMAGENET_CLASSES),
-    "smyrf_vit_h14_in1k": Entry(None, "vit_h14_in1k.torch", IMAGENET_CLASSES),
-    "evo_vit_l16_in1k": Entry(None, "vit_l16_in1k.torch", IMAGENET_CLASSES),
-    "evo_vit_h14_in1k": Entry(None, "vit_h14_in1k.torch", IMAGENET_CLASSES),
+    "act_vit_l16_in1k": Entry(ActViTL16, "vit_l16_in1k.torch", IMAGENET_CLASSES),
+    "act_vit_h14_in1k": Entry(ActViTH14, "vit_h14_in1k.torch", IMAGENET_CLASSES),
+    "smyrf_vit_l16_in1k": Entry(SmyrfViTL16, "vit_l16_in1k.torch", IMAGENET_CLASSES),
+    "smyrf_vit_h14_in1k": Entry(SmyrfViTH14, "vit_h14_in1k.torch", IMAGENET_CLASSES),
+    "evo_vit_l16_in1k": Entry(EvoViTL16, "vit_l16_in1k.torch", IMAGENET_CLASSES),
+    "evo_vit_h14_in1k": Entry(EvoViTH14, "vit_h14_in1k.torch", IMAGENET_CLASSES),
     # convolutional networks of SWAG
-    "regnety_16gf": Entry(None, "regnety_16gf.torch"),
-    "regnety_32gf": Entry(None, "regnety_32gf.torch"),
-    "regnety_128gf": Entry(None, "regnety_128gf.torch"),
-    "regnety_16gf_in1k": Entry(None, "regnety_16gf_in1k.torch", IMAGENET_CLASSES),
-    "regnety_32gf_in1k": Entry(None, "regnety_32gf_in1k.torch", IMAGENET_CLASSES),
-    "regnety_128gf_in1k": Entry(None, "regnety_128gf_in1k.torch", IMAGENET_CLASSES),
+    "regnety_16gf": Entry(RegNetY16gf, "regnety_16gf.torch"),
+    "regnety_32gf": Entry(RegNetY32gf, "regnety_32gf.torch"),
+    "regnety_128gf": Entry(RegNetY128gf, "regnety_128gf.torch"),
+    "regnety_16gf_in1k": Entry(RegNetY16gf, "regnety_16gf_in1k.torch", IMAGENET_CLASSES, image_size=384),
+    "regnety_32gf_in1k": Entry(RegNetY32gf, "regnety_32gf_in1k.torch", IMAGENET_CLASSES, image_size=384),
+    "regnety_128gf_in1k": Entry(RegNetY128gf, "regnety_128gf_in1k.torch", IMAGENET_CLASSES, image_size=384),
 }
 
 

@@ -1,6 +1,6 @@
 """Published SWAG checkpoints: where they are, how their two layouts relate, and how they fit another resolution.
 
-The published files hold a flat state dict. torchvision hosts the same weights of the ViT classifiers under other names.
+The published files hold a flat state dict. torchvision hosts the same weights of the classifiers under other names.
 The weights are licensed CC-BY-NC 4.0.
 """
 
@@ -47,6 +47,31 @@ def convert_torchvision(state: Mapping[str, Any]) -> dict[str, Any]:
         converted[key] = value
     if POSITION_KEY in converted and converted[POSITION_KEY].dim() == 3:
         converted[POSITION_KEY] = converted[POSITION_KEY].transpose(0, 1).contiguous()
+    return converted
+
+
+# torchvision's name of a RegNet entry -> published name.
+_TORCHVISION_REGNET_NAMES = (
+    (re.compile(r"^stem\."), "stem.stem."),
+    (re.compile(r"\.proj\.0\."), ".proj."),
+    (re.compile(r"\.proj\.1\."), ".bn."),
+    (re.compile(r"\.se\.fc1\."), ".se.excitation.0."),
+    (re.compile(r"\.se\.fc2\."), ".se.excitation.2."),
+    (re.compile(r"\.f\.c\.0\."), ".f.c."),
+    (re.compile(r"\.f\.c\.1\."), ".f.final_bn."),
+    (re.compile(r"^fc\."), "head.fc."),
+)
+
+
+def convert_torchvision_regnet(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a RegNet state dict under the published names."""
+    if "stem.0.weight" not in state:
+        return dict(state)
+    converted: dict[str, Any] = {}
+    for key, value in state.items():
+        for pattern, name in _TORCHVISION_REGNET_NAMES:
+            key = pattern.sub(name, key)
+        converted[key] = value
     return converted
 
 
@@ -97,6 +122,9 @@ TORCHVISION_FILES: dict[str, str] = {
     "vit_b16_in1k.torch": "vit_b_16_swag-9ac1b537.pth",
     "vit_l16_in1k.torch": "vit_l_16_swag-4f3808c9.pth",
     "vit_h14_in1k.torch": "vit_h_14_swag-80465313.pth",
+    "regnety_16gf_in1k.torch": "regnet_y_16gf_swag-43afe44d.pth",
+    "regnety_32gf_in1k.torch": "regnet_y_32gf_swag-04fdfa75.pth",
+    "regnety_128gf_in1k.torch": "regnet_y_128gf_swag-c8ce3e52.pth",
 }
 
 

@@ -21,10 +21,11 @@ from common import reference
 from common.flops import CONVENTIONS, count_executed_macs, count_parameters
 from common.reference import Case, Checks, NotCovered, Runner
 from hourglass_swag import evaluation
-from hourglass_swag.models import ats_vision_transformer, evit, hourglass_vit, vision_transformer
+from hourglass_swag.models import ats_vision_transformer, evit, hourglass_vit, regnet, vision_transformer
 from hourglass_swag.models.ops import ats
 from hourglass_swag.models.ops.cluster import AvgPool, TokenClusteringBlock
 from hourglass_swag.models.ops.reconstruction import NaiveUnpooling, TokenReconstructionBlock
+from hourglass_swag.tests.method_cases import METHOD_RUNNERS, more_cases, run_hash
 from hourglass_swag.tools import jit_handles
 from hourglass_swag.tools.parser import boolean, get_default_parser, get_model_args
 
@@ -191,6 +192,31 @@ def run_sampling(case: Case, checks: Checks) -> None:
 def run_unique(case: Case, checks: Checks) -> None:
     """``get_unique_indices`` of the rows given as input."""
     checks.output("unique", ats.get_unique_indices(torch.tensor(case.raw["input"]), **case.build["kwargs"]))
+
+
+def run_regnet(case: Case, checks: Checks) -> None:
+    """A RegNet or AnyNet: output in evaluation or training mode, running averages after it, stages, sizes."""
+    kind, params = re.fullmatch(r"(\w+)\((\w+)\)", case.build["class"]).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    shape = getattr(regnet, params)(**case.build["kwargs"])
+    model = reference.build(getattr(regnet, kind), case.seed, params=shape)
+    training = any("train" in name or name.endswith("_after") for name in case.outputs)
+    with torch.no_grad():
+        output = model.train(training)(case.read())
+    known = {"output_train" if training else "output": output}
+    known |= {f"stem_{name}_after": value for name, value in model.get_submodule("stem.stem.1").named_buffers()}
+    for name in case.outputs:
+        if name not in known:
+            raise NotCovered(f"output {name} of a RegNet")
+        checks.output(name, known[name])
+    facts: dict[str, Any] = {
+        "stages": [list(stage) for stage in shape.get_expanded_params()],
+        "params": count_parameters(model),
+        "state_dict_keys": len(model.state_dict()),
+    }
+    for name, value in case.values.items():
+        if name.split()[0] not in facts:
+            raise NotCovered(f"value {name} of a RegNet")
+        checks.equal(name, facts[name.split()[0]], value)
 
 
 def run_complement(case: Case, checks: Checks) -> None:
@@ -367,12 +393,15 @@ RUNNERS: dict[str, Runner] = {
     "NaiveUnpooling / TokenReconstructionBlock": run_unpooling,
     "NaiveUnpooling": run_unpooling,
     "TokenReconstructionBlock": run_unpooling,
+    "RegNet(RegNetParams)": run_regnet,
+    "AnyNet(AnyNetParams)": run_regnet,
     "complement_idx": run_complement,
     "softmax_with_policy, score_assignment_step, create_ys, inverse_transform_sampling": run_sampling,
     "get_unique_indices": run_unique,
     "tools.jit_handles": run_handles,
     "get_default_parser().parse_args, get_model_args": run_command_line,
     "transform_image": run_transform,
+    **METHOD_RUNNERS,
 }
 
 # Beginning or part of what a case builds -> the method it belongs to, of which nothing is there yet.
@@ -381,16 +410,6 @@ NOT_YET: dict[str, str] = {
     "soft_matching": "ToMe",
     "parse_r": "ToMe",
     "make_visualization": "ToMe",
-    "regnet": "RegNet",
-    "smyrf": "SMYRF",
-    "xboxplus": "SMYRF",
-    "evo": "Evo-ViT",
-    "ada": "ACT",
-    "act": "ACT",
-    "calccenter": "ACT",
-    "weighted_sum": "ACT",
-    "broadcast": "ACT",
-    "hash": "ACT",
 }
 
 
@@ -402,6 +421,8 @@ def find_runner(case: Case) -> Runner:
         return RUNNERS[built]
     if "AverageMeter" in built:
         return run_lines
+    if built.startswith("hash with"):
+        return run_hash
     for part, method in NOT_YET.items():
         if part in built.lower():
             raise NotCovered(f"{method}: not implemented yet")
@@ -410,7 +431,7 @@ def find_runner(case: Case) -> Runner:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 1 if any case fails."""
-    return reference.main(find_runner, argv, program="python -m hourglass_swag.tests.cases")
+    return reference.main(find_runner, argv, program="python -m hourglass_swag.tests.cases", more_cases=more_cases)
 
 
 if __name__ == "__main__":
