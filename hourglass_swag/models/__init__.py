@@ -23,6 +23,7 @@ from hourglass_swag.models.evo_vit import EvoViTH14, EvoViTL16
 from hourglass_swag.models.hourglass_vit import HourglassViTDesk, HourglassViTH14, HourglassViTL16
 from hourglass_swag.models.regnet import RegNetY16gf, RegNetY32gf, RegNetY128gf
 from hourglass_swag.models.smyrf_vision_transformer import SmyrfViTH14, SmyrfViTL16
+from hourglass_swag.models.tome_vit import ToMeViTDesk, ToMeViTH14, ToMeViTL16
 from hourglass_swag.models.vision_transformer import ViTB16, ViTDesk, ViTH14, ViTL16
 from hourglass_swag.models.weights import load_weights, published_weights
 
@@ -34,14 +35,14 @@ class Entry:
     """One row of the registry.
 
     Attributes:
-        model: the class; None for a method that is not implemented yet.
+        model: the class, or a function that builds the network; None for a method that is not implemented yet.
         weights: file name of the published checkpoint; None if there is none.
         num_classes: outputs; None for a trunk that returns features.
         image_size: side in pixels, where it differs from the default of the class.
         fixed: arguments that belong to the name and cannot be changed.
     """
 
-    model: type[nn.Module] | None
+    model: Callable[..., nn.Module] | None
     weights: str | None
     num_classes: int | None = None
     image_size: int | None = None
@@ -65,9 +66,10 @@ REGISTRY: dict[str, Entry] = {
     # the embedded experiment on digits
     "vit_desk": Entry(ViTDesk, None, 10),
     "hourglass_vit_desk": Entry(HourglassViTDesk, None, 10, fixed=_BEFORE),
+    "tome_vit_desk": Entry(ToMeViTDesk, None, 10),
     # methods compared with
-    "tome_vit_l16_in1k": Entry(None, "vit_l16_in1k.torch", IMAGENET_CLASSES),
-    "tome_vit_h14_in1k": Entry(None, "vit_h14_in1k.torch", IMAGENET_CLASSES),
+    "tome_vit_l16_in1k": Entry(ToMeViTL16, "vit_l16_in1k.torch", IMAGENET_CLASSES),
+    "tome_vit_h14_in1k": Entry(ToMeViTH14, "vit_h14_in1k.torch", IMAGENET_CLASSES),
     "e_vit_b16_in1k": Entry(EViTB16, "vit_b16_in1k.torch", IMAGENET_CLASSES),
     "e_vit_l16_in1k": Entry(EViTL16, "vit_l16_in1k.torch", IMAGENET_CLASSES),
     "e_vit_h14_in1k": Entry(EViTH14, "vit_h14_in1k.torch", IMAGENET_CLASSES),

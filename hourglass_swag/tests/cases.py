@@ -26,6 +26,7 @@ from hourglass_swag.models.ops import ats
 from hourglass_swag.models.ops.cluster import AvgPool, TokenClusteringBlock
 from hourglass_swag.models.ops.reconstruction import NaiveUnpooling, TokenReconstructionBlock
 from hourglass_swag.tests.method_cases import METHOD_RUNNERS, more_cases, run_hash
+from hourglass_swag.tests import tome_cases
 from hourglass_swag.tools import jit_handles
 from hourglass_swag.tools.parser import boolean, get_default_parser, get_model_args
 
@@ -406,10 +407,6 @@ RUNNERS: dict[str, Runner] = {
 
 # Beginning or part of what a case builds -> the method it belongs to, of which nothing is there yet.
 NOT_YET: dict[str, str] = {
-    "tome": "ToMe",
-    "soft_matching": "ToMe",
-    "parse_r": "ToMe",
-    "make_visualization": "ToMe",
 }
 
 
@@ -421,6 +418,8 @@ def find_runner(case: Case) -> Runner:
         return RUNNERS[built]
     if "AverageMeter" in built:
         return run_lines
+    if runner := tome_cases.find_runner(built):
+        return runner
     if built.startswith("hash with"):
         return run_hash
     for part, method in NOT_YET.items():

@@ -47,6 +47,7 @@ SUPPORTED_OPS: dict[str, Rule] = {
     "aten::softmax": handles.softmax_flop_jit,
     **dict.fromkeys(("aten::dropout", "aten::dropout_"), handles.dropout_flop_jit),
     "aten::rsqrt": handles.rsqrt_flop_jit,
+    "tome::merge_wavg": handles.merge_wavg_flop,
     **{f"aten::{name}": partial(handles.basic_binary_op_flop_jit, name=f"aten::{name}") for name in _NAMED},
 }
 """Operation -> rule. Anything else is not counted by the convention and is named once in a warning."""

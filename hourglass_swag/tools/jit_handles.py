@@ -114,6 +114,11 @@ def scaled_dot_product_attention_flop(
     return counts
 
 
+def merge_wavg_flop(inputs_shapes: Sequence[Shape], outputs_shapes: Sequence[Shape]) -> Counter[str]:
+    """Fused merge_wavg(tokens, ...) -> rows as its plain form: each token times its size, each row divided by its own."""
+    return Counter({"aten::mul": math.prod(inputs_shapes[0]), "aten::div": math.prod(outputs_shapes[0])})
+
+
 def _product(first: Shape, second: Shape, operation: str) -> int:
     """Multiply-accumulates of first @ second: elements of the first times the columns of the second."""
     inner = second[-2] if len(second) > 1 else second[-1]
