@@ -17,7 +17,7 @@ from hourglass_swag.models.vision_transformer import VisionTransformer
 from hourglass_swag.tools.flop_count import flop_count
 
 TABLES = {table.name: table for table in load_tables("hourglass_swag", root=ROOT)}
-COUNTED = [row for name in ("swag", "hourglass") for row in TABLES[name].rows]
+COUNTED = [row for name in ("swag", "hourglass", "evit") for row in TABLES[name].rows]
 
 
 @pytest.mark.parametrize("row", COUNTED, ids=lambda row: row.id)

@@ -1,0 +1,175 @@
+"""EViT: what is kept and fused, both scores, costs, precisions, and what is refused."""
+
+import math
+
+import pytest
+import torch
+
+from common.flops import CONVENTIONS, count_executed_macs
+from common.reference import array, build, image
+from hourglass_swag import models
+from hourglass_swag.models import evit
+from hourglass_swag.models.evit import EViT, EViTEncoderBlock, TokenSelection, attend_and_score, complement_idx
+from hourglass_swag.models.vision_transformer import VisionTransformer
+from hourglass_swag.tools.flop_count import flop_count
+
+TINY = {"image_size": 24, "patch_size": 4, "num_layers": 3, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
+BLOCK = {"num_heads": 2, "hidden_dim": 16, "mlp_dim": 32, "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
+
+
+def draw(name: str, *shape: int) -> torch.Tensor:
+    return torch.from_numpy(array(name, shape))
+
+
+def tiny(seed: int = 1, **options) -> EViT:
+    return build(EViT, seed, **(TINY | {"num_classes": 5, "keep_rate": (1, 0.5, 0.7)} | options))  # pyright: ignore[reportReturnType]
+
+
+def weights_of(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(3)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 9, 100])
+def test_blocks_of_queries_give_attention_and_its_mean(rows):
+    q, k, v = (draw(name, 2, 3, 9, 4) for name in "qkv")
+    out, scores = attend_and_score(q, k, v, rows=rows)
+    weights = weights_of(q, k)
+    torch.testing.assert_close(out, weights @ v)
+    torch.testing.assert_close(scores, weights.mean((1, 2)))
+    torch.testing.assert_close(scores.sum(1), torch.ones(2, dtype=torch.float64))
+
+
+def test_the_paper_s_score_is_the_class_row():
+    block = build(EViTEncoderBlock, 1, **BLOCK, keep_rate=0.5, score="cls")
+    x = draw("x", 2, 10, 16)
+    attention = block.get_submodule("self_attention")
+    out, scores = attention.attend(x)  # pyright: ignore[reportCallIssue]
+    q, k, _ = attention.project(x)  # pyright: ignore[reportCallIssue]
+    torch.testing.assert_close(scores, weights_of(q, k)[:, :, 0, 1:].mean(1))
+    torch.testing.assert_close(out, attention(x))
+    mean = build(EViTEncoderBlock, 1, **BLOCK, keep_rate=0.5)
+    assert not torch.allclose(mean.get_submodule("self_attention").attend(x)[1], scores)  # pyright: ignore[reportCallIssue]
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_the_best_stay_best_first_behind_the_class_token(fuse):
+    x, scores = draw("x", 2, 11, 3), draw("scores", 2, 10).softmax(1)
+    selection = TokenSelection(0.35, fuse)
+    out, kept = selection(x, scores)
+    assert kept.shape == (2, 5)
+    assert out.shape == (2, 5 + fuse, 3)
+    assert out.shape[1] == selection.tokens_left(11)
+    for i in range(2):
+        best = scores[i].argsort(descending=True)
+        assert kept[i].tolist() == [0, *(best[:4] + 1).tolist()]
+        assert torch.equal(out[i, :5], x[i, kept[i]])
+        if fuse:
+            torch.testing.assert_close(out[i, 5], (scores[i, best[4:], None] * x[i, best[4:] + 1]).sum(0))
+
+
+def test_keep_rate_one_is_the_dense_model():
+    dense = build(VisionTransformer, 1, **TINY, num_classes=5)
+    for rates in ((1, 1, 1), (1, 0.99, 1)):
+        model = tiny(keep_rate=rates)
+        assert model.tokens_per_layer() == [37] * 4
+        assert list(model.state_dict()) == list(dense.state_dict())
+        with torch.no_grad():
+            assert torch.equal(model(image(2, 24)), dense(image(2, 24)))
+
+
+def test_complement():
+    idx = torch.tensor([[[4, 0], [1, 2]]])
+    assert complement_idx(idx, 5).tolist() == [[[1, 2, 3], [0, 3, 4]]]
+    assert complement_idx(idx[..., :0], 2).tolist() == [[[0, 1], [0, 1]]]
+
+
+@pytest.mark.parametrize("options", [{}, {"fuse_token": True}, {"score": "cls"}, {"classifier": "gap"}], ids=str)
+def test_costs_are_those_executed(options):
+    with torch.device("meta"):
+        model = EViT(**(TINY | options), num_classes=5, keep_rate=(0.3, 1, 0.77)).eval()
+        images = torch.empty(1, 3, 24, 24)
+    counts = model.count_ops()
+    assert counts.macs == count_executed_macs(model, images)
+    assert round(1e9 * sum(flop_count(model, (images,)).values())) == CONVENTIONS["swag"].total(counts)
+
+
+def test_no_layer_that_keeps_all_sees_attention_weights(monkeypatch):
+    calls: list[int] = []
+    whole = evit.attend_and_score
+    monkeypatch.setattr(evit, "attend_and_score", lambda q, *rest, **more: calls.append(1) or whole(q, *rest, **more))
+    model = tiny(keep_rate=(1, 0.5, 1))
+    with torch.no_grad():
+        model(image(1, 24))
+    assert len(calls) == 1
+
+
+def test_an_image_alone_is_the_image_in_a_batch():
+    model = tiny(fuse_token=True)
+    images = image(3, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images[1:2]), model(images)[1:2])
+
+
+def test_gradients_reach_every_parameter_also_through_the_fused_token():
+    model = tiny(fuse_token=True).train()
+    model(image(2, 24)).square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+
+
+def test_attention_dropout_acts_in_training_alone():
+    model = tiny(attention_dropout_rate=0.5)
+    with torch.no_grad():
+        assert torch.equal(model(image(1, 24)), model(image(1, 24)))
+        model.train()
+        assert not torch.equal(model(image(1, 24)), model(image(1, 24)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    model = tiny(keep_rate=(1, 0.5, 1), fuse_token=True)
+    with torch.no_grad():
+        expected = model(image(2, 24))
+        got = model.to(dtype)(image(2, 24).to(dtype))
+        assert got.dtype == dtype
+        assert (got.double() - expected).abs().max() < 0.1 * expected.abs().max()
+        with torch.autocast("cpu", dtype):
+            assert model.float()(image(2, 24).float()).isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"fuse_token": True}, {"score": "cls"}], ids=str)
+def test_it_compiles_as_one_graph(options):
+    model = tiny(**options)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(image(1, 24)), model(image(1, 24)))
+
+
+def test_default_locations_of_the_sizes():
+    with torch.device("meta"):
+        large = models.create("e_vit_l16_in1k", image_size=512, base_keep_rate=0.7, drop_loc=[6, 12, 18])
+        assert isinstance(large, EViT)
+        kept = math.ceil(0.7 * 1024)
+        assert large.tokens_per_layer()[5:8] == [1025, 1025, 2 + kept]  # the class default fuses, the command line not
+        huge = models.create("e_vit_h14_in1k", image_size=518)
+        assert [i for i, layer in enumerate(huge.get_submodule("encoder.layers")) if layer.selection.keep_rate < 1] == [  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+            8,
+            16,
+            24,
+        ]
+
+
+@pytest.mark.parametrize("rate", [0, -0.1, 1.01, math.nan])
+def test_keep_rates_out_of_range(rate):
+    with pytest.raises(ValueError, match=r"--base_keep_rate\) must be in \(0, 1\], got"):
+        evit.EViTB16(base_keep_rate=rate)
+
+
+def test_what_else_is_refused():
+    with pytest.raises(ValueError, match=r"--drop_loc\) must hold layers 0 to 11, got \[-1, 12\]"):
+        evit.EViTB16(drop_loc=[3, 12, -1])
+    with pytest.raises(ValueError, match="one number for each of the 3 layers, got 1"):
+        EViT(**TINY)
+    with pytest.raises(ValueError, match="score must be 'mean' or 'cls', got 'max'"):
+        tiny(score="max")
+    with pytest.raises(TypeError, match="keep_rates"):
+        evit.EViTB16(keep_rates=0.5)
