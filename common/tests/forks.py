@@ -1,4 +1,8 @@
-"""Run a function in processes forked from the test, which need not import torch again."""
+"""Run a function in processes forked from a clean server, which has imported torch and never used it.
+
+Forking from the test process itself would be shorter, but autograd refuses to work in the child of a process that has
+used it, and which tests ran before in a process is for the test runner to say.
+"""
 
 import multiprocessing
 import os
@@ -6,14 +10,15 @@ import socket
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import torch
 
+PRELOADED = ["torch", "timm.utils.model_ema", "common.cli", "common.data", "common.engine", "common.tests.jobs"]
 LAUNCH_VARIABLES = [
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"),
     *("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_LOCALID", "SLURM_NODELIST", "SLURM_NPROCS", "SLURM_NTASKS"),
@@ -36,19 +41,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _child(function: Callable[[], Any], environment: Mapping[str, str], folder: str, index: int) -> None:
+def _child(pickled: bytes, environment: Mapping[str, str], cwd: str, folder: str, index: int) -> None:
     out = os.open(f"{folder}/out{index}", os.O_WRONLY | os.O_CREAT)
     os.dup2(out, 1)
     os.dup2(out, 2)
     import sys
 
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-    for name in LAUNCH_VARIABLES:
-        os.environ.pop(name, None)
+    os.environ.clear()
     os.environ.update(environment)
+    os.chdir(cwd)
     torch.set_num_threads(1)
     try:
-        result = function()
+        result = cloudpickle.loads(pickled)()
         torch.save(result, f"{folder}/result{index}")
         status = 0
     except SystemExit as error:
@@ -74,16 +79,17 @@ def run_forked(
     Processes get SIGKILL after ``timeout_s`` seconds, or as soon as ``kill_when()`` says so.
     """
     environments = [{}] if environments is None else environments
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    inherited = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
+    pickled = cloudpickle.dumps(function)
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=_child, args=(function, environment, folder, index))
+            context.Process(target=_child, args=(pickled, inherited | environment, os.getcwd(), folder, index))
             for index, environment in enumerate(environments)
         ]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads about: ours take no locks
-            for process in processes:
-                process.start()
+        for process in processes:
+            process.start()
         ended = []
         for index, process in enumerate(processes):
             deadline = time.monotonic() + timeout_s
@@ -91,9 +97,9 @@ def run_forked(
                 if time.monotonic() > deadline or kill_when():
                     process.kill()
                 time.sleep(0.005)
-            file = Path(folder, f"result{index}")
+            file, out = Path(folder, f"result{index}"), Path(folder, f"out{index}")
             result = torch.load(file, weights_only=False) if file.exists() else None
-            ended.append(Ended(result, process.exitcode, Path(folder, f"out{index}").read_text()))
+            ended.append(Ended(result, process.exitcode, out.read_text() if out.exists() else ""))
     return ended
 
 

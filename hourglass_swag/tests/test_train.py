@@ -74,7 +74,7 @@ def test_two_processes_train_and_their_weights_evaluate(tmp_path: Path) -> None:
 def test_recipe_gives_way_to_flags() -> None:
     assert train.parse_args(["-m", "vit_desk"]).epochs == 36
     assert train.parse_args(["-m", "vit_desk", "--epochs", "2"]).epochs == 2
-    assert train.parse_args(["-m", "vit_b16_in1k"]).epochs == 360
+    assert train.parse_args(["-m", "vit_b16_in1k"]).epochs == 300
 
 
 def test_a_missing_folder_is_named(capsys: pytest.CaptureFixture[str]) -> None:
