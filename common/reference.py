@@ -420,13 +420,20 @@ def run_cases(
         yield Result(case.name, status, checks.largest, "; ".join(checks.failures), seconds)
 
 
-def main(find_runner: Callable[[Case], Runner], argv: Sequence[str] | None = None, *, program: str) -> int:
+def main(
+    find_runner: Callable[[Case], Runner],
+    argv: Sequence[str] | None = None,
+    *,
+    program: str,
+    more_cases: Callable[[Path], Sequence[Case]] = lambda folder: (),
+) -> int:
     """Command line of a paper's runner: a line per case and a summary.
 
     Args:
         find_runner: gives the function that runs a case, or raises ``NotCovered``.
         argv: command line.
         program: how the command is called, for its help.
+        more_cases: makes cases of further files of the folder; ``CaseError`` if one cannot be used.
 
     Returns:
         Exit status: 0, 1 if a case failed, 2 if the folder cannot be used.
@@ -439,6 +446,7 @@ def main(find_runner: Callable[[Case], Runner], argv: Sequence[str] | None = Non
     args = parser.parse_args(argv)
     try:
         cases, stored = read_cases(args.folder)
+        cases += more_cases(Path(args.folder))
     except CaseError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -61,6 +61,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--dtype", default="float32", choices=list(DTYPES), help="precision that networks are cast to")
     group.add_argument("--compile", action="store_true", help="compile the networks with torch.compile")
     group.add_argument("--no-speed", action="store_true", help="costs only")
+    group.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="seed of random weights and of the random projections of ACT and SMYRF in the timed passes",
+    )
     group.add_argument("--weights", metavar="FILE", help="time with this checkpoint (default: random weights)")
     group.add_argument(
         "--pretrained",
@@ -129,6 +135,8 @@ def main(args: argparse.Namespace) -> None:
     if args.no_speed:
         return
     device, dtype = choose_device(args.device), DTYPES[args.dtype]
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
     print(device_line(device, dtype, args.compile), flush=True)
     models = {name: load(args, network, device) for name, network in networks.items()}
     own, size, batch = models[args.model], args.resolution, args.batch_size

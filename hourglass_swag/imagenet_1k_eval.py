@@ -49,6 +49,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--amp", default="none", choices=("none", "fp16", "bf16"), help="mixed precision")
     group.add_argument("--compile", action="store_true", help="compile the network first")
+    group.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="seed of the random projections of ACT and SMYRF, N + rank in every process; without it "
+        "their results vary within noise, as published",
+    )
     group.add_argument("--output", type=Path, metavar="FILE", help="write the result as JSON, too")
     args = parser.parse_args(argv)
     if args.data is None and not args.dataset.startswith(WITHOUT_DIRECTORY):
@@ -101,6 +108,8 @@ def evaluate_network(args: argparse.Namespace) -> dict[str, Any]:
     set_environment(args)
     world = launch(device_name(args), local_rank=args.local_rank)
     report_devices(args, world)
+    if args.seed is not None:
+        torch.manual_seed(args.seed + world.rank)
     dataset = build_data(args)
     model = build_model(args, world.device)
     loader = eval_loader(dataset, batch_size=pictures_per_process(args.batch_size, world.size), workers=args.workers)

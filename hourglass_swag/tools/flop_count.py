@@ -8,6 +8,7 @@ too (a trace drops it); the models here do none.
 """
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,7 +22,10 @@ from torch.utils._pytree import tree_leaves
 
 from common.flops import CONVENTIONS, OpCounts, check_countable, no_fastpath, unwrap
 from hourglass_swag.models.ats_vision_transformer import ATSBlock
+from hourglass_swag.models.evo_vit import EvoEncoderBlock
+from hourglass_swag.models.ops.ACT.ada_clustering_attention import AdaClusteringAttention
 from hourglass_swag.models.ops.cluster import TokenClusteringBlock
+from hourglass_swag.models.ops.smyrf.attn import SmyrfAttention
 from hourglass_swag.tools import jit_handles as handles
 
 _log = logging.getLogger(__name__)
@@ -81,6 +85,26 @@ def count_sampling(
     return _by_key(layer.count_ops(entering, leaving) * images)
 
 
+def count_clustered_attention(
+    layer: nn.Module, inputs_shapes: Sequence[Sequence[int]], outputs_shapes: Sequence[Sequence[int]]
+) -> Counter[str]:
+    """The attention of ACT or SMYRF on queries (B, h, N, d) or (R, N, d) by the published formulas."""
+    assert isinstance(layer, (AdaClusteringAttention, SmyrfAttention))
+    *rows, tokens, width = inputs_shapes[0]
+    heads = math.prod(rows)
+    return _by_key(layer.count_ops(tokens, heads * width, heads))
+
+
+def count_evolution(
+    layer: nn.Module, inputs_shapes: Sequence[Sequence[int]], outputs_shapes: Sequence[Sequence[int]]
+) -> Counter[str]:
+    """A layer of Evo-ViT by the published formula, which averages whole attention maps."""
+    assert isinstance(layer, EvoEncoderBlock)
+    tokens, images, _ = inputs_shapes[0]
+    first, update = not any(inputs_shapes[1:]), any(outputs_shapes[1:])
+    return _by_key(layer.count_ops(tokens, first=first, update=update) * images)
+
+
 def _by_key(ops: OpCounts) -> Counter[str]:
     """Analytic counts under the convention, by the keys of the published tool."""
     counts: Counter[str] = Counter()
@@ -89,7 +113,13 @@ def _by_key(ops: OpCounts) -> Counter[str]:
     return counts
 
 
-LAYERS: dict[type[nn.Module], Rule] = {TokenClusteringBlock: count_clustering, ATSBlock: count_sampling}
+LAYERS: dict[type[nn.Module], Rule] = {
+    TokenClusteringBlock: count_clustering,
+    ATSBlock: count_sampling,
+    AdaClusteringAttention: count_clustered_attention,
+    SmyrfAttention: count_clustered_attention,
+    EvoEncoderBlock: count_evolution,
+}
 """Layers that are counted as a whole: class -> rule(layer, inputs_shapes, outputs_shapes)."""
 
 # fmt: off

@@ -98,6 +98,12 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--smyrf_n_hashes", type=int, default=32, help="hash rounds")
     group.add_argument("--smyrf_q_cluster_size", type=int, default=64, help="queries per cluster")
     group.add_argument("--smyrf_k_cluster_size", type=int, default=64, help="keys per cluster")
+    group.add_argument(
+        "--smyrf_padded",
+        action="store_true",
+        help="beyond the published flags: keep heads and images apart instead of letting clusters straddle them, so "
+        "that a result does not depend on the batch; the published numbers are without it",
+    )
     group = parser.add_argument_group("ATS (ats_*)")
     group.add_argument("--ats_blocks_indexes", type=int, nargs="*", default=[], help="indices of the sampling layers")
     group.add_argument("--ats_num_tokens", type=int, default=197, help="upper bound of the tokens sampled")
@@ -107,6 +113,12 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
         "--evo_prune_ratio", type=float, default=0.5, help="fraction of the patches KEPT from the pruning layer on"
     )
     group.add_argument("--evo_prune_location", type=int, default=4, help="index of the first pruned layer")
+    group.add_argument(
+        "--evo_tradeoff",
+        type=float,
+        default=0.5,
+        help="beyond the published flags: weight of a layer's own class attention in the running one",
+    )
 
 
 def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
@@ -193,10 +205,19 @@ _MODEL_FLAGS: dict[str, dict[str, str]] = {
     "evo": {"prune_ratio": "evo_prune_ratio", "prune_location": "evo_prune_location"},
 }
 
+# Flags beyond the published ones, likewise; a factory gets such a keyword only if it is not the default.
+_MORE_FLAGS: dict[str, dict[str, tuple[str, Any]]] = {
+    "smyrf": {"smyrf_padded": ("smyrf_padded", False)},
+    "evo": {"tradeoff": ("evo_tradeoff", 0.5)},
+}
+
 
 def get_model_args(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments that the flags give the factory of ``args.model``, besides ``image_size``."""
     for part, flags in _MODEL_FLAGS.items():
         if part in args.model:
-            return {keyword: getattr(args, flag) for keyword, flag in flags.items()}
+            more = {key: (getattr(args, flag), default) for key, (flag, default) in _MORE_FLAGS.get(part, {}).items()}
+            return {keyword: getattr(args, flag) for keyword, flag in flags.items()} | {
+                keyword: value for keyword, (value, default) in more.items() if value != default
+            }
     return {}

@@ -1,0 +1,219 @@
+"""ACT on the SWAG backbone: layers whose attention runs between clusters of queries.
+
+Paper: End-to-End Object Detection with Adaptive Clustering Transformer (ACT), arXiv:2011.09315, applied without
+training as in arXiv:2210.01035. There are no parameters beyond the backbone's, so any of its checkpoints fits. The
+method itself is in ``ops/ACT``.
+
+Letters: B images, N tokens, C width.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from common.flops import OpCounts, evaluating
+from hourglass_swag.models.ops.ACT.ada_clustering_attention import AdaClusteringAttention, ClustersUnknown
+from hourglass_swag.models.ops.ACT.attention_layer import AdaMultiheadAttention
+from hourglass_swag.models.plug_in import NEVER, plugged_in
+from hourglass_swag.models.vision_transformer import SIZES, Encoder, EncoderBlock, VisionTransformer
+
+
+class ACTEncoderBlock(EncoderBlock):
+    """Transformer layer with clustered attention.
+
+    Args:
+        num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate: see ``EncoderBlock``.
+        group_q, group_k, q_hashes, k_hashes: see ``AdaClusteringAttention``.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        hidden_dim: int,
+        mlp_dim: int,
+        dropout_rate: float,
+        attention_dropout_rate: float,
+        group_q: bool = True,
+        group_k: bool = False,
+        q_hashes: int = 32,
+        k_hashes: int = 32,
+    ) -> None:
+        super().__init__(num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate)
+        self.self_attention = AdaMultiheadAttention(
+            hidden_dim,
+            num_heads,
+            group_q,
+            group_k,
+            q_hashes,
+            k_hashes,
+            dropout=attention_dropout_rate,
+            batch_first=True,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One layer; ``x`` and the result are (N, B, C)."""
+        x = x.transpose(0, 1)  # (B, N, C)
+        y = self.ln_1(x)
+        x = x + self.dropout(self.self_attention(y, y, y)[0])
+        x = x + self.mlp(self.ln_2(x))
+        return x.transpose(0, 1)
+
+
+WrappedEncoderBlock = EncoderBlock  # the published name of a layer without the method
+
+
+class ActEncoder(Encoder):
+    """The backbone's encoder under its published name; ``make_block`` decides where the method is."""
+
+
+class ActVisionTransformer(VisionTransformer):
+    """Vision Transformer with clustered attention in some layers.
+
+    Args:
+        image_size, patch_size, num_layers, num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate,
+            options: see ``VisionTransformer``.
+        act_plug_in_index, act_plug_out_index: first layer with the method, and first after that without; -1: never.
+        act_group_q, act_group_k: cluster queries; cluster keys and values.
+        act_q_hashes, act_k_hashes: hash rounds, 1 to 32.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    encoder_class = ActEncoder
+
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        num_layers: int,
+        num_heads: int,
+        hidden_dim: int,
+        mlp_dim: int,
+        dropout_rate: float = 0.0,
+        attention_dropout_rate: float = 0.0,
+        act_plug_in_index: int = 0,
+        act_plug_out_index: int = NEVER,
+        act_group_q: bool = True,
+        act_group_k: bool = False,
+        act_q_hashes: int = 32,
+        act_k_hashes: int = 32,
+        **options: Any,
+    ) -> None:
+        clustered = plugged_in(num_layers, act_plug_in_index, act_plug_out_index, "act")
+        shape = (num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate)
+
+        def make_block(index: int) -> nn.Module:
+            if clustered[index]:
+                return ACTEncoderBlock(*shape, act_group_q, act_group_k, act_q_hashes, act_k_hashes)
+            return WrappedEncoderBlock(*shape)
+
+        super().__init__(
+            image_size,
+            patch_size,
+            num_layers,
+            num_heads,
+            hidden_dim,
+            mlp_dim,
+            dropout_rate,
+            attention_dropout_rate,
+            make_block=make_block,
+            **options,
+        )
+
+    def attentions(self) -> list[AdaClusteringAttention]:
+        """The clustered attentions, by layer."""
+        return [module for module in self.modules() if isinstance(module, AdaClusteringAttention)]
+
+    def set_generator(self, generator: torch.Generator | None) -> None:
+        """Draw the random projections of all layers from ``generator``; None: torch's default one."""
+        for attention in self.attentions():
+            attention.generator = generator
+
+    def clusters(self) -> list[int]:
+        """Clusters formed in the last call, in the order of hashing: layer by layer, queries, then keys.
+
+        Raises:
+            ClustersUnknown: if there was none.
+        """
+        formed: list[int] = []
+        for attention in self.attentions():
+            sides = ((attention.group_Q, attention.Q_clusters), (attention.group_K, attention.K_clusters))
+            numbers = [number for grouped, number in sides if grouped]
+            if None in numbers:
+                raise ClustersUnknown("no clusters have been formed yet: run the model on a picture first")
+            formed += cast(list[int], numbers)
+        return formed
+
+    @property
+    def depends_on_data(self) -> bool:
+        """Whether the cost depends on weights, image and random projections."""
+        return any(attention.group_Q or attention.group_K for attention in self.attentions())
+
+    def count_ops_on(self, images: Tensor) -> OpCounts:
+        """Operations per image for these images (B, 3, S, S), with the same random projections at every call.
+
+        A batch costs what its image with most clusters costs, in every layer. ``clusters()`` tells the numbers.
+        """
+        generators = [attention.generator for attention in self.attentions()]
+        self.set_generator(torch.Generator(images.device).manual_seed(0))
+        try:
+            with evaluating(self), torch.inference_mode():
+                self(images)
+        finally:
+            for attention, generator in zip(self.attentions(), generators, strict=True):
+                attention.generator = generator
+        return self.count_ops()
+
+    def count_ops(self, clusters: Sequence[int] | None = None) -> OpCounts:
+        """Operations for one image.
+
+        Args:
+            clusters: numbers of clusters, in the order of ``clusters()``; None for those of the last call.
+
+        Raises:
+            ClustersUnknown: if there was none.
+            ValueError: if there are not as many numbers as the layers need.
+        """
+        return self.count_outer_ops() + self.count_encoder_ops(clusters)
+
+    def count_encoder_ops(self, clusters: Sequence[int] | None = None) -> OpCounts:
+        """As the backbone's, with the clustered attention in its layers; see ``count_ops``."""
+        attentions = self.attentions()
+        before = [(attention.Q_clusters, attention.K_clusters) for attention in attentions]
+        if clusters is not None:
+            needed = sum(attention.group_Q + attention.group_K for attention in attentions)
+            if len(clusters) != needed:
+                raise ValueError(f"clusters must hold {needed} numbers, one per clustered side, got {len(clusters)}")
+            given = iter(clusters)
+            for attention in attentions:
+                attention.Q_clusters = next(given) if attention.group_Q else None
+                attention.K_clusters = next(given) if attention.group_K else None
+        try:
+            return super().count_encoder_ops()
+        finally:
+            for attention, numbers in zip(attentions, before, strict=True):
+                attention.Q_clusters, attention.K_clusters = numbers
+
+
+class ActViTL16(ActVisionTransformer):
+    """ACT on ViT-L/16; ``options`` are the other arguments of ``ActVisionTransformer``."""
+
+    def __init__(self, image_size: int = 224, **options: Any) -> None:
+        super().__init__(image_size=image_size, **SIZES["l16"].kwargs(), **options)
+
+
+class ActViTH14(ActVisionTransformer):
+    """ACT on ViT-H/14; ``options`` are the other arguments of ``ActVisionTransformer``."""
+
+    def __init__(self, image_size: int = 224, **options: Any) -> None:
+        super().__init__(image_size=image_size, **SIZES["h14"].kwargs(), **options)
+
+
+class ActViTDesk(ActVisionTransformer):
+    """The network of the embedded experiment; ``options`` are the other arguments of ``ActVisionTransformer``."""
+
+    def __init__(self, image_size: int = 32, **options: Any) -> None:
+        super().__init__(image_size=image_size, **SIZES["desk"].kwargs(), **options)

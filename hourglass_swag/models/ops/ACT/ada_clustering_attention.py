@@ -1,0 +1,275 @@
+"""Adaptive clustering attention: queries (or keys) that share a locality-sensitive hash code act as their mean.
+
+Paper: End-to-End Object Detection with Adaptive Clustering Transformer (ACT), arXiv:2011.09315, section 3. Written from
+the formulas; where the implementation behind the published rows on SWAG departs from the paper, it is kept: the offset
+of the hash spans [0, 1) and not a bucket, and two bits per round are added up, so that large values carry over.
+
+Letters: R rows (images x heads), N tokens, d channels of a head, H hash rounds, C clusters of the row that has most.
+
+    z[j, n]  = floor((sum_c x[n, c] alpha[c, j] + beta[j]) / 8),   alpha ~ N(0, 1), beta ~ U[0, 1)
+    code[n]  = sum_j (z[j, n] - min_n z[j, n]) 2^(2j)              int64, wrapping around
+    Q[c]     = mean of the queries whose code is the c-th smallest
+    out[n]   = softmax(Q[cluster of n] K^T) V
+"""
+
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import flops
+from common.flops import OpCounts
+from hourglass_swag.models.ops.ACT.extensions import (
+    broadcast_,
+    count_groups,
+    library,
+    number_groups,
+    plain,
+    weighted_sum_,
+)
+
+BUCKET_WIDTH = 8.0
+BITS_PER_ROUND = 2
+USED_ROUNDS = 32  # 64 bits hold no more
+
+
+class ClustersUnknown(ValueError):
+    """A cost was asked for that depends on how many clusters the data form, and none have been formed yet."""
+
+
+def hash_codes(vectors: Tensor, alpha: Tensor, beta: Tensor, bucket_width: float = BUCKET_WIDTH) -> Tensor:
+    """Hash code of each token.
+
+    Args:
+        vectors: x, (..., N, d).
+        alpha: projections, d x H numbers in that order; beta: offsets, H numbers. Any shape, the type of ``vectors``.
+        bucket_width: 8 in the published code.
+
+    Returns:
+        Codes (..., N) int64. Equal codes mean the same cluster; from round 32 on nothing reaches the 64 bits.
+    """
+    dim = vectors.shape[-1]
+    alpha = alpha.reshape(dim, -1)[:, :USED_ROUNDS]
+    values = (vectors @ alpha + beta.reshape(-1)[:USED_ROUNDS]) / bucket_width  # (..., N, H)
+    buckets = values.to(torch.promote_types(values.dtype, torch.float32)).floor()
+    shifts = BITS_PER_ROUND * torch.arange(alpha.shape[1], device=vectors.device)
+    lowest = (buckets.amin(-2).long() << shifts).sum(-1, keepdim=True)  # wraps as the sum below, so it may come off it
+    return (buckets.long() << shifts).sum(-1) - lowest
+
+
+def calc_center(x: Tensor, groups: Tensor, counts: Tensor) -> Tensor:
+    """Mean of the members of each cluster, (R, C, D), exact zeros for an empty one.
+
+    Args:
+        x: tokens, (R, N, D); groups: (R, N) int32; counts: members of each cluster, (R, C).
+    """
+    if library.serves(x.device):
+        members = counts.to(torch.promote_types(x.dtype, torch.float32))
+        return weighted_sum_(x, groups, (1 / members).where(counts > 0, 0).to(x.dtype))
+    sums = plain.sum_groups(x, groups, counts.shape[1])
+    return sums / counts.clamp_min(1)[..., None].to(x.dtype)
+
+
+def copy_to_members(y: Tensor, groups: Tensor) -> Tensor:
+    """The row of ``y`` (R, C, D) of each token's cluster, (R, N, D)."""
+    if library.serves(y.device):
+        return broadcast_(y, groups, torch.ones(y.shape[:2], dtype=y.dtype, device=y.device))
+    return plain.copy_groups(y, groups)
+
+
+class CalcCenter:
+    """``CalcCenter.apply(x, groups, counts)``: the published name of ``calc_center``."""
+
+    apply = staticmethod(calc_center)
+
+
+class Broadcast:
+    """``Broadcast.apply(y, groups)``: the published name of ``copy_to_members``."""
+
+    apply = staticmethod(copy_to_members)
+
+
+class WeightedSoftMax:
+    """``WeightedSoftMax.apply(logits, counts)``: a softmax in which key c stands for ``counts[c]`` equal keys.
+
+    softmax(S) counts, divided by its sum over the keys, is the softmax of S + log(counts). Both broadcast.
+    """
+
+    @staticmethod
+    def apply(logits: Tensor, counts: Tensor) -> Tensor:
+        return (logits + counts.to(logits.dtype).log()).softmax(-1)
+
+
+class AdaClusteringAttention(nn.Module):
+    """Attention between clusters of queries and, if asked for, of keys and values. It has no parameters.
+
+    Args:
+        group_Q, group_K: cluster the queries; cluster keys and values.
+        q_hashes, k_hashes: hash rounds H; from 33 on they change nothing, which is warned of.
+        softmax_temp: factor of the logits.
+        attention_dropout: rate at the attention weights in training.
+        bucket_width: of the hash; 8 in the published code.
+
+    Attributes:
+        Q_clusters, K_clusters: clusters of the last call, those of the row that had most; None where none were formed.
+        generator: for the random projections; None for torch's default one.
+
+    Raises:
+        ValueError: if a number of rounds is below 1, or the width is not positive.
+    """
+
+    def __init__(
+        self,
+        group_Q: bool = False,
+        group_K: bool = False,
+        q_hashes: int = 32,
+        k_hashes: int = 8,
+        softmax_temp: float = 1,
+        attention_dropout: float = 0.0,
+        *,
+        bucket_width: float = BUCKET_WIDTH,
+    ) -> None:
+        super().__init__()
+        for name, rounds in (("q_hashes", q_hashes), ("k_hashes", k_hashes)):
+            if rounds < 1:
+                raise ValueError(f"{name} (--act_{name}) must be 1 to {USED_ROUNDS}, got {rounds}")
+            if rounds > USED_ROUNDS:
+                warnings.warn(f"{name} = {rounds}: rounds behind {USED_ROUNDS} change nothing", stacklevel=2)
+        if not bucket_width > 0:
+            raise ValueError(f"bucket_width must be positive, got {bucket_width}")
+        self.group_Q, self.group_K = group_Q, group_K
+        self.q_hashes, self.k_hashes = q_hashes, k_hashes
+        self.softmax_temp = softmax_temp
+        self.attention_dropout = attention_dropout
+        self.bucket_width = bucket_width
+        self.generator: torch.Generator | None = None
+        self.Q_clusters: int | None = None
+        self.K_clusters: int | None = None
+
+    def extra_repr(self) -> str:
+        sides = [
+            f"{side} ({rounds} rounds)"
+            for side, grouped, rounds in (
+                ("queries", self.group_Q, self.q_hashes),
+                ("keys", self.group_K, self.k_hashes),
+            )
+            if grouped
+        ]
+        return f"clusters {' and '.join(sides) or 'nothing'}"
+
+    def draw(self, dim: int, n_hashes: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Random projections alpha (1, dim, n_hashes), then offsets beta (1, n_hashes, 1); replace it to supply them.
+
+        One call per clustered side of every forward pass, queries first. Drawn in float32 whatever ``dtype`` is.
+        """
+        options: dict[str, Any] = {"device": device, "dtype": torch.float32, "generator": self.generator}
+        alpha = torch.randn(1, dim, n_hashes, **options)
+        beta = torch.rand(1, n_hashes, 1, **options)
+        return alpha.to(dtype), beta.to(dtype)
+
+    @torch.no_grad()
+    def hash(self, vectors: Tensor, n_hashes: int) -> Tensor:
+        """Codes (R, N) of vectors (R, N, d) under fresh projections; in float32 under autocast."""
+        vectors = vectors.detach()
+        with _without_autocast(vectors.device.type):
+            alpha, beta = self.draw(vectors.shape[-1], n_hashes, vectors.device, vectors.dtype)
+            return hash_codes(vectors, alpha, beta, self.bucket_width)
+
+    def cluster(self, vectors: Tensor, n_hashes: int) -> tuple[Tensor, Tensor]:
+        """Cluster of each token of ``vectors`` (R, N, d), (R, N) int32, and the sizes of the clusters, (R, C) int32."""
+        if vectors.device.type == "meta":
+            raise ClustersUnknown(
+                "how many clusters ACT forms depends on the weights and the picture, which the meta device does not "
+                "have: run the model on a picture, or give its count_ops the numbers (clusters=[...])"
+            )
+        precise = torch.is_autocast_enabled(vectors.device.type)
+        groups, counts = number_groups(self.hash(vectors.float() if precise else vectors, n_hashes))
+        return groups, counts[:, : count_groups(groups)]
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Attend. Rows may be (R, ...) or, without any copying, (B, h, ...).
+
+        Args:
+            queries: multiplied by d^-0.5 already, (R, N, d).
+            keys, values: (R, M, d) and (R, M, e).
+            key_padding_mask: keys to ignore, (R, M), True = ignore; not with clustered keys.
+
+        Returns:
+            (R, N, e).
+
+        Raises:
+            ValueError: for a mask with clustered keys.
+        """
+        if key_padding_mask is not None and self.group_K:
+            raise ValueError("key_padding_mask does not go with clustered keys (group_K): padding would join clusters")
+        bias = None if key_padding_mask is None else ~key_padding_mask[..., None, :]  # (R, 1, M), True = attend
+        rows, query_groups = queries.shape[:-2], None
+        self.Q_clusters = self.K_clusters = None
+        if self.group_Q:
+            queries = queries.reshape(-1, *queries.shape[-2:])
+            query_groups, counts = self.cluster(queries, self.q_hashes)
+            self.Q_clusters = counts.shape[1]
+            queries = calc_center(queries, query_groups, counts).unflatten(0, rows)
+        if self.group_K:
+            keys, values = (x.reshape(-1, *x.shape[-2:]) for x in (keys, values))
+            groups, counts = self.cluster(keys, self.k_hashes)
+            self.K_clusters = counts.shape[1]
+            keys, values = (calc_center(x, groups, counts).unflatten(0, rows) for x in (keys, values))
+            bias = counts.to(queries.dtype).log()[:, None].unflatten(0, rows)  # see WeightedSoftMax; -inf if empty
+        out = self.attend(queries, keys, values, bias)
+        if query_groups is None:
+            return out
+        return copy_to_members(out.reshape(-1, *out.shape[-2:]), query_groups).unflatten(0, rows)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        """Fused attention on (R, ...) or (B, h, ...); ``bias`` is additive, or True where a key counts."""
+        dropout = self.attention_dropout if self.training else 0.0
+        if q.dim() == 3:  # the fused kernels want two leading dimensions
+            q, k, v, bias = q[None], k[None], v[None], None if bias is None else bias[None]
+            return self.attend(q, k, v, bias)[0]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=self.softmax_temp)
+
+    def count_ops(
+        self, num_tokens: int, width: int, heads: int, clusters: tuple[int | None, int | None] | None = None
+    ) -> OpCounts:
+        """Operations for one image: attention between C_q queries and C_k keys, and the hash of what is clustered.
+
+        Per clustered side NE H MACs and h N H additions, quotients and differences; h C_q C_k products for the
+        temperature, and as many products and quotients for reweighting clustered keys. Sorting, grouping, averaging and
+        copying are not counted, as in the published tool.
+
+        Args:
+            num_tokens, width, heads: N, E = h d, h.
+            clusters: of queries and keys; None for those of the last call.
+
+        Raises:
+            ClustersUnknown: if that has not taken place.
+        """
+        formed = (self.Q_clusters, self.K_clusters) if clusters is None else clusters
+        sizes, counts = [], OpCounts()
+        sides = ((self.group_Q, self.q_hashes), (self.group_K, self.k_hashes))
+        for (grouped, rounds), number in zip(sides, formed, strict=True):
+            if grouped and number is None:
+                raise ClustersUnknown(
+                    "how many clusters ACT forms depends on the weights and the picture: run the model on a picture "
+                    "first, or give the numbers (clusters=[...])"
+                )
+            sizes.append(number if grouped else num_tokens)
+            if grouped:
+                used = min(rounds, USED_ROUNDS)
+                elements = heads * num_tokens * rounds
+                counts += flops.matmul(1, num_tokens, used, width) + flops.add(elements) + flops.sub(elements)
+                counts += flops.div(elements) + OpCounts(matmul_saved=num_tokens * (rounds - used) * width)
+        logits = heads * sizes[0] * sizes[1]
+        counts += flops.attention(sizes[0], sizes[1], width, heads, scale_query=False) + flops.mul(logits)
+        return counts + flops.mul(logits) + flops.div(logits) if self.group_K else counts
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Computation in the tensors' own types, on devices that have automatic mixed precision at all."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

@@ -1,0 +1,1 @@
+"""SMYRF attention; see ``attn``."""

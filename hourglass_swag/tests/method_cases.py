@@ -1,0 +1,414 @@
+"""Reference vectors of ACT, SMYRF and Evo-ViT: the runners that ``cases`` adds to its table, and the files beside them.
+
+In these cases ``input`` maps a name to an expression, with a type behind " -> ". The random projections are replaced by
+deterministic ones, numbered in the order of hashing, unless the case seeds torch's own generator (``manual_seed``).
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import reference
+from common.flops import CONVENTIONS, count_executed_macs, count_parameters
+from common.reference import Case, CaseError, Checks, NotCovered, Runner
+from hourglass_swag.models import REGISTRY, act_vision_transformer, create, evo_vit, smyrf_vision_transformer
+from hourglass_swag.models.ops.ACT.ada_clustering_attention import (
+    AdaClusteringAttention,
+    calc_center,
+    copy_to_members,
+    hash_codes,
+)
+from hourglass_swag.models.ops.ACT.attention_layer import AdaMultiheadAttention
+from hourglass_swag.models.ops.ACT.extensions import ada_cluster_, broadcast_, weighted_sum_
+from hourglass_swag.models.ops.smyrf.attn import SmyrfAttention
+from hourglass_swag.models.ops.smyrf.smyrf_attn import SmyrfMultiheadAttention
+from hourglass_swag.models.ops.smyrf.utils import E2LSH, EXTRA_CHANNELS, XBOXPLUS, lsh_clustering
+from hourglass_swag.tools.costs import build_network, parse_network
+from hourglass_swag.tools.flop_count import flop_count
+from hourglass_swag.tools.parser import get_model_args
+
+CORES = (AdaClusteringAttention, SmyrfAttention)
+SINGLE_TOLERANCE = 1e-6  # of cases whose name ends in _float32
+COUNT_TOLERANCE = 300  # operations, on small networks: the published tool counts arithmetic on shapes, too
+PUBLISHED_TOLERANCE = 25_000  # operations, at full size
+
+METHOD_NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    name: getattr(module, name)
+    for module, names in (
+        (act_vision_transformer, ("ActVisionTransformer", "ActViTL16", "ActViTH14")),
+        (smyrf_vision_transformer, ("SmyrfVisionTransformer", "SmyrfViTL16", "SmyrfViTH14")),
+        (evo_vit, ("EvoViT", "EvoViTB16", "EvoViTL16", "EvoViTH14")),
+    )
+    for name in names
+}
+
+
+# Reading
+
+
+def read_input(case: Case, name: str) -> Any:
+    """One input of a case: a tensor, or what else the expression gives."""
+    text, _, dtype = case.raw["input"][name].partition(" -> ")
+    value = reference.evaluate_text(text, case.names())
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if not isinstance(value, Tensor):
+        return value
+    dtype = dtype.strip() or (case.raw["input"].get("dtype") if value.is_floating_point() else "")
+    return value.to(getattr(torch, dtype)) if dtype else value
+
+
+def tolerance(case: Case) -> float | None:
+    """Tolerance of an output; None for that of the case."""
+    return SINGLE_TOLERANCE if case.name.endswith("_float32") else None
+
+
+@dataclasses.dataclass
+class Hashing:
+    """What was drawn and hashed while a case ran."""
+
+    draws: int = 0
+    codes: list[Tensor] = dataclasses.field(default_factory=list)
+
+
+@contextmanager
+def projections(case: Case) -> Iterator[Hashing]:
+    """The projections of a case in every hash, numbered from 0; or torch's generator seeded as the case says."""
+    seen = Hashing()
+    published = {core: core.draw for core in CORES}
+    hash_method = AdaClusteringAttention.hash
+
+    def draw(core: nn.Module, dim: int, n_hashes: int, device: torch.device, dtype: torch.dtype) -> Any:
+        seen.draws += 1
+        if "manual_seed" in case.raw:
+            return published[type(core)](core, dim, n_hashes, device, dtype)
+        alpha, beta = fixed_projections(case.seed, seen.draws - 1, dim, n_hashes)
+        return alpha.to(device, dtype), beta.to(device, dtype)
+
+    def remember(core: AdaClusteringAttention, vectors: Tensor, n_hashes: int) -> Tensor:
+        seen.codes.append(hash_method(core, vectors, n_hashes))
+        return seen.codes[-1]
+
+    for core in CORES:
+        core.draw = draw
+    AdaClusteringAttention.hash = remember
+    try:
+        if "manual_seed" in case.raw:
+            torch.manual_seed(case.raw["manual_seed"])
+        yield seen
+    finally:
+        for core in CORES:
+            core.draw = published[core]
+        AdaClusteringAttention.hash = hash_method
+
+
+def fixed_projections(seed: int, call: int, dim: int, n_hashes: int) -> tuple[Tensor, Tensor]:
+    """The projections of the i-th hash of a forward pass."""
+    alpha = reference.array(f"alpha-{call}", (dim, n_hashes), seed)
+    beta = np.abs(reference.array(f"beta-{call}", (n_hashes,), seed)) % 1
+    return torch.from_numpy(alpha), torch.from_numpy(beta)
+
+
+def check_outputs(case: Case, checks: Checks, known: dict[str, Any]) -> None:
+    """Compare every output of the case."""
+    for name in case.outputs:
+        if name not in known:
+            raise NotCovered(f"output {name} of {case.build}")
+        checks.output(name, known[name], tolerance=tolerance(case))
+
+
+# Operators and attention
+
+
+def run_operator(case: Case, checks: Checks) -> None:
+    """One of the three operators of ACT."""
+    function = case.build["function"]
+    if function == "ada_cluster_":
+        groups, counts = ada_cluster_(read_input(case, "hashes"))
+        check_outputs(case, checks, {"groups": groups, "counts": counts})
+        return
+    groups, weights = read_input(case, "groups"), read_input(case, "weights")
+    if function == "weighted_sum_":
+        check_outputs(case, checks, {"y": weighted_sum_(read_input(case, "x"), groups, weights)})
+    else:
+        check_outputs(case, checks, {"x": broadcast_(read_input(case, "y"), groups, weights)})
+
+
+def run_center(case: Case, checks: Checks) -> None:
+    """Means and copies of groups, and their gradients; the groups are an output of the case."""
+    groups = torch.from_numpy(checks.stored[f"{case.name}/g"])
+    number = int(groups.max()) + 1
+    counts = F.one_hot(groups.long(), number).sum(1)
+    x, y = (read_input(case, name).requires_grad_() for name in ("x", "y"))
+    center, copied = calc_center(x, groups, counts), copy_to_members(y, groups)
+    center.backward(read_input(case, "upstream of the mean"))
+    copied.backward(read_input(case, "upstream of broadcast"))
+    known = {"g": groups, "counts": counts, "center": center, "bcast": copied, "grad_x": x.grad, "grad_y": y.grad}
+    check_outputs(case, checks, known)
+
+
+def run_hash(case: Case, checks: Checks) -> None:
+    """Codes, and the groups they give."""
+    vectors = read_input(case, "V")
+    found = re.search(r"r\s*=\s*([\d.]+)", case.build["function"])
+    width = float(found[1]) if found else 8.0
+    alpha, beta = fixed_projections(case.seed, 0, vectors.shape[-1], case.build["n_hashes"])
+    hashes = hash_codes(vectors, alpha, beta, width)
+    groups, counts = ada_cluster_(hashes)
+    check_outputs(case, checks, {"hashes": hashes, "groups": groups, "counts": counts})
+
+
+def run_attention(case: Case, checks: Checks) -> None:
+    """The attention core of ACT or SMYRF: output, codes or orders, cluster counts, gradients."""
+    core = {"AdaClusteringAttention": AdaClusteringAttention, "SmyrfAttention": SmyrfAttention}[case.build["class"]]
+    core = core(**case.build["kwargs"]).eval()
+    q, k, v = (read_input(case, name).requires_grad_() for name in "qkv")
+    options = {}
+    if "key_padding_mask" in case.raw["input"]:
+        mask = torch.as_tensor(read_input(case, "key_padding_mask"))
+        options["key_padding_mask"] = mask.repeat_interleave(len(q) // len(mask), dim=0)
+    if isinstance(core, SmyrfAttention):
+        options = {"norm_factor": case.build.get("norm_factor", 1.0), "return_attn_map": True}
+    known: dict[str, Any] = {}
+    with projections(case) as hashing:
+        out = core(q, k, v, **options)
+    if isinstance(core, SmyrfAttention):
+        out, (known["order_q"], known["order_k"]) = out
+    else:
+        known |= dict(zip(("hashes_q", "hashes_k"), hashing.codes, strict=False))
+        clusters = {"clusters_q": core.Q_clusters, "clusters_k": core.K_clusters}
+        checks.equal("clusters", clusters, case.raw.get("clusters", clusters))
+    check_draws(case, checks, hashing)
+    known["out"] = out
+    if "g" in case.raw["input"]:
+        out.backward(read_input(case, "g"))
+        known |= {"grad_q": q.grad, "grad_k": k.grad, "grad_v": v.grad}
+    check_outputs(case, checks, known)
+
+
+def check_draws(case: Case, checks: Checks, hashing: Hashing) -> None:
+    """Compare the number of projections drawn with the one that the case states."""
+    if "draws" in case.raw:
+        checks.equal("draws", hashing.draws, case.raw["draws"])
+
+
+def run_multi_head(case: Case, checks: Checks) -> None:
+    """Self-attention with projections, (tokens, batch, width)."""
+    make = {"AdaMultiheadAttention": AdaMultiheadAttention, "SmyrfMultiheadAttention": SmyrfMultiheadAttention}
+    module, x = reference.build(make[case.build["class"]], case.seed, **case.build["kwargs"]), read_input(case, "x")
+    with projections(case) as hashing, torch.no_grad():
+        out, weights = module(x, x, x)
+    checks.equal("second result", weights, None)
+    check_draws(case, checks, hashing)
+    check_outputs(case, checks, {"out": out})
+
+
+def run_lift(case: Case, checks: Checks) -> None:
+    """SMYRF's lift, values on the random lines, and both orders."""
+    q, k = read_input(case, "q"), read_input(case, "k")
+    lift = XBOXPLUS(q, k)
+    alpha, beta = fixed_projections(case.seed, 0, q.shape[-1] + EXTRA_CHANNELS, case.build["n_hashes"])
+    beta = beta * case.build.get("r", 1)
+    orders = lsh_clustering(q, k, alpha, beta)
+    values = E2LSH(alpha, beta)(lift.Q())
+    known = {"Q": lift.Q(), "K": lift.K(), "values_q": values, "order_q": orders[0], "order_k": orders[1]}
+    check_outputs(case, checks, known)
+
+
+def run_evo_block(case: Case, checks: Checks) -> None:
+    """One layer of Evo-ViT: tokens and class attention."""
+    block = reference.build(evo_vit.EvoEncoderBlock, case.seed, **case.build["kwargs"])
+    with torch.no_grad():
+        out, cls_attn = block(read_input(case, "x"), read_input(case, "cls_attn"))
+    check_outputs(case, checks, {"out": out, "cls_attn": cls_attn})
+
+
+# Networks
+
+
+def run_method_network(case: Case, checks: Checks) -> None:
+    """A whole network: logits, layers, class attention, clusters, parameters; or gradients in training mode."""
+    model = reference.build(METHOD_NETWORKS[case.build["class"]], case.seed, **case.build["kwargs"])
+    if "params" in case.raw:
+        checks.equal("params", count_parameters(model), case.raw["params"])
+    images = read_input(case, "x")
+    training = "loss" in case.outputs
+    seen: list[tuple[nn.Module, tuple[Any, ...], Tensor]] = []
+
+    def remember(layer: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        seen.append((layer, args, out if isinstance(out, Tensor) else out[0]))
+
+    handles = [layer.register_forward_hook(remember) for layer in model.get_submodule("encoder.layers").children()]
+    try:
+        with projections(case) as hashing, torch.set_grad_enabled(training):
+            logits = model.train(training)(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    check_draws(case, checks, hashing)
+    if "clusters" in case.raw:
+        checks.equal("clusters", model.clusters(), case.raw["clusters"])  # pyright: ignore[reportCallIssue]
+    known: dict[str, Any] = {"logits": logits}
+    if training:
+        known |= loss_and_gradients(model, logits)
+        check_outputs(case, checks, known)
+        return
+    leaving = torch.stack([out for _, _, out in seen])  # (layers, tokens, batch, width)
+    known["after_layer"] = leaving
+    known["layer_rms"] = leaving.square().mean((1, 2, 3)).sqrt()
+    known["last_cls16"] = leaving[-1, 0, :, :16]
+    pruned = [args[1] for layer, args, _ in seen if getattr(layer, "prune_ratio", 1) != 1]
+    if pruned:
+        known["cls_attn_before_sort"] = torch.stack(pruned)
+        known["sort_index"] = torch.stack([cls_attn.argsort(dim=1, descending=True) for cls_attn in pruned])
+        want = case.raw["outputs"].get("cls_attn_before_sort", ())
+        if len(want) == 2:  # abridged: the beginning of what enters the last pruned layer
+            known["cls_attn_before_sort"] = pruned[-1][:, : want[1]]
+    check_outputs(case, checks, known)
+
+
+def loss_and_gradients(model: nn.Module, logits: Tensor) -> dict[str, Tensor]:
+    """Cross-entropy against classes 0, 1, ..., gradients by name with | for ., and the norm of all."""
+    loss = F.cross_entropy(logits, torch.arange(len(logits)) % logits.shape[1])
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    norm = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt()
+    return {"loss": loss, "grad_norm": norm} | {name.replace(".", "|"): grad for name, grad in gradients.items()}
+
+
+# Files beside cases.json
+
+
+def more_cases(folder: Path) -> list[Case]:
+    """Cases of the other files of such a folder: costs, command lines, manifests; none where there are no such files.
+
+    Raises:
+        CaseError: if a file is not valid JSON.
+    """
+    cases: list[Case] = []
+    for entry in read_json(folder / "cost_cases.json", []):
+        cases.append(make_case(f"cost_{entry['name']}", "cost", entry))
+    for entry in read_json(folder / "cost_published.json", []):
+        cases.append(make_case(f"published_{entry['flags'].removeprefix('-m ').replace(' ', '_')}", "published", entry))
+    if (folder / "cli.json").is_file():
+        lines = read_json(folder / "cli.json", [])
+        build = {"function": "get_default_parser().parse_args, get_model_args"}
+        cases.append(Case("cli", 0, build, "", (), lines, {}))
+    for path in sorted(folder.glob("manifest_*.json")):
+        if (name := path.stem.removeprefix("manifest_")) in REGISTRY:
+            cases.append(make_case(path.stem, "manifest", {"model": name, **read_json(path, {})}))
+    return cases
+
+
+def read_json(path: Path, default: Any) -> Any:
+    """Content of a file, or ``default`` where there is none."""
+    if not path.is_file():
+        return default
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise CaseError(f"{path} is not valid JSON: {error}") from error
+
+
+def make_case(name: str, kind: str, entry: dict[str, Any]) -> Case:
+    """An entry of a file beside cases.json as a case."""
+    return Case(name, int(entry.get("seed", 0)), {"function": f"file: {kind}"}, "", (), {}, entry)
+
+
+def run_manifest(case: Case, checks: Checks) -> None:
+    """Names, shapes and order of the state dict of a network of the registry, and its number of parameters."""
+    entry = dict(case.raw)
+    name, params = entry.pop("model"), entry.pop("params", None)
+    state = entry.get("state_dict", entry)
+    if REGISTRY[name].model is None:
+        raise NotCovered(f"{name}: not implemented yet")
+    with torch.device("meta"):
+        model = create(name)
+        if tokens := state.get("encoder.pos_embedding"):
+            side = round((tokens[0] - 1) ** 0.5) * model.patch_size  # pyright: ignore[reportOperatorIssue]
+            model = create(name, image_size=side)
+    if "encoder.pos_embedding" not in state:
+        raise NotCovered(f"manifest of {name}")
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+    checks.equal("keys", list(shapes), list(state))
+    checks.equal("shapes", shapes, state)
+    if params is not None:
+        checks.equal("params", count_parameters(model), params)
+
+
+def run_method_cost(case: Case, checks: Checks) -> None:
+    """Cost of a small network, three times: published per operation, counted analytically, counted while running."""
+    raw = case.raw
+    model = reference.build(METHOD_NETWORKS[raw["class"]], case.seed, **raw["kwargs"])
+    images = read_input(dataclasses.replace(case, raw={**raw, "input": {"x": raw["input"]}}), "x")
+    with projections(case):
+        counted = {key: round(1e9 * value) for key, value in flop_count(model, (images,)).items()}
+    given = [raw["clusters"]] if raw.get("clusters") else []
+    if given:
+        checks.equal("clusters", model.clusters(), given[0])  # pyright: ignore[reportCallIssue]
+    counts = model.count_ops(*given)  # pyright: ignore[reportCallIssue]
+    checks.equal("executed total", sum(counted.values()), CONVENTIONS["swag"].total(counts))
+    expected = dict(raw["flops"])
+    expected["bmm"] = expected.get("bmm", 0) + expected.pop("matmul", 0)
+    for key in {*expected, *counted}:
+        if abs(counted.get(key, 0) - expected.get(key, 0)) > COUNT_TOLERANCE:
+            checks.fail(f"{key} is {counted.get(key, 0)}, expected {expected.get(key, 0)} +- {COUNT_TOLERANCE}")
+    checks.number("total", sum(counted.values()), raw["total"], tolerance=COUNT_TOLERANCE / raw["total"])
+    with projections(case):
+        checks.equal("executed MACs", count_executed_macs(model, images), CONVENTIONS["macs"].total(counts))
+
+
+def run_published_cost(case: Case, checks: Checks) -> None:
+    """Cost of a published row at full size, from its command line."""
+    raw = case.raw
+    args = parse_network(raw["flags"])
+    checks.equal("resolution", args.resolution, raw["resolution"])
+    given = get_model_args(args)
+    stated = raw.get("model_kwargs", {})
+    checks.equal("model arguments", {name: given.get(name) for name in stated}, stated)
+    with torch.device("meta"):
+        model = build_network(args)
+    total = CONVENTIONS["swag"].total
+    if raw.get("official_gflops") is not None:
+        check_gflops(checks, total(model.count_ops()), raw["official_gflops"])  # pyright: ignore[reportCallIssue]
+        published = str(raw["published_gflops"])
+        digits = len(published.partition(".")[2])
+        mine = round(total(model.count_ops()) / 1e9, digits)  # pyright: ignore[reportCallIssue]
+        checks.equal("published digits", mine, raw["published_gflops"])
+    if run := raw.get("official_run_with_random_weights"):
+        counts = model.count_ops(run["clusters_per_layer"])  # pyright: ignore[reportCallIssue]
+        check_gflops(checks, total(counts), run["gflops"])
+    if "implied_mean_clusters_per_layer" in raw:
+        layers = len(model.attentions())  # pyright: ignore[reportCallIssue, reportArgumentType]
+        none, one = (total(model.count_ops([number] * layers)) for number in (0, 1))  # pyright: ignore[reportCallIssue]
+        implied = (1e9 * raw["published_gflops"] - none) / (one - none)
+        if abs(implied - raw["implied_mean_clusters_per_layer"]) > 1:
+            checks.fail(f"implied clusters are {implied}, expected {raw['implied_mean_clusters_per_layer']}")
+
+
+def check_gflops(checks: Checks, got: int, want: float) -> None:
+    """Operations against G, to the accuracy of the published tool's closed form."""
+    checks.number("GFLOPs", got / 1e9, want, tolerance=PUBLISHED_TOLERANCE / 1e9 / want)
+
+
+METHOD_RUNNERS: dict[str, Runner] = {
+    **dict.fromkeys(METHOD_NETWORKS, run_method_network),
+    **dict.fromkeys(("ada_cluster_", "weighted_sum_", "broadcast_"), run_operator),
+    "CalcCenter, Broadcast": run_center,
+    **dict.fromkeys(("AdaClusteringAttention", "SmyrfAttention"), run_attention),
+    **dict.fromkeys(("AdaMultiheadAttention", "SmyrfMultiheadAttention"), run_multi_head),
+    "XBOXPLUS, E2LSH, lsh_clustering": run_lift,
+    "EvoEncoderBlock": run_evo_block,
+    "file: cost": run_method_cost,
+    "file: published": run_published_cost,
+    "file: manifest": run_manifest,
+}
