@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from common.checkpoint import CheckpointError
-from hourglass_swag.models.act_vision_transformer import ActViTH14, ActViTL16
-from hourglass_swag.models.ats_vision_transformer import ATSViTH14, ATSViTL16
-from hourglass_swag.models.evit import EViTB16, EViTH14, EViTL16
-from hourglass_swag.models.evo_vit import EvoViTH14, EvoViTL16
+from hourglass_swag.models.act_vision_transformer import ActViTDesk, ActViTH14, ActViTL16
+from hourglass_swag.models.ats_vision_transformer import ATSViTDesk, ATSViTH14, ATSViTL16
+from hourglass_swag.models.evit import EViTB16, EViTDesk, EViTH14, EViTL16
+from hourglass_swag.models.evo_vit import EvoViTDesk, EvoViTH14, EvoViTL16
 from hourglass_swag.models.hourglass_vit import HourglassViTDesk, HourglassViTH14, HourglassViTL16
 from hourglass_swag.models.regnet import RegNetY16gf, RegNetY32gf, RegNetY128gf
-from hourglass_swag.models.smyrf_vision_transformer import SmyrfViTH14, SmyrfViTL16
+from hourglass_swag.models.smyrf_vision_transformer import SmyrfViTDesk, SmyrfViTH14, SmyrfViTL16
 from hourglass_swag.models.tome_vit import ToMeViTDesk, ToMeViTH14, ToMeViTL16
 from hourglass_swag.models.vision_transformer import ViTB16, ViTDesk, ViTH14, ViTL16
 from hourglass_swag.models.weights import load_weights, published_weights
@@ -66,7 +66,12 @@ REGISTRY: dict[str, Entry] = {
     # the embedded experiment on digits
     "vit_desk": Entry(ViTDesk, None, 10),
     "hourglass_vit_desk": Entry(HourglassViTDesk, None, 10, fixed=_BEFORE),
+    "e_vit_desk": Entry(EViTDesk, None, 10),
     "tome_vit_desk": Entry(ToMeViTDesk, None, 10),
+    "ats_vit_desk": Entry(ATSViTDesk, None, 10),
+    "act_vit_desk": Entry(ActViTDesk, None, 10),
+    "smyrf_vit_desk": Entry(SmyrfViTDesk, None, 10),
+    "evo_vit_desk": Entry(EvoViTDesk, None, 10),
     # methods compared with
     "tome_vit_l16_in1k": Entry(ToMeViTL16, "vit_l16_in1k.torch", IMAGENET_CLASSES),
     "tome_vit_h14_in1k": Entry(ToMeViTH14, "vit_h14_in1k.torch", IMAGENET_CLASSES),
