@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from common.flops import CUSTOM_OPERATORS
-from hourglass_swag.models.ops.tome import parse_r, patch
+from hourglass_swag.models.ops.tome import ops, parse_r, patch
 from hourglass_swag.models.vision_transformer import VisionTransformer, ViTDesk, ViTH14, ViTL16
 
 CUSTOM_OPERATORS["tome::merge_wavg"] = lambda arguments, result: 0  # averages: no matrix products
@@ -33,13 +33,16 @@ def make_tome_vit(dense: type[VisionTransformer]) -> Callable[..., VisionTransfo
             options: arguments of the dense network.
 
         Raises:
-            ValueError: if ``tome_r`` is negative, or as the dense network.
-            ImportError: if ``scatter`` cannot be used here.
+            ValueError: if ``tome_r`` is negative, if ``scatter`` cannot be used here, or as the dense network.
         """
         try:
             parse_r(1, tome_r)
         except ValueError as error:
             raise ValueError(f"--tome_r (tome_r): {error}") from error
+        try:
+            ops.check_form(scatter)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"--scatter: {error}") from error
         model = dense(**options)
         patch.swag(model, trace_source=trace_source, prop_attn=prop_attn, scatter=scatter)
         cast(Any, model).r = tome_r

@@ -102,9 +102,10 @@ class DevelopInPlace(Develop):
 
     def run(self) -> None:
         build = self.get_finalized_command("build_ext")
+        built_elsewhere = self.distribution.have_run.get("build_ext")  # by a `build` on the same command line
         build.inplace = True
         self.run_command("build_ext")
-        if self.distribution.have_run.get("build_ext"):
+        if built_elsewhere:
             build.copy_extensions_to_source()
         command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "-e", str(HERE)]
         if self.no_deps:

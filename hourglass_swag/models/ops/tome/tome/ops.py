@@ -115,6 +115,11 @@ def find_libraries() -> Iterator[Path]:
         yield from sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd"))
 
 
+def is_loaded() -> bool:
+    """Whether this process knows the operator."""
+    return hasattr(torch.ops.tome, "merge_wavg")
+
+
 def load(libraries: Iterator[Path] | None = None) -> frozenset[str]:
     """Load the operator, the first time this is called, and return the kinds of device that it was built for.
 
@@ -125,7 +130,7 @@ def load(libraries: Iterator[Path] | None = None) -> frozenset[str]:
     """
     global _devices
     if _devices is None:
-        if not hasattr(torch.ops.tome, "merge_wavg"):  # this file may be imported under two names
+        if not is_loaded():  # this file may be imported under two names
             for path in find_libraries() if libraries is None else libraries:
                 try:
                     torch.ops.load_library(path)
@@ -134,8 +139,7 @@ def load(libraries: Iterator[Path] | None = None) -> frozenset[str]:
                 else:
                     _register()
                     break
-        built = hasattr(torch.ops.tome, "merge_wavg")
-        _devices = frozenset(torch.ops.tome.devices().split()) if built else frozenset()
+        _devices = frozenset(torch.ops.tome.devices().split()) if is_loaded() else frozenset()
     return _devices
 
 
