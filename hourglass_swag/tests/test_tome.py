@@ -20,7 +20,9 @@ from hourglass_swag.models.evit import EViT
 from hourglass_swag.models.hourglass_vit import HourglassViT
 from hourglass_swag.models.ops.tome import generate_colormap, make_visualization, merge, ops, parse_r, patch, utils
 from hourglass_swag.models.vision_transformer import VisionTransformer
+from hourglass_swag.tools.costs import build_network, parse_network
 from hourglass_swag.tools.flop_count import flop_count
+from hourglass_swag.tools.parser import get_default_parser, get_model_args
 
 TINY: dict[str, Any] = {
     "image_size": 24, "patch_size": 4, "num_layers": 3, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32,
@@ -211,6 +213,17 @@ def test_torch_scatter_gives_the_same():
     for mode in merge.MODES:
         torch.testing.assert_close(other(x, mode=mode), native(x, mode=mode))
     torch.testing.assert_close(merge.merge_wavg(other, x), merge.merge_wavg(native, x))
+
+
+def test_command_lines_choose_the_form(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_scatter", None)
+    words = ["-m", "tome_vit_desk", "--tome_r", "6"]
+    assert get_model_args(get_default_parser().parse_args(words)) == {"tome_r": 6}
+    args = get_default_parser().parse_args([*words, "--scatter", "native"])
+    assert models.create(args.model, **get_model_args(args))._tome_info["scatter"] == "native"
+    args = parse_network([*words, "-r", "32", "--scatter", "torch_scatter"])
+    with pytest.raises(ValueError, match=r"--scatter: .*torch-scatter cannot be imported"):
+        build_network(args)
 
 
 # Schedules

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from hourglass_swag.models import names
+from hourglass_swag.models.ops.tome.tome.ops import FORMS
 
 DEFAULT_MODEL = "vit_b16_in1k"
 
@@ -67,7 +68,16 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
         "--cluster_window_size", type=int, default=5, help="odd side, in clusters, of the window a token may join"
     )
     group = parser.add_argument_group("ToMe (tome_vit_*)")
-    group.add_argument("--tome_r", type=int, default=0, help="tokens merged in every layer")
+    group.add_argument(
+        "--tome_r", type=int, default=0, help="tokens merged in every layer, at least 0; a layer merges at most half"
+    )
+    group.add_argument(
+        "--scatter",
+        choices=list(FORMS),
+        default="auto",
+        help="beyond the published flags: how merged tokens are averaged; auto: by the fused operator where it was "
+        "built, else in plain PyTorch",
+    )
     group = parser.add_argument_group("EViT (e_vit_*)")
     group.add_argument(
         "--base_keep_rate", type=float, default=0.7, help="fraction of the patches kept at each location"
@@ -207,6 +217,7 @@ _MODEL_FLAGS: dict[str, dict[str, str]] = {
 
 # Flags beyond the published ones, likewise; a factory gets such a keyword only if it is not the default.
 _MORE_FLAGS: dict[str, dict[str, tuple[str, Any]]] = {
+    "tome": {"scatter": ("scatter", "auto")},
     "smyrf": {"smyrf_padded": ("smyrf_padded", False)},
     "evo": {"tradeoff": ("evo_tradeoff", 0.5)},
 }
