@@ -28,7 +28,7 @@ from common.distributed import World, get_logger, launch, main_process_first, ru
 from common.engine import amp_dtype
 from hourglass_swag.evaluation import evaluate, swag_eval_transform
 from hourglass_swag.models import create
-from hourglass_swag.tools.parser import get_default_parser, get_model_args
+from hourglass_swag.tools.parser import check_method_flags, get_default_parser, get_model_args
 from hourglass_swag.tools.processes import device_name, pictures_per_process, set_environment, start_one_per_gpu
 
 logger = get_logger(__name__)
@@ -72,6 +72,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
         logger.warning("--no-pretrained: the weights are random, so the accuracy means nothing")
     try:
         amp_dtype(args.amp, device)
+        check_method_flags(args)
         with main_process_first():  # one download serves all
             model = create(
                 args.model,

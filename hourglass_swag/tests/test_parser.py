@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hourglass_swag.imagenet_1k_eval import parse_args
-from hourglass_swag.tools.parser import boolean, get_default_parser, get_model_args
+from hourglass_swag.tools.parser import boolean, check_method_flags, get_default_parser, get_model_args
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,30 @@ def test_each_method_gets_its_own_arguments():
         assert len(get_model_args(parser.parse_args(["d", "-m", name]))) == number, name
 
 
+def test_flags_of_another_method_are_refused():
+    def parse(*words: str) -> argparse.Namespace:
+        return get_default_parser().parse_args(["d", "-m", *words])
+
+    check_method_flags(parse("e_vit_l16_in1k", "--base_keep_rate", "0.5", "--evit_score", "cls"))
+    check_method_flags(parse("tome_vit_l16_in1k", "--tome_r", "8", "-r", "512"))
+    with pytest.raises(
+        ValueError, match=r"^--tome_r 8, --drop_loc \[1\]: a flag of another method; vit_l16_in1k takes no"
+    ):
+        check_method_flags(parse("vit_l16_in1k", "--tome_r", "8", "--drop_loc", "1"))
+    with pytest.raises(
+        ValueError, match=r"--num_cluster 9: .* ats_vit_l16_in1k takes --ats_blocks_indexes, --ats_drop_"
+    ):
+        check_method_flags(parse("ats_vit_l16_in1k", "-n", "9"))
+
+
+def test_the_papers_own_forms_of_methods_reach_the_network():
+    parser = get_default_parser()
+    evit = parser.parse_args(["d", "-m", "e_vit_l16_in1k", "--evit_score", "cls"])
+    assert get_model_args(evit)["score"] == "cls"
+    ats = parser.parse_args(["d", "-m", "ats_vit_l16_in1k", "--ats_residual", "input"])
+    assert get_model_args(ats)["residual"] == "input"
+
+
 def test_unknown_names_and_missing_data_are_refused(capsys):
     with pytest.raises(SystemExit):
         parse_args(["DIR", "-m", "vit_b16"])
@@ -78,5 +102,7 @@ def test_every_flag_is_read_somewhere():
     for name in ("hourglass_vit", "tome", "e_vit", "act", "smyrf", "ats", "evo"):
         method = argparse.Namespace(**(flags | {"model": name}))
         read |= {flag for flag in flags if any(flags[flag] is value for value in get_model_args(method).values())}
-        read |= {flag for flag in flags if flag.startswith((name, "ats_", "evo_")) or flag in get_model_args(method)}
+        read |= {
+            flag for flag in flags if flag.startswith((name, "ats_", "evo_", "evit_")) or flag in get_model_args(method)
+        }
     assert set(flags) - read == set()

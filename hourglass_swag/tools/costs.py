@@ -15,7 +15,7 @@ from hourglass_swag.models import create, names
 from hourglass_swag.models.hourglass_vit import HourglassViT
 from hourglass_swag.models.ops.cluster import TokenClusteringBlock
 from hourglass_swag.tools.flop_count import flop_count
-from hourglass_swag.tools.parser import DEFAULT_MODEL, add_model_args, get_model_args
+from hourglass_swag.tools.parser import DEFAULT_MODEL, add_model_args, check_method_flags, get_model_args
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,9 @@ def build_network(args: argparse.Namespace, *, pretrained: bool = False, weights
     """The network of parsed flags, in evaluation mode on torch's default device.
 
     Raises:
-        As ``hourglass_swag.models.create``.
+        As ``hourglass_swag.models.create``; ValueError for a flag of another method.
     """
+    check_method_flags(args)
     model = create(
         args.model, pretrained=pretrained, weights=weights, image_size=args.resolution, **get_model_args(args)
     )

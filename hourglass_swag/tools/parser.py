@@ -91,6 +91,13 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
         "(L/16) and 8 16 24 (H/14)",
     )
     group.add_argument("--fuse_token", action="store_true", help="fuse the dropped patches into one more token")
+    group.add_argument(
+        "--evit_score",
+        choices=("mean", "cls"),
+        default="mean",
+        help="beyond the published flags: rank patches by the attention of all tokens, as the published rows do, or of "
+        "the class token, as EViT's paper does",
+    )
     group = parser.add_argument_group("ACT (act_*)")
     group.add_argument("--act_plug_in_index", type=int, default=0, help="first layer with clustered attention")
     group.add_argument(
@@ -116,8 +123,20 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("ATS (ats_*)")
     group.add_argument("--ats_blocks_indexes", type=int, nargs="*", default=[], help="indices of the sampling layers")
-    group.add_argument("--ats_num_tokens", type=int, default=197, help="upper bound of the tokens sampled")
+    group.add_argument(
+        "--ats_num_tokens",
+        type=int,
+        default=197,
+        help="upper bound of the tokens sampled; it cannot bind, so at least as many as enter (1025 on L/16 at 512)",
+    )
     group.add_argument("--ats_drop_tokens", action="store_true", help="shorten the sequence instead of masking")
+    group.add_argument(
+        "--ats_residual",
+        choices=("normalized", "input"),
+        default="normalized",
+        help="beyond the published flags: what attention is added to, a layer's normalised input, as in the published "
+        "rows, or its input, as in ATS's paper",
+    )
     group = parser.add_argument_group("Evo-ViT (evo_*)")
     group.add_argument(
         "--evo_prune_ratio", type=float, default=0.5, help="fraction of the patches KEPT from the pruning layer on"
@@ -218,9 +237,31 @@ _MODEL_FLAGS: dict[str, dict[str, str]] = {
 # Flags beyond the published ones, likewise; a factory gets such a keyword only if it is not the default.
 _MORE_FLAGS: dict[str, dict[str, tuple[str, Any]]] = {
     "tome": {"scatter": ("scatter", "auto")},
+    "e_vit": {"score": ("evit_score", "mean")},
+    "ats": {"residual": ("ats_residual", "normalized")},
     "smyrf": {"smyrf_padded": ("smyrf_padded", False)},
     "evo": {"tradeoff": ("evo_tradeoff", 0.5)},
 }
+
+
+def check_method_flags(args: argparse.Namespace) -> None:
+    """Refuse flags of another method than that of ``args.model``; the published scripts ignored them.
+
+    Raises:
+        ValueError: naming every such flag, and its value.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    add_model_args(parser)
+    part = next((part for part in _MODEL_FLAGS if part in args.model), None)
+    own = {*_MODEL_FLAGS.get(part or "", {}).values(), *(flag for flag, _ in _MORE_FLAGS.get(part or "", {}).values())}
+    foreign = [
+        f"{action.option_strings[-1]} {getattr(args, action.dest)}"
+        for action in parser._actions
+        if action.dest not in own and getattr(args, action.dest, action.default) != action.default
+    ]
+    if foreign:
+        takes = f"takes {', '.join(f'--{flag}' for flag in sorted(own))}" if own else "takes no method's flags"
+        raise ValueError(f"{', '.join(foreign)}: a flag of another method; {args.model} {takes}")
 
 
 def get_model_args(args: argparse.Namespace) -> dict[str, Any]:
