@@ -1,15 +1,19 @@
 """Adaptive token sampling: its steps against their formulas, both modes, costs, precisions, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from common.flops import CONVENTIONS, count_executed_macs
 from common.reference import array, build, image
-from hourglass_swag import models
+from common.tables import NeedsWeights, load_tables
+from hourglass_swag import ledger, models
 from hourglass_swag.models import ats_vision_trainsformer
 from hourglass_swag.models.ats_vision_transformer import ATSBlock, ATSVisionTransformer, ATSViTB16
 from hourglass_swag.models.ops import ats
 from hourglass_swag.models.vision_transformer import VisionTransformer
+from hourglass_swag.tools.costs import count_costs, parse_network
 from hourglass_swag.tools.flop_count import flop_count
 
 TINY = {"image_size": 24, "patch_size": 4, "num_layers": 3, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
@@ -200,3 +204,42 @@ def test_names_and_defaults():
         assert isinstance(model, ATSVisionTransformer)
         assert [i for i, layer in enumerate(model.encoder.layers) if isinstance(layer, ATSBlock)] == [20, 23]
         assert models.create("ats_vit_h14_in1k", image_size=518).count_ops()["linear"] > 0
+
+
+def published_row():
+    """The first row of the published table."""
+    table = next(table for table in load_tables("hourglass_swag") if table.name == "ats")
+    return table.rows[0]
+
+
+def test_the_ledger_asks_for_the_checkpoint(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(NeedsWeights, match=r"depends on the checkpoint: vit_l16_in1k\.torch or vit_l_16_swag") as found:
+        ledger.costs(published_row())
+    assert found.value.command.startswith("python hourglass_swag/get_flops_fps.py -m ats_vit_l16_in1k -r 512 --ats_bl")
+
+
+def test_the_ledger_and_the_tool_count_with_the_checkpoint(monkeypatch, tmp_path):
+    """A small network under the published name: one pass over one image, always the same."""
+
+    def small(image_size, ats_blocks, num_tokens, **options):
+        return ATSVisionTransformer(**(TINY | {"image_size": 32}), ats_blocks=(1, 2), num_tokens=1, **options)
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setitem(models.REGISTRY, "ats_vit_l16_in1k", models.Entry(small, "vit_l16_in1k.torch", 5))  # pyright: ignore[reportArgumentType]
+    row = replace(published_row(), arguments="-m ats_vit_l16_in1k -r 32 --ats_drop_tokens")
+    checkpoint = tmp_path / "hub" / "checkpoints" / "vit_l16_in1k.torch"
+    checkpoint.parent.mkdir(parents=True)
+    model = build(ATSVisionTransformer, 3, dtype=torch.float32, **(TINY | {"image_size": 32}), num_classes=5)
+    torch.save(model.state_dict(), checkpoint)
+    found = ledger.costs(row)
+    assert found == ledger.costs(row)
+    assert "vit_l16_in1k.torch, one image of noise at 32" in found["gmacs"].source
+    args = parse_network(row.arguments)
+    costs = count_costs(args, weights=str(checkpoint))
+    assert costs.gflops == found["gmacs"].value
+    assert costs.gmacs == found["macs_g"].value
+    assert str(checkpoint) in str(costs.counted_for)
+    random = count_costs(args)
+    assert random == count_costs(args) != costs
+    assert "random weights" in str(random.counted_for)
