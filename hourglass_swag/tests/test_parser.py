@@ -103,6 +103,8 @@ def test_every_flag_is_read_somewhere():
         method = argparse.Namespace(**(flags | {"model": name}))
         read |= {flag for flag in flags if any(flags[flag] is value for value in get_model_args(method).values())}
         read |= {
-            flag for flag in flags if flag.startswith((name, "ats_", "evo_", "evit_", "scatter")) or flag in get_model_args(method)
+            flag
+            for flag in flags
+            if flag.startswith((name, "ats_", "evo_", "evit_", "scatter")) or flag in get_model_args(method)
         }
     assert set(flags) - read == set()
