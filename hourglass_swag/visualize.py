@@ -1,0 +1,200 @@
+"""What a method does to the tokens of pictures: one PNG per picture, the picture and its merged or dropped patches.
+
+    python hourglass_swag/visualize.py -m hourglass_vit_l16_in1k -l 12 -n 529 photo.jpg
+    python hourglass_swag/visualize.py -m e_vit_l16_in1k --base_keep_rate 0.7 --drop_loc 6 12 18 a.jpg b.png
+    python hourglass_swag/visualize.py -m tome_vit_l16_in1k -r 224 --tome_r 8 --layers 5 11 23 --no-pretrained photo.jpg
+
+Hourglass and ToMe: patches that share a token have one rim and their mean colour. EViT, ATS, Evo-ViT: one panel per
+layer that drops; patches dropped there are red, those dropped before it grey. ACT: the groups of queries of one head.
+Layers count from 0, as in the flags. Token counts include the class token.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+
+from common.checkpoint import CheckpointError
+from common.data import BadPictureError, DataError, load_picture
+from common.distributed import LaunchError, choose_device
+from hourglass_swag.evaluation import transform_image
+from hourglass_swag.models import create
+from hourglass_swag.predict import trained_resolution
+from hourglass_swag.tools.drawing import Panel, cut_picture, draw_groups, draw_selection, draw_sheet, patch_side
+from hourglass_swag.tools.parser import HelpFormatter, add_model_args, get_model_args, model_choices
+from hourglass_swag.tools.tracing import Grouping, Stage, trace
+
+FEW = 4  # panels of groups, unless --layers says which
+
+LAYER_LISTS = ("--drop_loc", "--ats_blocks_indexes", "--layers")  # flags that take any number of words
+
+LEGENDS = {
+    "hourglass_vit": "Patches of one cluster (the nearest centroid) share a rim and their mean colour.",
+    "tome": "Patches merged into one token share a rim and their mean colour.",
+    "e_vit": "Red: dropped in this layer. Grey: dropped before.",
+    "ats": "Red: dropped in this layer. Grey: dropped before.",
+    "evo": "Red: skip this layer, carried over unchanged.",
+    "act": "Patches of one group, which share their attention weights, share a rim and their mean colour.",
+}
+"""Part of a model's name -> what its panels show; the first that occurs, as in ``get_model_args``."""
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Pictures, network, and the flags of its method."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="pictures, in any format Pillow reads")
+    choices = model_choices()
+    group = parser.add_argument_group("network")
+    group.add_argument(
+        "-m", "--model", required=True, choices=choices, metavar="NAME", help=f"one of {', '.join(choices)}"
+    )
+    group.add_argument("-r", "--resolution", type=int, help="side of the input in pixels; without it that of training")
+    group.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="checkpoint of the published or of torchvision's layout; without it the published file is taken from "
+        "torch.hub's cache or downloaded into it",
+    )
+    group.add_argument("--no-pretrained", action="store_true", help="random weights, for trying things out")
+    group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda or cuda:N")
+    group.add_argument("--seed", type=int, default=0, help="seed of random weights and of ACT's random projections")
+    add_model_args(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--layers",
+        type=int,
+        nargs="+",
+        metavar="I",
+        help=f"indices of the layers to show (default: all that drop tokens, {FEW} of those that group them)",
+    )
+    group.add_argument("--head", type=int, default=0, help="attention head, for ACT")
+    group.add_argument(
+        "--output", type=Path, default=Path("output/visualize"), metavar="DIR", help="folder to write to"
+    )
+    args = parser.parse_args(pictures_first(sys.argv[1:] if argv is None else argv))
+    if args.resolution is None:
+        args.resolution = trained_resolution(args.model)
+    return args
+
+
+def pictures_first(words: Sequence[str]) -> list[str]:
+    """Move pictures behind a list of layers to the front: argparse would take their names for numbers."""
+    pictures: list[str] = []
+    rest: list[str] = []
+    flag = ""
+    for i, word in enumerate(words):
+        if word == "--":
+            return [*pictures, *rest, *words[i:]]
+        if word.startswith("-") and not _is_number(word):
+            flag = word
+        elif flag in LAYER_LISTS and not _is_number(word):
+            flag = "picture"
+        (pictures if flag == "picture" else rest).append(word)
+    return pictures + rest
+
+
+def _is_number(word: str) -> bool:
+    return word.lstrip("-").isdecimal()
+
+
+def build_model(args: argparse.Namespace) -> nn.Module:
+    """The network that the flags describe, in evaluation mode on its device.
+
+    Raises:
+        ValueError: naming network and resolution, if they or a flag do not fit; and as ``create``.
+    """
+    device = choose_device(args.device)
+    torch.manual_seed(args.seed)
+    options = {"image_size": args.resolution, **get_model_args(args)}
+    try:
+        model = create(args.model, pretrained=not args.no_pretrained, weights=args.weights, **options)
+    except ValueError as error:
+        raise ValueError(f"{args.model} at -r {args.resolution}: {error}") from error
+    return model.eval().to(device)
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture in RGB.
+
+    Raises:
+        DataError: naming the file, if it cannot be read or is no picture.
+    """
+    try:
+        return load_picture(path)
+    except BadPictureError as error:
+        raise DataError(f"{path} is not a picture that Pillow can read") from error
+
+
+def choose_stages(stages: Sequence[Stage], layers: Sequence[int] | None) -> list[Stage]:
+    """The stages to show: those of ``layers``, or else all that drop tokens, a few of those that group them.
+
+    Raises:
+        ValueError: for a layer in which nothing happened.
+    """
+    if layers:
+        found = {stage.layer: stage for stage in stages}
+        if missing := sorted(set(layers) - found.keys()):
+            raise ValueError(f"--layers: nothing happens to the tokens in {missing}; it does in {sorted(found)}")
+        return [found[layer] for layer in sorted(set(layers))]
+    if len(stages) <= FEW or not isinstance(stages[0], Grouping):
+        return list(stages)
+    return [stages[(i + 1) * len(stages) // FEW - 1] for i in range(FEW)]
+
+
+def draw(picture: Image.Image, stages: Sequence[Stage], title: str, notes: Sequence[str]) -> Image.Image:
+    """The picture, then a panel per stage."""
+    grid = round(len(patches_of(stages[0])) ** 0.5)
+    picture = cut_picture(picture, grid * patch_side(grid))
+    panels: list[Panel] = [(picture, "picture", f"{grid} x {grid} patches")]
+    for stage in stages:
+        paint = draw_groups if isinstance(stage, Grouping) else draw_selection
+        panels.append((paint(picture, patches_of(stage)), f"layer {stage.layer}", stage.caption))
+    return draw_sheet(title, notes, panels)
+
+
+def patches_of(stage: Stage) -> torch.Tensor:
+    """Group or state of each patch, (P,)."""
+    return stage.labels if isinstance(stage, Grouping) else stage.states
+
+
+def output_files(paths: Sequence[Path], model: str, folder: Path) -> list[Path]:
+    """A file in ``folder`` for each picture, numbered where names are equal."""
+    stems = [path.stem for path in paths]
+    numbers = [stems[:i].count(stem) for i, stem in enumerate(stems)]
+    return [folder / f"{s}_{model}{f'_{n + 1}' if n else ''}.png" for s, n in zip(stems, numbers, strict=True)]
+
+
+def main(argv: Sequence[str] | None = None) -> list[Path]:
+    """Draw the pictures of a command line; returns the files written."""
+    args = parse_args(argv)
+    pictures = [read_picture(path) for path in args.images]
+    model = build_model(args)
+    notes = [legend for part, legend in LEGENDS.items() if part in args.model][:1]
+    if args.no_pretrained and not args.weights:
+        print("warning: the weights are random, so what is grouped or dropped means little", file=sys.stderr)
+        notes.append("Random weights: what is grouped or dropped means little.")
+    args.output.mkdir(parents=True, exist_ok=True)
+    files = output_files(args.images, args.model, args.output)
+    device = next(model.parameters()).device
+    for path, picture, file in zip(args.images, pictures, files, strict=True):
+        torch.manual_seed(args.seed)
+        stages = trace(model, transform_image(picture, args.resolution).to(device), head=args.head)
+        stages = choose_stages(stages, args.layers)
+        for stage in stages:
+            print(f"{path}: layer {stage.layer}: {stage.caption}")
+        title = f"{path.name} in {args.model} at {args.resolution} x {args.resolution}"
+        draw(picture, stages, title, notes).save(file)
+        print(f"written to {file}")
+    return files
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (CheckpointError, DataError, LaunchError, NotImplementedError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
