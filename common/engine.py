@@ -588,6 +588,8 @@ def evaluate(
     )
     if total["images"] == 0:
         raise ValueError(f"no picture to evaluate ({total['skipped']:.0f} skipped as undecodable); check the dataset")
+    if math.isnan(total["loss"]):
+        raise ValueError("the model gives logits that are not numbers: damaged weights, or an overflow under --amp")
     return {
         "loss": total["loss"] / total["images"],
         "top1_percent": 100 * total["top1"] / total["images"],

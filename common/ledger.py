@@ -10,8 +10,10 @@ A paper takes part by a module ``<paper>/ledger.py``, found by name at run time,
 Each may raise a subclass of ``common.tables.Unavailable``. A paper without such a module is not implemented yet.
 """
 
+import hashlib
 import importlib
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -614,8 +616,13 @@ def _listing(folder: Path | None) -> list[Any] | None:
     """What tells one state of a folder from another without reading its files."""
     if folder is None:
         return None
-    inside = sorted(folder.iterdir()) if folder.is_dir() else [folder]
-    return [str(folder.resolve()), [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in inside]]
+    state = hashlib.sha256()
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if (place, name) != (str(folder), "train"))  # nothing trains here
+        for name in sorted(names):
+            found = os.stat(os.path.join(place, name))
+            state.update(f"{place}/{name} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return [str(folder.resolve()), state.hexdigest()]
 
 
 def _device_name(device: str) -> str:

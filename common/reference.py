@@ -16,6 +16,7 @@ import math
 import re
 import sys
 import time
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -379,8 +380,8 @@ def read_cases(folder: str | Path) -> tuple[list[Case], Mapping[str, np.ndarray]
     try:
         with np.load(folder / "cases.npz", allow_pickle=False) as archive:
             stored = {key: archive[key] for key in archive.files}
-    except (ValueError, OSError, EOFError) as error:
-        raise CaseError(f"{folder / 'cases.npz'} cannot be read: {error}") from error
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise CaseError(f"{folder / 'cases.npz'} cannot be read, it may be truncated: {error}") from error
     return [_make_case(entry) for entry in entries], stored
 
 

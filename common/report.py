@@ -4,6 +4,7 @@ The report folder holds ``report.md``, ``ledger.json``, ``ledger.csv``, ``index.
 by a click on a column; follows light and dark) and ``plots/<paper>-<table>.png``.
 """
 
+import base64
 import csv
 import html
 import io
@@ -13,15 +14,16 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from common.cache import write_atomic
+from common.cache import cached, write_atomic
 from common.ledger import KEYS, STATUSES, Entry, Ledger
 from common.tables import DeskTable, Row, Table, column
 
@@ -964,6 +966,16 @@ def _class(status: str) -> str:
 # -------------------------------------------------------------------------------------------------------------- folder
 
 
+def _draw_once(figure: Figure) -> list[bytes]:
+    """The figure as PNG and SVG, from the local cache if the same one was drawn before."""
+
+    def compute() -> list[str]:
+        return [base64.b64encode(content).decode() for content in draw(figure, "png", "svg")]
+
+    job = ["figures", figure.key, asdict(figure), metadata.version("matplotlib")]
+    return [base64.b64decode(content) for content in cached(job, compute, files=[Path(__file__)])]
+
+
 def write_report(ledger: Ledger, folder: Path, *, quiet: bool = True) -> list[Path]:
     """Write the report folder, each file atomically.
 
@@ -979,7 +991,7 @@ def write_report(ledger: Ledger, folder: Path, *, quiet: bool = True) -> list[Pa
     drawn: dict[str, str] = {}
     contents: dict[str, str | bytes] = {}
     for figure in tqdm(figures(ledger), desc="figures", delay=2, leave=False, disable=quiet):
-        picture, drawing = draw(figure, "png", "svg")
+        picture, drawing = _draw_once(figure)
         plots[figure.key] = f"plots/{figure.key}.png"
         contents[plots[figure.key]] = picture
         drawn[figure.key] = inline_svg(drawing)

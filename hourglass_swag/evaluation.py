@@ -3,6 +3,7 @@
 The lines are those of the published script; the sums behind the last one are exact over any number of processes.
 """
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from enum import Enum
@@ -134,7 +135,7 @@ def evaluate(
         ``images``, ``skipped`` and ``seconds`` (of rank 0), the same on every process but for the last.
 
     Raises:
-        DataError: if there is no picture, or a label beyond the model's classes.
+        DataError: if there is no picture, a label beyond the model's classes, or a logit that is not a number.
     """
     meters = batch_time, losses, top1, top5 = make_meters()
     progress = ProgressMeter(len(loader), meters, prefix="Test: ")  # pyright: ignore[reportArgumentType]
@@ -165,6 +166,8 @@ def evaluate(
     images = int(total["images"])
     if images == 0:
         raise DataError(f"no picture to evaluate ({total['skipped']:.0f} skipped as undecodable)")
+    if math.isnan(total["loss"]):
+        raise DataError("the network gives logits that are not numbers: damaged weights, or an overflow under --amp")
     losses.avg, top1.avg, top5.avg = (total["loss"] / images, *(100 * total[k] / images for k in ("top1", "top5")))
     if world.is_main:
         if total["skipped"]:

@@ -38,7 +38,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The published flags, and those beyond them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add_cost_network_args(parser)
     parser.add_argument("-b", "--batch-size", type=int, default=200, help="images per pass")
     add_model_args(parser)

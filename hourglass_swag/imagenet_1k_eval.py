@@ -104,6 +104,19 @@ def build_data(args: argparse.Namespace) -> Dataset[Any]:
     return Subset(dataset, range(min(args.limit, len(dataset))))  # pyright: ignore[reportArgumentType]
 
 
+def warn_of_classes(dataset: Dataset[Any], model: nn.Module) -> None:
+    """Say so if the data set's classes cannot be those that the network was trained for."""
+    classes = getattr(getattr(dataset, "dataset", dataset), "classes", None)  # of the whole, if it is a part
+    outputs = getattr(model, "num_classes", None)
+    if classes and outputs and len(classes) != outputs:
+        logger.warning(
+            "the data set has %d classes and the network %d: unless the classes are its first ones in order, the "
+            "accuracy means nothing",
+            len(classes),
+            outputs,
+        )
+
+
 def evaluate_network(args: argparse.Namespace) -> dict[str, Any]:
     """What one process does."""
     set_environment(args)
@@ -113,6 +126,7 @@ def evaluate_network(args: argparse.Namespace) -> dict[str, Any]:
         torch.manual_seed(args.seed + world.rank)
     dataset = build_data(args)
     model = build_model(args, world.device)
+    warn_of_classes(dataset, model)
     loader = eval_loader(dataset, batch_size=pictures_per_process(args.batch_size, world.size), workers=args.workers)
     measured = evaluate(model, loader, world, amp=args.amp, print_freq=args.print_freq)
     result = measured | {"arguments": vars(args) | {"output": str(args.output)}, "processes": world.size}

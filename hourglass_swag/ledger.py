@@ -1,6 +1,8 @@
 """What the ledger asks of this paper: costs, speeds and accuracy of a published row, and the desk experiment."""
 
+import contextlib
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -107,7 +109,12 @@ def accuracy(
         raise NotImplementedYet(args.model)
     file = find_weights(entry.weights, weights)
     command = ["-b", "256", "--device", str(device), "--weights", str(file), "-p", "10" if progress else "1000000"]
-    result = imagenet_1k_eval.main([*shlex.split(row.arguments), *command, str(data)])
+    words = [*shlex.split(row.arguments), *command, str(data)]
+    with contextlib.redirect_stdout(sys.stderr):  # what the ledger prints may be JSON
+        try:
+            result = imagenet_1k_eval.evaluate_network(imagenet_1k_eval.parse_args(words))
+        except SystemExit as error:  # of the command line; the other rows must not be lost
+            raise RuntimeError(str(error.code)) from error
     convention = f"{result['images']} images, {file.name}, float32"
     source = f"imagenet_1k_eval.py {row.arguments}"
     return {name: Measured(result[name], convention, source) for name in ("top1_percent", "top5_percent")}

@@ -149,3 +149,12 @@ def test_cases_of_every_set_are_read(tmp_path):
         assert (first.seed, first.build, first.text, first.outputs) == (0, {}, "", ("y",))
         assert (second.outputs, second.values, second.raw["outputs"]["z"]["stride"]) == (("z",), {}, 2)
         assert stored["a/y"].tolist() == [1, 1]
+
+
+def test_a_truncated_archive_is_named(tmp_path):
+    (tmp_path / "cases.json").write_text("[]")
+    np.savez(tmp_path / "cases.npz", a=np.arange(1000.0))
+    whole = (tmp_path / "cases.npz").read_bytes()
+    (tmp_path / "cases.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CaseError, match=r"cases\.npz cannot be read, it may be truncated"):
+        read_cases(tmp_path)

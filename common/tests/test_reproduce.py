@@ -9,7 +9,7 @@ from decimal import Decimal
 import pytest
 
 from common import cache, ledger
-from common.ledger import KEYS, Request, build, half_unit, run_desk
+from common.ledger import KEYS, Request, _listing, build, half_unit, run_desk
 from common.reproduce import main, parse_columns, resolve_device
 from common.tables import load_tables
 from common.tests.fake_paper import ADAPTER, TABLE, importable, record, write_paper, write_records
@@ -323,3 +323,18 @@ def test_no_cost_differs_without_a_reason(real):
 
 def test_the_cache_folder_is_inside_the_checkout():
     assert cache.FOLDER.is_relative_to(cache.ROOT)
+
+
+def test_a_picture_that_changes_makes_another_state_of_the_folder(tmp_path):
+    """An accuracy is taken from the cache only for the same pictures; those to train on do not matter."""
+    picture = tmp_path / "val" / "a" / "1.png"
+    for path in (picture, tmp_path / "train" / "a" / "1.png"):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"picture")
+    before = _listing(tmp_path)
+    (tmp_path / "train" / "a" / "2.png").write_bytes(b"another")
+    assert _listing(tmp_path) == before
+    picture.write_bytes(b"other picture")
+    assert _listing(tmp_path) != before
+    picture.unlink()
+    assert _listing(tmp_path) != before

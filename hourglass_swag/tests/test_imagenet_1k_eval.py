@@ -145,7 +145,10 @@ def test_bad_pictures_stop_the_run_or_are_counted(material, tmp_path, capsys):
         (["-m", "vit_desk", "DATA"], "vit_desk has no published weights"),
         (["-m", "hourglass_vit_desk", "--no-pretrained", "DATA"], "num_clusters must be a square, got 1000"),
         (["-m", "vit_desk", "-r", "30", "--no-pretrained", "DATA"], "multiple of patch_size = 4, got 30"),
-        (["-m", "tome_vit_l16_in1k", "DATA"], "tome_vit_l16_in1k: not implemented yet"),
+        (
+            ["-m", "vit_desk", "--world-size", "2", "--rank", "0", "DATA"],
+            "multicast address, where nothing can listen",
+        ),
         (["-m", "vit_desk", "--world-size", "2", "DATA"], "--world-size 2 needs a --rank from 0 to 1, got -1"),
         (["-m", "vit_desk", "--device", "tpu", "DATA"], "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         (["-m", "vit_desk", "--amp", "fp16", "--no-pretrained", "DATA"], "--amp fp16 needs a CUDA device"),
@@ -159,6 +162,22 @@ def test_wrong_inputs_are_named_in_one_line(material, words, message):
     with pytest.raises(SystemExit, match=re.escape(message)) as caught:
         imagenet_1k_eval.main([*words, *resolution, "-j", "0"])
     assert str(caught.value.code).startswith("error: ")
+
+
+def test_flags_are_not_abbreviated(capsys):
+    """An abbreviated --multiprocessing-distributed would reach the processes it starts, and start them again."""
+    with pytest.raises(SystemExit):
+        imagenet_1k_eval.parse_args(["-m", "vit_desk", "--dataset", "digits", "--multiproc"])
+    assert "unrecognized arguments: --multiproc" in capsys.readouterr().err
+
+
+def test_logits_that_are_not_numbers_give_no_accuracy(material, tmp_path):
+    state = torch.load(material / "desk.pth", weights_only=True)
+    state["head.layers.head.bias"][0] = float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    words = ["-m", "vit_desk", *NETWORK, "--weights", str(tmp_path / "nan.pth"), str(material / "data")]
+    with pytest.raises(SystemExit, match="logits that are not numbers"):
+        imagenet_1k_eval.main(words)
 
 
 def test_a_label_beyond_the_classes_is_an_error(material, tmp_path):

@@ -141,6 +141,25 @@ def test_every_difference_is_listed(tmp_path):
         weights.load_weights(tiny(), tmp_path / "regnet.torch")
 
 
+@pytest.mark.parametrize(
+    ("change", "finding"),
+    [
+        (lambda value: value.to(torch.int64), "int64"),
+        (lambda value: value.to(torch.complex64), "complex64"),
+        (lambda value: value.to_sparse(), "sparse_coo"),
+        (lambda value: value.to("meta"), "without data"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_named(tmp_path, change, finding):
+    state = tiny().state_dict()
+    state["class_token"] = change(state["class_token"])
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(
+        CheckpointError, match=rf"odd\.pth holds tensors that are no weights: class_token \({finding}\)"
+    ):
+        weights.load_weights(tiny(2), tmp_path / "odd.pth")
+
+
 def test_published_file_is_fetched_once_and_weights_win(tiny_registry):
     served = tiny_registry / "server" / "vit_l16_in1k.torch"
     torch.save(tiny(seed=1).state_dict(), served)

@@ -115,7 +115,7 @@ def scaled_dot_product_attention_flop(
 
 
 def merge_wavg_flop(inputs_shapes: Sequence[Shape], outputs_shapes: Sequence[Shape]) -> Counter[str]:
-    """Fused merge_wavg(tokens, ...) -> rows as its plain form: each token times its size, each row divided by its own."""
+    """Fused merge_wavg(tokens, ...) -> rows as its plain form: tokens times their sizes, rows divided by theirs."""
     return Counter({"aten::mul": math.prod(inputs_shapes[0]), "aten::div": math.prod(outputs_shapes[0])})
 
 

@@ -21,6 +21,13 @@ def boolean(word: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected True or False, got {word!r}")
 
 
+def not_negative(word: str) -> int:
+    """Read a count."""
+    if (number := int(word)) < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {word}")
+    return number
+
+
 def model_choices() -> list[str]:
     """Names that ``-m`` offers: those with a classification head."""
     return names(classifiers=True)
@@ -159,7 +166,7 @@ def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
         help="root of the data set: DIR/val/<class>/ or DIR/img_val/<class>/ for ImageNet",
     )
     group = parser.add_argument_group("data and output")
-    group.add_argument("-j", "--workers", type=int, default=4, help="processes that load pictures, per rank")
+    group.add_argument("-j", "--workers", type=not_negative, default=4, help="processes that load pictures, per rank")
     group.add_argument(
         "-b", "--batch-size", type=int, default=200, help="pictures per batch, of all processes of a machine together"
     )
@@ -184,7 +191,7 @@ def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
 
 def get_default_parser(description: str | None = None) -> argparse.ArgumentParser:
     """Parser of ``imagenet_1k_eval.py`` with all published flags."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
     add_evaluation_args(parser)
     add_network_args(parser)
     add_model_args(parser)

@@ -60,6 +60,11 @@ def set_environment(args: argparse.Namespace) -> None:
                 f"error: --world-size {args.world_size} needs a --rank from 0 to {args.world_size - 1}, got {args.rank}"
             )
         host, port = meeting_point(args.dist_url)
+        if host.startswith("224."):
+            raise SystemExit(
+                f"error: --dist-url {args.dist_url} (the published default) is a multicast address, where nothing can "
+                "listen; give tcp://HOST:PORT of the first process"
+            )
         local_rank = args.gpu if args.gpu is not None else 0
         os.environ.update(
             RANK=str(args.rank),

@@ -116,7 +116,7 @@ class TokenClusteringBlock(nn.Module):
             raise ValueError(f"window_size must be odd and positive, got {window_size}")
         if n_iters < 0:
             raise ValueError(f"n_iters must not be negative, got {n_iters}")
-        if temperture < 0:
+        if not temperture >= 0:
             raise ValueError(f"temperture must not be negative, got {temperture}")
         self.grid = None if num_spixels is None else cluster_grid(num_spixels)
         self.n_iters = n_iters
