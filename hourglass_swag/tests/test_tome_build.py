@@ -232,6 +232,18 @@ def test_what_cannot_be_built_is_said(environment, message, monkeypatch, capsys)
         assert message in capsys.readouterr().err
 
 
+def test_an_nvcc_of_another_cuda_is_not_used(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 9.2, V9.2.1'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.version.cuda", "13.2")
+    find_missing = runpy.run_path(str(SOURCE / "setup.py"), run_name="setup")["find_missing"]
+    assert find_missing(cuda=True) == "nvcc is that of CUDA 9, torch is built for CUDA 13.2"
+
+
 # Examples
 
 
