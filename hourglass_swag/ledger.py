@@ -43,17 +43,19 @@ def costs(row: Row) -> dict[str, Measured]:
     """
     with torch.device("meta"):
         model, resolution = build(row)
-    convention = row.convention.get("gmacs", "swag")
-    source = f"count_ops() of {type(model).__name__}, one image at {resolution}"
-    if depends_on_data(model):
+    name = type(model).__name__
+    found = {"params_m": Measured(count_parameters(model) / 1e6, "all parameters", f"parameters of {name}")}
+    source = f"count_ops() of {name}, one image at {resolution}"
+    if not depends_on_data(model):
+        counts = model.count_ops()  # pyright: ignore[reportCallIssue] - every network of the registry has it
+    elif "gmacs" in row.published:
         counts, source = count_with_weights(row)
     else:
-        counts = model.count_ops()  # pyright: ignore[reportCallIssue] - every network of the registry has it
-    return {
-        "gmacs": Measured(gmacs(counts, convention), convention, source),
-        "macs_g": Measured(gmacs(counts), "macs", source),
-        "params_m": Measured(count_parameters(model) / 1e6, "all parameters", f"parameters of {type(model).__name__}"),
-    }
+        return found
+    convention = row.convention.get("gmacs", "swag")
+    found["gmacs"] = Measured(gmacs(counts, convention), convention, source)
+    found["macs_g"] = Measured(gmacs(counts), "macs", source)
+    return found
 
 
 def count_with_weights(row: Row) -> tuple[OpCounts, str]:
