@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from common import flops
 from common.flops import OpCounts
+from hourglass_swag.models.ops.mean_attention import has_kernel, mean_attention
 from hourglass_swag.models.vision_transformer import SIZES, EncoderBlock, SelfAttention, VisionTransformer
 
 Score = Literal["mean", "cls"]
 
-CPU_ROWS = 256  # queries whose attention weights exist at once on a CPU: they stay in its cache
+CPU_ROWS = 64  # queries whose attention weights exist at once on a CPU: they stay in its cache
 
 
 def count_kept(num_patches: int, keep_rate: float) -> int:
@@ -53,18 +54,18 @@ def attend_and_score(q: Tensor, k: Tensor, v: Tensor, *, rows: int, dropout: flo
     """
     heads, tokens, width = q.shape[1:]
     precise = torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (q * width**-0.5).flatten(0, 1), k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)  # (B h, ...), once
     outputs: list[Tensor] = []
     sums: list[Tensor] = []
-    for block in (q * width**-0.5).split(rows, dim=2):
-        weights = (block @ k.transpose(2, 3)).softmax(dim=3)  # (B, h, rows, N)
+    for block in q.split(rows, dim=1):
+        weights = (block @ k).softmax(dim=2)  # (B h, rows, N)
         if dropout:
             weights = F.dropout(weights, dropout)
         outputs.append(weights @ v)
-        averaged = weights.sum(1, dtype=precise) / (heads * tokens)  # (B, rows, N): over heads, and the queries' 1 / N
+        averaged = weights.unflatten(0, (-1, heads)).sum(1, dtype=precise) / (heads * tokens)  # (B, rows, N)
         sums.append(averaged.sum(1))
-    if len(outputs) == 1:
-        return outputs[0], sums[0]
-    return torch.cat(outputs, dim=2), torch.stack(sums).sum(0)
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return out.unflatten(0, (-1, heads)), torch.stack(sums).sum(0)
 
 
 def score_class_row(q: Tensor, k: Tensor) -> Tensor:
@@ -93,19 +94,25 @@ class MultiheadAttention(SelfAttention):
     def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Attention among the tokens of ``x`` (B, N, C): output of the same shape, and patch scores (B, N - 1).
 
-        One row of weights beside fused attention suffices for "cls"; "mean" needs them all.
+        One row of weights beside fused attention suffices for "cls"; "mean" needs them all. On a GPU
+        in half precision a kernel makes and adds them up without storing them; that repeats a product.
         """
         q, k, v = self.project(x)
         dropout = self.dropout if self.training else 0.0
         if self.score == "cls":
             out, scores = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout), score_class_row(q, k)
+        elif not dropout and has_kernel(q, k):
+            out, scores = F.scaled_dot_product_attention(q, k, v), mean_attention(q, k)
         else:
             rows = CPU_ROWS if x.device.type == "cpu" else x.shape[1]
             out, scores = attend_and_score(q, k, v, rows=rows, dropout=dropout)
         return self.merge_heads(out), scores[:, 1:]
 
     def count_attend_ops(self, num_tokens: int) -> OpCounts:
-        """As without scores, and N^2 for the mean over heads; for "cls" a product of NC, its softmax, its scaling."""
+        """As without scores, and N^2 for the mean over heads; for "cls" a product of NC, its softmax, its scaling.
+
+        This is the plain form. The kernel used on a GPU makes the product of queries and keys two times more.
+        """
         if self.score == "mean":
             return self.count_ops(num_tokens) + flops.div(num_tokens**2)
         row = flops.matmul(1, 1, num_tokens, self.embed_dim) + flops.softmax(self.num_heads * num_tokens)

@@ -1,6 +1,9 @@
 """EViT: what is kept and fused, both scores, costs, precisions, and what is refused."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from common.reference import array, build, image
 from hourglass_swag import models
 from hourglass_swag.models import evit
 from hourglass_swag.models.evit import EViT, EViTEncoderBlock, TokenSelection, attend_and_score, complement_idx
+from hourglass_swag.models.ops.mean_attention import HAS_TRITON, has_kernel, mean_attention
 from hourglass_swag.models.vision_transformer import VisionTransformer
 from hourglass_swag.tools.flop_count import flop_count
 
@@ -173,3 +177,87 @@ def test_what_else_is_refused():
         tiny(score="max")
     with pytest.raises(TypeError, match="keep_rates"):
         evit.EViTB16(keep_rates=0.5)
+
+
+INTERPRETED = """
+import torch
+from hourglass_swag.models.ops.mean_attention import mean_attention
+for shape in ((2, 3, 150, 20), (1, 2, 130, 80), (1, 1, 1, 16)):
+    q, k = (3 * torch.randn(shape[0], shape[2], 3, shape[1], shape[3]).half()).transpose(1, 3).unbind(2)[:2]
+    logits = q.double() @ k.double().transpose(2, 3) / shape[3] ** 0.5
+    torch.testing.assert_close(mean_attention(q, k).double(), logits.softmax(3).mean((1, 2)), rtol=1e-4, atol=1e-6)
+print("equal")
+"""
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+
+
+@needs_triton
+def test_the_kernel_in_triton_s_interpreter():
+    """Tiles that are not full, heads of odd width, views into packed projections, a single token."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout == "equal\n", done.stderr
+
+
+@needs_triton
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize(("channels", "pointer"), [(64, "*bf16"), (80, "*fp16")])
+def test_the_kernel_compiles_without_a_gpu(architecture, channels, pointer):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from hourglass_swag.models.ops import mean_attention_triton as kernels
+
+    options = kernels.options(channels)
+    warps = options.pop("num_warps")
+    for kernel in (kernels.log_sums, kernels.column_sums):
+        types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("sums", "scores"), "*fp32")
+        types |= dict.fromkeys(("q", "k"), pointer) | {"scale": "fp32"} | dict.fromkeys(options, "constexpr")
+        signature = {name: types[name] for name in kernel.arg_names}
+        constants = {(kernel.arg_names.index(name),): value for name, value in options.items()}
+        source = ASTSource(kernel, signature, constexprs=constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
+        assert compiled.metadata.shared <= 48 * 2**10
+        assert compiled.asm["cubin"]
+
+
+def test_the_kernel_is_for_gpus_in_half_precision_without_gradients():
+    with torch.device("meta"):
+        assert not has_kernel(torch.empty(1, 2, 9, 16), torch.empty(1, 2, 9, 16))
+    assert mean_attention(torch.empty(2, 3, 9, 16, device="meta"), torch.empty(2, 3, 9, 16, device="meta")).shape == (
+        2,
+        9,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 16, 1025, 64), (1, 16, 1370, 80), (3, 2, 37, 8)], ids=str)
+def test_the_kernel_on_a_gpu(dtype, shape):
+    """Its error is at most twice that of the plain form at the same type."""
+    images, heads, tokens, width = shape
+    qkv = torch.randn(images, tokens, 3, heads, width, device="cuda", dtype=dtype)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    assert has_kernel(q, k) == HAS_TRITON
+    exact = weights_of(q.double(), k.double()).mean((1, 2))
+    plain = attend_and_score(q, k, v, rows=tokens)[1]
+    error = (mean_attention(q, k) - exact).abs().max()
+    assert error <= 2 * (plain - exact).abs().max() + 1e-6 * exact.max()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_network_on_a_gpu():
+    model = tiny(keep_rate=(1, 0.5, 1)).float().cuda()
+    with torch.no_grad():
+        expected = model(image(2, 24).float().cuda())
+        half = model.bfloat16()
+        got = half(image(2, 24).bfloat16().cuda())
+        assert (got.float() - expected).abs().max() < 0.1 * expected.abs().max()
+        compiled = torch.compile(half, fullgraph=True)
+        torch.testing.assert_close(compiled(image(1, 24).bfloat16().cuda()), got[:1], rtol=0.1, atol=0.1)
