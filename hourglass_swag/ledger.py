@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.benchmark import random_images
 from common.cache import FOLDER
 from common.checkpoint import hub_folder
 from common.flops import OpCounts, count_parameters, gmacs
@@ -16,15 +17,30 @@ from common.speeds import as_measured, measure_rows
 from common.tables import DeskTable, Measured, NeedsWeights, NotImplementedYet, Row
 from hourglass_swag import desk as desk_experiment
 from hourglass_swag.models import REGISTRY
+from hourglass_swag.models.ats_vision_transformer import ATSVisionTransformer
 from hourglass_swag.models.weights import TORCHVISION_FILES
 from hourglass_swag.tools.costs import build_network, depends_on_data, noise_image, parse_network
+from hourglass_swag.tools.survivors import sharpen_
 
 PASSES = {"cpu": (1, 5), "gpu": (3, 20)}
 """Warm-up and timed passes of each pair: one pass of H/14 takes many seconds on a CPU."""
 
 
+IMPLIED_TOKENS = {
+    "ats-l16-20": 279,
+    "ats-l16-18": 353,
+    "ats-l16-16": 415,
+    "ats-h14-18": 499,
+    "ats-h14-16": 513,
+    "ats-h14-14": 576,
+}
+"""Row of ATS -> tokens that survive on average, as its published cost implies."""
+
+
 def build(row: Row) -> tuple[nn.Module, int]:
     """The row's network, with random weights, on torch's default device, and its resolution in pixels.
+
+    The weights of ATS are such that as many tokens survive as the published cost implies, see ``tools/survivors.py``.
 
     Raises:
         NotImplementedYet: if its method is not built yet.
@@ -32,7 +48,11 @@ def build(row: Row) -> tuple[nn.Module, int]:
     args = parse_network(row.arguments)
     if REGISTRY[args.model].model is None:
         raise NotImplementedYet(args.model)
-    return build_network(args), args.resolution
+    model = build_network(args)
+    if row.id in IMPLIED_TOKENS and torch.get_default_device().type != "meta":
+        assert isinstance(model, ATSVisionTransformer)
+        sharpen_(model, IMPLIED_TOKENS[row.id], random_images(1, args.resolution, torch.get_default_device()))
+    return model, args.resolution
 
 
 def costs(row: Row) -> dict[str, Measured]:
@@ -82,7 +102,7 @@ def count_with_weights(row: Row) -> tuple[OpCounts, str]:
 def speeds(
     rows: Sequence[Row], *, columns: Sequence[str], device: torch.device | str, progress: bool
 ) -> dict[tuple[str, str], Measured]:
-    """Speed of the rows that share a dense row, each pair in turns; random weights, which no speed here depends on."""
+    """Speed of the rows that share a dense row, each pair in turns; random weights, see ``build``."""
     device = torch.device(device)
     warmup, rounds = PASSES["cpu" if device.type == "cpu" else "gpu"]
     label = "speed" if progress else None

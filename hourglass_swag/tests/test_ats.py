@@ -15,6 +15,7 @@ from hourglass_swag.models.ops import ats
 from hourglass_swag.models.vision_transformer import VisionTransformer
 from hourglass_swag.tools.costs import count_costs, parse_network
 from hourglass_swag.tools.flop_count import flop_count
+from hourglass_swag.tools.survivors import sharpen_
 
 TINY = {"image_size": 24, "patch_size": 4, "num_layers": 3, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
 BLOCK = {"num_heads": 2, "hidden_dim": 16, "mlp_dim": 32, "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
@@ -206,10 +207,14 @@ def test_names_and_defaults():
         assert models.create("ats_vit_h14_in1k", image_size=518).count_ops()["linear"] > 0
 
 
+def ats_table():
+    """The published table."""
+    return next(table for table in load_tables("hourglass_swag") if table.name == "ats")
+
+
 def published_row():
-    """The first row of the published table."""
-    table = next(table for table in load_tables("hourglass_swag") if table.name == "ats")
-    return table.rows[0]
+    """Its first row."""
+    return ats_table().rows[0]
 
 
 def test_the_ledger_asks_for_the_checkpoint(monkeypatch, tmp_path):
@@ -243,3 +248,17 @@ def test_the_ledger_and_the_tool_count_with_the_checkpoint(monkeypatch, tmp_path
     random = count_costs(args)
     assert random == count_costs(args) != costs
     assert "random weights" in str(random.counted_for)
+
+
+def test_random_weights_with_a_wanted_number_of_survivors():
+    torch.manual_seed(0)
+    options = TINY | {"image_size": 64, "num_layers": 5}
+    model = ATSVisionTransformer(**options, ats_blocks=(1, 2, 4), num_tokens=1, drop_tokens=True).eval()
+    images = torch.rand(1, 3, 64, 64)
+    assert sum(model.count_tokens(images)[i] for i in (2, 3, 5)) / 3 > 200
+    found = sharpen_(model, 120, images)
+    assert found == pytest.approx(120, rel=0.02)
+    assert sum(model.count_tokens(images)[i] for i in (2, 3, 5)) / 3 == found
+    with pytest.raises(ValueError, match="no scale of the queries lets 400 tokens survive"):
+        sharpen_(model, 400, images)
+    assert {row.id for row in ats_table().rows} == set(ledger.IMPLIED_TOKENS)
