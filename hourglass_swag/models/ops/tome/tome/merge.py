@@ -126,7 +126,10 @@ class Matching:
 
     def _tile(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """``keep``, ``source`` and ``into`` repeated for a batch that is a multiple of B."""
-        times, rest = divmod(batch, self.keep.shape[0])
+        times, rest = (
+            batch // self.keep.shape[0],
+            batch % self.keep.shape[0],
+        )  # divmod of symbolic sizes cannot be compiled
         if rest:
             raise ValueError(f"the batch must be a multiple of the {self.keep.shape[0]} samples matched, got {batch}")
         if times == 1:
