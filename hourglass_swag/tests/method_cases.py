@@ -336,8 +336,6 @@ def run_manifest(case: Case, checks: Checks) -> None:
         if tokens := state.get("encoder.pos_embedding"):
             side = round((tokens[0] - 1) ** 0.5) * model.patch_size  # pyright: ignore[reportOperatorIssue]
             model = create(name, image_size=side)
-    if "encoder.pos_embedding" not in state:
-        raise NotCovered(f"manifest of {name}")
     shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
     checks.equal("keys", list(shapes), list(state))
     checks.equal("shapes", shapes, state)
