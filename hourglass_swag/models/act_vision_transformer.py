@@ -8,7 +8,7 @@ Letters: B images, N tokens, C width.
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,10 +141,10 @@ class ActVisionTransformer(VisionTransformer):
         formed: list[int] = []
         for attention in self.attentions():
             sides = ((attention.group_Q, attention.Q_clusters), (attention.group_K, attention.K_clusters))
-            numbers = [number for grouped, number in sides if grouped]
-            if None in numbers:
-                raise ClustersUnknown("no clusters have been formed yet: run the model on a picture first")
-            formed += cast(list[int], numbers)
+            for number in (number for grouped, number in sides if grouped):
+                if number is None:
+                    raise ClustersUnknown("no clusters have been formed yet: run the model on a picture first")
+                formed.append(int(number))
         return formed
 
     @property

@@ -13,6 +13,7 @@ Letters: R rows (images x heads), N tokens, d channels of a head, H hash rounds,
 """
 
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -22,14 +23,9 @@ from torch import Tensor, nn
 
 from common import flops
 from common.flops import OpCounts
-from hourglass_swag.models.ops.ACT.extensions import (
-    broadcast_,
-    count_groups,
-    library,
-    number_groups,
-    plain,
-    weighted_sum_,
-)
+from hourglass_swag.models.ops import library
+from hourglass_swag.models.ops.ACT.extensions import broadcast_, count_groups, number_groups, plain, weighted_sum_
+from hourglass_swag.models.ops.projections import draw_projections
 
 BUCKET_WIDTH = 8.0
 BITS_PER_ROUND = 2
@@ -66,16 +62,16 @@ def calc_center(x: Tensor, groups: Tensor, counts: Tensor) -> Tensor:
     Args:
         x: tokens, (R, N, D); groups: (R, N) int32; counts: members of each cluster, (R, C).
     """
-    if library.serves(x.device):
+    if library.serves(x.device, "weighted_sum"):
         members = counts.to(torch.promote_types(x.dtype, torch.float32))
-        return weighted_sum_(x, groups, (1 / members).where(counts > 0, 0).to(x.dtype))
+        return weighted_sum_(x, groups, (1 / members).where(counts > 0, 0))
     sums = plain.sum_groups(x, groups, counts.shape[1])
     return sums / counts.clamp_min(1)[..., None].to(x.dtype)
 
 
 def copy_to_members(y: Tensor, groups: Tensor) -> Tensor:
     """The row of ``y`` (R, C, D) of each token's cluster, (R, N, D)."""
-    if library.serves(y.device):
+    if library.serves(y.device, "broadcast"):
         return broadcast_(y, groups, torch.ones(y.shape[:2], dtype=y.dtype, device=y.device))
     return plain.copy_groups(y, groups)
 
@@ -103,6 +99,85 @@ class WeightedSoftMax:
         return (logits + counts.to(logits.dtype).log()).softmax(-1)
 
 
+def attend_clusters(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    codes_q: Tensor | None,
+    codes_k: Tensor | None,
+    mask: Tensor | None,
+    temperature: float,
+    dropout: float,
+) -> tuple[Tensor, Sequence[int]]:
+    """Attention between the clusters that equal codes make.
+
+    Args:
+        q, k, v: (B, h, N, d), (B, h, M, d), (B, h, M, e).
+        codes_q, codes_k: (B, h, N) and (B, h, M) int64; None where nothing is clustered.
+        mask: True where a key counts, broadcast to (B, h, N, M); None with clustered keys.
+        temperature: factor of the logits.
+        dropout: rate at the weights.
+
+    Returns:
+        (B, h, N, e), and the numbers of clusters of queries and keys, 0 where nothing is clustered.
+
+    Raises:
+        ClustersUnknown: on the meta device, which has no data to cluster.
+    """
+    rows, query_groups, formed = q.shape[:2], None, [0, 0]
+    if codes_q is not None:
+        query_groups, counts = cluster(codes_q.flatten(0, 1))
+        formed[0] = counts.shape[1]
+        q = calc_center(q.flatten(0, 1), query_groups, counts).unflatten(0, rows)
+    if codes_k is not None:
+        groups, counts = cluster(codes_k.flatten(0, 1))
+        formed[1] = counts.shape[1]
+        k, v = (calc_center(x.flatten(0, 1), groups, counts).unflatten(0, rows) for x in (k, v))
+        mask = counts.to(q.dtype).log()[:, None].unflatten(0, rows)  # see WeightedSoftMax; -inf for an empty cluster
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=temperature)
+    if query_groups is not None:
+        out = copy_to_members(out.flatten(0, 1), query_groups).unflatten(0, rows)
+    return out, formed
+
+
+def cluster(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Cluster of each token by its code (R, N), (R, N) int32, and the sizes of the clusters, (R, C) int32."""
+    if codes.device.type == "meta":
+        raise ClustersUnknown(
+            "how many clusters ACT forms depends on the weights and the picture, which the meta device does not "
+            "have: run the model on a picture, or give its count_ops the numbers (clusters=[...])"
+        )
+    groups, counts = number_groups(codes)
+    return groups, counts[:, : count_groups(groups)]
+
+
+@torch.library.custom_op(
+    "leanvit_act::attend_clusters",
+    mutates_args=(),
+    tags=(torch.Tag.cudagraph_unsafe,),  # it waits for the number of clusters
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? codes_q, Tensor? codes_k, Tensor? mask, float temperature, "
+    "float dropout) -> (Tensor, Tensor)",
+)
+def _attend_clusters(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    codes_q: Tensor | None,
+    codes_k: Tensor | None,
+    mask: Tensor | None,
+    temperature: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """``attend_clusters`` as one operator of a compiled model, which need not know how many clusters there are."""
+    out, formed = attend_clusters(q, k, v, codes_q, codes_k, mask, temperature, dropout)
+    return out.contiguous(), torch.tensor(formed)
+
+
+@_attend_clusters.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(*q.shape[:3], v.shape[3]), torch.empty(2, dtype=torch.int64, device="cpu")
+
+
 class AdaClusteringAttention(nn.Module):
     """Attention between clusters of queries and, if asked for, of keys and values. It has no parameters.
 
@@ -114,7 +189,8 @@ class AdaClusteringAttention(nn.Module):
         bucket_width: of the hash; 8 in the published code.
 
     Attributes:
-        Q_clusters, K_clusters: clusters of the last call, those of the row that had most; None where none were formed.
+        Q_clusters, K_clusters: clusters of the last call, those of the row that had most; None where none were formed,
+            a tensor with the number after a compiled model.
         generator: for the random projections; None for torch's default one.
 
     Raises:
@@ -146,8 +222,8 @@ class AdaClusteringAttention(nn.Module):
         self.attention_dropout = attention_dropout
         self.bucket_width = bucket_width
         self.generator: torch.Generator | None = None
-        self.Q_clusters: int | None = None
-        self.K_clusters: int | None = None
+        self.Q_clusters: int | Tensor | None = None
+        self.K_clusters: int | Tensor | None = None
 
     def extra_repr(self) -> str:
         sides = [
@@ -165,32 +241,21 @@ class AdaClusteringAttention(nn.Module):
 
         One call per clustered side of every forward pass, queries first. Drawn in float32 whatever ``dtype`` is.
         """
-        options: dict[str, Any] = {"device": device, "dtype": torch.float32, "generator": self.generator}
-        alpha = torch.randn(1, dim, n_hashes, **options)
-        beta = torch.rand(1, n_hashes, 1, **options)
+        alpha, beta = draw_projections((1, dim, n_hashes), (1, n_hashes, 1), device, self.generator)
         return alpha.to(dtype), beta.to(dtype)
 
     @torch.no_grad()
     def hash(self, vectors: Tensor, n_hashes: int) -> Tensor:
-        """Codes (R, N) of vectors (R, N, d) under fresh projections; in float32 under autocast."""
+        """Codes (..., N) of vectors (..., N, d) under fresh projections; in float32 under autocast."""
         vectors = vectors.detach()
         with _without_autocast(vectors.device.type):
             alpha, beta = self.draw(vectors.shape[-1], n_hashes, vectors.device, vectors.dtype)
             return hash_codes(vectors, alpha, beta, self.bucket_width)
 
-    def cluster(self, vectors: Tensor, n_hashes: int) -> tuple[Tensor, Tensor]:
-        """Cluster of each token of ``vectors`` (R, N, d), (R, N) int32, and the sizes of the clusters, (R, C) int32."""
-        if vectors.device.type == "meta":
-            raise ClustersUnknown(
-                "how many clusters ACT forms depends on the weights and the picture, which the meta device does not "
-                "have: run the model on a picture, or give its count_ops the numbers (clusters=[...])"
-            )
-        precise = torch.is_autocast_enabled(vectors.device.type)
-        groups, counts = number_groups(self.hash(vectors.float() if precise else vectors, n_hashes))
-        return groups, counts[:, : count_groups(groups)]
-
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """Attend. Rows may be (R, ...) or, without any copying, (B, h, ...).
+
+        A compiled model without gradients runs all that depends on the number of clusters as one operator.
 
         Args:
             queries: multiplied by d^-0.5 already, (R, N, d).
@@ -205,35 +270,24 @@ class AdaClusteringAttention(nn.Module):
         """
         if key_padding_mask is not None and self.group_K:
             raise ValueError("key_padding_mask does not go with clustered keys (group_K): padding would join clusters")
-        bias = None if key_padding_mask is None else ~key_padding_mask[..., None, :]  # (R, 1, M), True = attend
-        rows, query_groups = queries.shape[:-2], None
-        self.Q_clusters = self.K_clusters = None
-        if self.group_Q:
-            queries = queries.reshape(-1, *queries.shape[-2:])
-            query_groups, counts = self.cluster(queries, self.q_hashes)
-            self.Q_clusters = counts.shape[1]
-            queries = calc_center(queries, query_groups, counts).unflatten(0, rows)
-        if self.group_K:
-            keys, values = (x.reshape(-1, *x.shape[-2:]) for x in (keys, values))
-            groups, counts = self.cluster(keys, self.k_hashes)
-            self.K_clusters = counts.shape[1]
-            keys, values = (calc_center(x, groups, counts).unflatten(0, rows) for x in (keys, values))
-            bias = counts.to(queries.dtype).log()[:, None].unflatten(0, rows)  # see WeightedSoftMax; -inf if empty
-        out = self.attend(queries, keys, values, bias)
-        if query_groups is None:
-            return out
-        return copy_to_members(out.reshape(-1, *out.shape[-2:]), query_groups).unflatten(0, rows)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        """Fused attention on (R, ...) or (B, h, ...); ``bias`` is additive, or True where a key counts."""
+        codes = [
+            self.hash(x.float() if torch.is_autocast_enabled(x.device.type) else x, rounds) if grouped else None
+            for grouped, x, rounds in ((self.group_Q, queries, self.q_hashes), (self.group_K, keys, self.k_hashes))
+        ]
+        mask = None if key_padding_mask is None else ~key_padding_mask[..., None, :]  # (R, 1, M), True = attend
+        operands = (queries, keys, values, codes[0], codes[1], mask)
+        flat = queries.dim() == 3
+        if flat:  # the fused kernels want two leading dimensions
+            operands = tuple(None if x is None else x[None] for x in operands)
         dropout = self.attention_dropout if self.training else 0.0
-        if q.dim() == 3:  # the fused kernels want two leading dimensions
-            q, k, v, bias = q[None], k[None], v[None], None if bias is None else bias[None]
-            return self.attend(q, k, v, bias)[0]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=self.softmax_temp)
+        unknown_sizes = torch.compiler.is_compiling() and not torch.is_grad_enabled() and not dropout
+        attend: Any = torch.ops.leanvit_act.attend_clusters if unknown_sizes else attend_clusters
+        out, formed = attend(*operands, self.softmax_temp, dropout)
+        self.Q_clusters, self.K_clusters = (None if code is None else formed[i] for i, code in enumerate(codes))
+        return out[0] if flat else out
 
     def count_ops(
-        self, num_tokens: int, width: int, heads: int, clusters: tuple[int | None, int | None] | None = None
+        self, num_tokens: int, width: int, heads: int, clusters: tuple[int | Tensor | None, ...] | None = None
     ) -> OpCounts:
         """Operations for one image: attention between C_q queries and C_k keys, and the hash of what is clustered.
 
@@ -257,7 +311,7 @@ class AdaClusteringAttention(nn.Module):
                     "how many clusters ACT forms depends on the weights and the picture: run the model on a picture "
                     "first, or give the numbers (clusters=[...])"
                 )
-            sizes.append(number if grouped else num_tokens)
+            sizes.append(int(number) if number is not None and grouped else num_tokens)
             if grouped:
                 used = min(rounds, USED_ROUNDS)
                 elements = heads * num_tokens * rounds

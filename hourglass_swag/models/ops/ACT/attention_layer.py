@@ -133,7 +133,7 @@ class AdaMultiheadAttention(nn.MultiheadAttention):
         out = multi_head_attention_forward(query, key, value, self, self.attention, key_padding_mask)
         return out if self.batch_first else out.transpose(0, 1), None
 
-    def count_ops(self, num_tokens: int, clusters: tuple[int | None, int | None] | None = None) -> OpCounts:
+    def count_ops(self, num_tokens: int, clusters: tuple[int | Tensor | None, ...] | None = None) -> OpCounts:
         """4NC(C + 1) for the projections, NC for scaling the queries, and the attention between clusters.
 
         Args:

@@ -26,11 +26,16 @@ from torch import Tensor, nn
 
 from common import flops
 from common.flops import OpCounts
+from hourglass_swag.models.ops import library
+from hourglass_swag.models.ops.projections import draw_projections
 from hourglass_swag.models.ops.smyrf.utils import EXTRA_CHANNELS, lsh_clustering
 
-MAX_ELEMENTS = {"cpu": 2**22}
+MAX_ELEMENTS = {"cpu": 2**20}
 """Numbers gathered or computed at once, by device type: on a CPU they should stay in its cache."""
 DEFAULT_MAX_ELEMENTS = 2**28
+
+COMPILED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # half precision is computed in float32
+COMPILED_WIDTHS = (16, 128)  # channels of a head: step and maximum
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, norm_factor: float = 1.0) -> Tensor:
@@ -72,6 +77,36 @@ def cluster_lengths(tokens: tuple[int, int], sizes: tuple[int, int], lists: int,
             "a divisor of the rounds (--smyrf_n_hashes) always does, and so does padded=True (--smyrf_padded)"
         )
     return N, M
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    order_q: Tensor,
+    order_k: Tensor,
+    sizes: tuple[int, int],
+    *,
+    norm_factor: float = 1.0,
+    dropout: float = 0.0,
+    padded: bool = False,
+) -> Tensor:
+    """``attend_in_clusters``, by the compiled operator where it is built and fits: float32 on a CPU, no gradients."""
+    width = q.shape[2]
+    if (
+        library.serves(q.device, "attend_in_clusters")
+        and q.dtype in COMPILED_DTYPES
+        and width == v.shape[2]
+        and width % COMPILED_WIDTHS[0] == 0
+        and width <= COMPILED_WIDTHS[1]
+        and not dropout
+        and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+    ):
+        cluster_lengths((q.shape[1], k.shape[1]), sizes, order_q.shape[0] * q.shape[0], padded=padded)
+        operator = getattr(torch.ops, library.NAMESPACE).attend_in_clusters
+        out = operator(q.float(), k.float(), v.float(), order_q, order_k, *sizes, 1 / norm_factor, padded)
+        return out.to(q.dtype)
+    return attend_in_clusters(q, k, v, order_q, order_k, sizes, norm_factor=norm_factor, dropout=dropout, padded=padded)
 
 
 def attend_in_clusters(
@@ -121,7 +156,7 @@ def attend_in_clusters(
     mass = out = None
     for part in _parts(T, R, (length_q, length_k), sizes, v.shape[-1], q.device.type):
         clusters_q, clusters_k = order_q[part].flatten(), order_k[part].flatten()
-        Q, K, V = q[clusters_q], k[clusters_k], v[clusters_k]
+        Q, K, V = q.index_select(0, clusters_q), k.index_select(0, clusters_k), v.index_select(0, clusters_k)
         logits = (Q.view(-1, c_q, Q.shape[1]) @ K.view(-1, c_k, K.shape[1]).mT).to(precise)  # (clusters, c_q, c_k)
         if mask is not None:
             logits = logits.view(-1, mask.shape[1], c_q, c_k).masked_fill(mask, -math.inf).view_as(logits)
@@ -133,8 +168,8 @@ def attend_in_clusters(
         attended = (weights.to(V.dtype) @ V.view(-1, c_k, V.shape[1])).to(precise) / total
         rounds = order_q[part].shape[0]
         index = places[part] + R * length_q * torch.arange(rounds, device=q.device)[:, None, None]
-        o = attended.flatten(0, 1)[index.flatten()].reshape(rounds, R * N, -1)
-        z = (highest + total.log()).flatten()[index].reshape(rounds, R * N, 1)
+        o = attended.flatten(0, 1).index_select(0, index.flatten()).view(rounds, R * N, -1)
+        z = (highest + total.log()).flatten().index_select(0, index.flatten()).view(rounds, R * N, 1)
         new_mass = z.logsumexp(0) if mass is None else torch.logaddexp(mass, z.logsumexp(0))
         new = ((z - new_mass).exp() * o).sum(0)
         out = new if out is None or mass is None else out * (mass - new_mass).exp() + new
@@ -216,10 +251,8 @@ class SmyrfAttention(nn.Module):
         One call per forward pass, which serves queries and keys; ``dim`` is d + 2. Drawn in float32 whatever ``dtype``
         is.
         """
-        options: dict[str, Any] = {"device": device, "dtype": torch.float32, "generator": self.generator}
-        alpha = torch.randn(dim, n_hashes, **options)
-        beta = torch.rand(1, n_hashes, **options) * self.r
-        return alpha.to(dtype), beta.to(dtype)
+        alpha, beta = draw_projections((dim, n_hashes), (1, n_hashes), device, self.generator)
+        return alpha.to(dtype), (self.r * beta).to(dtype)
 
     def orders(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Order of queries and keys in each round, (T, R, N) and (T, R, M), in float32 at least."""
@@ -257,7 +290,7 @@ class SmyrfAttention(nn.Module):
         lists = self.n_hashes * queries.shape[0]
         cluster_lengths((queries.shape[1], keys.shape[1]), sizes, lists, padded=self.padded)
         order_q, order_k = self.orders(queries, keys)
-        out = attend_in_clusters(
+        out = attend(
             queries,
             keys,
             values,

@@ -15,6 +15,8 @@ Sorting u needs no division by the width r and no rounding, and beta cannot chan
 import torch
 from torch import Tensor
 
+from hourglass_swag.models.ops import library
+
 EXTRA_CHANNELS = 2  # of the lifted vectors
 
 
@@ -54,6 +56,13 @@ class E2LSH:
         return (vectors @ self.alpha + self.beta).permute(2, 0, 1)
 
 
+def sort_rows(values: Tensor) -> Tensor:
+    """``values.argsort(-1)``, by the compiled operator where it is built: a float32 radix sort on a CPU."""
+    if values.dtype == torch.float32 and library.serves(values.device, "sort_rows"):
+        return getattr(torch.ops, library.NAMESPACE).sort_rows(values)
+    return values.argsort(-1)
+
+
 @torch.no_grad()
 def lsh_clustering(queries: Tensor, keys: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """Order of queries and keys along each random line.
@@ -70,5 +79,5 @@ def lsh_clustering(queries: Tensor, keys: Tensor, alpha: Tensor, beta: Tensor) -
     orders: list[Tensor] = []
     for vectors, extra, channel in ((queries, lift.extra_q, dim + 1), (keys, lift.extra_k, dim)):
         values = lines[:, :dim] @ vectors.mT + lines[:, channel, None] * extra[:, None] + offset  # (R, T, N)
-        orders.append(values.argsort(-1).transpose(0, 1))
+        orders.append(sort_rows(values).transpose(0, 1))
     return orders[0], orders[1]

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hourglass_swag.models.ops.ACT.extensions import library, plain
+from hourglass_swag.models.ops import library
+from hourglass_swag.models.ops.ACT.extensions import plain
 
 __all__ = ["ada_cluster_", "broadcast_", "weighted_sum_"]
 
@@ -46,4 +47,4 @@ def broadcast_(y: Tensor, groups: Tensor, weights: Tensor) -> Tensor:
 
 def _operators(tensor: Tensor) -> Any:
     """Compiled or plain forms for this tensor's device."""
-    return getattr(torch.ops, library.NAMESPACE) if library.serves(tensor.device) else plain
+    return getattr(torch.ops, library.NAMESPACE) if library.serves(tensor.device, "ada_cluster") else plain

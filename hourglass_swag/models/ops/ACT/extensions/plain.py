@@ -53,24 +53,24 @@ def weighted_sum(x: Tensor, groups: Tensor, weights: Tensor) -> Tensor:
     """y[r, g] = sum over tokens t of group g of weights[r, g] x[r, t].
 
     Args:
-        x: (R, N, D); groups: (R, N); weights: (R, C), of which those of empty groups are never read.
+        x: (R, N, D); groups: (R, N); weights: (R, C) of any type, of which those of empty groups are never read.
 
     Returns:
-        y, (R, C, D).
+        y, (R, C, D), in the type of ``x``.
     """
-    return sum_groups(x * _weight_per_token(weights, groups), groups, weights.shape[1])
+    return sum_groups(x * _weight_per_token(weights, groups), groups, weights.shape[1]).to(x.dtype)
 
 
 def broadcast(y: Tensor, groups: Tensor, weights: Tensor) -> Tensor:
     """x[r, t] = weights[r, g] y[r, g] for token t of group g; zero without a group.
 
     Args:
-        y: (R, C, D); groups: (R, N); weights: (R, C).
+        y: (R, C, D); groups: (R, N); weights: (R, C) of any type.
 
     Returns:
-        x, (R, N, D).
+        x, (R, N, D), in the type of ``y``.
     """
-    return copy_groups(y, groups) * _weight_per_token(weights, groups)
+    return (copy_groups(y, groups) * _weight_per_token(weights, groups)).to(y.dtype)
 
 
 def copy_groups(y: Tensor, groups: Tensor) -> Tensor:

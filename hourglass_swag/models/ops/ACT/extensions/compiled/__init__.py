@@ -1,1 +1,0 @@
-"""Place of the compiled operators of ACT, ``_C.*.so``; installed under the name ``leanvit_act``."""
