@@ -25,8 +25,8 @@ from hourglass_swag.models import ats_vision_transformer, evit, hourglass_vit, r
 from hourglass_swag.models.ops import ats
 from hourglass_swag.models.ops.cluster import AvgPool, TokenClusteringBlock
 from hourglass_swag.models.ops.reconstruction import NaiveUnpooling, TokenReconstructionBlock
-from hourglass_swag.tests.method_cases import METHOD_RUNNERS, more_cases, run_hash
 from hourglass_swag.tests import tome_cases
+from hourglass_swag.tests.method_cases import METHOD_RUNNERS, more_cases, run_hash
 from hourglass_swag.tools import jit_handles
 from hourglass_swag.tools.parser import boolean, get_default_parser, get_model_args
 
@@ -406,8 +406,7 @@ RUNNERS: dict[str, Runner] = {
 }
 
 # Beginning or part of what a case builds -> the method it belongs to, of which nothing is there yet.
-NOT_YET: dict[str, str] = {
-}
+NOT_YET: dict[str, str] = {}
 
 
 def find_runner(case: Case) -> Runner:
