@@ -218,26 +218,26 @@ def trace_query_groups(model: ActVisionTransformer, image: Tensor, head: int) ->
     attentions = [(i, getattr(cast(Any, layer).self_attention, "attention", None)) for i, layer in _layers(model)]
     clustered = [(i, module) for i, module in attentions if module is not None and (module.group_Q or module.group_K)]
 
-    def watch(layer: int, module: Any) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
-        cluster, side = module.cluster, "queries" if module.group_Q else "keys"
+    def watch(layer: int, module: Any) -> Callable[[Tensor, int], Tensor]:
+        hash_codes, side = module.hash, "queries" if module.group_Q else "keys"
 
-        def recording(vectors: Tensor, n_hashes: int) -> tuple[Tensor, Tensor]:
-            groups, counts = cluster(vectors, n_hashes)
+        def recording(vectors: Tensor, n_hashes: int) -> Tensor:
+            codes = hash_codes(vectors, n_hashes)
             if not stages or stages[-1].layer != layer:  # queries come first
-                labels = groups[head].long().cpu()
+                labels = codes.flatten(0, -2)[head].unique(return_inverse=True)[1].cpu()
                 caption = f"head {head}: {len(labels)} {side} in {int(labels.max()) + 1} groups"
                 stages.append(Grouping(layer, caption, labels[model.num_class_tokens :]))
-            return groups, counts
+            return codes
 
         return recording
 
     for layer, module in clustered:
-        module.cluster = watch(layer, module)
+        module.hash = watch(layer, module)
     try:
         model(image)
     finally:
         for _, module in clustered:
-            del module.cluster  # the method of the class again
+            del module.hash  # the method of the class again
     return stages
 
 

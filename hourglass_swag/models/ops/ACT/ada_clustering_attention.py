@@ -271,7 +271,7 @@ class AdaClusteringAttention(nn.Module):
         if key_padding_mask is not None and self.group_K:
             raise ValueError("key_padding_mask does not go with clustered keys (group_K): padding would join clusters")
         codes = [
-            self.hash(x.float() if torch.is_autocast_enabled(x.device.type) else x, rounds) if grouped else None
+            self.hash(x.float() if _is_autocast(x) else x, rounds) if grouped else None
             for grouped, x, rounds in ((self.group_Q, queries, self.q_hashes), (self.group_K, keys, self.k_hashes))
         ]
         mask = None if key_padding_mask is None else ~key_padding_mask[..., None, :]  # (R, 1, M), True = attend
@@ -320,6 +320,10 @@ class AdaClusteringAttention(nn.Module):
         logits = heads * sizes[0] * sizes[1]
         counts += flops.attention(sizes[0], sizes[1], width, heads, scale_query=False) + flops.mul(logits)
         return counts + flops.mul(logits) + flops.div(logits) if self.group_K else counts
+
+
+def _is_autocast(x: Tensor) -> bool:
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
