@@ -51,13 +51,9 @@ class SmyrfEncoderBlock(EncoderBlock):
             batch_first=True,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """One layer; ``x`` and the result are (N, B, C)."""
-        x = x.transpose(0, 1)  # (B, N, C)
-        y = self.ln_1(x)
-        x = x + self.dropout(self.self_attention(y, y, y)[0])
-        x = x + self.mlp(self.ln_2(x))
-        return x.transpose(0, 1)
+    def attend(self, y: Tensor) -> Tensor:
+        """Clustered attention among normalised tokens (B, N, C)."""
+        return self.self_attention(y, y, y)[0]
 
 
 class SmyrfEncoder(Encoder):

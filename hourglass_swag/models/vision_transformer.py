@@ -172,9 +172,13 @@ class EncoderBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """One layer; ``x`` and the result are (N, B, C)."""
         x = x.transpose(0, 1)  # (B, N, C), contiguous inside the network: see the top of this file
-        x = x + self.dropout(self.self_attention(self.ln_1(x)))
+        x = x + self.dropout(self.attend(self.ln_1(x)))
         x = x + self.mlp(self.ln_2(x))
         return x.transpose(0, 1)
+
+    def attend(self, y: Tensor) -> Tensor:
+        """Attention among normalised tokens (B, N, C); what a method with another attention replaces."""
+        return self.self_attention(y)
 
     def count_ops(self, num_tokens: int) -> OpCounts:
         """block(N, N): 8NC for the norms, 2NC for the sums, NC for a dropout, the attention, the MLP."""
