@@ -1,0 +1,279 @@
+"""Where pictures leave a cascade: confidence thresholds for a budget, and accuracy and cost under them.
+
+Paper: Not All Images are Worth 16x16 Words, arXiv:2105.15075, section 3.1 (exit rule) and section 4 (budgeted batch
+classification). A picture takes the answer of the first exit k whose largest probability is at least T_k.
+
+The official release finds a threshold by walking over the pictures one by one. Here a budget is a row of a matrix: each
+exit is sorted once, and the walk is a cumulative count. Thresholds are float32 confidences taken from the data and are
+compared with ``>=`` in float32, so ties behave as in the walk.
+
+Letters: K exits, n pictures, C classes, P budgets.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NOBODY = 1e8
+"""Threshold of an exit that no picture takes; also where a quota cannot be met."""
+
+EVERYBODY = -1e8
+"""Threshold of the last exit, which always answers."""
+
+BUDGETS = 59
+"""Points of the published curve: share ratios u = 1/20, 2/20, ..., 59/20."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Accuracy and cost of pictures that leave by thresholds; P rows, one per budget."""
+
+    top1_percent: Tensor
+    """(P,) float64"""
+    gmacs: Tensor
+    """(P,) float32: mean cost per picture, of the cumulative costs given"""
+    exit_counts: Tensor
+    """(P, K) int64: pictures that leave at each exit"""
+
+    def as_lists(self) -> list[list[float]]:
+        """``[costs, accuracies]``, as the published checkpoints keep the curve."""
+        return [self.gmacs.double().tolist(), self.top1_percent.tolist()]
+
+
+def confidence_and_prediction(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest softmax probability and its class, the lowest class where several share it.
+
+    Args:
+        logits: (..., C), any floating dtype; the softmax is taken in float32, as published.
+
+    Returns:
+        confidence (...), float32, and prediction (...), int64.
+    """
+    return logits.float().softmax(dim=-1).max(dim=-1)
+
+
+def exit_shares(ratio: float, exits: int = 3) -> Tensor:
+    """Shares of the pictures that are to leave at each exit: a geometric series with this ratio, summing to one.
+
+    Computed as exp(k log u) / sum, k = 1..K, in float32, because a quota is the floor of n times a share.
+
+    Source: the official release; the paper names no equation for it.
+
+    Raises:
+        ValueError: if the ratio is not positive.
+    """
+    if not ratio > 0:
+        raise ValueError(f"the ratio of the exits' shares must be positive, got {ratio}")
+    steps = torch.arange(1, exits + 1, dtype=torch.float32)
+    weights = torch.exp(torch.tensor([ratio], dtype=torch.float32).log() * steps)
+    return weights / weights.sum()
+
+
+def published_shares(exits: int = 3, budgets: int = BUDGETS) -> Tensor:
+    """Shares of the 59 published budgets, (P, K); row p - 1 belongs to u = p / 20."""
+    return torch.stack([exit_shares(p / 20, exits) for p in range(1, budgets + 1)])
+
+
+def find_thresholds(confidence: Tensor, shares: Tensor) -> Tensor:
+    """Thresholds under which given shares of these pictures leave at each exit.
+
+    Exit k lets out the floor(n * share_k) most confident of the pictures that have not left before. The quota is a
+    share of all n. Ties at the threshold leave together. Where the quota is zero, or more than what is left, nobody
+    leaves. The last exit takes whoever remains.
+
+    Args:
+        confidence: largest probability of each picture at each exit, (K, n); taken as float32.
+        shares: (K,) or (P, K), of ``exit_shares``.
+
+    Returns:
+        Thresholds, float32, in the shape of ``shares``.
+
+    Raises:
+        ValueError: if there is no picture, a confidence is not a number, or the shapes do not fit.
+    """
+    confidence = _check_confidence(confidence)
+    exits, count = confidence.shape
+    if shares.shape[-1] != exits or shares.dim() not in (1, 2):
+        raise ValueError(f"shares must be (K,) or (P, K) for K = {exits} exits, got {tuple(shares.shape)}")
+    rows = shares.reshape(-1, exits).to(confidence)
+    quotas = torch.floor(torch.tensor(float(count)).to(confidence) * rows).long()
+    thresholds = torch.full_like(rows, NOBODY)
+    thresholds[:, -1] = EVERYBODY
+    left = torch.zeros(len(rows), count, dtype=torch.bool, device=confidence.device)
+    for k in range(exits - 1):
+        ordered, order = confidence[k].sort(descending=True)
+        waiting = (~left[:, order]).cumsum(dim=1, dtype=torch.int32)  # (P, n): pictures met that have not left
+        quota = quotas[:, k]
+        reached = (quota > 0) & (waiting[:, -1] >= quota)
+        place = torch.searchsorted(waiting, quota.to(torch.int32)[:, None]).squeeze(1)
+        thresholds[:, k] = torch.where(reached, ordered[place.clamp_max(count - 1)], NOBODY)
+        left |= confidence[k] >= thresholds[:, k, None]
+    return thresholds.reshape(shares.shape)
+
+
+def first_exit(confidence: Tensor, thresholds: Tensor) -> Tensor:
+    """Index of the exit that answers each picture, from 0; K where no threshold is passed.
+
+    Args:
+        confidence: (K, n).
+        thresholds: (K,).
+    """
+    passed = _check_confidence(confidence) >= thresholds.to(confidence.device, torch.float32)[:, None]
+    return torch.where(passed.any(dim=0), passed.to(torch.uint8).argmax(dim=0), len(passed))
+
+
+def evaluate_thresholds(confidence: Tensor, correct: Tensor, gmacs: Sequence[float], thresholds: Tensor) -> Outcome:
+    """Accuracy and mean cost when each picture takes the answer of the first exit it passes.
+
+    Args:
+        confidence: (K, n); taken as float32.
+        correct: whether the answer of each exit is right, (K, n), bool.
+        gmacs: cost of each exit, cumulative: all stages up to it.
+        thresholds: (K,) or (P, K). A picture that passes none counts as wrong and free, which the last threshold of
+            ``find_thresholds`` rules out.
+
+    Raises:
+        ValueError: if there is no picture, a confidence is not a number, or the shapes do not fit.
+    """
+    confidence = _check_confidence(confidence)
+    exits, count = confidence.shape
+    if correct.shape != confidence.shape or correct.dtype != torch.bool:
+        raise ValueError(
+            f"correct must be bool, {tuple(confidence.shape)}, got {correct.dtype}, {tuple(correct.shape)}"
+        )
+    costs = check_costs(gmacs, exits).to(confidence.device)
+    if thresholds.shape[-1] != exits or thresholds.dim() not in (1, 2):
+        raise ValueError(f"thresholds must be (K,) or (P, K) for K = {exits} exits, got {tuple(thresholds.shape)}")
+    rows = thresholds.reshape(-1, exits).to(confidence)
+    inside = torch.ones(len(rows), count, dtype=torch.bool, device=confidence.device)
+    counts = torch.zeros(len(rows), exits, dtype=torch.int64, device=confidence.device)
+    hits = torch.zeros(len(rows), dtype=torch.int64, device=confidence.device)
+    for k in range(exits):
+        leaves = inside & (confidence[k] >= rows[:, k, None])
+        counts[:, k] = leaves.sum(dim=1)
+        hits += (leaves & correct[k]).sum(dim=1)
+        inside &= ~leaves
+    # an exit's share times its cost, added up one exit after the other in float32, as published
+    mean_cost = torch.zeros(len(rows), device=confidence.device)
+    for k in range(exits):
+        mean_cost = mean_cost + counts[:, k].float() / count * costs[k]
+    return Outcome(hits.double() * 100 / count, mean_cost, counts)
+
+
+def anytime_top1_percent(correct: Tensor) -> list[float]:
+    """Accuracy in percent when every picture takes the answer of exit 1, of exit 2, ...; ``correct`` is (K, n).
+
+    The fraction is rounded to float32 before it becomes a percentage, as in the published checkpoints.
+    """
+    if correct.shape[-1] == 0:
+        raise ValueError("there is no picture to take the accuracy of")
+    return ((correct.sum(dim=1).float() / correct.shape[1]).double() * 100).tolist()
+
+
+def thresholds_for_budget(confidence: Tensor, gmacs: Sequence[float], budget: float) -> Tensor:
+    """Thresholds under which these pictures cost at most ``budget`` on average, and as near to it as shares allow.
+
+    The published curve has 59 budgets; here the ratio of the shares is found by bisection, so that any mean cost can be
+    asked for. Ties can keep the cost below the budget, never above.
+
+    Args:
+        confidence: (K, n), of the pictures that the thresholds are to be found on.
+        gmacs: cumulative cost of each exit.
+        budget: mean cost per picture, in the unit of ``gmacs``.
+
+    Returns:
+        (K,) float32.
+
+    Raises:
+        ValueError: if the budget is below the first exit's cost or above the last one's.
+    """
+    confidence = _check_confidence(confidence)
+    exits = len(confidence)
+    costs = check_costs(gmacs, exits).tolist()
+    check_budget(budget, costs)
+    nothing_right = torch.zeros_like(confidence, dtype=torch.bool)
+
+    def at(ratio: float) -> tuple[Tensor, float]:
+        thresholds = find_thresholds(confidence, exit_shares(ratio, exits))
+        return thresholds, float(evaluate_thresholds(confidence, nothing_right, costs, thresholds).gmacs[0])
+
+    low, high = -16.0, 16.0  # log of the ratio: everybody at the first exit, everybody at the last
+    best, cost = at(_exp(high))
+    if cost <= budget:
+        return best
+    best, best_cost = first_exit_only(exits), costs[0]
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        thresholds, cost = at(_exp(middle))
+        if cost <= budget:
+            low = middle
+            if cost >= best_cost:
+                best, best_cost = thresholds, cost
+        else:
+            high = middle
+    return best.to(confidence.device)
+
+
+def first_exit_only(exits: int = 3) -> Tensor:
+    """Thresholds under which every picture leaves at the first exit, (K,)."""
+    return torch.full((exits,), EVERYBODY)
+
+
+def pick_budget(thresholds: Tensor, costs: Sequence[float], gmacs: Sequence[float], budget: float) -> Tensor:
+    """The row of a stored curve that comes nearest to a budget from below; everybody at exit 1 if none does.
+
+    Args:
+        thresholds: ``dynamic_threshold`` of a packed checkpoint, (P, K).
+        costs: mean costs of its curve, P numbers.
+        gmacs: cumulative cost of each exit.
+
+    Raises:
+        ValueError: if the budget is below the first exit's cost or above the last one's.
+    """
+    if len(costs) != len(thresholds):
+        raise ValueError(f"the curve has {len(costs)} costs and {len(thresholds)} rows of thresholds")
+    check_budget(budget, gmacs)
+    fitting = [(cost, row) for row, cost in enumerate(costs) if cost <= budget]
+    return thresholds[max(fitting)[1]] if fitting else first_exit_only(thresholds.shape[1])
+
+
+def check_budget(budget: float, gmacs: Sequence[float]) -> None:
+    """A mean cost must lie between that of the first exit and that of the last.
+
+    Raises:
+        ValueError: naming the costs that are possible.
+    """
+    margin = 1e-6 * gmacs[-1]  # the costs may have been through float32
+    if not gmacs[0] - margin <= budget <= gmacs[-1] + margin:
+        raise ValueError(
+            f"a budget of {budget:g} GFLOPs per picture is out of reach: the first exit costs {gmacs[0]:.4g}, the last "
+            f"{gmacs[-1]:.4g}; give a budget between them"
+        )
+
+
+def check_costs(gmacs: Sequence[float], exits: int) -> Tensor:
+    """Costs as a float32 tensor, (K,).
+
+    Raises:
+        ValueError: if they are not one positive number per exit that grow from exit to exit: they are cumulative.
+    """
+    costs = torch.as_tensor(gmacs, dtype=torch.float32).flatten()
+    if len(costs) != exits or not bool((costs > 0).all()) or not bool((costs.diff() >= 0).all()):
+        raise ValueError(f"flops must be {exits} positive cumulative costs, one per exit, got {list(gmacs)}")
+    return costs
+
+
+def _exp(value: float) -> float:
+    return float(torch.tensor(value, dtype=torch.float64).exp())
+
+
+def _check_confidence(confidence: Tensor) -> Tensor:
+    if confidence.dim() != 2 or not confidence.is_floating_point():
+        raise ValueError(f"confidences must be numbers of shape (K, n), got {tuple(confidence.shape)}")
+    if confidence.shape[1] == 0:
+        raise ValueError("there is no picture to find or apply thresholds on: are the folders empty?")
+    if bool(confidence.isnan().any()):
+        raise ValueError("a confidence is not a number (nan): the network's output is not finite")
+    return confidence.float()
