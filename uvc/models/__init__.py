@@ -1,0 +1,76 @@
+"""Names of the gated backbones, and of those that are refused with a reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from uvc.models.deit import GatedDeiT
+from uvc.models.gates import GatedTransformer
+from uvc.models.t2t_vit import GatedT2TViT
+
+_DEIT = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, heads
+_T2T = {  # width, depth, heads, mlp ratio
+    "7": (256, 7, 4, 2.0),
+    "10": (256, 10, 4, 2.0),
+    "12": (256, 12, 4, 2.0),
+    "14": (384, 14, 6, 3.0),
+    "19": (448, 19, 7, 3.0),
+    "24": (512, 24, 8, 3.0),
+    "14_resnext": (384, 14, 32, 3.0),
+    "14_wide": (768, 4, 12, 3.0),
+}
+DESK = {"img_size": 32, "patch_size": 4, "num_classes": 10, "embed_dim": 64, "depth": 6, "num_heads": 4}
+
+MODELS: dict[str, tuple[Callable[..., GatedTransformer], dict[str, Any]]] = {
+    **{
+        f"deit_{size}{suffix}_patch16_224": (
+            GatedDeiT,
+            {"embed_dim": width, "num_heads": heads, "distilled": bool(suffix)},
+        )
+        for size, (width, heads) in _DEIT.items()
+        for suffix in ("", "_distilled")
+    },
+    **{
+        f"t2t_vit_{name}": (
+            GatedT2TViT,
+            {"embed_dim": width, "depth": depth, "num_heads": heads, "mlp_ratio": ratio},
+        )
+        for name, (width, depth, heads, ratio) in _T2T.items()
+        if width % heads == 0
+    },
+    "deit_desk": (GatedDeiT, DESK),
+}
+"""Name -> class and its arguments; ``deit_desk`` is a small network of ours for the handwritten digits."""
+
+_REFUSED: tuple[tuple[str, str], ...] = (
+    (r"(R50-)?ViT-.*", "has no gates (separate q, k and v, no skip logits), so neither stage of UVC runs with it"),
+    (
+        r"deit_.*_(half|8layer|sp|data)|deit_.*_384",
+        "is listed by the release without a configuration; take the network without that suffix at 224",
+    ),
+    (
+        r"t2t_vit_(t_\d+|dense|14_se|16_ghost)",
+        "has a token stage whose cost the method does not count; take a Performer one such as t2t_vit_14",
+    ),
+)
+
+
+def create(name: str, **options: Any) -> GatedTransformer:
+    """A backbone with random weights.
+
+    Args:
+        name: a key of ``MODELS``.
+        options: replace the arguments of its class, for instance ``num_classes``.
+
+    Raises:
+        ValueError: a name that is refused, with the reason, or unknown, with the names there are.
+    """
+    if name in MODELS:
+        make, arguments = MODELS[name]
+        return make(**{**arguments, **options})
+    for pattern, reason in _REFUSED:
+        if re.fullmatch(pattern, name):
+            raise ValueError(f"model {name} {reason}")
+    raise ValueError(f"unknown model {name!r}; the models are {', '.join(sorted(MODELS))}")

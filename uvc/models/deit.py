@@ -1,0 +1,168 @@
+"""DeiT with gates on blocks and patches, the backbone of UVC.
+
+*Unified Visual Transformer Compression*, ICLR 2022; the network is DeiT's (arXiv:2012.12877), whose published weights
+load by name. Every block also owns two pairs of logits for its halves, which the method never uses but its files hold.
+
+B batch, N patches, T tokens, D width, H heads, d channels of a head, M hidden neurons.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp, PatchEmbed, trunc_normal_  # pyright: ignore[reportPrivateImportUsage]
+from torch import Tensor, nn
+
+from uvc.models.gates import GatedTransformer, select_tokens
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one matrix for q, k and v.
+
+    Args:
+        dim: width D.
+        num_heads: H; divides D.
+        qkv_bias: whether that matrix has a bias.
+        scale: of the scores; None for d ** -0.5.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True, scale: float | None = None) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"the width must be a multiple of the number of heads, got {dim} and {num_heads}")
+        self.num_heads = num_heads
+        self.scale = scale
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, d) each
+        x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return self.proj(x.transpose(1, 2).reshape(batch, tokens, dim))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, with the idle gates of its halves."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        hidden: int,
+        *,
+        qkv_bias: bool = True,
+        scale: float | None = None,
+        norm_eps: float = 1e-6,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.attn_skip_gating = nn.Parameter(torch.tensor([-1.0, 1.0]))
+        self.mlp_skip_gating = nn.Parameter(torch.tensor([-1.0, 1.0]))
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, scale=scale)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class GatedDeiT(GatedTransformer):
+    """DeiT whose blocks and patches have gates; without any of them it is DeiT.
+
+    Args:
+        img_size: side of the input, or (height, width), in pixels.
+        patch_size: side of a patch in pixels.
+        embed_dim, depth, num_heads, mlp_ratio, qkv_bias, norm_eps: of the network.
+        distilled: distillation token and second head.
+        drop_path_rate: stochastic depth of the last block; it grows linearly with depth.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        norm_eps: float = 1e-6,
+        distilled: bool = False,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__(depth)
+        self.dist_token: nn.Parameter | None
+        self.embed_dim, self.num_heads, self.num_classes = embed_dim, num_heads, num_classes
+        self.hidden_dim = int(embed_dim * mlp_ratio)
+        self.num_prefix_tokens = 2 if distilled else 1
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        self.num_patches = self.patch_embed.num_patches
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.num_patches + self.num_prefix_tokens, embed_dim))
+        self.register_parameter("dist_token", nn.Parameter(torch.zeros(1, 1, embed_dim)) if distilled else None)
+        make = partial(Block, embed_dim, num_heads, self.hidden_dim, qkv_bias=qkv_bias, norm_eps=norm_eps)
+        last = max(depth - 1, 1)
+        self.blocks = nn.ModuleList(make(drop_path=drop_path_rate * index / last) for index in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.head = nn.Linear(embed_dim, num_classes)
+        self.head_dist = nn.Linear(embed_dim, num_classes) if distilled else None
+        for token in (self.cls_token, self.pos_embed, self.dist_token):
+            if token is not None:
+                trunc_normal_(token, std=0.02)
+        self.apply(_init_weights)
+        self.gumbel = nn.Linear(embed_dim, 1)  # scores of patches; keeps torch's initial values
+
+    def forward_features(self, images: Tensor, tau: float = -1.0, ratio: float = 0.9) -> Tensor:
+        """Normalised tokens (B, T, D); arguments as ``forward``."""
+        x = self.gate_patches(self.patch_embed(images))  # (B, N, D)
+        if tau > 0:
+            x = select_tokens(x, self.gumbel(x).squeeze(-1), tau=tau, ratio=ratio)
+        prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.dist_token) if token is not None]
+        x = torch.cat([*prefix, x], dim=1) + self.pos_embed
+        return self.norm(self.run_blocks(self.drop_patches(x)))
+
+    def forward(self, images: Tensor, tau: float = -1.0, ratio: float = 0.9) -> Tensor | tuple[Tensor, Tensor]:
+        """Class logits.
+
+        Args:
+            images: (B, 3, height, width) of exactly ``img_size``.
+            tau: temperature of the selection of patch tokens; none are selected unless it is positive.
+            ratio: share of patch tokens that this selection keeps.
+
+        Returns:
+            In evaluation mode logits (B, classes), the mean of the two heads where there are two. In training mode
+            those of the class and of the distillation token; the same twice where there is one head.
+        """
+        x = self.forward_features(images, tau, ratio)
+        logits = self.head(x[:, 0])
+        distilled = self.head_dist(x[:, 1]) if self.head_dist is not None else logits
+        if self.training:
+            return logits, distilled
+        return (logits + distilled) / 2 if self.head_dist is not None else logits
+
+    def embed_macs(self, batch: int) -> int:
+        """B N D P^2 channels."""
+        return batch * self.num_patches * self.patch_embed.proj.weight.numel()
+
+    def no_weight_decay(self) -> set[str]:
+        """Names that stage 2 does not decay."""
+        return {"pos_embed", "cls_token", "dist_token"}
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,291 @@
+"""Gates of blocks and patches, and what every gated backbone shares.
+
+*Unified Visual Transformer Compression*, ICLR 2022. Each block has a pair of logits (index 0 skip, index 1 run), each
+patch position may have one logit, and a linear layer may score patch tokens for selection by image.
+
+B batch, N patches, T tokens (patches, class token and, where there is one, distillation token), D width, L blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+GATE_TAU = 0.5
+"""Temperature of the blocks' Gumbel softmax."""
+
+GateMode = Literal["gumbel", "soft_l0", "softmax"]
+PatchMode = Literal["off", "soft", "hard", "remove"]
+
+
+def gumbel_softmax(logits: Tensor, tau: float, *, hard: bool, generator: torch.Generator | None = None) -> Tensor:
+    """A sample over the last dimension, as ``torch.nn.functional.gumbel_softmax`` draws it.
+
+    Args:
+        logits: of any shape.
+        tau: temperature.
+        hard: one-hot in the forward pass, the soft sample's gradient in the backward pass.
+        generator: source of the noise, instead of the global one: ranks that seed theirs alike draw alike.
+    """
+    noise = torch.empty_like(logits, memory_format=torch.legacy_contiguous_format).exponential_(generator=generator)
+    soft = ((logits - noise.log()) / tau).softmax(-1)
+    if not hard:
+        return soft
+    index = soft.argmax(-1, keepdim=True)
+    return torch.zeros_like(soft).scatter_(-1, index, 1.0) - soft.detach() + soft
+
+
+def gate_weights(
+    gates: Tensor, mode: GateMode, *, hard: bool = False, eps: float = 0.1, generator: torch.Generator | None = None
+) -> Tensor:
+    """Weights (skip, run) of gate logits, (..., 2); they sum to one.
+
+    Args:
+        gates: logits (..., 2).
+        mode: ``gumbel`` a Gumbel-softmax sample at temperature 0.5; ``soft_l0`` g1^2 / (g1^2 + eps), in which the skip
+            logit plays no part; ``softmax`` of the pair.
+        hard: ``gumbel`` only, see ``gumbel_softmax``.
+        eps: ``soft_l0`` only.
+
+    Raises:
+        ValueError: unknown ``mode``.
+    """
+    if mode == "gumbel":
+        return gumbel_softmax(gates, GATE_TAU, hard=hard, generator=generator)
+    if mode == "soft_l0":
+        square = gates[..., 1].square()
+        run = square / (square + eps)
+        return torch.stack([1 - run, run], dim=-1)
+    if mode == "softmax":
+        return gates.softmax(-1)
+    raise ValueError(f"the mode of the gates must be gumbel, soft_l0 or softmax, got {mode!r}")
+
+
+def select_tokens(
+    tokens: Tensor, scores: Tensor, *, tau: float, ratio: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Zero all but the best-scored patch tokens of each image; gradients pass straight through to the scores.
+
+    Args:
+        tokens: patch tokens (B, N, D).
+        scores: (B, N).
+        tau: temperature of the relaxed choice, positive.
+        ratio: share of tokens kept, rounded down; token 0 is kept besides.
+
+    Returns:
+        (B, N, D), zeros where a token was not selected.
+    """
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"the share of tokens to keep must be from 0 to 1, got {ratio}")
+    noise = torch.empty_like(scores).exponential_(generator=generator)
+    soft = ((scores.log_softmax(-1) - noise.log()) / tau).softmax(-1)  # (B, N)
+    chosen = soft.topk(int(ratio * scores.shape[1]), dim=-1).indices
+    kept = torch.zeros_like(soft).scatter_(-1, chosen, 1.0) - soft.detach() + soft
+    kept = torch.cat([torch.ones_like(kept[:, :1]), kept[:, 1:]], dim=1)
+    return tokens * kept[..., None]
+
+
+@dataclass
+class GateSettings:
+    """How the gates act in a forward pass; plain numbers, so that nothing has to be read from the device.
+
+    Attributes:
+        block_gating: blend every block's output with its input by the gate's weights; off, a block runs only where its
+            run logit is strictly larger.
+        mode, hard, eps: see ``gate_weights``.
+        warmup: both weights 0.5.
+        jumping: the final norm takes the sum of the stream after every block.
+        patch: ``soft`` multiplies patch tokens by their gate; ``hard`` by 0 or 1, patch 0 always 1; ``remove`` is
+            ``soft`` and takes patches with a gate below one half out of the sequence; ``off``.
+    """
+
+    block_gating: bool = False
+    mode: GateMode = "gumbel"
+    hard: bool = False
+    eps: float = 0.1
+    warmup: bool = False
+    jumping: bool = False
+    patch: PatchMode = "off"
+
+
+@dataclass(frozen=True)
+class MacCounts:
+    """Multiply-accumulates by the paper's rules: ``embed``, and six numbers per block, None for a skipped one.
+
+    The six: qkv, q k^T, attention times v, proj, fc1, fc2. Head, biases and normalisation are not counted.
+    """
+
+    embed: int
+    blocks: tuple[tuple[int, int, int, int, int, int] | None, ...]
+
+    @property
+    def total(self) -> int:
+        """Of the embedding and all blocks that run."""
+        return self.embed + sum(sum(row) for row in self.blocks if row is not None)
+
+
+def block_macs(batch: int, tokens: int, width: int, heads: int, hidden: int) -> tuple[int, int, int, int, int, int]:
+    """The six numbers of one dense block, for a batch of ``batch``."""
+    per_head = batch * heads * tokens**2 * (width // heads)
+    return (
+        batch * tokens * width * 3 * width,
+        per_head,
+        per_head,
+        batch * tokens * width**2,
+        batch * tokens * width * hidden,
+        batch * tokens * hidden * width,
+    )
+
+
+class GatedTransformer(nn.Module):
+    """Base of the backbones: L blocks with skip gates. A subclass makes ``blocks``, ``norm`` and the embedding.
+
+    Attributes:
+        gates: the settings of the forward pass.
+        block_skip_gating: logits (L, 2), initially (-1, 1).
+        patch_gating: logits (1, N, 1) after ``add_patch_gates``, else None.
+        running: which blocks run, where ``fix_blocks`` froze that; None reads the logits in every hard forward pass,
+            which waits for the device.
+        kept_patches: the same for the patches of ``patch = "remove"``.
+    """
+
+    patch_gating: nn.Parameter | None
+    blocks: nn.ModuleList
+    embed_dim: int
+    num_heads: int
+    hidden_dim: int
+    num_patches: int
+    num_prefix_tokens: int
+    num_classes: int
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.gates = GateSettings()
+        self.block_skip_gating = nn.Parameter(torch.tensor([-1.0, 1.0]).repeat(depth, 1))
+        self.register_parameter("patch_gating", None)
+        self.running: tuple[bool, ...] | None = None
+        self.kept_patches: Tensor | None = None
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.embed_dim // self.num_heads
+
+    def add_patch_gates(self, value: float = 3.0) -> None:
+        """Give every patch position a gate of logit ``value``."""
+        like = self.block_skip_gating
+        self.patch_gating = nn.Parameter(
+            torch.full((1, self.num_patches, 1), value, dtype=like.dtype, device=like.device)
+        )
+
+    def runs(self) -> tuple[bool, ...]:
+        """Which blocks run by the hard rule: run logit strictly above skip logit. Waits for the device."""
+        if self.running is not None:
+            return self.running
+        return tuple(run > skip for skip, run in self.block_skip_gating.detach().tolist())
+
+    def fix_blocks(self, running: Sequence[bool] | None = None) -> None:
+        """Freeze which blocks run and which patches stay, so that forward passes read nothing from the device."""
+        self.running = None
+        self.running = tuple(running) if running is not None else self.runs()
+        if self.patch_gating is not None:
+            self.kept_patches = self.find_kept_patches()
+
+    def find_kept_patches(self) -> Tensor:
+        """Positions whose gate is at least one half, (<=N,)."""
+        assert self.patch_gating is not None
+        return (self.patch_gating.detach().flatten() >= 0).nonzero().flatten()
+
+    def gate_patches(self, tokens: Tensor) -> Tensor:
+        """Apply the patch gates to patch tokens (B, N, D), before positions are added."""
+        if self.gates.patch == "off":
+            return tokens
+        if self.patch_gating is None:
+            raise RuntimeError("patch gating is on but the model has no patch gates; call add_patch_gates() first")
+        gate = self.patch_gating.sigmoid()
+        if self.gates.patch == "hard":
+            gate = (gate >= 0.5).to(tokens.dtype)
+            gate = torch.cat([torch.ones_like(gate[:, :1]), gate[:, 1:]], dim=1)
+        return tokens * gate
+
+    def drop_patches(self, tokens: Tensor) -> Tensor:
+        """Take removed patches out of the sequence of tokens with positions, (B, T, D) -> (B, <=T, D)."""
+        if self.gates.patch != "remove":
+            return tokens
+        kept = self.kept_patches if self.kept_patches is not None else self.find_kept_patches()
+        patches = tokens[:, self.num_prefix_tokens :].index_select(1, kept)
+        return torch.cat([tokens[:, : self.num_prefix_tokens], patches], dim=1)
+
+    def run_blocks(self, x: Tensor) -> Tensor:
+        """Blocks under their gates, (B, T, D) -> (B, T, D).
+
+        Source: the block-skipping gates of the paper. The block's output holds its input, so the run weight scales
+        the residual update.
+        """
+        gates, summed = self.gates, torch.zeros_like(x) if self.gates.jumping else None
+        running = () if gates.block_gating else self.runs()
+        for index, block in enumerate(self.blocks):
+            if gates.block_gating:
+                if gates.warmup:
+                    skip = run = 0.5
+                else:
+                    weights = gate_weights(self.block_skip_gating[index], gates.mode, hard=gates.hard, eps=gates.eps)
+                    skip, run = weights.unbind()
+                x = run * block(x) + skip * x
+            elif running[index]:
+                x = block(x)
+            if summed is not None:
+                summed = summed + x
+        return x if summed is None else summed
+
+    def embed_macs(self, batch: int) -> int:
+        """Multiply-accumulates of the embedding by the paper's rules."""
+        raise NotImplementedError
+
+    def mac_counts(self, batch: int = 1, *, all_blocks: bool = True) -> MacCounts:
+        """What the paper's counter says for ``batch`` images.
+
+        Args:
+            batch: images.
+            all_blocks: count every block, as the budget's denominator does; else None for those that are skipped.
+        """
+        tokens = self.num_patches + self.num_prefix_tokens
+        row = block_macs(batch, tokens, self.embed_dim, self.num_heads, self.hidden_dim)
+        counted = [True] * len(self.blocks) if all_blocks or self.gates.block_gating else self.runs()
+        return MacCounts(self.embed_macs(batch), tuple(row if runs else None for runs in counted))
+
+
+def register_masks(model: nn.Module) -> nn.Module:
+    """Give every module with a weight a buffer ``mask`` of ones in the weight's shape; masks that exist stay.
+
+    Both stages do this to all modules, LayerNorm and head too, so that state dicts are interchangeable.
+    """
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and "mask" not in module._buffers:
+            module.register_buffer("mask", torch.ones_like(weight.detach()))
+    return model
+
+
+@torch.no_grad()
+def apply_masks_(model: nn.Module) -> nn.Module:
+    """Multiply every weight by its mask, in place."""
+    for module in model.modules():
+        mask = module._buffers.get("mask")
+        if mask is not None:
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            weight.mul_(mask)
+    return model
+
+
+def count_mask_elements(model: nn.Module) -> tuple[Tensor, int]:
+    """Sum of all masks, on their device, and their size: the printed "Parameter size"."""
+    masks = [mask for module in model.modules() if isinstance(mask := module._buffers.get("mask"), Tensor)]
+    if not masks:
+        return torch.zeros((), dtype=torch.float64), 0
+    return torch.stack([mask.sum(dtype=torch.float64) for mask in masks]).sum(), sum(mask.numel() for mask in masks)

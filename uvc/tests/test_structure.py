@@ -1,0 +1,64 @@
+"""The description of what survives."""
+
+import pytest
+import torch
+
+from uvc.models import create
+from uvc.models.gates import register_masks
+from uvc.structure import Structure
+
+
+@pytest.fixture
+def model():
+    model = register_masks(create("deit_desk", depth=2))
+    with torch.no_grad():
+        model.blocks[0].attn.proj.mask[:, :16] = 0  # the whole first head
+        model.blocks[0].attn.proj.mask[:, 17] = 0  # dimension 1 of the second
+        model.blocks[1].mlp.fc2.mask[:, 5] = 0
+        model.blocks[1].mlp.fc1.mask[5] = 0
+        model.blocks[1].mlp.fc1.mask[7] = 0  # a stale zero
+        model.block_skip_gating[1] = torch.tensor([0.25, 0.25])  # not strictly larger: skipped
+    return model
+
+
+def test_what_survives(model):
+    structure = Structure.from_model(model)
+    first, second = structure.blocks
+    assert structure.running == (0,)
+    assert first.heads == (1, 2, 3)
+    assert first.dims[0] == (0, *range(2, 16))
+    assert first.num_values == 47
+    assert first.value_channels(16)[:3] == (16, 18, 19)
+    assert first.neurons == tuple(range(256))
+    assert second.heads == (0, 1, 2, 3)
+    assert 5 not in second.neurons and 5 not in second.constant_neurons
+    assert second.constant_neurons == (7,)
+    assert len(second.neurons) == 254
+    assert structure.patches is None
+    assert structure.num_tokens == 65
+
+
+def test_removed_patches_and_json(model):
+    model.add_patch_gates()
+    with torch.no_grad():
+        model.patch_gating[0, :60] = -1
+    structure = Structure.from_model(model, remove_patches=True)
+    assert structure.patches == (60, 61, 62, 63)
+    assert structure.num_tokens == 5
+    assert Structure.from_json(structure.to_json()) == structure
+    assert Structure.from_model(model).patches is None
+
+
+def test_state_dicts_without_masks_and_wrong_ones(model):
+    plain = {key: value for key, value in model.state_dict().items() if "mask" not in key and "gating" not in key}
+    structure = Structure.from_state_dict(plain, num_heads=4)
+    assert structure.running == (0, 1)
+    assert all(len(block.neurons) == 256 and block.num_values == 64 for block in structure.blocks)
+    with pytest.raises(KeyError, match=r"no blocks\.0\.attn\.proj\.weight"):
+        Structure.from_state_dict({"pos_embed": torch.zeros(1)}, num_heads=4)
+    with pytest.raises(ValueError, match="no multiple"):
+        Structure.from_state_dict(plain, num_heads=3)
+    with pytest.raises(KeyError, match="no patch_gating"):
+        Structure.from_state_dict(plain, num_heads=4, remove_patches=True)
+    with pytest.raises(ValueError, match="no structure of a compressed network"):
+        Structure.from_dict({"blocks": [{"runs": True}]})
