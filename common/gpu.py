@@ -120,6 +120,7 @@ def run_part(
     limit_s: float,
     rounds: int,
     batch_size: int | None,
+    columns: Sequence[str] = COLUMNS,
     root: Path = ROOT,
 ) -> int:
     """Do one part and write its file.
@@ -128,7 +129,9 @@ def run_part(
         0, or 1 if a test failed or nothing could be measured.
     """
     begin = time.perf_counter()
-    command = f"python -m common.gpu --output {output} --part {part.number}"
+    command = f"python -m common.gpu --part {part.number} --rounds {rounds} --columns {' '.join(columns)} --output DIR"
+    command += f" --device {device}" if device.type == "cpu" else ""
+    command += f" -b {batch_size}" if batch_size else ""
     origin = results.Origin(
         results.now(), results.current_commit(root), describe_device(device), command, part=part.label
     )
@@ -145,6 +148,7 @@ def run_part(
             part.rows,
             adapter.build,
             device=device,
+            columns=columns,
             dtype=DTYPES[part.dtype],
             batch_size=batch_size,
             rounds=rounds,
@@ -189,6 +193,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"batch of the throughput (default: {LARGE_BATCH['cuda']}, halved until it fits)",
     )
     parser.add_argument(
+        "--columns",
+        nargs="+",
+        choices=COLUMNS,
+        default=COLUMNS,
+        help=f"speeds to measure: fps is batch 1 (default: {' '.join(COLUMNS)})",
+    )
+    parser.add_argument(
         "--device", default="cuda", help="cuda or cuda:N; cpu tries the job out where there is no GPU (default: cuda)"
     )
     args = parser.parse_args(argv)
@@ -230,6 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             limit_s=args.limit_s,
             rounds=args.rounds,
             batch_size=args.batch_size,
+            columns=args.columns,
         )
     ]
     if failed:

@@ -130,7 +130,8 @@ def test_a_part_writes_records_that_can_be_filed(root: Path, capsys: pytest.Capt
     assert (small.batch_size, small.dtype, small.resolution) == (2, "float32", 16)
     assert small.origin is not None
     assert small.origin.part == "part2-shrinkpaper-main-dense-float32"
-    assert small.origin.command == f"python -m common.gpu --output {root / 'out'} --part 2"
+    words = "--part 2 --rounds 2 --columns fps throughput_ips --output DIR --device cpu -b 2"
+    assert small.origin.command == f"python -m common.gpu {words}"
     assert "main/small fps: " in capsys.readouterr().out
     assert add(path, root=root)[0].parent == root / "shrinkpaper/results"
     assert len(load_records("shrinkpaper", root=root)) == 4
