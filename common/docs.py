@@ -8,6 +8,7 @@ Everything between a marker and ``<!-- end -->`` is replaced:
     <!-- table: hourglass_swag/hourglass -->    a published table, published beside reproduced and recorded
     <!-- ledger -->                             the shortened ledger: values by status, one line per table
     <!-- plot: hourglass_swag-all-methods -->   a figure, written to docs/plots/
+    <!-- realised: hourglass_swag -->           recorded speed-ups beside what the counted costs promise
 
 Costs are computed (cached); speeds and accuracies come from ``results/`` alone, so the text does not depend on the
 machine that renders it.
@@ -23,10 +24,11 @@ from pathlib import Path
 
 from common.cache import ROOT, write_atomic
 from common.ledger import Ledger, Request, build
+from common.realised import markdown_realised
 from common.report import Figure, draw, figures, markdown_of, markdown_summary
 from common.tables import TableError, load_tables, papers
 
-MARKER = re.compile(r"^<!-- (?P<kind>table|ledger|plot)(?:: (?P<name>\S+))? -->$", re.MULTILINE)
+MARKER = re.compile(r"^<!-- (?P<kind>table|ledger|plot|realised)(?:: (?P<name>\S+))? -->$", re.MULTILINE)
 END = "<!-- end -->"
 
 
@@ -80,6 +82,7 @@ class Renderer:
                 "table": self._table,
                 "ledger": self._summary,
                 "plot": self._plot,
+                "realised": self._realised,
             }
             try:
                 content = makers[marker["kind"]](marker["name"] or "", path)
@@ -103,6 +106,9 @@ class Renderer:
             raise KeyError(f"there is no figure {name!r}; the figures are {', '.join(self.figures)}")
         link = os.path.relpath(self.plot_path(name), path.parent)
         return f"![{self.figures[name].title}]({link})"
+
+    def _realised(self, name: str, path: Path) -> str:
+        return markdown_realised(self.ledger, name, root=self.root)
 
 
 def readmes(root: Path = ROOT) -> list[Path]:

@@ -4,7 +4,7 @@ import pytest
 
 from common import docs
 from common.docs import DocsError, main, render_all, stale
-from common.tests.fake_paper import TABLE, importable, write_paper
+from common.tests.fake_paper import TABLE, importable, record, write_paper, write_records
 
 README = """# Fake
 
@@ -100,3 +100,30 @@ def test_a_failing_row_stops_the_rendering(tmp_path, capsys):
 
 def test_the_readmes_of_this_checkout_are_current():
     assert [str(path.relative_to(docs.ROOT)) for path in stale()] == [], "run make docs"
+
+
+def test_recorded_speedups_beside_what_the_costs_promise(paper):
+    half = record("half", "fps", 95.0, reference_row="dense", reference_value=50.0, ratio=1.9)
+    other = record("half", "fps", 90.0, reference_row="main/dense", reference_value=50.0, ratio=1.7, batch_size=8)
+    alone = record("dense", "fps", 50.0)
+    write_records(paper, "old", [half | {"ratio": 1.0}], kind="cpu", created="2024-01-01T00:00:00+00:00")
+    write_records(paper, "new", [half, other, alone], kind="cpu", created="2024-01-02T00:00:00+00:00")
+    for name in ("old", "new"):  # one device
+        path = paper / "fakepaper" / "results" / f"{name}.json"
+        path.write_text(path.read_text().replace(f'"name": "{name}"', '"name": "desk"'))
+    path = paper / "fakepaper" / "README.md"
+    path.write_text("<!-- realised: fakepaper -->\n<!-- end -->\n")
+    render_all(paper)
+    lines = path.read_text().splitlines()
+    # plain MACs 9.54 over 4.46
+    assert lines[3:5] == [
+        "| Half | ViT, r = 0.5 | desk, float32, batch 1 | 1.90x | 2.14x | 0.89 | 1.0 % |",
+        "| Half | ViT, r = 0.5 | desk, float32, batch 8 | 1.70x | 2.14x | 0.79 | 1.0 % |",
+    ]
+    assert lines[5] == "<!-- end -->"
+
+
+def test_a_paper_without_records_has_no_table_of_speedups(paper):
+    (paper / "fakepaper" / "README.md").write_text("<!-- realised: fakepaper -->\n<!-- end -->\n")
+    with pytest.raises(DocsError, match="fakepaper has no recorded speed-ups"):
+        render_all(paper)
