@@ -1,9 +1,7 @@
 """The carried reference vectors, and the runner itself."""
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from common.reference import read_cases, run_cases

@@ -31,7 +31,8 @@ def test_what_survives(model):
     assert first.value_channels(16)[:3] == (16, 18, 19)
     assert first.neurons == tuple(range(256))
     assert second.heads == (0, 1, 2, 3)
-    assert 5 not in second.neurons and 5 not in second.constant_neurons
+    assert 5 not in second.neurons
+    assert 5 not in second.constant_neurons
     assert second.constant_neurons == (7,)
     assert len(second.neurons) == 254
     assert structure.patches is None

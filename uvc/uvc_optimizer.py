@@ -1,0 +1,336 @@
+"""One primal-dual step of UVC, in the order of the paper's algorithm.
+
+*Unified Visual Transformer Compression*, ICLR 2022. The Lagrangian
+
+    L = loss + sum y T_{ceil s} + sum p T_{ceil r} + z (R - B)
+
+is minimised over weights, pruning numbers s and r and gates, and maximised over the duals y, p, z >= 0. The weights'
+gradient step on the loss is the training loop's; ``PrimalDual.step`` does the rest, for all blocks and heads at once
+and without waiting for the device.
+
+L blocks, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uvc.models.gates import GatedTransformer, gate_weights
+from uvc.pruning import GroupScores, group_scores, least_sum, proximal_step_, removal
+from uvc.resource import CostModel, ProjectedCostModel, clamp_closed
+
+INITIAL_DUAL = 1e-3
+JUST_BELOW = 1 + 1e-8
+
+
+@dataclass(frozen=True)
+class PrimalDualSettings:
+    """Numbers of the step, in the published flags' names where there is one.
+
+    Attributes:
+        budget: B, remaining share of the cost.
+        slr, rlr, ylr, plr, zlr: learning rates of s, r, y, p and z.
+        soptim, roptim: sgd, adam or rmsprop.
+        sl2wd: adds sl2wd * s / bound to the gradient of s, likewise for r.
+        z_grad_clip: R - B is kept within plus or minus this before it is differentiated; z sees it unclipped.
+        block_gating: learn the block gates.
+        glr, gating_interval, gating_weight: of their SGD: learning rate, steps between updates, factor on the
+            gradient of the cost.
+        learn_patches: patch gates enter the cost and have an optimizer of their own here.
+        patchlr, patch_weight: its learning rate, and the factor on the gradient of the cost.
+        with_mhsa: False takes the cost of the output projections alone.
+    """
+
+    budget: float = 0.5
+    slr: float = 0.02
+    rlr: float = 0.02
+    ylr: float = 1e-4
+    plr: float = 1e-4
+    zlr: float = 10.0
+    soptim: str = "sgd"
+    roptim: str = "sgd"
+    sl2wd: float = 0.0
+    z_grad_clip: float = 0.5
+    block_gating: bool = True
+    glr: float = 1e-3
+    gating_interval: int = 100
+    gating_weight: float = 5.0
+    learn_patches: bool = False
+    patchlr: float = 0.01
+    patch_weight: float = 5.0
+    with_mhsa: bool = True
+
+
+def build_variable_optimizer(name: str, variable: Tensor, lr: float) -> torch.optim.Optimizer:
+    """Optimizer of s or r by the name of ``--soptim``.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name == "sgd":
+        return torch.optim.SGD([variable], lr=lr)
+    if name == "adam":
+        return torch.optim.Adam([variable], lr=lr, betas=(0.0, 0.999))
+    if name == "rmsprop":
+        return torch.optim.RMSprop([variable], lr=lr)
+    raise ValueError(f"the optimizer of s and r must be sgd, adam or rmsprop, got {name!r}")
+
+
+@dataclass
+class GateAverage:
+    """Gradients of a gate between two of its updates, each weighted by its place in the interval."""
+
+    total: Tensor
+    count: int = 0
+
+    def add(self, gradient: Tensor, weight: int) -> None:
+        self.total.add_(gradient, alpha=weight)
+        self.count += 1
+
+    def take(self) -> Tensor:
+        """The mean; starts anew."""
+        mean = self.total / self.count
+        self.clear()
+        return mean
+
+    def clear(self) -> None:
+        self.total = torch.zeros_like(self.total)
+        self.count = 0
+
+
+@dataclass
+class StepValues:
+    """What a step leaves to look at, on the device: R before the primal and after it (None in the warm-up)."""
+
+    resource: Tensor
+    after: Tensor | None = None
+    scores: GroupScores | None = field(default=None, repr=False)
+
+
+class PrimalDual:
+    """Pruning numbers, duals and their updates for one model.
+
+    Args:
+        model: its gates must have their place; masks are not touched here.
+        settings: see ``PrimalDualSettings``.
+        seed: of the noise of the cost, the same on every rank, so that all draw the same.
+
+    Attributes:
+        s: (L, 2) heads and neurons to remove. r: (L, H) dimensions to remove of each head.
+        y: (L, 2). p: (L, H). z: () duals of the same, and of the budget.
+        zlr: learning rate of z.
+        generator: source of the noise; None takes the global one.
+        cost: R.
+    """
+
+    def __init__(self, model: GatedTransformer, settings: PrimalDualSettings, *, seed: int | None = 0) -> None:
+        self.model, self.settings = model, settings
+        gates = model.block_skip_gating
+        depth, heads = len(model.blocks), model.num_heads
+        like: dict[str, Any] = {"dtype": torch.get_default_dtype(), "device": gates.device}
+        self.s = torch.zeros(depth, 2, **like, requires_grad=True)
+        self.r = torch.zeros(depth, heads, **like, requires_grad=True)
+        self.y = torch.full((depth, 2), INITIAL_DUAL, **like)
+        self.p = torch.full((depth, heads), INITIAL_DUAL, **like)
+        self.z = torch.full((), INITIAL_DUAL, **like)
+        self.s_bound = torch.tensor([heads, model.hidden_dim], **like)
+        self.r_bound = torch.tensor(model.head_dim, **like)
+        self.s_optimizer = build_variable_optimizer(settings.soptim, self.s, settings.slr)
+        self.r_optimizer = build_variable_optimizer(settings.roptim, self.r, settings.rlr)
+        self.gate_optimizer = torch.optim.SGD([gates], lr=settings.glr, momentum=0.9, weight_decay=1e-4)
+        self.gate_average = GateAverage(torch.zeros_like(gates))
+        self.patch_optimizer = None
+        if settings.learn_patches:
+            if model.patch_gating is None:
+                raise ValueError("learning patches needs patch gates; call add_patch_gates() first")
+            self.patch_optimizer = torch.optim.SGD([model.patch_gating], lr=settings.patchlr, momentum=0.9)
+        self.zlr = settings.zlr
+        self.count = 0
+        self.cost = (CostModel if settings.with_mhsa else ProjectedCostModel).of(model)
+        self.generator = None
+        if seed is not None:
+            self.generator = torch.Generator(device=gates.device).manual_seed(seed)
+
+    # The cost
+
+    def resource(self, scores: GroupScores, *, hard: bool | None = None) -> Tensor:
+        """R at the current variables, (); draws one (L, 2) noise under Gumbel gates.
+
+        Args:
+            scores: of the current weights.
+            hard: one-hot gates; None takes the model's setting.
+        """
+        gates = self.model.gates
+        run = None
+        if self.settings.block_gating:
+            hard = gates.hard if hard is None else hard
+            weights = gate_weights(
+                self.model.block_skip_gating, gates.mode, hard=hard, eps=gates.eps, generator=self.generator
+            )
+            run = weights[:, 1]
+        patches = self.model.patch_gating if self.settings.learn_patches else None
+        return self.cost.ratio(self.s, self.r, scores.heads, run, patches)
+
+    # The step
+
+    def epoch_start(self) -> None:
+        """Forget the gate gradients gathered since the last update."""
+        self.gate_average.clear()
+
+    def step(self, lr: float, *, warmup: bool = False) -> StepValues:
+        """One primal-dual step, after the weights' own gradient step and before its gradients are cleared.
+
+        Args:
+            lr: learning rate of the weights for the proximal step.
+            warmup: stop after the proximal step.
+
+        Source: the algorithm of the paper.
+        """
+        settings, model = self.settings, self.model
+        self.count += 1
+
+        # 1. Proximal step on the weights: shrink the groups that s and r would remove.
+        scores = group_scores(model)
+        removed = removal(scores, self.s, self.r)
+        scores = proximal_step_(model, scores, removed, self.y, self.p, lr)
+
+        # 2, 3. Cost at the current variables, R - B clipped for differentiation.
+        resource = self.resource(scores)
+        if warmup:
+            return StepValues(resource.detach(), scores=scores)
+        excess = clamp_closed(resource - settings.budget, -settings.z_grad_clip, settings.z_grad_clip)
+        wanted = [self.s, self.r]
+        if settings.block_gating:
+            wanted.append(model.block_skip_gating)
+        if settings.learn_patches:
+            assert model.patch_gating is not None
+            wanted.append(model.patch_gating)
+        by_s, by_r, *by_gates = torch.autograd.grad(excess, wanted, allow_unused=True)
+
+        # 4. Gradients of the Lagrangian with respect to s and r.
+        with torch.enable_grad():
+            pruning = (self.y * self.least_of_s(scores)).sum() + (self.p * self.least_of_r(scores)).sum()
+        grad_s, grad_r = torch.autograd.grad(pruning, [self.s, self.r])
+        with torch.no_grad():
+            grad_s = grad_s + settings.sl2wd * self.s / self.s_bound + self.z * by_s
+            grad_r = grad_r + settings.sl2wd * self.r / self.r_bound + self.z * by_r
+
+            # 5. Gates: descend on task loss and cost, once per interval.
+            if settings.block_gating:
+                self._step_gates(by_gates.pop(0))
+            if settings.learn_patches:
+                self._step_patches(by_gates.pop(0))
+
+        # 6. Descend on s, then on r, within their bounds.
+        descend_within_bounds(self.s, grad_s, self.s_optimizer, self.s_bound)
+        descend_within_bounds(self.r, grad_r, self.r_optimizer, self.r_bound)
+
+        # 7. Ascend on the duals at the new primal variables.
+        with torch.no_grad():
+            after = self.resource(scores)
+            self.y.add_(self.least_of_s(scores), alpha=settings.ylr).clamp_(min=0)
+            self.p.add_(self.least_of_r(scores), alpha=settings.plr).clamp_(min=0)
+            self.z.add_(after - settings.budget, alpha=self.zlr).clamp_(min=0)
+        return StepValues(resource.detach(), after, scores)
+
+    def least_of_s(self, scores: GroupScores) -> Tensor:
+        """T_{ceil s} of heads and neurons, (L, 2)."""
+        return torch.stack([least_sum(scores.heads, self.s[:, 0]), least_sum(scores.neurons, self.s[:, 1])], dim=1)
+
+    def least_of_r(self, scores: GroupScores) -> Tensor:
+        """T_{ceil r} of the dimensions of each head, (L, H)."""
+        return least_sum(scores.dims, self.r)
+
+    def _step_gates(self, by_gates: Tensor | None) -> None:
+        gates, settings = self.model.block_skip_gating, self.settings
+        gradient = torch.zeros_like(gates) if gates.grad is None else gates.grad.clone()
+        if by_gates is not None:
+            gradient += self.z * settings.gating_weight * by_gates
+        self.gate_average.add(gradient, self.count % settings.gating_interval)
+        if (self.count + 1) % settings.gating_interval == 0:
+            gates.grad = self.gate_average.take()
+            self.gate_optimizer.step()
+
+    def _step_patches(self, by_patches: Tensor | None) -> None:
+        patches = self.model.patch_gating
+        assert patches is not None
+        assert self.patch_optimizer is not None
+        if patches.grad is None:
+            patches.grad = torch.zeros_like(patches)
+        if by_patches is not None:
+            patches.grad.add_(self.z * self.settings.patch_weight * by_patches)
+        self.patch_optimizer.step()
+
+    # Checkpoints
+
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        named: dict[str, torch.optim.Optimizer] = {
+            "s": self.s_optimizer,
+            "r": self.r_optimizer,
+            "gates": self.gate_optimizer,
+        }
+        if self.patch_optimizer is not None:
+            named["patches"] = self.patch_optimizer
+        return named
+
+    def state_dict(self) -> dict[str, Any]:
+        """Variables, duals, optimizers, gathered gate gradients, and the generator of the noise."""
+        return {
+            **{name: getattr(self, name).detach().clone() for name in ("s", "r", "y", "p", "z")},
+            "zlr": self.zlr,
+            "eps": self.model.gates.eps,
+            "count": self.count,
+            "gate_total": self.gate_average.total.clone(),
+            "gate_count": self.gate_average.count,
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self._optimizers().items()},
+            "generator": None if self.generator is None else self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly from ``state_dict()``."""
+        with torch.no_grad():
+            for name in ("s", "r", "y", "p", "z"):
+                variable = getattr(self, name)
+                if variable.shape != state[name].shape:
+                    raise ValueError(
+                        f"the checkpoint's {name} has shape {list(state[name].shape)}, this model needs "
+                        f"{list(variable.shape)}; was it written for another --model_type?"
+                    )
+                variable.copy_(state[name])
+            self.gate_average.total.copy_(state["gate_total"])
+        self.gate_average.count = int(state["gate_count"])
+        self.count, self.zlr = int(state["count"]), float(state["zlr"])
+        self.model.gates.eps = float(state["eps"])
+        for name, optimizer in self._optimizers().items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        if self.generator is not None and state["generator"] is not None:
+            self.generator.set_state(state["generator"].cpu())
+
+
+@torch.no_grad()
+def descend_within_bounds(variable: Tensor, gradient: Tensor, optimizer: torch.optim.Optimizer, bound: Tensor) -> None:
+    """One bounded descent step of s or r, in place.
+
+    A variable that reached its upper limit (bound - 1) stays there; one at zero cannot fall. The whole gradient is
+    scaled so that its largest entry is at most one.
+
+    Args:
+        variable: s (L, 2) or r (L, H). gradient: of the same shape.
+        optimizer: holds ``variable``.
+        bound: how many groups there are, () or (2,).
+    """
+    limit = (bound - JUST_BELOW).clamp(min=0).expand_as(variable)
+    over, under = variable >= limit, variable <= 0
+    gradient = torch.where(over, gradient.clamp(min=0), gradient)
+    gradient = torch.where(under, gradient.clamp(max=0), gradient)
+    gradient = gradient * (1 / (gradient.abs().max() + 1e-6)).clamp(max=1)
+    variable.grad = gradient
+    optimizer.step()
+    variable.grad = None
+    variable.clamp_(min=0)
+    variable.copy_(torch.where(over, limit, torch.minimum(variable, bound.expand_as(variable))))
