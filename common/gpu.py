@@ -121,9 +121,13 @@ def run_part(
     rounds: int,
     batch_size: int | None,
     columns: Sequence[str] = COLUMNS,
+    processor_time: bool = False,
     root: Path = ROOT,
 ) -> int:
     """Do one part and write its file.
+
+    ``processor_time`` counts the seconds that this process computed, on one thread, which other work on the machine
+    disturbs little; ``limit_s`` counts them too.
 
     Returns:
         0, or 1 if a test failed or nothing could be measured.
@@ -132,9 +136,11 @@ def run_part(
     command = f"python -m common.gpu --part {part.number} --rounds {rounds} --columns {' '.join(columns)} --output DIR"
     command += f" --device {device}" if device.type == "cpu" else ""
     command += f" -b {batch_size}" if batch_size else ""
-    origin = results.Origin(
-        results.now(), results.current_commit(root), describe_device(device), command, part=part.label
-    )
+    described = describe_device(device)
+    if processor_time:
+        command += " --processor-time"
+        described |= {"threads": 1, "timing": "processor time, 1 thread"}
+    origin = results.Origin(results.now(), results.current_commit(root), described, command, part=part.label)
     path = output / f"{part.label}.json"
     if not part.rows:
         status, text = run_tests(limit_s, root)
@@ -154,6 +160,7 @@ def run_part(
             rounds=rounds,
             limit_s=limit_s,
             progress=f"part {part.number}:",
+            clock=time.process_time if processor_time else time.perf_counter,
             root=root,
         )
         results.write_records(path, run.records, replace(origin, left_out=run.left_out))
@@ -202,7 +209,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--device", default="cuda", help="cuda or cuda:N; cpu tries the job out where there is no GPU (default: cuda)"
     )
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="with --device cpu: count the time that one thread computes instead of the time that passes, for a "
+        "machine that has other work to do",
+    )
     args = parser.parse_args(argv)
+    if args.processor_time and torch.device(args.device).type != "cpu":
+        parser.error("--processor-time: a GPU's work does not count as processor time; it goes with --device cpu")
     if args.output is None and not args.list:
         parser.error("--output DIR is missing: the folder for the JSON files")
     for flag, value in (("--rounds", args.rounds), ("--batch-size", args.batch_size), ("--limit-s", args.limit_s)):
@@ -220,6 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{part.number:3} {part.name} {' '.join(row.id for row in part.rows)}".rstrip())
         return 0
     device = torch.device(args.device)
+    if args.processor_time:
+        torch.set_num_threads(1)
     if device.type == "cuda" and not torch.cuda.is_available():
         print(
             "this machine has no CUDA device that torch can use; run this on one that has, or see --device cpu",
@@ -242,6 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rounds=args.rounds,
             batch_size=args.batch_size,
             columns=args.columns,
+            processor_time=args.processor_time,
         )
     ]
     if failed:

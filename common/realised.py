@@ -15,7 +15,7 @@ def latest(records: Sequence[Record]) -> list[Record]:
     found: dict[tuple[object, ...], Record] = {}
     for record in records:  # oldest first
         if record.ratio is not None and record.reference_row is not None and record.origin is not None:
-            device = record.origin.device.get("name")
+            device = (record.origin.device.get("name"), record.origin.device.get("timing"))
             key = (record.table, record.row, record.column, device, record.dtype, record.compiled, record.batch_size)
             found[key] = record
     return list(found.values())
@@ -52,10 +52,11 @@ def markdown_realised(ledger: Ledger, paper: str, *, root: Path = ROOT) -> str:
             continue
         row, how = rows[key], ", compiled" if record.compiled else ""
         spread = "" if record.spread_percent is None else f"{record.spread_percent:.1f} %"
+        timing = f", {record.origin.device['timing']}" if "timing" in record.origin.device else ""
         cells = [
             row.method,
             ", ".join(word for word in (row.series, row.setting) if word and word != row.method),
-            f"{record.origin.device.get('name')}, {record.dtype}{how}, batch {record.batch_size}",
+            f"{record.origin.device.get('name')}, {record.dtype}{how}, batch {record.batch_size}{timing}",
             f"{record.ratio:.2f}x",
             f"{ratio[0]:.2f}x" + ("" if ratio[1] == "counted" else " (published)"),
             f"{record.ratio / ratio[0]:.2f}",

@@ -137,6 +137,26 @@ def test_a_part_writes_records_that_can_be_filed(root: Path, capsys: pytest.Capt
     assert len(load_records("shrinkpaper", root=root)) == 4
 
 
+def test_processor_time_counts_what_one_thread_computes(root: Path) -> None:
+    cpu, threads = torch.device("cpu"), torch.get_num_threads()
+    options = {"limit_s": 60, "rounds": 2, "batch_size": None, "columns": ["fps"], "processor_time": True}
+    assert gpu.run_part(gpu.plan(root)[1], output=root / "out", device=cpu, root=root, **options) == 0
+    assert torch.get_num_threads() == threads  # main, not run_part, sets it
+    path = root / "out/part2-shrinkpaper-main-dense-float32.json"
+    small, dense = parse_records(path.read_text(), where=str(path))
+    assert small.ratio is not None
+    assert dense.value > 0
+    assert small.origin is not None
+    assert small.origin.command.endswith("--device cpu --processor-time")
+    assert small.origin.device["timing"] == "processor time, 1 thread"
+
+
+def test_processor_time_is_refused_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu.parse_args(["--output", "out", "--processor-time"])
+    assert "--processor-time: a GPU's work does not count" in capsys.readouterr().err
+
+
 def test_what_the_limit_leaves_out_is_said(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_part(gpu.plan(root)[2], root, limit_s=-1) == 1
     content = json.loads((root / "out/part3-shrinkpaper-main-dense-bfloat16.json").read_text())
