@@ -1,0 +1,647 @@
+"""DeiT whose layers take a width ratio: ``model(images, ratio)``.
+
+*Slicing Vision Transformer for Flexible Inference*, NeurIPS 2024, arXiv:2412.04786. Names and shapes of the weights
+are those of timm's DeiT, so that their checkpoints load strictly in both directions. Every layer keeps its number of
+heads at every width; the head dimension shrinks. Run as a script, this prints the cost of the small distilled model
+at half width.
+
+Legend: B batch, N tokens, D full width, d = int(r D) sliced width, H heads, C classes, r width ratio.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers.drop import DropPath
+from timm.layers.weight_init import trunc_normal_
+from timm.models import register_model
+from timm.models._manipulate import named_apply
+from timm.models.vision_transformer import get_init_weights_vit
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from common import flops
+from common.flops import OpCounts
+from scala.slicing import (
+    PUBLISHED_RULE,
+    SlicedConv2d,
+    SlicedLayerNorm,
+    SlicedLinear,
+    SliceRule,
+    check_ratio,
+    count_active_parameters,
+    sliced_size,
+)
+
+Layer = Callable[..., nn.Module]
+
+
+def _check_norm_layer(norm_layer: Layer | None) -> None:
+    """Only layer normalisation can be sliced; its own eps has no effect (``slicing.NORM_EPS``)."""
+    base = norm_layer.func if isinstance(norm_layer, partial) else norm_layer
+    if base is not None and not (isinstance(base, type) and issubclass(base, nn.LayerNorm)):
+        raise ValueError(f"norm_layer must be a layer normalisation, got {norm_layer!r}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sliced parts. Every forward takes the width ratio as its last argument.
+
+
+class Attention(nn.Module):
+    """Self-attention whose H heads have d/H channels; scaled by the full head dimension at every width.
+
+    The fused projection is cut as one block of 3d rows, so that the queries of a narrow width lie among the rows that
+    are other parts at full width; published checkpoints depend on it.
+
+    Source: arXiv:2412.04786, uniform slicing of all layers.
+    """
+
+    def __init__(
+        self,
+        smallest_ratio: float,
+        largest_ratio: float,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"the width {dim} must be a multiple of the number of heads, {num_heads}")
+        rule = SliceRule(smallest_ratio, largest_ratio)
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv = SlicedLinear(rule, dim, 3 * dim, bias=qkv_bias, parts=3)
+        self.attn_drop = attn_drop
+        self.proj = SlicedLinear(rule, dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, ratio: float) -> Tensor:
+        """Tokens (B, N, d) to (B, N, d)."""
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x, ratio).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, d/H)
+        rate = self.attn_drop if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, scale=self.scale)
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, tokens, width), ratio))
+
+    def count_ops(self, tokens: int, ratio: float) -> OpCounts:
+        """Operations for one picture."""
+        width = sliced_size(self.proj.in_features, ratio)
+        return (
+            flops.linear(tokens, width, 3 * width, self.qkv.bias is not None)
+            + flops.attention(tokens, tokens, width, self.num_heads, scale_query=False)
+            + flops.mul(self.num_heads * tokens * tokens)
+            + flops.linear(tokens, width, width)
+        )
+
+
+class LayerScale(nn.Module):
+    """Multiply by a learned factor per channel.
+
+    Args:
+        official: leave the input as it is, as the official code does unless ``inplace``; gamma then gets no gradient.
+    """
+
+    def __init__(
+        self,
+        smallest_ratio: float,
+        largest_ratio: float,
+        dim: int,
+        init_values: float = 1e-5,
+        inplace: bool = False,
+        *,
+        official: bool = False,
+    ) -> None:
+        super().__init__()
+        self.rule = SliceRule(smallest_ratio, largest_ratio)
+        self.inplace = inplace
+        self.official = official
+        self.gamma = nn.Parameter(init_values * torch.ones(dim))
+
+    def sliced(self, ratio: float) -> dict[str, Tensor]:
+        return {"gamma": self.rule.cut(self.gamma, ratio, 0)}
+
+    def forward(self, x: Tensor, ratio: float) -> Tensor:
+        """(B, N, d) to (B, N, d)."""
+        gamma = self.sliced(ratio)["gamma"]
+        if self.inplace:
+            return x.mul_(gamma.detach() if self.official else gamma)
+        return x if self.official else x * gamma
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an activation between; hidden and outer channels shrink together.
+
+    Args:
+        norm_layer: kept for the state dict's sake; the official code creates this layer and never applies it.
+        use_conv: must be False.
+    """
+
+    def __init__(
+        self,
+        smallest_ratio: float,
+        largest_ratio: float,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer: Layer = nn.GELU,
+        norm_layer: Layer | None = None,
+        bias: bool = True,
+        drop: float = 0.0,
+        use_conv: bool = False,
+    ) -> None:
+        super().__init__()
+        if use_conv:
+            raise ValueError("use_conv=True is not supported: slicing is defined on tokens (B, N, D)")
+        rule = SliceRule(smallest_ratio, largest_ratio)
+        hidden = hidden_features or in_features
+        self.fc1 = SlicedLinear(rule, in_features, hidden, bias=bias)
+        self.act = act_layer()
+        self.drop1 = nn.Dropout(drop)
+        if norm_layer is not None:
+            _check_norm_layer(norm_layer)
+            self.norm = SlicedLayerNorm(rule, hidden)
+        self.fc2 = SlicedLinear(rule, hidden, out_features or in_features, bias=bias)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor, ratio: float) -> Tensor:
+        """(B, N, d) to (B, N, d)."""
+        x = self.drop1(self.act(self.fc1(x, ratio)))
+        return self.drop2(self.fc2(x, ratio))
+
+    def count_ops(self, tokens: int, ratio: float) -> OpCounts:
+        """Operations for one picture."""
+        full = (self.fc1.in_features, self.fc1.out_features, self.fc2.out_features)
+        width, hidden, out = (sliced_size(size, ratio) for size in full)
+        return (
+            flops.linear(tokens, width, hidden, self.fc1.bias is not None)
+            + flops.gelu(tokens * hidden)
+            + flops.linear(tokens, hidden, out, self.fc2.bias is not None)
+        )
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block.
+
+    Args:
+        official_layer_scale: see :class:`LayerScale`.
+    """
+
+    def __init__(
+        self,
+        smallest_ratio: float,
+        largest_ratio: float,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        init_values: float | None = None,
+        drop_path: float = 0.0,
+        act_layer: Layer = nn.GELU,
+        norm_layer: Layer | None = nn.LayerNorm,
+        *,
+        official_layer_scale: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_norm_layer(norm_layer)
+        bounds = (smallest_ratio, largest_ratio)
+        rule = SliceRule(*bounds)
+
+        def scale() -> LayerScale | None:
+            return LayerScale(*bounds, dim, init_values, official=official_layer_scale) if init_values else None
+
+        self.norm1 = SlicedLayerNorm(rule, dim)
+        self.attn = Attention(*bounds, dim, num_heads, qkv_bias, attn_drop, drop)
+        self.ls1 = scale()
+        self.norm2 = SlicedLayerNorm(rule, dim)
+        self.mlp = Mlp(*bounds, dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop)
+        self.ls2 = scale()
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor, ratio: float) -> Tensor:
+        """Tokens (B, N, d) to (B, N, d)."""
+        update = self.attn(self.norm1(x, ratio), ratio)
+        x = x + self.drop_path(update if self.ls1 is None else self.ls1(update, ratio))
+        update = self.mlp(self.norm2(x, ratio), ratio)
+        return x + self.drop_path(update if self.ls2 is None else self.ls2(update, ratio))
+
+    def count_ops(self, tokens: int, ratio: float) -> OpCounts:
+        """Operations for one picture."""
+        elements = tokens * sliced_size(self.norm1.normalized_shape[0], ratio)
+        scales = sum(layer is not None and not layer.official for layer in (self.ls1, self.ls2))
+        return (
+            self.attn.count_ops(tokens, ratio)
+            + self.mlp.count_ops(tokens, ratio)
+            + flops.layer_norm(2 * elements)
+            + flops.add(2 * elements)
+            + flops.mul(scales * elements)
+        )
+
+
+class PatchEmbed(nn.Module):
+    """Pictures to patch tokens by a convolution whose output channels are sliced.
+
+    Args:
+        img_size: side in pixels, or (height, width).
+        norm_layer: None for no normalisation.
+        flatten: (B, N, d) instead of (B, d, rows, columns).
+        output_fmt: must be None; the official code fails otherwise.
+        strict_img_size: refuse pictures of another size; else the sides need only be multiples of the patch.
+    """
+
+    def __init__(
+        self,
+        smallest_ratio: float = 0.25,
+        largest_ratio: float = 1.0,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        norm_layer: Layer | None = None,
+        flatten: bool = True,
+        output_fmt: str | None = None,
+        bias: bool = True,
+        strict_img_size: bool = True,
+    ) -> None:
+        super().__init__()
+        if output_fmt is not None:
+            raise ValueError("output_fmt is not supported; set flatten=False for (B, d, rows, columns)")
+        rule = SliceRule(smallest_ratio, largest_ratio)
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.img_size = (height, width)
+        self.patch_size = (patch_size, patch_size)
+        self.grid_size = (height // patch_size, width // patch_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.flatten = flatten
+        self.strict_img_size = strict_img_size
+        self.proj = SlicedConv2d(rule, in_chans, embed_dim, patch_size, stride=patch_size, bias=bias)
+        _check_norm_layer(norm_layer)
+        self.norm = SlicedLayerNorm(rule, embed_dim) if norm_layer is not None else None
+
+    def forward(self, x: Tensor, ratio: float) -> Tensor:
+        """(B, 3, height, width) to (B, N, d).
+
+        Raises:
+            ValueError: pictures of another size than the network was built for.
+        """
+        size = tuple(x.shape[-2:])
+        if self.strict_img_size and size != self.img_size:
+            raise ValueError(
+                f"the network takes pictures of {self.img_size} pixels, got {size}; build it with img_size"
+            )
+        if any(side % patch for side, patch in zip(size, self.patch_size, strict=True)):
+            raise ValueError(f"the sides of a picture must be multiples of the patch, {self.patch_size}; got {size}")
+        x = self.proj(x, ratio)
+        if self.flatten or self.norm is not None:
+            tokens = x.flatten(2).transpose(1, 2)  # (B, N, d)
+            tokens = tokens if self.norm is None else self.norm(tokens, ratio)
+            x = tokens if self.flatten else tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+        return x
+
+    def count_ops(self, ratio: float) -> OpCounts:
+        """Operations for one picture."""
+        width = sliced_size(self.proj.out_channels, ratio)
+        counts = flops.conv2d(
+            *self.grid_size, self.proj.in_channels, width, self.patch_size, bias=self.proj.bias is not None
+        )
+        return counts if self.norm is None else counts + flops.layer_norm(self.num_patches * width)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The networks
+
+
+class VisionTransformer_scala(nn.Module):
+    """Vision Transformer that runs at any width whose channels its heads can share.
+
+    Args:
+        img_size: side in pixels, or (height, width).
+        smallest_ratio, largest_ratio: the slicing bound s, l; it decides which end a ratio uses, so it belongs to a
+            checkpoint as much as its weights.
+        num_classes: 0 for features instead of logits.
+        global_pool: ``token``, ``avg`` (mean of the patch tokens), or ``""`` (all tokens).
+        init_values: of LayerScale; None for none.
+        no_embed_class: the class token gets no position.
+        fc_norm: normalise after pooling instead of before; None: with ``avg`` only.
+        weight_init: ``""`` (truncated normal), ``skip``, or timm's ``jax``, ``jax_nlhb``, ``moco``.
+        norm_layer: a layer normalisation; its eps has no effect.
+        official_layer_scale: LayerScale does nothing, as in the official code.
+
+    Source: arXiv:2412.04786.
+    """
+
+    num_prefix_tokens: int
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        smallest_ratio: float = 0.25,
+        largest_ratio: float = 1.0,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        init_values: float | None = None,
+        class_token: bool = True,
+        no_embed_class: bool = False,
+        fc_norm: bool | None = None,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        weight_init: str = "",
+        embed_layer: Layer = PatchEmbed,
+        norm_layer: Layer | None = None,
+        act_layer: Layer | None = None,
+        block_fn: Layer = Block,
+        *,
+        official_layer_scale: bool = False,
+    ) -> None:
+        super().__init__()
+        if global_pool not in ("", "avg", "token"):
+            raise ValueError(f"global_pool must be 'token', 'avg' or '', got {global_pool!r}")
+        if global_pool == "token" and not class_token:
+            raise ValueError("global_pool='token' needs class_token=True; without it, use 'avg'")
+        if not 0 < smallest_ratio <= 1 or not 0 < largest_ratio <= 1:
+            raise ValueError(f"the slicing bound must lie in (0, 1], got {smallest_ratio} and {largest_ratio}")
+        self.smallest_ratio, self.largest_ratio = smallest_ratio, largest_ratio
+        self.rule = SliceRule(smallest_ratio, largest_ratio)
+        self.num_classes = num_classes
+        self.global_pool = global_pool
+        self.embed_dim = self.num_features = embed_dim
+        self.num_heads = num_heads
+        self.num_prefix_tokens = 1 if class_token else 0
+        self.no_embed_class = no_embed_class
+        self.grad_checkpointing = False
+        self.patch_embed: Any = embed_layer(
+            smallest_ratio=smallest_ratio, largest_ratio=largest_ratio, img_size=_side(img_size),
+            patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim,
+        )  # fmt: skip
+        patches = self.patch_embed.num_patches
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+        positions = patches if no_embed_class else patches + self.num_prefix_tokens
+        self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim))
+        self.pos_drop = nn.Dropout(drop_rate)
+        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(
+            block_fn(
+                smallest_ratio, largest_ratio, embed_dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias,
+                drop=drop_rate, attn_drop=attn_drop_rate, init_values=init_values, drop_path=rate,
+                act_layer=act_layer or nn.GELU, norm_layer=norm_layer or nn.LayerNorm,
+                official_layer_scale=official_layer_scale,
+            )
+            for rate in rates
+        )  # fmt: skip
+        after_pooling = global_pool == "avg" if fc_norm is None else fc_norm
+        self.norm = None if after_pooling else SlicedLayerNorm(self._outer_rule, embed_dim)
+        self.fc_norm = SlicedLayerNorm(self._outer_rule, embed_dim) if after_pooling else None
+        self.head = self._make_head()
+        if weight_init != "skip":
+            self.init_weights(weight_init)
+
+    @property
+    def _outer_rule(self) -> SliceRule:
+        """Of tokens, positions, final normalisation and heads."""
+        return self.rule
+
+    def _make_head(self) -> SlicedLinear | None:
+        if self.num_classes < 1:
+            return None
+        return SlicedLinear(self._outer_rule, self.embed_dim, self.num_classes, rows=False)
+
+    def init_weights(self, mode: str = "") -> None:
+        """timm's initialisation of a ViT."""
+        if mode not in ("", "jax", "jax_nlhb", "moco"):
+            raise ValueError(f"weight_init must be '', 'skip', 'jax', 'jax_nlhb' or 'moco', got {mode!r}")
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=1e-6)
+        trunc_normal_(self.pos_embed, std=0.02)
+        bias = -math.log(self.num_classes) if "nlhb" in mode and self.num_classes else 0.0
+        named_apply(get_init_weights_vit(mode, head_bias=bias), self)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimisers leave undecayed."""
+        return {"pos_embed", "cls_token", "dist_token"}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    def check_ratio(self, ratio: float) -> None:
+        """Refuse a width that the heads cannot share, naming the valid ones (ValueError)."""
+        check_ratio(ratio, self.embed_dim, self.num_heads)
+
+    def sliced(self, ratio: float) -> dict[str, Tensor]:
+        """Tokens and positions at a width; the rest belongs to the submodules."""
+        own = {name: value for name, value in self._parameters.items() if value is not None}
+        return {name: self._outer_rule.cut(value, ratio, 2) for name, value in own.items()}
+
+    def embed(self, images: Tensor, ratio: float) -> Tensor:
+        """Pictures (B, 3, height, width) to tokens with positions, (B, N, d)."""
+        own = self.sliced(ratio)
+        tokens, positions = self.patch_embed(images, ratio), own.pop("pos_embed")
+        prefix = [token.expand(len(tokens), -1, -1) for token in own.values()]
+        if self.no_embed_class:
+            return self.pos_drop(torch.cat([*prefix, tokens + positions], dim=1))
+        return self.pos_drop(torch.cat([*prefix, tokens], dim=1) + positions)
+
+    def encode(self, images: Tensor, ratio: float) -> Tensor:
+        """Tokens (B, N, d) after the last block, not normalised."""
+        self.check_ratio(ratio)
+        x = self.embed(images, ratio)
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, ratio, use_reentrant=False)
+            else:
+                x = block(x, ratio)
+        return x  # pyright: ignore[reportReturnType]
+
+    def forward_features(self, images: Tensor, ratio: float) -> Any:
+        """Normalised tokens (B, N, d); with ``fc_norm`` they are normalised after pooling instead."""
+        x = self.encode(images, ratio)
+        return x if self.norm is None else self.norm(x, ratio)
+
+    def forward_head(self, x: Any, ratio: float, pre_logits: bool = False) -> Any:
+        """Pooled logits (B, C), or features (B, d) with ``pre_logits`` or without classes."""
+        if self.global_pool == "avg":
+            x = x[:, self.num_prefix_tokens :].mean(dim=1)
+        elif self.global_pool == "token":
+            x = x[:, 0]
+        if self.fc_norm is not None:
+            x = self.fc_norm(x, ratio)
+        return x if pre_logits or self.head is None else self.head(x, ratio)
+
+    def forward(self, images: Tensor, ratio: float) -> Any:
+        """Logits (B, C) of pictures (B, 3, height, width) at a width ratio.
+
+        Raises:
+            ValueError: a ratio the heads cannot share, or pictures of another size.
+        """
+        return self.forward_head(self.forward_features(images, ratio), ratio)
+
+    def count_ops(self, ratio: float) -> OpCounts:
+        """Operations of one forward pass of one picture at a width."""
+        self.check_ratio(ratio)
+        tokens, width = self._tokens, sliced_size(self.embed_dim, ratio)
+        heads = [layer for name in ("head", "head_dist") if (layer := getattr(self, name, None)) is not None]
+        normalised = tokens if self.norm is not None or self.global_pool == "" else 1
+        rows = tokens if self.global_pool == "" else 1
+        counts = (
+            self.patch_embed.count_ops(ratio)
+            + flops.add(tokens * width)
+            + sum(block.count_ops(tokens, ratio) for block in self.blocks)  # pyright: ignore[reportCallIssue]
+            + flops.layer_norm(normalised * width)
+        )
+        for layer in heads:
+            counts = counts + flops.linear(rows, width, layer.out_features)
+        return counts
+
+    @property
+    def _tokens(self) -> int:
+        return self.patch_embed.num_patches + self.num_prefix_tokens
+
+    def count_parameters(self, ratio: float) -> int:
+        """Parameters that a width touches: those of a stand-alone network of that width."""
+        return count_active_parameters(self, ratio)
+
+
+class DistilledVisionTransformer_scala(VisionTransformer_scala):
+    """DeiT with a distillation token and a head for it; two logits in training, their mean in evaluation.
+
+    Args:
+        official_anchors: decide the end of tokens, positions, final normalisation and heads by the bound 0.25 to 1
+            whatever ``smallest_ratio`` and ``largest_ratio`` are, as the official code does. Equal for that bound.
+        pair_outputs: return both heads' logits, or their mean; None: both in training mode only.
+
+    The other arguments are those of :class:`VisionTransformer_scala`, without ``global_pool``, ``class_token``,
+    ``no_embed_class`` and ``fc_norm``, which have no meaning here.
+    """
+
+    def __init__(
+        self, *args: Any, official_anchors: bool = False, pair_outputs: bool | None = None, **kwargs: Any
+    ) -> None:
+        for name, only in {"global_pool": "token", "class_token": True, "no_embed_class": False}.items():
+            if kwargs.get(name, only) != only:
+                raise ValueError(f"a distilled network has its two tokens only: {name} must be {only!r}")
+        if kwargs.get("fc_norm"):
+            raise ValueError("a distilled network normalises before its heads: fc_norm must not be set")
+        self._official_anchors = official_anchors  # read while the layers are built
+        mode = kwargs.pop("weight_init", "")
+        super().__init__(*args, **kwargs, weight_init="skip")
+        self.pair_outputs = pair_outputs
+        self.num_prefix_tokens = 2
+        self.pos_embed = nn.Parameter(torch.zeros(1, self._tokens, self.embed_dim))
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
+        self.head_dist = self._make_head()
+        if mode != "skip":
+            self.init_weights(mode)
+
+    @property
+    def _outer_rule(self) -> SliceRule:
+        return PUBLISHED_RULE if self._official_anchors else self.rule
+
+    def init_weights(self, mode: str = "") -> None:
+        super().init_weights(mode)
+        trunc_normal_(self.dist_token, std=0.02)
+
+    def forward_features(self, images: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+        """Normalised class and distillation token, each (B, d)."""
+        x = self.encode(images, ratio)[:, :2]
+        assert self.norm is not None
+        x = self.norm(x, ratio)
+        return x[:, 0], x[:, 1]
+
+    def forward_head(self, x: tuple[Tensor, Tensor], ratio: float, pre_logits: bool = False) -> Any:
+        """Both logits (B, C), or their mean; see ``pair_outputs``. Features in place of logits without classes."""
+        cls, dist = x
+        if not pre_logits and self.head is not None and self.head_dist is not None:
+            cls, dist = self.head(cls, ratio), self.head_dist(dist, ratio)
+        pair = self.training if self.pair_outputs is None else self.pair_outputs
+        return (cls, dist) if pair else (cls + dist) / 2
+
+
+def _side(img_size: Any) -> int | tuple[int, int]:
+    return img_size if isinstance(img_size, int) else (int(img_size[0]), int(img_size[1]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The registry
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shape of a registered network: 12 blocks of ``width`` channels, patches of ``patch`` pixels."""
+
+    width: int
+    heads: int
+    distilled: bool
+    img_size: int = 224
+    patch: int = 16
+
+
+MODELS: dict[str, Size] = {
+    "deit_so_tiny_patch16_224_scala": Size(96, 3, distilled=False),
+    "deit_tiny_patch16_224_scala": Size(192, 3, distilled=False),
+    "deit_small_patch16_224_scala": Size(384, 6, distilled=False),
+    "deit_base_patch16_224_scala": Size(768, 12, distilled=False),
+    "deit_tiny_distilled_patch16_224_scala": Size(192, 3, distilled=True),
+    "deit_small_distilled_patch16_224_scala": Size(384, 6, distilled=True),
+    "deit_base_distilled_patch16_224_scala": Size(768, 12, distilled=True),
+    "deit_base_patch16_384_scala": Size(768, 12, distilled=False, img_size=384),
+    "deit_base_distilled_patch16_384_scala": Size(768, 12, distilled=True, img_size=384),
+}
+"""The published names, also those of timm's registry; any argument of the network overrides its size."""
+
+_PASSED_BY_TIMM = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+
+
+def create(name: str, **kwargs: Any) -> VisionTransformer_scala:
+    """A network of ``MODELS`` with random weights.
+
+    Args:
+        kwargs: of :class:`VisionTransformer_scala` or its distilled form, in place of the registered size.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in MODELS:
+        raise ValueError(f"there is no model {name!r}; the models are {', '.join(MODELS)}")
+    size = MODELS[name]
+    network = DistilledVisionTransformer_scala if size.distilled else VisionTransformer_scala
+    shape: dict[str, Any] = {
+        "img_size": size.img_size, "patch_size": size.patch, "embed_dim": size.width, "num_heads": size.heads,
+    }  # fmt: skip
+    return network(**shape | kwargs)
+
+
+def _register(name: str) -> Callable[..., nn.Module]:
+    def factory(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if pretrained:
+            raise ValueError(f"{name} has no weights to download; train it with main_scala.py or load a checkpoint")
+        return create(name, **{key: value for key, value in kwargs.items() if key not in _PASSED_BY_TIMM})
+
+    factory.__name__ = factory.__qualname__ = name
+    factory.__doc__ = f"{name}; see ``MODELS``."
+    return register_model(factory)
+
+
+FACTORIES: dict[str, Callable[..., nn.Module]] = {name: _register(name) for name in MODELS}
+"""Name -> function with timm's signature for model factories."""
+
+
+if __name__ == "__main__":
+    with torch.device("meta"):
+        network = create("deit_small_distilled_patch16_224_scala")
+    print("FLOPs: ", flops.gmacs(network.count_ops(0.5), "fvcore"))
