@@ -487,12 +487,27 @@ def seed_everything(seed: int, rank: int | None = None) -> None:
     torch.manual_seed(value)
 
 
-def wrap_for_training(model: nn.Module, world: World, *, find_unused_parameters: bool = False) -> nn.Module:
-    """``model`` under DistributedDataParallel where the job has several processes, else ``model`` itself."""
+def wrap_for_training(
+    model: nn.Module, world: World, *, find_unused_parameters: bool = False, broadcast_buffers: bool = True
+) -> nn.Module:
+    """``model`` under DistributedDataParallel where the job has several processes, else ``model`` itself.
+
+    Args:
+        model: the bare module.
+        world: this process's place.
+        find_unused_parameters: some parameters may take no part in a step.
+        broadcast_buffers: give every rank rank 0's buffers before each forward pass; False where the ranks change
+            theirs alike, such as masks as large as the weights.
+    """
     if world.size == 1:
         return model
     devices = [world.device.index] if world.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=devices, find_unused_parameters=find_unused_parameters)
+    return nn.parallel.DistributedDataParallel(
+        model,
+        device_ids=devices,
+        find_unused_parameters=find_unused_parameters,
+        broadcast_buffers=broadcast_buffers,
+    )
 
 
 def unwrap(model: nn.Module) -> nn.Module:

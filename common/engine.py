@@ -101,10 +101,17 @@ def make_scaler(amp: str, device: torch.device) -> torch.amp.GradScaler:
 
 
 def prepare_network(
-    model: nn.Module, world: World, *, compiled: bool = False, find_unused_parameters: bool = False
+    model: nn.Module,
+    world: World,
+    *,
+    compiled: bool = False,
+    find_unused_parameters: bool = False,
+    broadcast_buffers: bool = True,
 ) -> nn.Module:
     """What a training step calls: ``model`` under DistributedDataParallel if there are several ranks, then compiled."""
-    network = wrap_for_training(model, world, find_unused_parameters=find_unused_parameters)
+    network = wrap_for_training(
+        model, world, find_unused_parameters=find_unused_parameters, broadcast_buffers=broadcast_buffers
+    )
     if compiled:
         network = torch.compile(network)  # pyright: ignore[reportAssignmentType] - an OptimizedModule is a module
     return network  # pyright: ignore[reportReturnType]

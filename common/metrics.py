@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -173,12 +173,21 @@ def _plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
+def _numbers(path: str, value: Any) -> Iterator[tuple[str, float]]:
+    """The numbers of a value, those in lists under their indices."""
+    if isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _numbers(f"{path}/{index}", item)
+    elif isinstance(value, (int, float)):
+        yield path, value
+
+
 class Record:
     """A JSON object per line for every epoch, and TensorBoard's scalars if asked for; written on rank 0.
 
     Each row has an ``event``: ``start`` (the arguments), ``epoch``, ``step`` (at the log interval, if one is set), or a
-    paper's own. Rows of epochs and steps that a resumed run does again are removed when it starts, so that none is
-    there twice.
+    paper's own, which has a ``step`` too. Rows of epochs and steps that a resumed run does again are removed when it
+    starts, so that none is there twice. TensorBoard gets the numbers in lists one by one, under ``name/index``.
 
     Args:
         path: the ``.jsonl`` file; its folder is created. None keeps nothing.
@@ -210,7 +219,7 @@ class Record:
             if (
                 (event == "start" and step > 0)
                 or (event == "epoch" and row["epoch"] < epoch)
-                or (event == "step" and row["step"] <= step)
+                or (event not in ("start", "epoch") and row.get("step", math.inf) <= step)
             ):
                 kept.append(line)
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
@@ -225,8 +234,9 @@ class Record:
                 file.write(json.dumps({"event": event, **plain}) + "\n")
         if self.writer is not None and event != "start":
             for name, value in plain.items():
-                if isinstance(value, (int, float)) and name not in ("step", "epoch"):
-                    self.writer.add_scalar(f"{event}/{name}", value, int(plain.get("step", 0)))
+                if name not in ("step", "epoch"):
+                    for path, number in _numbers(f"{event}/{name}", value):
+                        self.writer.add_scalar(path, number, int(plain.get("step", 0)))
             self.writer.flush()
 
     def close(self) -> None:

@@ -464,6 +464,22 @@ def test_two_processes_count_every_picture_once(pictures: int, size: int) -> Non
             assert ended.result[key] == alone.result[key]
 
 
+def exchanged() -> bool:
+    """Whether a forward pass gives this rank the buffers of rank 0."""
+    world = launch("cpu", start_timeout_s=30)
+    model = nn.BatchNorm1d(2)
+    network = prepare_network(model, world, broadcast_buffers=False)
+    buffer = model.get_buffer("running_mean").fill_(world.rank)
+    network(torch.zeros(4, 2))
+    return float(buffer[0]) == 0
+
+
+def test_buffers_stay_where_no_exchange_is_wanted() -> None:
+    ranks = run_forked(lambda: run(exchanged), torchrun_variables(2))
+    assert [ended.status for ended in ranks] == [0, 0], ranks
+    assert not ranks[1].result
+
+
 class Fixed(nn.Module):
     """Gives stored logits, with something else beside them."""
 

@@ -113,12 +113,15 @@ def test_record_forgets_what_a_resumed_run_repeats(tmp_path: Path) -> None:
         record.write("step", {"epoch": epoch, "step": 2 * epoch + 1})
         record.write("epoch", {"epoch": epoch, "step": 2 * epoch + 2})
     record.write("width", {"ratio": 0.5})
+    record.write("structure", {"step": 5, "heads": [1, 2]})
+    record.write("structure", {"step": 6, "heads": [1, 1]})
     with path.open("a") as file:
         file.write('{"event": "epoch", "epo')  # killed while writing
     Record(path).rewind(2, 5)
     kept = [(row["event"], row.get("epoch"), row.get("step")) for row in events(path)]
     assert kept == [
         ("start", None, None), ("step", 0, 1), ("epoch", 0, 2), ("step", 1, 3), ("epoch", 1, 4), ("step", 2, 5),
+        ("structure", None, 5),
     ]  # fmt: skip
     Record(path).rewind(0, 0)
     assert path.read_text() == ""
@@ -143,9 +146,12 @@ def test_tensorboard_on_request(tmp_path: Path) -> None:
     record.write("start", {"arguments": {"lr": 1}})
     record.write("epoch", {"epoch": 0, "step": 5, "train_loss": 1.5})
     record.write("epoch", {"epoch": 1, "step": 10, "train_loss": 0.5})
+    record.write("structure", {"step": 10, "kept": [[3, 2], [1]], "note": "text"})
     record.close()
     reader = EventAccumulator(str(tmp_path)).Reload()
-    assert reader.Tags()["scalars"] == ["epoch/train_loss"]
+    lists = ["structure/kept/0/0", "structure/kept/0/1", "structure/kept/1/0"]
+    assert reader.Tags()["scalars"] == ["epoch/train_loss", *lists]
+    assert reader.Scalars("structure/kept/0/1")[0].value == 2
     assert [(event.step, event.value) for event in reader.Scalars("epoch/train_loss")] == [(5, 1.5), (10, 0.5)]
 
 
