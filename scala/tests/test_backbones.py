@@ -1,0 +1,199 @@
+"""Sliceable MobileNet v2 and UniFormer: full width, slices as networks of their own, batch statistics, costs."""
+
+import math
+from functools import partial
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.flops import count_executed_macs, gmacs
+from scala.conv_layers import SlicedBatchNorm2d, batch_norms, calibrate_
+from scala.models_mobilenet import MobileNetV2_scala
+from scala.models_uniformer import MODELS, UniFormer_scala
+from scala.slicing import count_active_parameters, sliced_size, sliced_state_dict
+
+SMALL = {"img_size": 64, "depths": (1, 1, 2, 1), "widths": (16, 32, 32, 64), "heads": (2, 4), "num_classes": 5}
+
+
+def scramble_(model: nn.Module) -> nn.Module:
+    """Weights and statistics without the symmetries of a fresh network, in double precision."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                noise = torch.randn(value.shape, generator=generator)
+                value.copy_(1 + 0.2 * noise.abs() if "var" in name else 0.1 * noise + (value.ndim == 1) * 0.5)
+    return model.double().eval()
+
+
+def narrow_timm(model: nn.Module, source: MobileNetV2_scala, ratio: float) -> nn.Module:
+    """timm's MobileNet v2 with every layer replaced by a plain one that holds the slice's weights."""
+    own = sliced_state_dict(source, ratio)
+    sliced = dict(source.named_modules())
+    for name, module in list(model.named_modules()):
+        parent = model.get_submodule(name.rpartition(".")[0]) if name else model
+        leaf = name.rpartition(".")[2]
+        if isinstance(module, nn.Conv2d):
+            weight = own[f"{name}.weight"]
+            groups = len(weight) if module.groups > 1 else 1
+            plain = nn.Conv2d(
+                weight.shape[1] * groups, len(weight), module.kernel_size, module.stride, module.padding,  # pyright: ignore
+                groups=groups, bias=False,
+            )  # fmt: skip
+            plain.weight.data = weight
+            setattr(parent, leaf, plain)
+        elif isinstance(module, nn.BatchNorm2d):
+            mean, variance = sliced[name].statistics(ratio)  # pyright: ignore
+            values = {"weight": own[f"{name}.weight"], "bias": own[f"{name}.bias"]}
+            values |= {"running_mean": mean, "running_var": variance, "num_batches_tracked": torch.tensor(0)}
+            plain = nn.BatchNorm2d(len(mean), eps=module.eps)
+            plain.load_state_dict(values)
+            activation = getattr(module, "act", nn.Identity())
+            setattr(parent, leaf, nn.Sequential(plain, activation))
+    model.classifier = nn.Linear(own["classifier.weight"].shape[1], source.num_classes)
+    model.classifier.load_state_dict({"weight": own["classifier.weight"], "bias": own["classifier.bias"]})
+    return model.double().eval()
+
+
+def test_mobilenet_is_timms_at_full_width_and_narrow_timm_at_others() -> None:
+    model = MobileNetV2_scala(img_size=32, num_classes=5, granularity=0.125)
+    scramble_(model)
+    dense = timm.create_model("mobilenetv2_100", num_classes=5).double().eval()
+    own = model.state_dict()
+    assert list(dense.state_dict()) == [name for name in own if "narrow" not in name]
+    dense.load_state_dict({name: own[name] for name in dense.state_dict()})
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, 1.0), dense(x), rtol=1e-12, atol=1e-12)
+        for ratio in (0.25, 0.375):
+            alone = narrow_timm(timm.create_model("mobilenetv2_100", num_classes=5), model, ratio)
+            torch.testing.assert_close(model(x, ratio), alone(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+def test_a_slice_of_uniformer_is_a_uniformer_of_that_width(ratio: float, overlap: bool) -> None:
+    model = scramble_(UniFormer_scala(**SMALL, granularity=0.25, overlap=overlap))
+    widths = [sliced_size(width, ratio) for width in SMALL["widths"]]
+    alone = UniFormer_scala(**SMALL | {"widths": widths}, smallest_ratio=1.0, granularity=1.0, overlap=overlap)
+    state = {name: value.clone() for name, value in sliced_state_dict(model, ratio).items()}
+    for name in state:
+        if ".qkv." in name:  # the slice keeps the scale of the full head
+            state[name][: len(state[name]) // 3] *= math.sqrt(ratio)
+    for name, wide in model.named_modules():
+        if isinstance(wide, SlicedBatchNorm2d):
+            values = (*wide.statistics(ratio), torch.tensor(0))
+            names = ("running_mean", "running_var", "num_batches_tracked")
+            state |= {f"{name}.{leaf}": value for leaf, value in zip(names, values, strict=True)}
+    alone.load_state_dict(state)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, ratio), alone.double().eval()(x, 1.0), rtol=1e-9, atol=1e-10)
+
+
+BUILDERS = [partial(MobileNetV2_scala, img_size=32, num_classes=5), partial(UniFormer_scala, **SMALL)]
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_smallest_and_half_share_no_weight_but_the_heads_bias(build: partial) -> None:
+    model = build(granularity=0.25)
+    x = torch.randn(4, 3, model.img_size, model.img_size)
+    touched = {}
+    for ratio in (0.25, 0.5):
+        model.zero_grad()
+        model(x, ratio).square().sum().backward()
+        touched[ratio] = {name: value.grad != 0 for name, value in model.named_parameters() if value.grad is not None}
+    shared = {
+        name for name, mask in touched[0.25].items() if bool((mask & touched[0.5].get(name, torch.tensor(False))).any())
+    }
+    assert shared == {"classifier.bias" if hasattr(model, "classifier") else "head.bias"}
+
+
+def test_every_trained_width_moves_its_own_statistics_only() -> None:
+    model = UniFormer_scala(**SMALL, granularity=0.25).train()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    model(3 + torch.randn(4, 3, 64, 64), 0.5)
+    for name, value in model.named_buffers():
+        changed = value != before[name]
+        if "narrow" in name:
+            width = sliced_size(value.shape[1], 0.5)
+            assert changed[1, :width].any()
+            assert not changed[[0, 2]].any()
+            assert not changed[1, width:].any()
+        else:
+            assert not changed.any(), name
+
+
+def test_calibration_gives_an_untrained_width_the_statistics_of_its_batches() -> None:
+    model = MobileNetV2_scala(img_size=32, num_classes=5, granularity=0.25).double()
+    batches = [2 + torch.randn(8, 3, 32, 32, dtype=torch.float64) for _ in range(2)]
+    model.eval()
+    with pytest.raises(ValueError, match=r"no statistics for width ratio 0\.375: .*0\.25, 0\.5, 0\.75, 1"):
+        model(batches[0], 0.375)
+    assert calibrate_(model, 0.375, batches) == 2
+    norm = model.bn1
+    stem = torch.cat([model.conv_stem(batch, 0.375) for batch in batches])
+    mean, variance = norm.statistics(0.375)
+    torch.testing.assert_close(mean, stem.mean((0, 2, 3)))
+    halves = torch.stack([part.var((0, 2, 3)) for part in stem.split(8)])
+    torch.testing.assert_close(variance, halves.mean(0))
+    assert torch.isfinite(model(batches[0], 0.375)).all()
+    assert all(layer.batches_seen is None for layer in batch_norms(model))
+    with pytest.raises(ValueError, match="at least one batch"):
+        calibrate_(model, 0.375, [])
+    with pytest.raises(ValueError, match="no batch normalisation"):
+        calibrate_(nn.Linear(2, 2), 0.5, batches)
+
+
+class AtWidth(nn.Module):
+    def __init__(self, model: nn.Module, ratio: float) -> None:
+        super().__init__()
+        self.model, self.ratio = model, ratio
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x, self.ratio)
+
+
+@pytest.mark.parametrize("ratio", [0.3125, 1.0])
+@pytest.mark.parametrize("name", ["mobilenet_v2_scala", *MODELS])
+def test_counted_costs_are_those_executed(name: str, ratio: float) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+        image = torch.empty(1, 3, 224, 224)
+    assert count_executed_macs(AtWidth(model, ratio), image) == model.count_ops(ratio).macs
+
+
+def test_costs_and_sizes_are_the_published_ones() -> None:
+    with torch.device("meta"):
+        mobile, *uniformers = (timm.create_model(name) for name in ("mobilenet_v2_scala", *MODELS))
+    assert gmacs(mobile.count_ops(1.0)) == pytest.approx(0.300, abs=1e-3)  # arXiv:1801.04381, Table 4
+    assert count_active_parameters(mobile, 1.0) == 3_504_872
+    small, plus = uniformers
+    assert count_active_parameters(small, 1.0) / 1e6 == pytest.approx(22, abs=0.5)  # arXiv:2201.04676, Table 1
+    assert gmacs(small.count_ops(1.0)) == pytest.approx(3.6, abs=0.05)
+    assert count_active_parameters(plus, 1.0) / 1e6 == pytest.approx(24, abs=0.5)
+    assert gmacs(plus.count_ops(1.0), "fvcore") == pytest.approx(4.22, abs=0.01)  # Scala's figure of UniFormer-S
+    assert gmacs(plus.count_ops(0.25), "fvcore") == pytest.approx(0.33, abs=0.015)
+
+
+def test_bad_widths_and_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"multiples of 5/320"):
+        timm.create_model("uniformer_small_scala").check_ratio(0.2)
+    with pytest.raises(ValueError, match="from 1/16"):
+        MobileNetV2_scala().check_ratio(0.01)
+    with pytest.raises(ValueError, match="multiples of 32"):
+        UniFormer_scala(**SMALL)(torch.zeros(1, 3, 40, 64), 1.0)
+    for name in ("mobilenet_v2_scala", *MODELS):
+        with pytest.raises(ValueError, match="no published weights"):
+            timm.create_model(name, pretrained=True)
+
+
+def test_batch_statistics_in_training_are_of_the_batch() -> None:
+    norm = SlicedBatchNorm2d(MobileNetV2_scala().rule, 8, [0.25, 0.5, 1.0]).train()
+    x = 5 + 2 * torch.randn(16, 4, 3, 3)
+    torch.testing.assert_close(norm(x, 0.5), F.batch_norm(x, None, None, training=True))
+    mean, _ = norm.statistics(0.5)
+    torch.testing.assert_close(mean, 0.1 * x.mean((0, 2, 3)))
