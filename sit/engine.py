@@ -1,0 +1,189 @@
+"""One training step of SiT, its parameter groups, its two learning rates, and the precision of its teacher.
+
+The loop of epochs, precision, clipping, averaging and checkpoints are ``common.engine``'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.distributed import reduce_sums
+from common.engine import evaluate as evaluate_pictures
+from sit.losses import DistillationLoss
+
+RTSM_FACTOR = 5.0
+"""Learning rate of the reverse modules over that of the rest, at the start."""
+
+_TOKENS = ("cls_token", "pos_embed", "dist_token")
+
+
+def get_param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups ``rtsm`` (decayed throughout), ``base_no_decay`` (tokens, biases, norms) and ``base_decay``, in order.
+
+    The first rule that holds decides: frozen is left out; a token or position embedding is not decayed; a reverse
+    module is; one dimension or a bias is not; the rest is. So the slimming modules' ``scale``, of three dimensions, is
+    decayed, as in the published code. A group may be empty; files of the published trainer resume with this order.
+    """
+    groups: dict[str, dict[str, Any]] = {
+        name: {"name": name, "params": [], "weight_decay": decay}
+        for name, decay in (("rtsm", weight_decay), ("base_no_decay", 0.0), ("base_decay", weight_decay))
+    }
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if any(token in name for token in _TOKENS):
+            group = "base_no_decay"
+        elif "rtsm" in name:
+            group = "rtsm"
+        elif parameter.ndim == 1 or name.endswith(".bias"):
+            group = "base_no_decay"
+        else:
+            group = "base_decay"
+        groups[group]["params"].append(parameter)
+    return list(groups.values())
+
+
+def adjust_learning_rate(
+    param_groups: Iterable[dict[str, Any]], init_lr: float, min_lr: float, step: int, max_step: int
+) -> tuple[float, float]:
+    """Set the rates of an epoch: a cosine from ``init_lr`` (reverse modules: five times that) to ``min_lr``.
+
+    Args:
+        param_groups: of the optimiser, named as :func:`get_param_groups` does.
+        init_lr: scaled rate at the start; below ``min_lr`` the cosine simply runs upwards.
+        step, max_step: epoch, from 0, and length of the cosine; from there on the rate is ``min_lr``.
+
+    Returns:
+        Rates of the backbone and of the reverse modules.
+
+    Source: SiT, arXiv:2111.12624, implementation details.
+    """
+    share = (1 + math.cos(math.pi * step / max_step)) / 2 if step < max_step else 0.0
+    backbone = min_lr + share * (init_lr - min_lr)
+    reverse = min_lr + share * (RTSM_FACTOR * init_lr - min_lr)
+    for group in param_groups:
+        group["lr"] = reverse if group["name"] == "rtsm" else backbone
+    return backbone, reverse
+
+
+def training_step(
+    batch: tuple[Tensor, Tensor],
+    *,
+    network: nn.Module,
+    criterion: DistillationLoss,
+    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> dict[str, Tensor]:
+    """Loss terms of a batch; the teacher sees the same mixed pictures as the student.
+
+    Args:
+        batch: images (B, 3, height, width), class numbers (B,).
+        network: the student in training mode, perhaps under DistributedDataParallel.
+        mixup: timm's, needs an even batch.
+    """
+    images, targets = batch if mixup is None else mixup(*batch)
+    return criterion(images, network(images), targets).terms()
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """Class logits of what a network returns in evaluation mode."""
+    return outputs if isinstance(outputs, Tensor) else outputs[0]
+
+
+class _BatchLosses:
+    """Passes batches and outputs through and adds up the mean loss of each batch."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+        self.sums = {"loss": 0.0, "batches": 0.0}
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        means: list[Tensor] = []  # on the device: nothing waits for them
+        for images, targets in self.loader:
+            self.targets = targets
+            yield images, targets
+            means.append(self.mean)
+        self.sums = {"loss": float(torch.stack(means).sum()) if means else 0.0, "batches": float(len(means))}
+
+    @property
+    def skipped(self) -> int:
+        return getattr(self.loader, "skipped", 0)
+
+    def output(self, outputs: Any) -> Tensor:
+        """Class logits; remembers their loss."""
+        logits = logits_of(outputs)
+        targets = self.targets.to(logits.device, non_blocking=True)
+        self.mean = F.cross_entropy(logits.double(), targets)
+        return logits
+
+
+def evaluate(data_loader: Iterable[Any], model: nn.Module, device: torch.device, **options: Any) -> dict[str, float]:
+    """Accuracy and loss over the pictures of all ranks; see ``common.engine.evaluate``, whose options are taken.
+
+    Returns:
+        That function's result under the published names too: ``acc1``, ``acc5`` in percent, and ``loss``, which is the
+        mean over batches, each counted alike; ``picture_loss`` is the mean over pictures.
+    """
+    losses = _BatchLosses(data_loader)
+    result = evaluate_pictures(model, losses, device=device, output=losses.output, **options)
+    sums = reduce_sums(losses.sums)
+    return {
+        **result,
+        "loss": sums["loss"] / sums["batches"],
+        "picture_loss": result["loss"],
+        "acc1": result["top1_percent"],
+        "acc5": result["top5_percent"],
+    }
+
+
+def summary_line(result: Mapping[str, float]) -> str:
+    """The published line with which an evaluation ends."""
+    return f"* Acc@1 {result['acc1']:.3f} Acc@5 {result['acc5']:.3f} loss {result['loss']:.3f}"
+
+
+def store_for_autocast(teacher: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """Keep the weights that autocast would convert in every pass in its precision; the results are the same bits.
+
+    Autocast remembers its conversions of weights with gradients only, a teacher has none. Linear layers and
+    convolutions are converted, norms and embeddings stay. With dtype None nothing happens.
+
+    Returns:
+        The teacher, changed in place.
+    """
+    if dtype is not None:
+        for module in teacher.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.to(dtype)
+    return teacher
+
+
+PUBLISHED_LOG = {
+    "train_lr": "train_lr_backbone",
+    "train_loss": "train_loss",
+    "train_loss_cls": "train_loss_cls",
+    "train_loss_token": "train_loss_token",
+    "train_loss_logits": "train_loss_logits",
+    "train_loss_cnn": "train_loss_cnn",
+    "test_loss": "test_loss",
+    "test_acc1": "test_acc1",
+    "test_acc5": "test_acc5",
+    "epoch": "epoch",
+}
+"""Key of a line of the published ``log.txt`` -> key of our record."""
+
+
+def published_log_rows(rows: Sequence[Mapping[str, Any]], n_parameters: int) -> list[dict[str, Any]]:
+    """Lines of the published ``log.txt`` from the rows of ``log.jsonl``."""
+    return [
+        {**{key: row.get(own) for key, own in PUBLISHED_LOG.items()}, "n_parameters": n_parameters}
+        for row in rows
+        if row.get("event") == "epoch"
+    ]

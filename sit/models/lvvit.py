@@ -1,0 +1,636 @@
+"""LV-ViT with and without token slimming: the students (SiT) and, with ``distillation_type=None``, their teachers.
+
+Paper: Self-slimmed Vision Transformer, arXiv:2111.12624; the backbone is LV-ViT (arXiv:2104.10858) with this paper's
+own stem. Written from the papers' equations; drop path, initialisation and the registry are timm's.
+
+Letters: B batch, N patch tokens, E extra tokens (class, distillation), C width, h heads of width d, K classes, L blocks
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers.drop import DropPath
+from timm.layers.weight_init import trunc_normal_
+from timm.models._registry import register_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from common import flops
+from common.flops import OpCounts
+from sit.models.slimming import (
+    Mlp,
+    ReverseTSM,
+    TokenSlimmingModule,
+    layer_tokens,
+    slimming_blocks,
+    stage_tokens,
+)
+
+Tokens = list[Tensor]
+Outputs = Tensor | tuple[Tensor, Tokens] | tuple[Tensor, Tensor, Tokens]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stems
+
+
+class _ConvStem(nn.Module):
+    """3x3 convolutions with batch norm, a GELU between them and none after the last; total stride 16.
+
+    Args:
+        img_size: side of the picture in pixels; it only says how many patches there are.
+        patch_size: must be 16, the stride of the convolutions.
+        embed_dim: width C; the channels are fractions of it.
+    """
+
+    channels: tuple[int, ...] = ()
+    """C over the channels of each convolution"""
+    strides: tuple[int, ...] = ()
+
+    def __init__(self, img_size: int = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768) -> None:
+        super().__init__()
+        if patch_size != math.prod(self.strides):
+            raise ValueError(
+                f"{type(self).__name__} has a stride of {math.prod(self.strides)} pixels, so patch_size {patch_size} "
+                "cannot be had; use p_emb='naive' for other patches"
+            )
+        self.img_size, self.patch_size = img_size, patch_size
+        self.num_patches = count_patches(img_size, patch_size)
+        width = in_chans
+        for index, (fraction, stride) in enumerate(zip(self.channels, self.strides, strict=True), start=1):
+            out = embed_dim // fraction
+            self.add_module(f"conv{index}", nn.Conv2d(width, out, 3, stride=stride, padding=1, bias=False))
+            self.add_module(f"bn{index}", nn.BatchNorm2d(out))
+            width = out
+
+    def layers(self) -> list[tuple[nn.Conv2d, nn.Module]]:
+        """Convolution and normalisation, in order."""
+        modules = dict(self.named_children())
+        return [(modules[f"conv{i}"], modules[f"bn{i}"]) for i in range(1, len(self.strides) + 1)]  # pyright: ignore
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, height, width) to (B, C, height / 16, width / 16)."""
+        layers = self.layers()
+        x = images
+        for index, (conv, norm) in enumerate(layers):
+            x = norm(conv(x))
+            if index + 1 < len(layers):
+                x = F.gelu(x)
+        return x
+
+    @torch.no_grad()
+    def fuse(self) -> _ConvStem:
+        """A copy for inference whose batch norms are folded into its convolutions, exactly.
+
+        w' = w g / sqrt(var + eps), b' = beta - mean g / sqrt(var + eps), computed in float64. LeViT's speed tool calls
+        a module's method of this name; stems without it would lose their normalisation there.
+        """
+        folded = copy.deepcopy(self)
+        for index, (conv, norm) in enumerate(folded.layers(), start=1):
+            if not isinstance(norm, nn.BatchNorm2d):
+                continue  # folded before
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+            bias = norm.bias.double() - norm.running_mean.double() * scale
+            dtype = conv.weight.dtype
+            conv.weight = nn.Parameter((conv.weight.double() * scale[:, None, None, None]).to(dtype))
+            conv.bias = nn.Parameter(bias.to(dtype))
+            setattr(folded, f"bn{index}", nn.Identity())
+        return folded
+
+    def count_ops(self) -> OpCounts:
+        """Cost for one picture of ``img_size``."""
+        counts, side = OpCounts(), self.img_size
+        for index, (conv, norm) in enumerate(self.layers(), start=1):
+            side = math.ceil(side / conv.stride[0])
+            counts += flops.conv2d(side, side, conv.in_channels, conv.out_channels, 3, bias=conv.bias is not None)
+            if isinstance(norm, nn.BatchNorm2d):
+                counts += flops.batch_norm(side * side * conv.out_channels)
+            if index < len(self.strides):
+                counts += flops.gelu(side * side * conv.out_channels)
+        return counts
+
+
+class PatchEmbed4CG(_ConvStem):
+    """Four convolutions, each of stride 2."""
+
+    channels, strides = (8, 4, 2, 1), (2, 2, 2, 2)
+
+
+class PatchEmbed6CG(_ConvStem):
+    """Six convolutions, of which the second and third keep the resolution."""
+
+    channels, strides = (8, 8, 8, 4, 2, 1), (2, 1, 1, 2, 2, 2)
+
+
+class PatchEmbedNaive(nn.Module):
+    """One convolution over patches that do not overlap, with a bias."""
+
+    def __init__(self, img_size: int = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768) -> None:
+        super().__init__()
+        self.img_size, self.patch_size = img_size, patch_size
+        self.num_patches = count_patches(img_size, patch_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, img_size, img_size) to (B, C, img_size / patch_size, img_size / patch_size)."""
+        if images.shape[2] != self.img_size or images.shape[3] != self.img_size:
+            raise ValueError(f"pictures of {images.shape[2]}x{images.shape[3]} in a network for {self.img_size} pixels")
+        return self.proj(images)
+
+    def count_ops(self) -> OpCounts:
+        """Cost for one picture of ``img_size``."""
+        side = self.img_size // self.patch_size
+        return flops.conv2d(side, side, self.proj.in_channels, self.proj.out_channels, self.patch_size)
+
+
+STEMS: dict[str, type[_ConvStem] | type[PatchEmbedNaive]] = {"4c": PatchEmbed4CG, "6c": PatchEmbed6CG}
+"""``p_emb`` -> stem; any other name is the single convolution, as in the published code."""
+
+
+def count_patches(img_size: int, patch_size: int) -> int:
+    """Patches of a square picture.
+
+    Raises:
+        ValueError: if the patches do not fill the picture.
+    """
+    if not isinstance(img_size, int) or not isinstance(patch_size, int):
+        raise ValueError(f"img_size and patch_size must be whole numbers of pixels, got {img_size!r}, {patch_size!r}")
+    if img_size < patch_size or img_size % patch_size:
+        nearest = max(1, round(img_size / patch_size)) * patch_size
+        raise ValueError(
+            f"patches of {patch_size} pixels do not fill {img_size} pixels; give a multiple, such as {nearest}"
+        )
+    return (img_size // patch_size) ** 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; q, k, v from one linear layer, laid out [q|k|v], each head after head.
+
+    Args:
+        dim: width C.
+        qk_scale: factor of q k^T before the softmax; None for d ** -0.5.
+        head_dim: d; None for C / h.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        head_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        if head_dim is None and dim % num_heads:
+            raise ValueError(f"width {dim} is not a multiple of {num_heads} heads; give head_dim or other heads")
+        self.num_heads = num_heads
+        self.head_dim = head_dim or dim // num_heads
+        self.scale = qk_scale or self.head_dim**-0.5
+        self.attn_drop = attn_drop
+        self.qkv = nn.Linear(dim, 3 * num_heads * self.head_dim, bias=qkv_bias)
+        self.proj = nn.Linear(num_heads * self.head_dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        B, N, _ = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # (B, h, N, d) each
+        drop = self.attn_drop if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=self.scale)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+    def count_ops(self, number: int) -> OpCounts:
+        """Cost for ``number`` tokens of one picture."""
+        inner = self.num_heads * self.head_dim
+        counts = flops.linear(number, self.qkv.in_features, 3 * inner, bias=self.qkv.bias is not None)
+        counts += flops.attention(number, number, inner, self.num_heads)
+        return counts + flops.linear(number, inner, self.proj.out_features)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block whose branches are divided by ``skip_lam``, after drop path."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        head_dim: int | None = None,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        act_layer: type[nn.Module] = nn.GELU,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        skip_lam: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop, head_dim)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop)
+        self.skip_lam = skip_lam
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        share = 1 / self.skip_lam  # added and scaled in one kernel
+        x = torch.add(x, self.drop_path(self.attn(self.norm1(x))), alpha=share)
+        return torch.add(x, self.drop_path(self.mlp(self.norm2(x))), alpha=share)
+
+    def count_ops(self, number: int) -> OpCounts:
+        """Cost for ``number`` tokens of one picture."""
+        elements = number * self.mlp.fc1.in_features
+        branches = self.attn.count_ops(number) + self.mlp.count_ops(number)
+        return branches + 2 * (flops.layer_norm(elements) + flops.div(elements) + flops.add(elements))
+
+
+def get_dpr(drop_path_rate: float | Sequence[float], depth: int, drop_path_decay: str = "linear") -> list[float]:
+    """Drop-path rate of every block.
+
+    Args:
+        drop_path_rate: the largest rate; for a decay of any other name, the list of rates.
+        drop_path_decay: ``linear`` from 0, ``fix`` for the same rate everywhere, or any other name.
+
+    Raises:
+        ValueError: if a list does not have ``depth`` rates.
+    """
+    if drop_path_decay == "linear":
+        return torch.linspace(0, float(drop_path_rate), depth, device="cpu").tolist()  # pyright: ignore
+    if drop_path_decay == "fix":
+        return [float(drop_path_rate)] * depth  # pyright: ignore[reportArgumentType]
+    rates = list(drop_path_rate)  # pyright: ignore[reportArgumentType]
+    if len(rates) != depth:
+        raise ValueError(f"drop_path_decay {drop_path_decay!r} needs {depth} rates, one per block, got {len(rates)}")
+    return rates
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+
+
+class LVViT(nn.Module):
+    """LV-ViT; slimmed, and with reverse modules for training, unless ``distillation_type`` is None or ``none``.
+
+    Args:
+        img_size: side of the picture in pixels.
+        stage_blocks: blocks of each stage; tokens are slimmed between stages.
+        keeping_ratio: tokens of a stage over those of the one before.
+        distillation_type: None or ``none`` for the teacher's network; anything else slims.
+        conv_distillation: add a distillation token, which follows a CNN teacher; slimmed networks only.
+        p_emb: ``4c``, ``6c``; any other name is the single convolution.
+        skip_lam: divisor of the residual branches.
+        with_cp: recompute each block's activations in the backward pass instead of keeping them.
+        keeped_patches: tokens of each stage after the first, in place of what the ratio gives: for a picture of
+            another size than a file was trained for, whose slimming modules put out a fixed number of tokens.
+        logits_only: for inference: no reverse modules, no ``aux_head``, and the forward pass gives logits alone.
+
+    Raises:
+        ValueError: for options that do not go together.
+
+    Source: SiT, arXiv:2111.12624, section 3 and table of settings.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 384,
+        depth: int = 16,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float | Sequence[float] = 0.0,
+        drop_path_decay: str = "linear",
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        p_emb: str = "4cg",
+        head_dim: int | None = None,
+        skip_lam: float = 1.0,
+        stage_blocks: Sequence[int] = (1, 1, 1, 13),
+        keeping_ratio: float = 0.5,
+        distillation_type: str | None = None,
+        conv_distillation: bool = False,
+        with_cp: bool = False,
+        *,
+        keeped_patches: Sequence[int] | None = None,
+        logits_only: bool = False,
+    ) -> None:
+        super().__init__()
+        if distillation_type == "none":
+            distillation_type = None
+        slimmed = distillation_type is not None
+        if sum(stage_blocks) != depth:
+            raise ValueError(f"stage_blocks {list(stage_blocks)} has {sum(stage_blocks)} blocks, depth is {depth}")
+        if not 0 < keeping_ratio <= 1:
+            raise ValueError(f"keeping_ratio must be above 0 and at most 1, got {keeping_ratio}")
+        if conv_distillation and not slimmed:
+            raise ValueError(
+                "conv_distillation (--extra-teacher-model) needs a slimmed network: give a distillation_type such as "
+                "'frd'"
+            )
+        self.num_classes = num_classes
+        self.num_features = self.embed_dim = embed_dim
+        self.depth = depth
+        self.stage_blocks = list(stage_blocks)
+        self.keeping_ratio = keeping_ratio
+        self.distillation_type = distillation_type
+        self.conv_distillation = conv_distillation
+        self.with_cp = with_cp
+        self.logits_only = logits_only
+        self.recover = slimmed and not logits_only
+        """Whether training runs the reverse modules; off where the token loss has no weight."""
+
+        self.patch_embed = STEMS.get(p_emb, PatchEmbedNaive)(img_size, patch_size, in_chans, embed_dim)
+        self.img_size, self.patch_size = img_size, patch_size
+        self.num_patches = number = self.patch_embed.num_patches
+        self.keeped_patches = stage_tokens(number, keeping_ratio, len(stage_blocks))
+        if keeped_patches is not None:
+            if len(keeped_patches) != len(stage_blocks) - 1:
+                raise ValueError(
+                    f"keeped_patches {list(keeped_patches)} must have {len(stage_blocks) - 1} numbers, one per stage "
+                    "after the first"
+                )
+            self.keeped_patches = [number, *keeped_patches]
+        self.layer_patches = layer_tokens(self.keeped_patches, stage_blocks)
+
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, number + 1, embed_dim))
+        if conv_distillation:
+            self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+            self.dist_pos_embed = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_drop = nn.Dropout(drop_rate)
+        rates = get_dpr(drop_path_rate, depth, drop_path_decay)
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim, num_heads, head_dim, mlp_ratio, qkv_bias, qk_scale, drop_rate, attn_drop_rate, rate,
+                norm_layer=norm_layer, skip_lam=skip_lam,
+            )
+            for rate in rates
+        )  # fmt: skip
+        self.norm = norm_layer(embed_dim)
+        self.head = _head(embed_dim, num_classes)
+        if not logits_only:
+            self.aux_head = _head(embed_dim, num_classes)  # of token labeling; here it only lets teacher files load
+            self.aux_head.requires_grad_(False)
+        if slimmed:
+            self.slim_index = slimming_blocks(stage_blocks)
+            if not logits_only:
+                self.rtsm = nn.ModuleList(
+                    ReverseTSM(embed_dim, left, number) if left < number else nn.Identity()
+                    for left in self.layer_patches[1 : depth + 1]
+                )
+            self.tsm = nn.ModuleList(TokenSlimmingModule(embed_dim, kept) for kept in self.keeped_patches[1:])
+        if conv_distillation:
+            self.head_dist = _head(embed_dim, num_classes)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """Truncated normal, std 0.02, for linear layers and tokens; the stem keeps PyTorch's own."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.endswith(("token", "pos_embed")):
+                trunc_normal_(parameter, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @property
+    def slimmed(self) -> bool:
+        """Whether the tokens become fewer."""
+        return self.distillation_type is not None
+
+    @property
+    def extra_tokens(self) -> int:
+        """Tokens in front of the patches."""
+        return 1 + self.conv_distillation
+
+    def no_weight_decay(self) -> set[str]:
+        """As published, where nothing reads it; see ``engine.get_param_groups`` for what is decayed."""
+        return {"pos_embed", "cls_token"}
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new class head; the other heads stay."""
+        self.num_classes = num_classes
+        self.head = _head(self.embed_dim, num_classes).to(self.cls_token)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, height, width) to tokens with positions, (B, E + N, C).
+
+        Raises:
+            ValueError: if the pictures give another number of patches than the network has positions.
+        """
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, N, C)
+        if patches.shape[1] != self.num_patches:
+            raise ValueError(
+                f"pictures of {images.shape[2]}x{images.shape[3]} give {patches.shape[1]} patches, this network is for "
+                f"{self.num_patches} ({self.img_size} pixels); build it with img_size={images.shape[3]}"
+            )
+        extra, positions = self.cls_token, self.pos_embed
+        if self.conv_distillation:
+            extra = torch.cat((self.cls_token, self.dist_token), 1)
+            positions = torch.cat((positions[:, :1], self.dist_pos_embed, positions[:, 1:]), 1)
+        return self.pos_drop(torch.cat((extra.expand(len(patches), -1, -1), patches), 1) + positions)
+
+    def run_blocks(self, x: Tensor, *, keep: bool = True) -> tuple[Tensor, Tokens]:
+        """Blocks and slimming.
+
+        Args:
+            x: (B, E + N, C).
+            keep: return the patch tokens after every block, slimming included.
+
+        Returns:
+            Tokens of the last block (B, E + N', C), and L tensors (B, N_l, C) that are views, none if not ``keep``.
+        """
+        kept: Tokens = []
+        first = self.extra_tokens
+        slimming = dict(zip(self.slim_index, self.tsm, strict=True)) if self.slimmed else {}
+        for number, block in enumerate(self.blocks, start=1):
+            if self.with_cp and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
+            else:
+                x = block(x)
+            if number in slimming:
+                x = torch.cat((x[:, :first], slimming[number](x[:, first:])), 1)
+            if keep:
+                kept.append(x[:, first:])
+        return x, kept
+
+    def classify(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits and the distillation token's, which are the same tensor where there is no such token."""
+        x = self.norm(x)
+        logits = self.head(x[:, 0])
+        return logits, self.head_dist(x[:, 1]) if self.conv_distillation else logits
+
+    def forward(self, images: Tensor) -> Outputs:
+        """Logits (B, K) and tokens.
+
+        Returns:
+            training: (class logits, distillation logits, recovered tokens of every block, L times (B, N, C));
+            evaluation: (logits, tokens of every block, L times (B, N_l, C)), the mean of both heads where there are
+            two; ``logits_only``: logits.
+        """
+        x, tokens = self.run_blocks(self.embed(images), keep=not self.logits_only)
+        if self.logits_only:
+            return self.mean_logits(*self.classify(x[:, : self.extra_tokens]))
+        logits, distilled = self.classify(x)
+        if not self.training:
+            return self.mean_logits(logits, distilled), tokens
+        if self.slimmed and self.recover:
+            tokens = [reverse(kept) for reverse, kept in zip(self.rtsm, tokens, strict=True)]
+        return logits, distilled, tokens
+
+    def mean_logits(self, logits: Tensor, distilled: Tensor) -> Tensor:
+        """What evaluation answers with."""
+        return (logits + distilled) / 2 if self.conv_distillation else logits
+
+    def forward_parts(self, images: Tensor, *, logits: bool, tokens: bool) -> tuple[Tensor | None, Tokens]:
+        """Evaluation as far as a loss needs it: without the head, or without keeping tokens."""
+        x, kept = self.run_blocks(self.embed(images), keep=tokens)
+        return (self.mean_logits(*self.classify(x[:, : self.extra_tokens])) if logits else None), kept
+
+    def deployed(self, *, fold_batch_norm: bool = True) -> LVViT:
+        """A copy for inference: logits only, no reverse modules in memory, batch norm folded into the stem.
+
+        It traces, compiles and exports; its logits are those of the evaluation mode.
+        """
+        model = copy.copy(self)
+        model._modules = {name: part for name, part in self._modules.items() if name not in ("rtsm", "aux_head")}
+        model = copy.deepcopy(model).eval().requires_grad_(False)
+        model.logits_only, model.recover = True, False
+        if fold_batch_norm and isinstance(model.patch_embed, _ConvStem):
+            model.patch_embed = model.patch_embed.fuse().requires_grad_(False)
+        return model
+
+    def count_ops(self) -> OpCounts:
+        """Cost of one picture in evaluation mode; the reverse modules and ``aux_head`` do not run there."""
+        counts = self.patch_embed.count_ops() + flops.add((self.num_patches + self.extra_tokens) * self.embed_dim)
+        first = self.extra_tokens
+        entered = self.layer_patches if self.slimmed else [self.num_patches] * (self.depth + 1)
+        slimming = dict(zip(self.slim_index, self.tsm, strict=True)) if self.slimmed else {}
+        for number, block in enumerate(self.blocks, start=1):
+            entering = entered[number - 1]
+            assert isinstance(block, Block)
+            counts += block.count_ops(first + entering)
+            if number in slimming:
+                slimmer = slimming[number]
+                assert isinstance(slimmer, TokenSlimmingModule)
+                counts += slimmer.count_ops(entering)
+        normed = first if self.logits_only else first + entered[self.depth]
+        heads = first if self.num_classes else 0
+        return (
+            counts + flops.layer_norm(normed * self.embed_dim) + flops.linear(heads, self.embed_dim, self.num_classes)
+        )
+
+    def count_recovery_ops(self) -> OpCounts:
+        """Cost of the reverse modules for one picture, which run in training only."""
+        parts = [part for part in getattr(self, "rtsm", ()) if isinstance(part, ReverseTSM)]
+        return sum((part.count_ops() for part in parts), OpCounts())
+
+
+def _head(width: int, num_classes: int) -> nn.Module:
+    return nn.Linear(width, num_classes) if num_classes else nn.Identity()
+
+
+def count_published_parameters(model: nn.Module) -> int:
+    """Parameters as the paper counts them: all but the reverse modules, the frozen ``aux_head`` included."""
+    return sum(value.numel() for name, value in model.named_parameters() if not name.startswith("rtsm."))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The published sizes
+
+SIZES: dict[str, dict[str, Any]] = {
+    "sit_lvvit_tiny": {"embed_dim": 320, "depth": 14, "num_heads": 5, "stage_blocks": (1, 1, 1, 11)},
+    "sit_lvvit_xsmall": {"embed_dim": 384, "depth": 16, "num_heads": 6, "stage_blocks": (1, 1, 1, 13)},
+    "sit_lvvit_small": {"embed_dim": 384, "depth": 16, "num_heads": 6, "stage_blocks": (9, 3, 2, 2)},
+    "sit_lvvit_medium": {"embed_dim": 512, "depth": 20, "num_heads": 8, "stage_blocks": (10, 4, 3, 3)},
+    "sit_lvvit_large": {
+        "embed_dim": 768, "depth": 24, "num_heads": 12, "stage_blocks": (10, 4, 3, 7),
+        "img_size": 288, "p_emb": "6c", "skip_lam": 3.0, "with_cp": True,
+    },
+    "sit_lvvit_desk": {
+        "embed_dim": 64, "depth": 8, "num_heads": 4, "stage_blocks": (2, 2, 2, 2),
+        "img_size": 32, "patch_size": 4, "p_emb": "naive",
+    },
+}  # fmt: skip
+"""Name -> what it differs in; the last, for 32-pixel pictures, is ours and no published row."""
+
+_COMMON: Mapping[str, Any] = {
+    "patch_size": 16, "mlp_ratio": 3.0, "qkv_bias": False, "keeping_ratio": 0.5, "p_emb": "4c", "skip_lam": 2.0,
+}  # fmt: skip
+_OF_THE_REGISTRY = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+
+DEFAULT_CFG: Mapping[str, Any] = {
+    "url": "", "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": None, "crop_pct": 0.9,
+    "interpolation": "bicubic", "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
+    "classifier": "head",
+}  # fmt: skip
+"""As published, for every size; nothing here reads it."""
+
+
+def build_lvvit(name: str, **kwargs: Any) -> LVViT:
+    """A size of ``SIZES``; keyword arguments are those of ``LVViT`` and win over the size's.
+
+    timm's registry passes arguments of its own (``pretrained_cfg`` and others), which are dropped.
+    """
+    options = {key: value for key, value in kwargs.items() if key not in _OF_THE_REGISTRY}
+    model = LVViT(**{**_COMMON, **SIZES[name], **options})
+    model.default_cfg = dict(DEFAULT_CFG)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    return model
+
+
+@register_model
+def sit_lvvit_tiny(pretrained: bool = True, **kwargs: Any) -> LVViT:
+    """SiT-T, or LV-ViT-T with distillation_type=None: width 320, 14 blocks. ``pretrained`` is ignored, as published."""
+    return build_lvvit("sit_lvvit_tiny", **kwargs)
+
+
+@register_model
+def sit_lvvit_xsmall(pretrained: bool = True, **kwargs: Any) -> LVViT:
+    """SiT-XS, or LV-ViT-S: width 384, 16 blocks, slimmed early. ``pretrained`` is ignored."""
+    return build_lvvit("sit_lvvit_xsmall", **kwargs)
+
+
+@register_model
+def sit_lvvit_small(pretrained: bool = True, **kwargs: Any) -> LVViT:
+    """SiT-S, or LV-ViT-S: width 384, 16 blocks, slimmed late. ``pretrained`` is ignored."""
+    return build_lvvit("sit_lvvit_small", **kwargs)
+
+
+@register_model
+def sit_lvvit_medium(pretrained: bool = True, **kwargs: Any) -> LVViT:
+    """SiT-M, or LV-ViT-M: width 512, 20 blocks. ``pretrained`` is ignored."""
+    return build_lvvit("sit_lvvit_medium", **kwargs)
+
+
+@register_model
+def sit_lvvit_large(pretrained: bool = True, **kwargs: Any) -> LVViT:
+    """SiT-L, or LV-ViT-L: width 768, 24 blocks, 288 pixels. ``pretrained`` is ignored."""
+    return build_lvvit("sit_lvvit_large", **kwargs)
+
+
+@register_model
+def sit_lvvit_desk(pretrained: bool = True, **kwargs: Any) -> LVViT:
+    """A small size of ours for 32-pixel pictures: width 64, 8 blocks, 64 tokens. ``pretrained`` is ignored."""
+    return build_lvvit("sit_lvvit_desk", **kwargs)

@@ -1,0 +1,190 @@
+"""Token slimming and its reverse: how SiT lets N tokens become fewer, and how training looks back at all of them.
+
+Paper: Self-slimmed Vision Transformer, arXiv:2111.12624, section 3. Written from the paper's equations.
+
+Letters: B batch, N tokens in, M tokens out, C width, T all tokens of the network (those of its teacher).
+Published names stay where files and callers know them: ``keeped_patches`` is M, ``recovered_patches`` is T.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import flops
+from common.flops import OpCounts
+
+
+def slim_tokens(tokens: Tensor, scores: Tensor) -> Tensor:
+    """Aggregate N tokens softly into M; unlike pruning, none is discarded.
+
+    Args:
+        tokens: patch tokens without the class token, (B, N, C).
+        scores: unnormalised weight of each input in each output, (B, N, M).
+
+    Returns:
+        Convex combinations of the inputs, (B, M, C).
+
+    Source: SiT, arXiv:2111.12624, section 3.1 (token slimming module): softmax over the inputs, then A^T X.
+    """
+    return scores.transpose(1, 2).softmax(dim=-1) @ tokens  # (B, M, N) @ (B, N, C)
+
+
+def stage_tokens(number: int, keeping_ratio: float, stages: int) -> list[int]:
+    """Tokens of each stage: the floor of ``number`` times the exact power of the ratio, never rounded in between.
+
+    Source: SiT, section 3.1; 324 tokens at ratio 0.5 give 324, 162, 81, 40.
+    """
+    return [int(number * keeping_ratio**stage) for stage in range(stages)]
+
+
+def layer_tokens(tokens: Sequence[int], stage_blocks: Sequence[int]) -> list[int]:
+    """Tokens that enter each block, block i leaving as many as enter i + 1; as many entries of the last stage follow.
+
+    Args:
+        tokens: of each stage.
+        stage_blocks: blocks of each stage.
+    """
+    blocks = [*stage_blocks, stage_blocks[-1]]
+    return [count for count, times in zip([*tokens, tokens[-1]], blocks, strict=True) for _ in range(times)]
+
+
+def slimming_blocks(stage_blocks: Sequence[int]) -> list[int]:
+    """Blocks, counted from 1, right after which tokens are slimmed: the last of each stage but the final one."""
+    return list(accumulate(stage_blocks))[:-1]
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, linear, with dropout after either linear layer."""
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer: type[nn.Module] = nn.GELU,
+        drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        hidden_features = hidden_features or in_features
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_features, out_features or in_features)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+    def count_ops(self, rows: int) -> OpCounts:
+        """Cost for ``rows`` vectors."""
+        hidden = self.fc1.out_features
+        counts = flops.linear(rows, self.fc1.in_features, hidden) + flops.gelu(rows * hidden)
+        return counts + flops.linear(rows, hidden, self.fc2.out_features)
+
+
+class TokenSlimmingModule(nn.Module):
+    """Token slimming module (TSM): N tokens become ``keeped_patches`` convex combinations of them.
+
+    The scores come from the normalised tokens, the mixture is of the tokens as they are. N may be any number. The bias
+    of the last linear layer is constant along the softmax and cancels; it is kept because files hold it.
+
+    Args:
+        dim: width C.
+        keeped_patches: tokens M that come out.
+        ratio: hidden width of the scoring network over C.
+
+    Source: SiT, arXiv:2111.12624, section 3.1.
+    """
+
+    def __init__(self, dim: int, keeped_patches: int, ratio: float = 0.5) -> None:
+        super().__init__()
+        if keeped_patches < 1:
+            raise ValueError(
+                f"a token slimming module must keep at least one token, got {keeped_patches}; raise keeping_ratio or "
+                "take fewer stages"
+            )
+        hidden = int(dim * ratio)
+        self.weight = nn.Sequential(
+            nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, keeped_patches)
+        )
+        self.scale = nn.Parameter(torch.ones(1, 1, 1))
+
+    def layers(self) -> tuple[nn.Module, nn.Linear, nn.Module, nn.Linear]:
+        """Normalisation, linear, activation, linear."""
+        norm, fc1, act, fc2 = self.weight
+        assert isinstance(fc1, nn.Linear)
+        assert isinstance(fc2, nn.Linear)
+        return norm, fc1, act, fc2
+
+    @property
+    def keeped_patches(self) -> int:
+        """Tokens that come out."""
+        return self.layers()[3].out_features
+
+    def scores(self, tokens: Tensor) -> Tensor:
+        """Unnormalised mixing weights s (W2 gelu(W1 LN(X) + b1) + b2), (B, N, M).
+
+        The learned scale is multiplied into the last layer's weights, which are far fewer than the scores.
+        """
+        norm, fc1, act, fc2 = self.layers()
+        scale = self.scale[0, 0]
+        return F.linear(act(fc1(norm(tokens))), fc2.weight * scale, fc2.bias * scale)
+
+    def mixing_weights(self, tokens: Tensor) -> Tensor:
+        """Share of each input token in each output token, (B, M, N); every row sums to one."""
+        return self.scores(tokens).transpose(1, 2).softmax(dim=-1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, C) to (B, M, C)."""
+        return slim_tokens(tokens, self.scores(tokens))
+
+    def count_ops(self, number: int) -> OpCounts:
+        """Cost for ``number`` input tokens of one picture."""
+        _, fc1, _, fc2 = self.layers()
+        width, hidden, kept = fc1.in_features, fc1.out_features, fc2.out_features
+        return (
+            flops.layer_norm(number * width)
+            + flops.linear(number, width, hidden)
+            + flops.gelu(number * hidden)
+            + flops.linear(number, hidden, kept)
+            + flops.softmax(number * kept)
+            + flops.matmul(1, kept, width, number)
+        )
+
+
+class ReverseTSM(nn.Module):
+    """Reverse token slimming module (RTSM): maps M slimmed tokens back to T, for training only.
+
+    First an MLP along the tokens, without a shortcut, then one along the channels with a shortcut.
+
+    Args:
+        dim: width C.
+        keeped_patches: tokens M that come in.
+        recovered_patches: tokens T that come out.
+        ratio: hidden width over T (first MLP) and over C (second).
+
+    Source: SiT, arXiv:2111.12624, section 3.2.
+    """
+
+    def __init__(self, dim: int, keeped_patches: int, recovered_patches: int, ratio: float = 4.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.mlp1 = Mlp(keeped_patches, int(recovered_patches * ratio), recovered_patches)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp2 = Mlp(dim, int(dim * ratio), dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, M, C) to (B, T, C)."""
+        recovered = self.mlp1(self.norm1(tokens).transpose(1, 2)).transpose(1, 2)  # (B, C, M) -> (B, C, T) -> (B, T, C)
+        return recovered + self.mlp2(self.norm2(recovered))
+
+    def count_ops(self) -> OpCounts:
+        """Cost for one picture."""
+        width = self.mlp2.fc1.in_features
+        kept, recovered = self.mlp1.fc1.in_features, self.mlp1.fc2.out_features
+        counts = flops.layer_norm(kept * width) + self.mlp1.count_ops(width)
+        return (
+            counts + flops.layer_norm(recovered * width) + self.mlp2.count_ops(recovered) + flops.add(recovered * width)
+        )

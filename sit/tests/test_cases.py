@@ -1,0 +1,51 @@
+"""The carried reference vectors, and the runner itself."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.reference import read_cases, run_cases
+from sit.tests import cases as runner
+
+VECTORS = Path(__file__).parent / "vectors"
+CASES, STORED = read_cases(VECTORS)
+# Of the published sizes the smallest alone: filling the others with random numbers takes half a minute. All of them are
+# run by `python -m sit.tests.cases sit/tests/vectors`.
+QUICK = [case for case in CASES if "factory" not in case.build or case.name == "sit_lvvit_tiny-frd"]
+
+
+@pytest.mark.parametrize("case", [*QUICK, *runner.more_cases(VECTORS)], ids=lambda case: case.name)
+def test_reference_vector(case):
+    (result,) = run_cases([case], STORED, runner.find_runner)
+    assert result.status == "pass", result.reason
+
+
+def test_the_runner_finds_what_is_wrong(tmp_path, capsys):
+    """A changed output, a changed fact, a missing array, and something that nobody knows how to run."""
+    chosen = [case for case in CASES if case.name in ("tsm", "loss-frd", "student-eval", "step-none")]
+    arrays = {key: STORED[key].copy() for key in STORED if key.split("/")[0] in {case.name for case in chosen}}
+    arrays["tsm/weights"][0, 0, 0] += 1e-6
+    arrays["loss-frd/losses"][2] *= 1 + 1e-6
+    del arrays["student-eval/tokens_1"]
+    entries = [dict(case.raw) for case in chosen]
+    entries.append({"name": "odd", "build": {"cls": "Frobnicator"}})
+    (tmp_path / "cases.json").write_text(json.dumps(entries))
+    np.savez(tmp_path / "cases.npz", **arrays)
+    facts = json.loads((VECTORS / "facts.json").read_text())
+    facts["stages"][0]["keeped_patches"][1] += 1
+    facts["inat"][0]["samples"][0][1] += 1
+    facts["strange"] = [{}]
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
+    assert runner.main([str(tmp_path)]) == 1
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "FAIL: weights differs" in lines["tsm"]
+    assert "FAIL: losses differs" in lines["loss-frd"]
+    assert "FAIL: cases.npz has no array student-eval/tokens_1" in lines["student-eval"]
+    assert lines["step-none"].endswith("pass")
+    assert "not covered: no runner for Frobnicator" in lines["odd"]
+    assert "FAIL: keeped_patches is [16, 8, 4], expected [16, 9, 4]" in lines["stages[0]"]
+    assert "FAIL: samples" in lines["inat[0]"]
+    assert "not covered: no runner for facts of strange" in lines["strange[0]"]
+    assert runner.main([str(tmp_path), "--only", "step*"]) == 0
