@@ -1,0 +1,123 @@
+"""Every network of the paper by its published name."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dvt.models.backbone import Backbone, StageOutput
+from dvt.models.cascade import EXITS, STAGE_NAMES, Cascade, make_cascade
+from dvt.models.deit import VisionTransformer
+from dvt.models.t2t_vit import T2T_ViT
+
+__all__ = [
+    "EXITS",
+    "MODELS",
+    "STAGE_NAMES",
+    "Backbone",
+    "Cascade",
+    "StageOutput",
+    "T2T_ViT",
+    "VisionTransformer",
+    "create_model",
+    "make_cascade",
+]
+
+SUFFIXES = ("_less_less_token", "_less_token", "")
+"""Ends of the names of the stages at 7x7, 10x10 and 14x14 tokens."""
+
+PATCHES = (32, 23, 16)
+"""Patch sizes that give these grids with DeiT at 224 pixels."""
+
+_T2T: dict[str, dict[str, Any]] = {
+    "T2t_vit_7": {"embed_dim": 256, "depth": 7, "num_heads": 4, "mlp_ratio": 2.0},
+    "T2t_vit_10": {"embed_dim": 256, "depth": 10, "num_heads": 4, "mlp_ratio": 2.0},
+    "T2t_vit_12": {"embed_dim": 256, "depth": 12, "num_heads": 4, "mlp_ratio": 2.0},
+    "T2t_vit_14": {"embed_dim": 384, "depth": 14, "num_heads": 6, "mlp_ratio": 3.0},
+    "T2t_vit_19": {"embed_dim": 448, "depth": 19, "num_heads": 7, "mlp_ratio": 3.0},
+    "T2t_vit_24": {"embed_dim": 512, "depth": 24, "num_heads": 8, "mlp_ratio": 3.0},
+    "T2t_vit_14_resnext": {"embed_dim": 384, "depth": 14, "num_heads": 32, "mlp_ratio": 3.0},
+    "T2t_vit_14_wide": {"embed_dim": 768, "depth": 4, "num_heads": 12, "mlp_ratio": 3.0},
+}
+_DEIT: dict[str, dict[str, Any]] = {
+    "deit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "deit_tiny_patch16_224": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "deit_base_patch16_224": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "deit_base_patch16_384": {"embed_dim": 768, "depth": 12, "num_heads": 12, "img_size": 384},
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered network.
+
+    Attributes:
+        make: class of its backbones.
+        options: of all of them.
+        stages: what each stage of a cascade has of its own; empty for a network with one exit.
+    """
+
+    make: type[Backbone]
+    options: Mapping[str, Any]
+    stages: tuple[Mapping[str, Any], ...] = field(default=())
+
+
+def _register() -> dict[str, Entry]:
+    grids = [{"tokens_type": f"performer{suffix}"} for suffix in SUFFIXES]
+    entries = {name: Entry(T2T_ViT, {**options, "tokens_type": "performer"}) for name, options in _T2T.items()}
+    for depth in (14, 19, 24):
+        options = _T2T[f"T2t_vit_{depth}"]
+        entries[f"T2t_vit_t_{depth}"] = Entry(T2T_ViT, {**options, "tokens_type": "transformer"})
+    entries |= {name: Entry(VisionTransformer, {**options, "patch_size": 16}) for name, options in _DEIT.items()}
+    for name in ("T2t_vit_12", "T2t_vit_14"):
+        for suffix, grid in zip(SUFFIXES, grids, strict=True):
+            entries[name + suffix] = Entry(T2T_ViT, {**_T2T[name], **grid})
+        entries[f"DVT_{name}"] = Entry(T2T_ViT, _T2T[name], tuple(grids))
+    patches = [{"patch_size": patch} for patch in PATCHES]
+    for suffix, patch in zip(SUFFIXES, patches, strict=True):
+        entries["deit_small" + suffix] = Entry(VisionTransformer, {**_DEIT["deit_small"], **patch})
+    entries["DVT_Deit_small"] = Entry(VisionTransformer, _DEIT["deit_small"], tuple(patches))
+    return entries
+
+
+MODELS: dict[str, Entry] = _register()
+"""Published name -> network."""
+
+
+def create_model(name: str, **options: Any) -> Cascade | Backbone:
+    """Build a network by its published name, with fresh weights.
+
+    Args:
+        name: key of ``MODELS``.
+        options: of every backbone, such as ``num_classes``, ``img_size``, ``drop_rate`` and ``drop_path_rate``; for a
+            cascade also ``feature_reuse`` and ``relation_reuse``.
+
+    Raises:
+        ValueError: if there is no such network, or its grids cannot serve ``img_size``.
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; the models are {', '.join(sorted(MODELS))}")
+    entry = MODELS[name]
+    settings = {**entry.options, **options}
+    if not entry.stages:
+        return entry.make(**settings)
+    model = make_cascade(entry.make, entry.stages, **settings)
+    check_grids(name, model, settings.get("img_size", 224))
+    return model
+
+
+PUBLISHED_GRIDS = (7, 10, 14)
+
+
+def check_grids(name: str, model: Cascade, img_size: int) -> None:
+    """Refuse a published cascade at a size at which its grids are not the published ones.
+
+    Raises:
+        ValueError: naming the sizes that work.
+    """
+    grids = tuple(stage.grid for stage in model.stages)
+    if grids != PUBLISHED_GRIDS:
+        works = "224-226" if MODELS[name].make is T2T_ViT else "224-239"
+        raise ValueError(
+            f"{name} has grids of 7x7, 10x10 and 14x14 tokens; img_size {img_size} gives "
+            f"{', '.join(f'{side}x{side}' for side in grids)}. Sizes that work: {works}"
+        )

@@ -1,0 +1,112 @@
+"""The cascade: three backbones at growing token grids, each with an exit, run in order.
+
+Paper: Not All Images are Worth 16x16 Words, arXiv:2105.15075, Section 3.1.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor, nn
+
+from common.flops import OpCounts
+from dvt.models.backbone import Backbone, StageOutput
+
+STAGE_NAMES = ("less_less_token", "less_token", "normal_token")
+"""Names of the stages in the published state dicts, in the order in which they run."""
+
+EXITS = len(STAGE_NAMES)
+
+
+class Cascade(nn.Module):
+    """Three exits over one picture.
+
+    Args:
+        stages: in the order in which they run; the first without reuse. Build them with :func:`make_cascade`.
+
+    Raises:
+        ValueError: if a stage does not fit the one before it.
+    """
+
+    def __init__(self, stages: Sequence[Backbone]) -> None:
+        super().__init__()
+        if len(stages) != EXITS:
+            raise ValueError(f"a cascade has {EXITS} stages, got {len(stages)}")
+        if stages[0].feature_reuse or stages[0].relation_reuse:
+            raise ValueError("the first stage has nothing to reuse")
+        for before, stage in pairwise(stages):
+            reuses = stage.feature_reuse or stage.relation_reuse
+            fits = (before.embed_dim, before.depth, before.num_heads) == (
+                stage.embed_dim, stage.depth, stage.num_heads
+            )  # fmt: skip
+            if reuses and not (fits and stage.source_grid == before.grid):
+                raise ValueError(
+                    "stages that reuse each other's features or relations need the same width, depth and heads, and "
+                    f"source_grid {before.grid}, the grid of the stage before"
+                )
+        for name, stage in zip(STAGE_NAMES, stages, strict=True):
+            self.add_module(name, stage)
+        self.num_classes = stages[0].num_classes
+
+    @property
+    def stages(self) -> tuple[Backbone, ...]:
+        """The stages in the order in which they run."""
+        return tuple(getattr(self, name) for name in STAGE_NAMES)
+
+    def run_exit(self, exit: int, images: Tensor, before: StageOutput | None = None) -> StageOutput:
+        """Run one stage, and hand on what the next one reuses, nothing else.
+
+        Args:
+            exit: 0, 1 or 2.
+            images: (B, 3, size, size).
+            before: output of exit ``exit - 1`` for the same pictures; None for exit 0.
+        """
+        stages = self.stages
+        wanted = exit + 1 < len(stages) and stages[exit + 1].relation_reuse
+        return stages[exit].run(images, before, hand_on=wanted)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Class logits of all exits, each (B, C); every stage runs, in training and in evaluation."""
+        logits: list[Tensor] = []
+        output: StageOutput | None = None
+        for exit in range(EXITS):
+            output = self.run_exit(exit, images, output)
+            logits.append(output.logits)
+        return tuple(logits)
+
+    def count_ops(self, *, published: bool = False) -> list[OpCounts]:
+        """Operations for one picture up to each exit, cumulative; see ``Backbone.count_ops``."""
+        total, counts = OpCounts(), []
+        for stage in self.stages:
+            total = total + stage.count_ops(published=published)
+            counts.append(total)
+        return counts
+
+
+def make_cascade(
+    make_stage: Callable[..., Backbone],
+    differences: Sequence[Mapping[str, Any]],
+    *,
+    feature_reuse: bool = True,
+    relation_reuse: bool = True,
+    **options: Any,
+) -> Cascade:
+    """A cascade of one kind of backbone; the first stage reuses nothing, each other one reuses the stage before.
+
+    Args:
+        make_stage: :class:`~dvt.models.t2t_vit.T2T_ViT` or :class:`~dvt.models.deit.VisionTransformer`.
+        differences: what each stage has of its own, ``tokens_type`` or ``patch_size``.
+        feature_reuse, relation_reuse: the paper's ablations switch them off.
+        options: of all stages.
+    """
+    stages: list[Backbone] = []
+    for difference in differences:
+        reuse: dict[str, Any] = {}
+        if stages:
+            reuse = {
+                "source_grid": stages[-1].grid,
+                "feature_reuse": feature_reuse,
+                "relation_reuse": relation_reuse,
+            }
+        stages.append(make_stage(**options, **difference, **reuse))
+    return Cascade(stages)

@@ -1,0 +1,166 @@
+"""T2T-ViT at any of three token grids. Papers: arXiv:2101.11986 (T2T-ViT), arXiv:2105.15075 (the grids)."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import flops
+from common.flops import OpCounts
+from dvt.models.backbone import Backbone
+from dvt.models.token_performer import Token_performer
+from dvt.models.token_transformer import Token_transformer
+from dvt.models.transformer_block import get_sinusoid_encoding
+
+
+class Split(NamedTuple):
+    """A soft split: patches of ``kernel`` pixels every ``stride`` pixels after ``padding``."""
+
+    kernel: int
+    stride: int
+    padding: int
+
+    def side(self, pixels: int) -> int:
+        """Tokens per side of a square of ``pixels``."""
+        return (pixels + 2 * self.padding - self.kernel) // self.stride + 1
+
+
+LATER_SPLIT = Split(3, 2, 1)
+"""Second and third split of every grid."""
+
+GRIDS: dict[str, tuple[Split, Callable[[int], int]]] = {
+    "": (Split(7, 4, 2), lambda size: (size // 16) ** 2),
+    "_less_token": (Split(11, 6, 5), lambda size: 100),
+    "_less_less_token": (Split(14, 8, 3), lambda size: (size // 32) ** 2),
+}
+"""End of a tokens_type -> first split, and tokens that the published position table has for a picture of ``size``."""
+
+ENCODERS: dict[str, Callable[[int, int], nn.Module]] = {
+    "performer": lambda dim, width: Token_performer(dim, width, kernel_ratio=0.5),
+    "transformer": lambda dim, width: Token_transformer(dim, width, num_heads=1, mlp_ratio=1.0),
+}
+
+
+class T2T_module(nn.Module):
+    """Tokens of a picture: three soft splits, a token encoder after the first two, a projection after the last.
+
+    Args:
+        img_size: side of the picture in pixels.
+        tokens_type: ``performer`` or ``transformer``, followed by nothing (14x14 tokens at 224 pixels),
+            ``_less_token`` (10x10) or ``_less_less_token`` (7x7).
+        token_dim: width of the token encoders.
+
+    Attributes:
+        num_patches: N.
+
+    Raises:
+        ValueError: if ``tokens_type`` is unknown, or the splits do not give as many tokens at ``img_size`` as the
+            position table has; the message names sizes that work.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        tokens_type: str = "performer",
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        token_dim: int = 64,
+    ) -> None:
+        super().__init__()
+        encoder, _, grid = tokens_type.partition("_")
+        grid = f"_{grid}" if grid else ""
+        if encoder not in ENCODERS or grid not in GRIDS:
+            known = ", ".join(name + end for name in ENCODERS for end in GRIDS)
+            raise ValueError(f"unknown tokens_type {tokens_type!r}; the types are {known}")
+        first, table_size = GRIDS[grid]
+        self.splits = (first, LATER_SPLIT, LATER_SPLIT)
+        self.num_patches = table_size(img_size)
+        self.img_size, self.in_chans, self.token_dim = img_size, in_chans, token_dim
+        self.sides = self._find_sides(img_size)
+        if self.sides[-1] ** 2 != self.num_patches:
+            sizes = [size for size in range(32, 1025) if self._find_sides(size)[-1] ** 2 == table_size(size)]
+            raise ValueError(
+                f"img_size {img_size} gives {self.sides[-1]}x{self.sides[-1]} tokens of type {tokens_type!r}, but its "
+                f"position table has {self.num_patches}; sizes that work: {format_ranges(sizes)}"
+            )
+        make = ENCODERS[encoder]
+        self.attention1 = make(in_chans * first.kernel**2, token_dim)
+        self.attention2 = make(token_dim * LATER_SPLIT.kernel**2, token_dim)
+        self.project = nn.Linear(token_dim * LATER_SPLIT.kernel**2, embed_dim)
+
+    def _find_sides(self, pixels: int) -> list[int]:
+        """Tokens per side after each split."""
+        sides = []
+        for split in self.splits:
+            pixels = split.side(pixels)
+            sides.append(pixels)
+        return sides
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, size, size) -> (B, N, D)."""
+        if images.shape[-2:] != (self.img_size, self.img_size):
+            raise ValueError(
+                f"this network takes pictures of {self.img_size}x{self.img_size} pixels, got "
+                f"{images.shape[-2]}x{images.shape[-1]}"
+            )
+        maps = images
+        for split, encoder in zip(self.splits[:2], (self.attention1, self.attention2), strict=True):
+            tokens = encoder(soft_split(maps, split))
+            side = math.isqrt(tokens.shape[1])
+            maps = tokens.transpose(1, 2).unflatten(2, (side, side))
+        return self.project(soft_split(maps, self.splits[2]))
+
+    def count_ops(self) -> OpCounts:
+        """Operations for one picture."""
+        counts: Any = OpCounts()
+        for side, encoder in zip(self.sides, (self.attention1, self.attention2), strict=False):
+            counts += encoder.count_ops(side**2)  # pyright: ignore[reportCallIssue] - both encoders have it
+        return counts + flops.linear(self.sides[2] ** 2, self.project.in_features, self.project.out_features)
+
+
+def soft_split(maps: Tensor, split: Split) -> Tensor:
+    """Overlapping patches as tokens: (B, C, h, w) -> (B, T, C · kernel²)."""
+    return F.unfold(maps, split.kernel, stride=split.stride, padding=split.padding).transpose(1, 2)
+
+
+def format_ranges(numbers: list[int]) -> str:
+    """Rising numbers as ranges, the first dozen: ``224-226, 240-242, ...``."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1][1:] = [number]
+        else:
+            ranges.append([number])
+    shown = ["-".join(str(end) for end in pair) for pair in ranges[:12]]
+    return ", ".join(shown + ["..."] * (len(ranges) > 12))
+
+
+class T2T_ViT(Backbone):
+    """T2T-ViT: tokens by soft splits, a fixed sinusoid position table.
+
+    Args:
+        img_size, tokens_type, in_chans, token_dim: see :class:`T2T_module`.
+        options: of :class:`~dvt.models.backbone.Backbone`.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        tokens_type: str = "performer",
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        token_dim: int = 64,
+        **options: Any,
+    ) -> None:
+        embed = T2T_module(img_size, tokens_type, in_chans, embed_dim, token_dim)
+        table = get_sinusoid_encoding(embed.num_patches + 1, embed_dim).to(torch.get_default_device())
+        super().__init__(
+            embed=("tokens_to_token", embed),
+            grid=math.isqrt(embed.num_patches),
+            pos_embed=nn.Parameter(table, requires_grad=False),
+            embed_dim=embed_dim,
+            **options,
+        )

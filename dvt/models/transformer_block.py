@@ -1,0 +1,221 @@
+"""The Transformer block of every stage, with a place for reused features and one for reused attention logits.
+
+Paper: arXiv:2105.15075, Section 3. T2T-ViT and DeiT use the same block with other defaults.
+
+Shapes: B batch, N tokens without the class token, D width, H heads, d = D / H.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.layers.drop import DropPath
+from torch import Tensor, nn
+
+from common import flops
+from common.flops import OpCounts
+from dvt.models.reuse import FEATURE_CHANNELS, FEATURE_HIDDEN, reuse_features
+
+Norm = Callable[[int], nn.Module]
+
+
+def get_sinusoid_encoding(positions: int, width: int) -> Tensor:
+    """Fixed position table: sin (even channels) and cos (odd ones) of ``p / 10000^(2 (j // 2) / width)``.
+
+    Returns:
+        (1, positions, width), computed in float64, stored in float32.
+    """
+    channels = np.arange(width)
+    angles = np.arange(positions)[:, None] / np.power(10000, 2 * (channels // 2) / width)
+    angles[:, 0::2] = np.sin(angles[:, 0::2])
+    angles[:, 1::2] = np.cos(angles[:, 1::2])
+    return torch.from_numpy(angles.astype(np.float32))[None]
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """Drop-path rate of each block, rising linearly from 0 to ``rate``; a float32 ramp, as published."""
+    return torch.linspace(0, rate, depth, device="cpu", dtype=torch.float32).tolist()
+
+
+class Mlp(nn.Module):
+    """Two linear layers around an exact GELU."""
+
+    def __init__(self, in_features: int, hidden_features: int, out_features: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_features, out_features)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+    def count_ops(self, rows: int) -> OpCounts:
+        """Operations for ``rows`` tokens."""
+        first, second = self.fc1, self.fc2
+        return (
+            flops.linear(rows, first.in_features, first.out_features)
+            + flops.gelu(rows * first.out_features)
+            + flops.linear(rows, second.in_features, second.out_features)
+        )
+
+
+class Attention(nn.Module):
+    """Self-attention that adds reused logits to its own and, only if asked to, returns the sum.
+
+    Args:
+        dim: D.
+        num_heads: H, a divisor of D.
+        qk_scale: factor of the logits; None: d^-0.5.
+
+    Raises:
+        ValueError: if D is not a multiple of H.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"embed_dim {dim} must be a multiple of num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.scale = qk_scale or (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(
+        self, x: Tensor, reused: Tensor | None = None, *, hand_on: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend.
+
+        Args:
+            x: (B, N+1, D).
+            reused: logits to add, (B, H, N+1, N+1).
+            hand_on: also return the logits. The attention map is materialised only then; otherwise attention is fused.
+
+        Returns:
+            (B, N+1, D), and the logits, reused ones included, (B, H, N+1, N+1), or None.
+        """
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N+1, d)
+        if hand_on:
+            relation = (q * self.scale) @ k.transpose(-2, -1)
+            relation = relation if reused is None else relation + reused
+            mixed = self.attn_drop(relation.softmax(dim=-1)) @ v
+        else:
+            relation = None
+            mask = None if reused is None else reused.to(q.dtype)
+            rate = self.attn_drop.p if self.training else 0.0
+            mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=rate, scale=self.scale)
+        return self.proj_drop(self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))), relation
+
+    def count_ops(self, tokens: int) -> OpCounts:
+        """Operations for one picture of ``tokens`` tokens."""
+        width = self.proj.in_features
+        return (
+            flops.linear(tokens, width, 3 * width, bias=self.qkv.bias is not None)
+            + flops.attention(tokens, tokens, width, self.num_heads, scale_query=False)
+            + flops.linear(tokens, width, width)
+        )
+
+
+class Block(nn.Module):
+    """Attention with reused relations, then an MLP that sees reused features beside the tokens.
+
+    ``z' = z + MSA(LN(z))``, ``z_next = z' + MLP(LN(Concat(z', E_l)))``.
+
+    Args:
+        dim: D.
+        mlp_ratio: hidden width of the MLP as a multiple of D, with reused features too.
+        drop_path: rate of both branches, drawn for each by itself.
+        norm_layer: makes a normalisation from its width.
+        feature_reuse: own an f_l, and have 48 more inputs in ``norm2`` and ``mlp``.
+
+    Source: arXiv:2105.15075, Section 3.2.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        norm_layer: Norm = nn.LayerNorm,
+        feature_reuse: bool = False,
+    ) -> None:
+        super().__init__()
+        self.dim, self.feature_reuse = dim, feature_reuse
+        inputs = dim + FEATURE_CHANNELS if feature_reuse else dim
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = norm_layer(inputs)
+        self.mlp = Mlp(inputs, int(dim * mlp_ratio), dim, drop)
+        if feature_reuse:  # the name is that of the published state dicts
+            self.feature_resuse_mlp = nn.Sequential(norm_layer(dim), Mlp(dim, FEATURE_HIDDEN, FEATURE_CHANNELS, drop))
+
+    def forward(
+        self,
+        x: Tensor,
+        features: Tensor | None = None,
+        reused: Tensor | None = None,
+        matrix: Tensor | None = None,
+        *,
+        hand_on: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the block.
+
+        Args:
+            x: (B, N+1, D).
+            features: z_up, output of the last block of the stage before, (B, M+1, D); needed with feature reuse.
+            reused: attention logits to add, (B, H, N+1, N+1).
+            matrix: ``W`` that resizes the features, (N+1, M+1); see :mod:`dvt.models.reuse`.
+            hand_on: return the attention logits.
+
+        Returns:
+            (B, N+1, D), and the logits, (B, H, N+1, N+1), or None.
+
+        Raises:
+            ValueError: if features are given or missing against what the block was built for.
+        """
+        if (features is not None) != self.feature_reuse or (features is None) != (matrix is None):
+            raise ValueError(
+                f"this block was built with feature_reuse={self.feature_reuse}: it takes features and a matrix to "
+                "resize them exactly if that is on"
+            )
+        attended, relation = self.attn(self.norm1(x), reused, hand_on=hand_on)
+        x = x + self.drop_path(attended)
+        inputs = x
+        if features is not None and matrix is not None:
+            made = self.feature_resuse_mlp(features)
+            inputs = torch.cat([x, reuse_features(made, matrix.to(made.dtype)).to(x.dtype)], dim=-1)
+        return x + self.drop_path(self.mlp(self.norm2(inputs))), relation
+
+    def count_ops(self, tokens: int, source_tokens: int = 0) -> OpCounts:
+        """Operations for one picture of ``tokens`` tokens, the resize of features not included.
+
+        Args:
+            tokens: with the class token.
+            source_tokens: those of the stage before; used with feature reuse.
+        """
+        counts = flops.layer_norm(tokens * self.dim) + self.attn.count_ops(tokens)
+        counts += flops.layer_norm(tokens * self.mlp.fc1.in_features) + self.mlp.count_ops(tokens)
+        if self.feature_reuse:
+            network = self.feature_resuse_mlp[1]
+            assert isinstance(network, Mlp)
+            counts += flops.layer_norm(source_tokens * self.dim) + network.count_ops(source_tokens)
+        return counts
