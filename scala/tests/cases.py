@@ -5,6 +5,8 @@ outputs from the case, so that other sizes, ratios and seeds run as well.
 """
 
 import ast
+import operator
+import random
 import re
 import sys
 from collections.abc import Callable
@@ -13,13 +15,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from timm.loss.cross_entropy import SoftTargetCrossEntropy
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from common import reference
+from common import cli, reference
+from common.data import RepeatedSampler, eval_transform
+from common.engine import Optimization
 from common.flops import CONVENTIONS, OpCounts, count_executed_macs, count_parameters
 from common.reference import Case, Checks, NotCovered, Runner
 from scala import models_scala
+from scala.engine_scala import AtRatio, CosineCurve, LaggingSchedule, ScaleCoordination, draw_widths, evaluate_width
+from scala.losses import TOKENS, DistillationLoss, ScalaLosses
 from scala.models_scala import DistilledVisionTransformer_scala, VisionTransformer_scala
+from scala.slicing import make_grid
+from scala.weights import load_for_finetuning
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "VisionTransformer_scala": VisionTransformer_scala,
@@ -180,15 +191,254 @@ def run_cost(case: Case, checks: Checks) -> None:
     checks.equal("executed MACs", count_executed_macs(AtRatio(model, ratio), images), model.count_ops(ratio).macs)
 
 
-class AtRatio(nn.Module):
-    """A network at a fixed width."""
+def run_distillation(case: Case, checks: Checks) -> None:
+    """DeiT's loss of given logits."""
+    drawn = {
+        name: torch.from_numpy(reference.array(name, read_shape(case.text), case.seed))
+        for name in ("cls", "dist", "teacher", "target")
+    }
+    build = case.build
 
-    def __init__(self, model: nn.Module, ratio: float) -> None:
-        super().__init__()
-        self.model, self.ratio = model, ratio
+    class Teacher(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return 3 * drawn["teacher"]
 
-    def forward(self, images: Tensor) -> Any:
-        return self.model(images, self.ratio)
+    base = SoftTargetCrossEntropy()
+    loss = DistillationLoss(base, Teacher(), build["distillation_type"], build["alpha"], build["tau"])
+    outputs = (drawn["cls"], drawn["dist"])
+    checks.output("loss", loss(torch.zeros(1), outputs, drawn["target"].softmax(1)))
+
+
+def read_shape(text: str) -> tuple[int, ...]:
+    """The shape of the first array that a text draws."""
+    found = re.search(r"fill\.array\('\w+',\s*(\([\d, ]+\))", text)
+    if not found:
+        raise NotCovered(f"an input described as {text!r}")
+    return ast.literal_eval(found[1])
+
+
+CRITERIA: dict[str, Callable[[], nn.Module]] = {
+    "soft-target CE": SoftTargetCrossEntropy,
+    "CE": nn.CrossEntropyLoss,
+    "BCE with logits": nn.BCEWithLogitsLoss,
+}
+
+
+def build_teacher(case: Case, text: str | None, pixels: int) -> nn.Module | None:
+    """The external teacher of a step: one linear layer of the pixels."""
+    if text is None:
+        return None
+    found = re.search(r"Linear named (\w+); fill_ with seed (\d+)", text)
+    if not found:
+        raise NotCovered(f"a teacher described as {text!r}")
+    inner = nn.Sequential()
+    inner.add_module(found[1], nn.Linear(pixels, case.build["kwargs"]["num_classes"], dtype=torch.float64))
+    reference.fill_(inner, int(found[2]))
+    return nn.Sequential(nn.Flatten(1), inner).eval()
+
+
+def build_criterion(case: Case, settings: dict[str, Any], pixels: int) -> nn.Module:
+    """Loss of the largest width."""
+    teacher = build_teacher(case, case.build.get("teacher"), pixels)
+    base = CRITERIA[case.build["criterion"]]()
+    kind = settings.get("distillation_type", "none")
+    return DistillationLoss(base, teacher, kind, settings.get("alpha", 0.5), settings.get("tau", 1.0))
+
+
+def step_batch(case: Case, index: int) -> tuple[Tensor, Tensor]:
+    """Pictures and targets of one step."""
+    described = case.raw["input"]
+    shape = re.search(r"batch (\d+), size (\d+)", described["images"])
+    target = re.search(
+        r"(?:(softmax)\(([\d.]+)\*)?fill\.array\('(\w+)', (\([\d, ]+\)), seed=([^)]+)\)", described["targets"]
+    )
+    if not shape or not target:
+        raise NotCovered(f"an input described as {described}")
+    seed = reference.evaluate_text(target[5], {"i": index})
+    images = reference.image(int(shape[1]), int(shape[2]), seed)
+    numbers = torch.from_numpy(reference.array(target[3], ast.literal_eval(target[4]), seed))
+    return images, (float(target[2]) * numbers).softmax(1) if target[1] else numbers.argmax(1)
+
+
+def build_optimizer(model: nn.Module, described: dict[str, Any]) -> torch.optim.Optimizer:
+    """The optimiser of a step; AdamW as the command line builds it."""
+    if described["kind"] == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=described["lr"], momentum=described.get("momentum", 0.0))
+    return cli.build_optimizer(
+        model, opt=described["kind"], lr=described["lr"], weight_decay=described["weight_decay"], eps=described["eps"]
+    )
+
+
+def run_step(case: Case, checks: Checks) -> None:
+    """Training steps: losses, widths, gradients, updated weights, average."""
+    model = build_network(case).train()
+    settings: dict[str, Any] = case.raw["options"]
+    pixels = step_batch(case, 0)[0][0].numel()
+    grid = make_grid(model.smallest_ratio, model.largest_ratio, settings["granularity"])
+    widths: list[float] = []
+    model.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[1]))
+    step = ScaleCoordination(
+        model,
+        ScalaLosses(
+            build_criterion(case, settings, pixels),
+            kind=settings.get("distill_type", "soft"),
+            token=TOKENS[settings.get("token_type", "cls_token")],
+            ce_coefficient=settings.get("ce_coefficient", 1.0),
+            ce_type=settings.get("ce_type", "one_hot"),
+        ),
+        grid,
+        lambda: case.raw["epoch"],
+        full_warm_epoch=settings.get("full_warm_epoch", 0),
+        transfer_type=settings.get("transfer_type", "progressive"),
+        multi_hot=settings.get("bce_loss", False),
+    )
+    optimization = Optimization(build_optimizer(model, case.build["optimizer"]))
+    decay = case.build.get("ema_decay")
+    ema = ModelEmaV3(model, decay) if decay is not None else None
+    random.seed(case.raw["input"]["random_seed"])
+    rows = []
+    for index in range(case.raw["steps"]):
+        optimization.zero_grad()
+        terms = step(step_batch(case, index), optimization)
+        optimization.step()
+        if ema is not None:
+            ema.update(model)
+        rows.append([float(terms[name]) for name in case.raw["loss_order"]])
+    named = dict(model.named_parameters())
+    checks.equal("parameters", list(named), case.raw["parameters"])
+    gradients = {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in named.items()}
+    known: dict[str, Any] = {
+        "losses": np.mean(rows, axis=0),
+        "widths": np.asarray(widths),
+        "grad_norms": torch.stack([value.norm() for value in gradients.values()]),
+        "param_norms": torch.stack([value.norm() for value in named.values()]),
+        "param_sums": torch.stack([value.sum() for value in named.values()]),
+    }
+    known |= {f"grad:{name}": value for name, value in gradients.items()}
+    known |= {f"after:{name}": value for name, value in named.items()}
+    if ema is not None:
+        average = dict(ema.module.named_parameters())
+        known["ema_sums"] = torch.stack([average[name].sum() for name in named])
+    for name in case.outputs:
+        if name not in known:
+            raise NotCovered(f"output {name} of a step")
+        checks.output(name, known[name])
+
+
+def run_draw(case: Case, checks: Checks) -> None:
+    """Pairs of widths from Python's generator."""
+    build = case.build
+    grid = make_grid(build["smallest_ratio"], build["largest_ratio"], build["granularity"])
+    seed = re.search(r"random\.seed\((\d+)\)", case.text)
+    random.seed(int(seed[1]) if seed else case.seed)
+    count = len(checks.stored[f"{case.name}/widths"])
+    checks.output("widths", np.asarray([draw_widths(grid) for _ in range(count)]))
+
+
+def run_schedule(case: Case, checks: Checks) -> None:
+    """Learning rate in force in every epoch."""
+    build = case.build
+    if build["sched"] != "cosine":
+        raise NotCovered(f"schedule {build['sched']}")
+    noise = build["lr_noise"]
+    curve = CosineCurve(
+        build["base_lr"], build["epochs"], build["warmup_epochs"], build["warmup_lr"], build["min_lr"],
+        noise if noise is None or isinstance(noise, list) else [noise], build["lr_noise_pct"], build["seed"],
+    )  # fmt: skip
+    found = re.search(r"start_epoch (\d+)", case.text)
+    start = int(found[1]) if found else 0
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=build["base_lr"])
+    schedule = LaggingSchedule(optimizer, curve, start_epoch=start)
+    rates = []
+    for epoch in range(start, build["epochs"]):
+        rates.append(optimizer.param_groups[0]["lr"])
+        schedule.step(epoch + 1)
+    checks.output("lr", np.asarray(rates))
+
+
+def run_sampler(case: Case, checks: Checks) -> None:
+    """Pictures of one rank under repeated augmentation."""
+    build = case.build
+    data = torch.utils.data.TensorDataset(torch.zeros(build["length"]))
+    sampler = RepeatedSampler(data, num_replicas=build["num_replicas"], rank=build["rank"])
+    sampler.set_epoch(build["epoch"])
+    checks.output("indices", np.asarray([index for index, _ in sampler]))
+    checks.output("length", np.asarray(len(sampler)))
+
+
+def run_groups(case: Case, checks: Checks) -> None:
+    """Which parameters the optimiser decays."""
+    model = build_network(case)
+    names = {weight: name for name, weight in model.named_parameters()}
+    groups = cli.build_optimizer(model, lr=1.0).param_groups
+    found = [{"weight_decay": g["weight_decay"], "names": sorted(names[w] for w in g["params"])} for g in groups]
+    key = operator.itemgetter("weight_decay")
+    checks.equal("groups", sorted(found, key=key), sorted(case.raw["groups"], key=key))
+
+
+def run_positions(case: Case, checks: Checks) -> None:
+    """Position embedding of a checkpoint of another image size."""
+    source = build_network(case, img_size=case.build["from_img"])
+    model = build_network(case, img_size=case.build["to_img"])
+    load_for_finetuning(model, source.state_dict(), source=case.name)
+    checks.output("pos_embed", model.pos_embed)
+
+
+def run_evaluation(case: Case, checks: Checks) -> None:
+    """Loss (mean over batches) and accuracies (mean over pictures); ours averages the loss over pictures, too."""
+    model = build_network(case)
+    described, size = case.raw["input"], options(case)["img_size"]
+    images = re.search(r"seed=(\d+)\+i", described["images"])
+    labels = re.search(r"fill\.array\('(\w+)', \(n, classes\), seed=(\d+)\+i\)", described["labels"])
+    if not images or not labels:
+        raise NotCovered(f"an input described as {described}")
+    batches = [
+        (
+            reference.image(n, size, int(images[1]) + i),
+            torch.from_numpy(reference.array(labels[1], (n, model.num_classes), int(labels[2]) + i)).argmax(1),
+        )
+        for i, n in enumerate(described["batches"])
+    ]
+    for name in case.outputs:
+        _, ratio = split_name(name)
+        run = partial(evaluate_width, model, ratio=ratio, device=torch.device("cpu"), show_progress=False)
+        whole, single = run(batches), [run([batch]) for batch in batches]
+        loss = sum(part["loss"] for part in single) / len(single)
+        checks.output(name, np.asarray([loss, whole["top1_percent"], whole["top5_percent"]]), tolerance=1e-6)
+
+
+def run_transform(case: Case, checks: Checks) -> None:
+    """The evaluation transform of a blocky picture."""
+    build = case.build
+    found = re.search(
+        r"fill\.array\('(\w+)',\s*(\([\d, ]+\)),\s*(\d+)\)\*(\d+)\+(\d+)"
+        r".*?(\d+)x(\d+) \(kron\), cropped to (\d+)x(\d+)",
+        case.text,
+    )
+    if not found:
+        raise NotCovered(f"an input described as {case.text!r}")
+    numbers = reference.array(found[1], ast.literal_eval(found[2]), int(found[3]))
+    pixels = np.clip(numbers * int(found[4]) + int(found[5]), 0, 255).astype(np.uint8)
+    pixels = np.kron(pixels, np.ones((int(found[6]), int(found[7]), 1), dtype=np.uint8))
+    picture = Image.fromarray(pixels[: int(found[8]), : int(found[9])])
+    tensor = eval_transform(build["input_size"], crop_ratio=build["eval_crop_ratio"])(picture)
+    step = build["input_size"] // checks.stored[f"{case.name}/grid"].shape[1]
+    known = {"mean": tensor.mean((1, 2)), "std": tensor.std((1, 2)), "grid": tensor[:, ::step, ::step]}
+    for name in case.outputs:
+        checks.output(name, known[name], tolerance=1e-3)
+
+
+BY_KEY: dict[str, Runner] = {
+    "rows": run_cost,
+    "loss_order": run_step,
+    "groups": run_groups,
+    "from_img": run_positions,
+    "distillation_type": run_distillation,
+    "base_lr": run_schedule,
+    "num_replicas": run_sampler,
+    "eval_crop_ratio": run_transform,
+}
+"""Key of a case, or of what it builds -> runner."""
 
 
 def find_runner(case: Case) -> Runner:
@@ -198,15 +448,20 @@ def find_runner(case: Case) -> Runner:
         NotCovered: nothing here is meant to run it.
     """
     build, raw = case.build, case.raw
+    for key, runner in BY_KEY.items():
+        if key in build or key in raw:
+            return runner
     if build.get("cls") in MODULES:
         return run_module
-    if "factory" in build and "rows" in raw:
-        return run_cost
     if build.get("cls") in NETWORKS or build.get("factory") in models_scala.MODELS:
         if any(name.startswith("nonzero@") for name in case.outputs):
             return run_gradients
+        if isinstance(raw.get("input"), dict) and "batches" in raw["input"]:
+            return run_evaluation
         if "ratios" in raw:
             return run_network
+    if "granularity" in build:
+        return run_draw
     raise NotCovered(f"no runner for {build.get('cls') or build.get('factory') or sorted(build)}")
 
 

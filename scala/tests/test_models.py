@@ -12,6 +12,7 @@ from torch import nn
 from common.flops import count_executed_macs, count_parameters
 from common.reference import build, image
 from scala import models_scala
+from scala.engine_scala import AtRatio
 from scala.models_scala import MODELS, DistilledVisionTransformer_scala, VisionTransformer_scala, create
 from scala.slicing import (
     SliceRule,
@@ -20,7 +21,6 @@ from scala.slicing import (
     sliced_state_dict,
     valid_ratios,
 )
-from scala.tests.cases import AtRatio
 
 VECTORS = Path(__file__).parent / "vectors"
 TINY: dict[str, Any] = {
@@ -201,6 +201,7 @@ def test_pictures_of_another_size_are_refused() -> None:
             distilled(**kwargs)
 
 
+@torch.no_grad()
 def test_initialisation() -> None:
     torch.manual_seed(0)
     model = DistilledVisionTransformer_scala(**TINY | {"embed_dim": 128})

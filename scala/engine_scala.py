@@ -1,0 +1,260 @@
+"""One step of scale coordination, the learning-rate schedule, and evaluation at any width.
+
+*Slicing Vision Transformer for Flexible Inference*, arXiv:2412.04786. A step passes one batch through four widths, each
+in training mode with its own drop-path masks, and updates once with the sum of their gradients::
+
+    largest l  ->  w3 from the upper half  ->  w2 from the lower half  ->  smallest s
+
+The loop around it is ``common.engine``'s. Legend: t epoch of the schedule, W warm-up epochs, E epochs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.engine import Optimization, evaluate
+from scala.losses import WidthLosses
+from scala.slicing import WidthGrid
+
+TRANSFER_TYPES = ("progressive", "US")
+"""Who teaches a slim width: the pass just before it, or the largest width (as in universally slimmable networks)."""
+SLIM_PASSES = ("3q", "2q", "1q")
+"""Names of the slim passes in the record: upper middle, lower middle, smallest."""
+
+
+def draw_widths(grid: WidthGrid) -> tuple[float, float]:
+    """Stable sampling: one width of the upper half, then one of the lower, from Python's global generator.
+
+    Returns:
+        w3 and w2, which are never far apart. Two draws, in this order, as the published sequence has them.
+
+    Source: arXiv:2412.04786, scale coordination.
+    """
+    upper = random.randint(*grid.upper_steps)
+    lower = random.randint(*grid.lower_steps)
+    return upper * grid.granularity, lower * grid.granularity
+
+
+@dataclass
+class ScaleCoordination:
+    """The training step, for ``common.engine.train(..., own_backward=True)``.
+
+    Args:
+        network: called with (images, ratio); under DistributedDataParallel if there are several ranks.
+        losses: of the largest and of the slim widths.
+        grid: the widths trained.
+        epoch: the running epoch, counted from 0.
+        full_warm_epoch: epochs below it train the largest width alone, without a draw.
+        transfer_type: one of ``TRANSFER_TYPES``.
+        augment: mixup on the batch, or None.
+        multi_hot: targets become 1 wherever they are above 0 (``--bce-loss``).
+        twice: pass the batch twice, for losses that compare two sub-networks (``--cosub``).
+
+    Gradients are exchanged between the ranks in the last pass only: the mean over ranks of the per-rank sums, at a
+    quarter of the traffic. Every rank draws its own widths.
+    """
+
+    network: nn.Module
+    losses: WidthLosses
+    grid: WidthGrid
+    epoch: Callable[[], int]
+    full_warm_epoch: int = 10
+    transfer_type: str = "progressive"
+    augment: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    multi_hot: bool = False
+    twice: bool = False
+
+    def __post_init__(self) -> None:
+        if self.transfer_type not in TRANSFER_TYPES:
+            raise ValueError(f"--transfer_type must be one of {', '.join(TRANSFER_TYPES)}, got {self.transfer_type!r}")
+
+    def __call__(self, batch: tuple[Tensor, Tensor], optimization: Optimization) -> dict[str, Tensor]:
+        """Add the gradients of all passes.
+
+        Returns:
+            ``loss``, the sum over the passes; ``loss_full`` and, per slim pass, ``loss_3q`` and the part of it that is
+            cross entropy, ``loss_3q_ce``, and so on: the names of the published log.
+        """
+        images, targets = self.prepare(*batch)
+        warming = self.epoch() < self.full_warm_epoch
+        with contextlib.nullcontext() if warming else optimization.no_sync():
+            largest = self.network(images, self.grid.largest)
+            loss = self.losses.full(images, largest, targets)
+            optimization.backward(loss)
+        terms = {"loss_full": loss.detach()}
+        largest = _detach(largest)
+        terms |= dict.fromkeys((f"loss_{name}{ce}" for name in SLIM_PASSES for ce in ("", "_ce")), loss.new_zeros(()))
+        if not warming:
+            widths = (*draw_widths(self.grid), self.grid.smallest)
+            teacher = largest
+            for name, width in zip(SLIM_PASSES, widths, strict=True):
+                last = name == SLIM_PASSES[-1]
+                with contextlib.nullcontext() if last else optimization.no_sync():
+                    outputs = self.network(images, width)
+                    transfer, ce = self.losses.slim(outputs, teacher, largest, targets)
+                    loss = transfer + ce
+                    optimization.backward(loss)
+                terms |= {f"loss_{name}": loss.detach(), f"loss_{name}_ce": ce.detach()}
+                if self.transfer_type == "progressive":
+                    teacher = _detach(outputs)
+        total = torch.stack([terms["loss_full"], *(terms[f"loss_{name}"] for name in SLIM_PASSES)]).sum()
+        return {"loss": total, **terms}
+
+    def prepare(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch that all passes see: mixed, doubled for cosub, with multi-hot targets for BCE."""
+        if self.augment is not None:
+            images, targets = self.augment(images, targets)
+        if self.multi_hot:
+            targets = to_multi_hot(targets, self._classes)
+        if self.twice:
+            images, targets = images.repeat(2, 1, 1, 1), targets.repeat(2, *[1] * (targets.ndim - 1))
+        return images, targets
+
+    @property
+    def _classes(self) -> int:
+        network: Any = getattr(self.network, "_orig_mod", self.network)
+        return int(getattr(network, "module", network).num_classes)
+
+
+def to_multi_hot(targets: Tensor, classes: int) -> Tensor:
+    """1 wherever a target is above 0: of soft targets (B, C), or of labels (B,)."""
+    if targets.ndim == 1:
+        return F.one_hot(targets, classes).to(torch.get_default_dtype())
+    return (targets > 0).to(targets.dtype)
+
+
+def _detach(outputs: Any) -> Any:
+    return tuple(part.detach() for part in outputs) if isinstance(outputs, tuple) else outputs.detach()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The schedule
+
+
+@dataclass(frozen=True)
+class CosineCurve:
+    """The published course of the learning rate, f(t).
+
+    Args:
+        base: peak rate, after scaling by the batch.
+        epochs, warmup_epochs: E and W; the cosine is not shifted by W.
+        noise: from which, and up to which, fraction of the epochs noise is added; None for never.
+        noise_pct: bound of the noise, as a fraction of the rate.
+        seed: of the noise, a draw of its own per epoch.
+        early_epochs, early_divisor: below ``early_epochs`` the rate is divided, as the official scheduler does
+            whatever the flags are.
+
+    Source: the official scheduler; arXiv:2412.04786 does not mention the divisor.
+    """
+
+    base: float
+    epochs: int
+    warmup_epochs: int = 5
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+    noise: Sequence[float] | None = None
+    noise_pct: float = 0.67
+    seed: int = 0
+    early_epochs: int = 10
+    early_divisor: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.noise is not None and not 1 <= len(self.noise) <= 2:
+            raise ValueError(f"--lr-noise takes one or two fractions of the epochs, got {list(self.noise)}")
+
+    def __call__(self, t: int) -> float:
+        """f(t)."""
+        if t < self.warmup_epochs:
+            rate = self.warmup_lr + t * (self.base - self.warmup_lr) / self.warmup_epochs
+        elif t < self.epochs:
+            rate = self.min_lr + 0.5 * (self.base - self.min_lr) * (1 + math.cos(math.pi * t / self.epochs))
+        else:
+            rate = self.min_lr
+        if t < self.early_epochs:
+            rate /= self.early_divisor
+        return rate * (1 + self._noise(t)) if self._is_noisy(t) else rate
+
+    def _is_noisy(self, t: int) -> bool:
+        if self.noise is None:
+            return False
+        first, *last = (fraction * self.epochs for fraction in self.noise)
+        return t >= first and (not last or t < last[0])
+
+    def _noise(self, t: int) -> float:
+        """The first of an endless row of normal numbers that lies within the bound."""
+        if not self.noise_pct > 0:
+            raise ValueError(f"--lr-noise-pct must be positive, got {self.noise_pct}")
+        generator = torch.Generator().manual_seed(self.seed + t)
+        while True:
+            number = torch.randn(1, generator=generator).item()
+            if abs(number) < self.noise_pct:
+                return number
+
+
+class LaggingSchedule:
+    """Sets the rate of every epoch: f of the epoch before, as the published runs had it.
+
+    The official loop advances the schedule by the epoch that has just run. So epoch 0 has the warm-up rate, undivided
+    (the peak without warm-up), and epoch e > 0 has f(e - 1).
+
+    Args:
+        optimizer: all groups get the same rate.
+        start_epoch: a run that begins there (``--start_epoch``) begins with f(start_epoch), as the official code does
+            when it resumes. Our own resumed runs go on exactly instead.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, curve: CosineCurve, *, start_epoch: int = 0) -> None:
+        self.optimizer, self.curve, self.start_epoch = optimizer, curve, start_epoch
+        self.step(start_epoch)
+
+    def rate(self, epoch: int) -> float:
+        """The rate while ``epoch`` runs."""
+        if epoch == 0:
+            return self.curve.warmup_lr if self.curve.warmup_epochs else self.curve.base
+        return self.curve(epoch if epoch == self.start_epoch else epoch - 1)
+
+    def step(self, epoch: int, metric: float | None = None) -> None:
+        """Set the rate for ``epoch``, the one about to run."""
+        del metric
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"start_epoch": self.start_epoch}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The rate itself is in the optimizer's state; a file of the official trainer holds other keys."""
+        self.start_epoch = int(state.get("start_epoch", 0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+class AtRatio(nn.Module):
+    """A network at one width, as a function of the pictures alone; the average of both heads where there are two."""
+
+    def __init__(self, model: nn.Module, ratio: float) -> None:
+        super().__init__()
+        self.model, self.ratio = model, ratio
+        self.training = model.training  # evaluate() puts the mode back
+
+    def forward(self, images: Tensor) -> Tensor:
+        result = self.model(images, self.ratio)
+        return (result[0] + result[1]) / 2 if isinstance(result, tuple) else result
+
+
+def evaluate_width(
+    model: nn.Module, loader: Iterable[Any], ratio: float, *, device: torch.device, amp: str = "none", **options: Any
+) -> dict[str, float]:
+    """Accuracy at one width; see ``common.engine.evaluate``. Each picture counts once, in ``loss`` too."""
+    return evaluate(AtRatio(model, ratio), loader, device=device, amp=amp, **options)

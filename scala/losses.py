@@ -1,0 +1,179 @@
+"""The losses of a step: DeiT's for the full width, transfer from wider to narrower, and their combination per width.
+
+*Slicing Vision Transformer for Flexible Inference*, arXiv:2412.04786. With z_r the logits at width r, sg the stop of
+gradients, y the targets and c ``ce_coefficient``::
+
+    loss of the largest width   = DeiT's, with or without an external teacher
+    loss of a slim width w      = KL(sg softmax z_t || softmax z_w) + c CE(z_w, y)     t: the width that teaches w
+
+A :class:`WidthLosses` says both to the step (``engine_scala.py``); another set of losses for the same four passes is
+another class with its two methods.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DISTILLATION_TYPES = ("none", "soft", "hard")
+"""How an external teacher supervises the largest width."""
+TRANSFER_KINDS = ("soft", "hard")
+"""How a width teaches a narrower one: by its distribution or by its prediction."""
+CE_TYPES = ("one_hot", "teacher")
+"""Targets of the slim widths' cross entropy: the labels, or the predictions of the largest width's class head."""
+TOKENS = {"cls_token": 0, "dist_token": 1}
+"""Which of a distilled network's two heads carries the transfer, by the names of ``--token_type``."""
+
+
+class DistillationLoss(nn.Module):
+    """DeiT's loss: labels for the class head and an external teacher for the distillation head.
+
+    Args:
+        base: criterion of the class head, called with (logits, targets).
+        teacher: called with the pictures; None only for kind ``none``.
+        kind: ``none``, ``soft`` (temperature ``tau``) or ``hard`` (the teacher's prediction).
+        alpha: weight of the teacher's term.
+
+    Source: DeiT, arXiv:2012.12877, Eqs. 2 and 3; the soft term is divided by B C, as in its code.
+    """
+
+    def __init__(self, base: nn.Module, teacher: nn.Module | None, kind: str, alpha: float, tau: float) -> None:
+        super().__init__()
+        if kind not in DISTILLATION_TYPES:
+            raise ValueError(f"the kind of distillation must be one of {', '.join(DISTILLATION_TYPES)}, got {kind!r}")
+        if kind != "none" and teacher is None:
+            raise ValueError(f"{kind} distillation needs a teacher")
+        self.base, self.kind, self.alpha, self.tau = base, kind, alpha, tau
+        self._teacher = (teacher,)  # not a submodule: its weights are not part of any state
+
+    def forward(self, images: Tensor, outputs: Any, targets: Tensor) -> Tensor:
+        """Scalar loss.
+
+        Args:
+            images: (B, 3, height, width), for the teacher.
+            outputs: logits (B, C), or the pair of a distilled network.
+            targets: (B,) or (B, C), whatever ``base`` takes.
+
+        Raises:
+            ValueError: distillation of a network with one head.
+        """
+        logits, distilled = outputs if isinstance(outputs, tuple) else (outputs, None)
+        loss = self.base(logits, targets)
+        if self.kind == "none":
+            return loss
+        if distilled is None:
+            raise ValueError(
+                "distillation needs a network with a distillation head, a *_distilled_* model in training mode; "
+                "this one gives a single output"
+            )
+        (teacher,) = self._teacher
+        assert teacher is not None
+        with torch.no_grad():
+            taught = teacher(images)
+        if self.kind == "hard":
+            term = F.cross_entropy(distilled, taught.argmax(dim=1))
+        else:
+            student, target = (F.log_softmax(z / self.tau, dim=1) for z in (distilled, taught))
+            term = F.kl_div(student, target, reduction="sum", log_target=True) * self.tau**2 / distilled.numel()
+        return (1 - self.alpha) * loss + self.alpha * term
+
+
+def transfer_loss(student: Tensor, teacher: Tensor, kind: str = "soft") -> Tensor:
+    """Progressive knowledge transfer from a wider pass to a narrower one.
+
+    Args:
+        student, teacher: logits (B, C); no gradient reaches the teacher.
+        kind: ``soft``: sum over classes of KL(teacher || student), mean over the batch, temperature 1; ``hard``: cross
+            entropy with the teacher's prediction.
+
+    Source: arXiv:2412.04786, scale coordination.
+    """
+    if kind not in TRANSFER_KINDS:
+        raise ValueError(f"the kind of transfer must be one of {', '.join(TRANSFER_KINDS)}, got {kind!r}")
+    teacher = teacher.detach()
+    if kind == "hard":
+        return F.cross_entropy(student, teacher.argmax(dim=1))
+    return F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
+
+
+def cosub_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cooperative training of two random sub-networks (stochastic depth) of one batch, DeiT III's cosub.
+
+    Args:
+        logits: (2 B, C): the batch passed twice, with different blocks dropped.
+        targets: (2 B, C), multi-hot or soft, repeated likewise.
+
+    Source: DeiT III's co-sub training, arXiv:2212.04884. The official code of Scala stops with an error here.
+    """
+    (one, two), (y, _) = logits.chunk(2), targets.chunk(2)
+    terms = (
+        F.binary_cross_entropy_with_logits(one, y),
+        F.binary_cross_entropy_with_logits(two, y),
+        F.binary_cross_entropy_with_logits(one, two.detach().sigmoid()),
+        F.binary_cross_entropy_with_logits(two, one.detach().sigmoid()),
+    )
+    return torch.stack(terms).mean()
+
+
+class CosubLoss(nn.Module):
+    """:func:`cosub_loss` of the class head, with the signature of :class:`DistillationLoss`."""
+
+    def forward(self, images: Tensor, outputs: Any, targets: Tensor) -> Tensor:
+        del images
+        logits = outputs[0] if isinstance(outputs, tuple) else outputs
+        if targets.ndim == 1:
+            targets = F.one_hot(targets, logits.shape[1])
+        return cosub_loss(logits, targets.to(logits.dtype))
+
+
+class WidthLosses(Protocol):
+    """The losses of the four passes of a step; outputs are whatever the network returned."""
+
+    def full(self, images: Tensor, outputs: Any, targets: Tensor) -> Tensor:
+        """Loss of the largest width, a scalar."""
+        ...
+
+    def slim(self, outputs: Any, teacher: Any, largest: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Transfer and cross-entropy term of a slim width, scalars, taught by ``teacher`` (no gradient)."""
+        ...
+
+
+@dataclass(frozen=True)
+class ScalaLosses:
+    """The paper's losses on logits.
+
+    Args:
+        criterion: of the largest width, called with (images, outputs, targets).
+        kind: of the transfer, see :func:`transfer_loss`.
+        token: head of a distilled network that carries the transfer, 0 class and 1 distillation.
+        ce_coefficient: weight c of the cross entropy, noisy calibration.
+        ce_type: its targets, see ``CE_TYPES``.
+
+    Source: arXiv:2412.04786, scale coordination: progressive knowledge transfer and noisy calibration.
+    """
+
+    criterion: nn.Module
+    kind: str = "soft"
+    token: int = 0
+    ce_coefficient: float = 1.0
+    ce_type: str = "one_hot"
+
+    def __post_init__(self) -> None:
+        if self.kind not in TRANSFER_KINDS:
+            raise ValueError(f"--distill_type must be one of {', '.join(TRANSFER_KINDS)}, got {self.kind!r}")
+        if self.ce_type not in CE_TYPES:
+            raise ValueError(f"--ce_type must be one of {', '.join(CE_TYPES)}, got {self.ce_type!r}")
+
+    def full(self, images: Tensor, outputs: Any, targets: Tensor) -> Tensor:
+        return self.criterion(images, outputs, targets)
+
+    def slim(self, outputs: Any, teacher: Any, largest: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The cross entropy is that of the class head, whichever head carries the transfer."""
+        student, taught = (z[self.token] if isinstance(z, tuple) else z for z in (outputs, teacher))
+        logits, full = (z[0] if isinstance(z, tuple) else z for z in (outputs, largest))
+        if self.ce_type == "teacher":
+            targets = full.detach().argmax(dim=1)
+        ce = self.ce_coefficient * F.cross_entropy(logits, targets)
+        return transfer_loss(student, taught, self.kind), ce
