@@ -43,21 +43,20 @@ class DepthwiseBlock(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion to int(r 6C) channels, 3x3 depthwise, linear 1x1 projection; a shortcut where shapes agree."""
+    """1x1 expansion to ``inner`` channels, 3x3 depthwise, linear 1x1 projection; a shortcut where shapes agree."""
 
     def __init__(
         self,
         rule: SliceRule,
         widths: Sequence[float],
         channels: int,
+        inner: int,
         out: int,
         *,
         stride: int,
-        expansion: int,
         drop_path: float,
     ) -> None:
         super().__init__()
-        inner = channels * expansion
         self.conv_pw = ChannelConv2d(rule, channels, inner, 1)
         self.bn1 = SlicedBatchNorm2d(rule, inner, widths)
         self.conv_dw = ChannelConv2d(rule, inner, inner, 3, stride=stride, depthwise=True)
@@ -84,6 +83,7 @@ class MobileNetV2_scala(nn.Module):
         num_classes: 0 for pooled features instead of logits.
         drop_rate: dropout before the classifier.
         drop_path_rate: of the last block; rises linearly from 0.
+        multiplier: every layer has int(multiplier C) channels: a slice as a network of its own.
     """
 
     def __init__(
@@ -96,41 +96,42 @@ class MobileNetV2_scala(nn.Module):
         in_chans: int = 3,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        multiplier: float = 1.0,
     ) -> None:
         super().__init__()
         widths = make_grid(smallest_ratio, largest_ratio, granularity).ratios
         rule = SliceRule(smallest_ratio, largest_ratio)
         self.rule, self.smallest_ratio, self.largest_ratio = rule, smallest_ratio, largest_ratio
         self.img_size, self.num_classes, self.drop_rate = img_size, num_classes, drop_rate
-        self.num_features = FEATURES
-        self.conv_stem = ChannelConv2d(rule, in_chans, STEM, 3, stride=2, from_image=True)
-        self.bn1 = SlicedBatchNorm2d(rule, STEM, widths)
+        stem, features = sliced_size(STEM, multiplier), sliced_size(FEATURES, multiplier)
+        self.multiplier = multiplier
+        self.num_features, self.narrowest = features, sliced_size(STAGES[0][0], multiplier)
+        self.conv_stem = ChannelConv2d(rule, in_chans, stem, 3, stride=2, from_image=True)
+        self.bn1 = SlicedBatchNorm2d(rule, stem, widths)
         total = sum(blocks for _, blocks, _, _ in STAGES)
-        stages, channels, done = [], STEM, 0
-        for out, blocks, stride, expansion in STAGES:
-            stage = []
+        stages, channels, full, done = [], stem, STEM, 0
+        for wide, blocks, stride, expansion in STAGES:
+            stage, out = [], sliced_size(wide, multiplier)
             for index in range(blocks):
                 step = stride if index == 0 else 1
                 if expansion == 1:
                     stage.append(DepthwiseBlock(rule, widths, channels, out, step))
                 else:
-                    rate = drop_path_rate * done / total
-                    stage.append(
-                        InvertedResidual(rule, widths, channels, out, stride=step, expansion=expansion, drop_path=rate)
-                    )
-                channels, done = out, done + 1
+                    rate, inner = drop_path_rate * done / total, sliced_size(full * expansion, multiplier)
+                    stage.append(InvertedResidual(rule, widths, channels, inner, out, stride=step, drop_path=rate))
+                channels, full, done = out, wide, done + 1
             stages.append(nn.Sequential(*stage))
         self.blocks = nn.Sequential(*stages)
-        self.conv_head = ChannelConv2d(rule, channels, FEATURES, 1)
-        self.bn2 = SlicedBatchNorm2d(rule, FEATURES, widths)
-        self.classifier = SlicedLinear(rule, FEATURES, num_classes, rows=False) if num_classes else None
+        self.conv_head = ChannelConv2d(rule, channels, features, 1)
+        self.bn2 = SlicedBatchNorm2d(rule, features, widths)
+        self.classifier = SlicedLinear(rule, features, num_classes, rows=False) if num_classes else None
         self.apply(_initialise)
 
     def check_ratio(self, ratio: float) -> None:
         """Refuse what is no width: it must lie in (0, 1] and leave every layer a channel (ValueError)."""
-        if not 0 < ratio <= 1 or not sliced_size(STAGES[0][0], ratio):
+        if not 0 < ratio <= 1 or not sliced_size(self.narrowest, ratio):
             raise ValueError(
-                f"a width ratio must be from 1/{STAGES[0][0]}, which leaves the narrowest layer one channel, to 1, "
+                f"a width ratio must be from 1/{self.narrowest}, which leaves the narrowest layer one channel, to 1, "
                 f"got {ratio:g}"
             )
 
@@ -168,7 +169,9 @@ class MobileNetV2_scala(nn.Module):
             counts += layer.count_ops(ratio, size * size)
             counts += OpCounts(batch_norm=size * size * sliced_size(layer.out_channels, ratio))
         if self.classifier is not None:
-            counts += OpCounts(linear=sliced_size(FEATURES, ratio) * self.num_classes, linear_bias=self.num_classes)
+            counts += OpCounts(
+                linear=sliced_size(self.num_features, ratio) * self.num_classes, linear_bias=self.num_classes
+            )
         return counts
 
 

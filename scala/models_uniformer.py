@@ -123,7 +123,9 @@ class LocalBlock(nn.Module):
         elements = pixels * sliced_size(self.norm1.channels, ratio)
         hidden = pixels * sliced_size(self.mlp.fc1.out_channels, ratio)
         counts = OpCounts(batch_norm=2 * elements, add=3 * elements, gelu=hidden)
-        return counts + sum(layer.count_ops(ratio, pixels) for layer in layers)
+        for layer in layers:
+            counts += layer.count_ops(ratio, pixels)
+        return counts
 
 
 class GlobalBlock(Block):
@@ -183,6 +185,7 @@ class UniFormer_scala(nn.Module):
         rule = self.rule = SliceRule(smallest_ratio, largest_ratio)
         self.smallest_ratio, self.largest_ratio = smallest_ratio, largest_ratio
         self.img_size, self.num_classes, self.widths = img_size, num_classes, tuple(widths)
+        self.in_chans, self.mlp_ratio, self.overlap = in_chans, mlp_ratio, overlap
         self.num_features = widths[-1]
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
         merges, stages, before = [], [], in_chans

@@ -12,6 +12,7 @@ Legend: T frames of a clip, F frames it has.
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -166,7 +167,7 @@ def _read_animation(path: Path, frames: int, *, random: bool) -> list[Image.Imag
 
 def _read_video(path: Path, frames: int, *, random: bool) -> list[Image.Image]:
     try:
-        import av  # pyright: ignore[reportMissingImports] - optional: folders of frames need no decoder
+        av: Any = importlib.import_module("av")  # optional: folders of frames need no decoder
     except ImportError as error:
         raise DataError(
             f"{path} is a video file, which needs PyAV: pip install av; or extract its frames, for instance with "

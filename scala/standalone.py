@@ -1,0 +1,253 @@
+"""One width of a sliced network as a network of its own: weights, constructor arguments, and how to build it again.
+
+A slice of width r of a DeiT is a DeiT of width d = r D with the same number of heads, but its attention still scales by
+the full head dimension: sqrt(D/H) where a network of its own has sqrt(d/H). Multiplying the query rows of the fused
+projection by sqrt(d/D) makes the two equal. The normalisation's eps stays 1e-5. So timm's own VisionTransformer runs a
+slice with the same logits.
+
+Slices of the other backbones are networks of the same class, at ratio 1.
+
+Legend: D full width, d sliced width, H heads, r width ratio.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from common.cache import write_atomic
+from common.checkpoint import CheckpointError, load_strict
+from scala.conv_layers import SlicedBatchNorm2d
+from scala.models_mobilenet import MobileNetV2_scala
+from scala.models_scala import Attention, DistilledVisionTransformer_scala, VisionTransformer_scala
+from scala.models_uniformer import UniFormer_scala
+from scala.slicing import NORM_EPS, sliced_size, sliced_state_dict
+
+METADATA_KEY = "leanvit_standalone"
+
+CLASSES: dict[str, type[nn.Module]] = {
+    f"{cls.__module__}.{cls.__name__}": cls
+    for cls in (
+        VisionTransformer,
+        VisionTransformerDistilled,
+        VisionTransformer_scala,
+        DistilledVisionTransformer_scala,
+        MobileNetV2_scala,
+        UniFormer_scala,
+    )
+}
+
+
+class AtRatio(nn.Module):
+    """A sliced network at one width, called with images only."""
+
+    def __init__(self, network: nn.Module, ratio: float) -> None:
+        super().__init__()
+        self.network, self.ratio = network, ratio
+
+    def forward(self, images: Tensor) -> Any:
+        return self.network(images, self.ratio)
+
+
+@dataclass(frozen=True)
+class Standalone:
+    """What it takes to build a slice again; JSON round-trips it.
+
+    Attributes:
+        ours, timm: class and constructor arguments in this package (called with ratio 1) and in timm; ``timm`` is None
+            where timm has no such network. timm's ``norm_layer`` is nn.LayerNorm with ``norm_eps``.
+        norm_eps: of every layer normalisation; None where a network has none.
+        source: where it comes from: network, ratio, slicing bound.
+        input_size: side of the pictures in pixels.
+    """
+
+    ours: Mapping[str, Any]
+    timm: Mapping[str, Any] | None
+    norm_eps: float | None
+    source: Mapping[str, Any]
+    input_size: int
+
+    def build_timm(self) -> nn.Module:
+        """timm's network, with random weights.
+
+        Raises:
+            ValueError: if timm has none.
+        """
+        if self.timm is None:
+            raise ValueError(f"timm has no class for a slice of {self.ours['class']}; build ours")
+        assert self.norm_eps is not None
+        norm = partial(nn.LayerNorm, eps=self.norm_eps)
+        return CLASSES[self.timm["class"]](**self.timm["arguments"], norm_layer=norm)
+
+    def build_ours(self) -> nn.Module:
+        """This package's network at ratio 1, called with images only; random weights."""
+        return AtRatio(CLASSES[self.ours["class"]](**self.ours["arguments"]), 1.0)
+
+    def build(self) -> nn.Module:
+        """timm's network where there is one, else ours."""
+        return self.build_timm() if self.timm is not None else self.build_ours()
+
+    def load(self, state: Mapping[str, Tensor], *, source: str = "slice") -> nn.Module:
+        """The network of :meth:`build` with weights, in evaluation mode."""
+        model = self.build()
+        load_strict(model.network if isinstance(model, AtRatio) else model, state, source=source)
+        return model.eval()
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Standalone:
+        return Standalone(**json.loads(text))
+
+
+def describe(model: nn.Module, ratio: float) -> Standalone:
+    """What a slice of ``model`` is as a network of its own.
+
+    Raises:
+        TypeError: a network that has no stand-alone form here.
+        ValueError: an invalid ratio, or a ViT with options that timm's class does not have.
+    """
+    check: Any = getattr(model, "check_ratio", None)
+    if check is not None:
+        check(ratio)
+    source = {
+        "network": type(model).__name__,
+        "ratio": ratio,
+        "smallest_ratio": getattr(model, "smallest_ratio", None),
+        "largest_ratio": getattr(model, "largest_ratio", None),
+    }
+    if isinstance(model, VisionTransformer_scala):
+        return _describe_vit(model, ratio, source)
+    if isinstance(model, MobileNetV2_scala):
+        arguments = _common(model, model.conv_stem.in_channels) | {"multiplier": model.multiplier * ratio}
+        return _described(model, arguments, source, None)
+    if isinstance(model, UniFormer_scala):
+        arguments = _common(model, model.in_chans) | {
+            "widths": [sliced_size(width, ratio) for width in model.widths],
+            "heads": list(model.heads),
+            "depths": [len(blocks) for blocks in model.stages],  # pyright: ignore[reportArgumentType]
+            "mlp_ratio": model.mlp_ratio,
+            "overlap": model.overlap,
+        }
+        return _described(model, arguments, source, NORM_EPS)
+    raise TypeError(f"{type(model).__name__} has no stand-alone form")
+
+
+def _common(model: Any, in_chans: int) -> dict[str, Any]:
+    bound = {"smallest_ratio": 1.0, "largest_ratio": 1.0, "granularity": 1.0}
+    return {"img_size": model.img_size, "num_classes": model.num_classes, "in_chans": in_chans, **bound}
+
+
+def _described(model: nn.Module, arguments: dict[str, Any], source: dict[str, Any], eps: float | None) -> Standalone:
+    name = f"{type(model).__module__}.{type(model).__name__}"
+    return Standalone({"class": name, "arguments": arguments}, None, eps, source, arguments["img_size"])
+
+
+def _describe_vit(model: VisionTransformer_scala, ratio: float, source: dict[str, Any]) -> Standalone:
+    width = sliced_size(model.embed_dim, ratio)
+    block: Any = model.blocks[0]
+    hidden = sliced_size(block.mlp.fc1.out_features, ratio)
+    distilled = isinstance(model, DistilledVisionTransformer_scala)
+    scale = block.ls1
+    height, breadth = model.patch_embed.img_size
+    shared: dict[str, Any] = {
+        "img_size": height if height == breadth else [height, breadth],
+        "patch_size": model.patch_embed.patch_size[0],
+        "in_chans": model.patch_embed.proj.in_channels,
+        "num_classes": model.num_classes,
+        "embed_dim": width,
+        "depth": len(model.blocks),
+        "num_heads": model.num_heads,
+        "mlp_ratio": hidden / width,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "init_values": None if scale is None or scale.official else 1.0,
+    }
+    if not distilled:
+        shared |= {
+            "global_pool": model.global_pool,
+            "class_token": model.num_prefix_tokens > 0,
+            "no_embed_class": model.no_embed_class,
+            "fc_norm": model.fc_norm is not None,
+        }
+    if model.patch_embed.norm is not None:
+        raise ValueError(
+            "timm's VisionTransformer has no normalisation after the patch embedding; nothing to export to"
+        )
+    if int(width * shared["mlp_ratio"]) != hidden:
+        raise ValueError(f"no mlp_ratio gives {hidden} hidden channels at width {width}")
+    theirs = VisionTransformerDistilled if distilled else VisionTransformer
+    ours = type(model)
+    return Standalone(
+        ours={
+            "class": f"{ours.__module__}.{ours.__name__}",
+            "arguments": {**shared, "smallest_ratio": 1.0, "largest_ratio": 1.0},
+        },
+        timm={"class": f"{theirs.__module__}.{theirs.__name__}", "arguments": shared},
+        norm_eps=NORM_EPS,
+        source=source,
+        input_size=max(height, breadth),
+    )
+
+
+@torch.no_grad()
+def standalone_state(model: nn.Module, ratio: float) -> dict[str, Tensor]:
+    """Weights of a slice as a network of its own, copies; for the names see :func:`describe`.
+
+    Raises:
+        ValueError: an invalid ratio, or one without batch statistics.
+    """
+    state = {name: value.detach().clone().contiguous() for name, value in sliced_state_dict(model, ratio).items()}
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(module, Attention):
+            width, full = sliced_size(module.proj.in_features, ratio), module.proj.in_features
+            for leaf in ("qkv.weight", "qkv.bias"):
+                if prefix + leaf in state:
+                    state[prefix + leaf][:width] *= math.sqrt(width / full)
+        elif isinstance(module, SlicedBatchNorm2d):
+            mean, variance = module.statistics(ratio)
+            state |= {prefix + "running_mean": mean.clone(), prefix + "running_var": variance.clone()}
+            state[prefix + "num_batches_tracked"] = module.num_batches_tracked.clone()
+        elif getattr(module, "official", False):  # a LayerScale that does nothing
+            state.pop(prefix + "gamma", None)
+    return state
+
+
+def save_standalone(path: Path, state: Mapping[str, Tensor], standalone: Standalone) -> None:
+    """Write weights and description into one safetensors file, whole or not at all, and the description beside it."""
+    from safetensors.torch import save  # only where such a file is written
+
+    text = standalone.to_json()
+    write_atomic(path, save(dict(state), metadata={"format": "pt", METADATA_KEY: text}))
+    write_atomic(path.with_suffix(".json"), text + "\n")
+
+
+def load_standalone(path: str | Path) -> nn.Module:
+    """The network of a file of :func:`save_standalone`: timm's where there is one, in evaluation mode.
+
+    Raises:
+        CheckpointError: a file that is none of ours.
+    """
+    from safetensors import safe_open
+
+    path = Path(path)
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except Exception as error:  # safetensors raises its own kind for a file that is none
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from error
+    if text is None:
+        raise CheckpointError(f"{path}: holds no description of a slice; export it with scala/export.py")
+    return Standalone.from_json(text).load(state, source=str(path))
