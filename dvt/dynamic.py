@@ -1,0 +1,178 @@
+"""Early exit that happens: a picture that an exit is sure of is not seen by the exits behind it.
+
+The official release always runs all three exits and counts what could have been saved. Here the first exit runs on the
+whole batch; the pictures it is not sure of are gathered into a smaller batch, with the features and relations that the
+next exit reuses, and so on. Answers equal those of the full cascade under the same thresholds, picture by picture.
+
+Paper: arXiv:2105.15075, section 3.1. Letters: B pictures, C classes, K exits.
+"""
+
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dvt.exits import NOBODY, confidence_and_prediction
+from dvt.models import Cascade, StageOutput
+
+SMALL = 8
+"""Compiled exits see powers of two up to here, then multiples of it."""
+
+
+class DynamicOutput(NamedTuple):
+    """Answers of a batch.
+
+    Attributes:
+        logits: of the exit that answered, (B, C).
+        exits: its index from 0, (B,), int64.
+        confidence: its largest probability, (B,), float32.
+    """
+
+    logits: Tensor
+    exits: Tensor
+    confidence: Tensor
+
+
+class DynamicClassifier(nn.Module):
+    """A cascade that stops each picture at the first exit whose confidence reaches its threshold.
+
+    Works for any batch size, on the CPU and on CUDA, also under autocast. The host waits for the device once per exit
+    but the last, because the size of the next batch is not known earlier.
+
+    Args:
+        cascade: in evaluation mode; shared, not copied.
+        thresholds: one per exit, as ``dvt.exits.find_thresholds`` gives them. The last exit always answers.
+        compiled: run every exit through ``torch.compile``, with a symbolic batch size. The remaining batch is padded to
+            one of a few sizes (see :func:`bucket`), so that kernels that are tuned or recorded per size meet few of
+            them. After :meth:`warm_up` nothing is compiled again, whatever remains of a batch.
+        backend: of ``torch.compile``.
+
+    Raises:
+        ValueError: if there is not one threshold per exit.
+    """
+
+    def __init__(
+        self,
+        cascade: Cascade,
+        thresholds: Tensor | Sequence[float],
+        *,
+        compiled: bool = False,
+        backend: str | Callable[..., Any] = "inductor",
+    ) -> None:
+        super().__init__()
+        self.cascade = cascade
+        self.compiled = compiled
+        self.set_thresholds(thresholds)
+        runs = [_separate(cascade, k) for k in range(len(cascade.stages))]
+        self._runs = [torch.compile(run, backend=backend, fullgraph=True) for run in runs] if compiled else runs
+
+    def _run(self, k: int, images: Tensor, before: StageOutput | None) -> StageOutput:
+        if self.compiled:
+            _mark_batch(images, before)
+        return self._runs[k](images, before)
+
+    def set_thresholds(self, thresholds: Tensor | Sequence[float]) -> None:
+        """Answer by other thresholds from now on; nothing is compiled again."""
+        values = torch.as_tensor(thresholds, dtype=torch.float32).flatten()
+        if len(values) != len(self.cascade.stages):
+            raise ValueError(f"expected {len(self.cascade.stages)} thresholds, one per exit, got {len(values)}")
+        self.thresholds: list[float] = values.tolist()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> DynamicOutput:
+        """Classify a batch.
+
+        Args:
+            images: (B, 3, size, size); B may be any number, also 0.
+
+        Raises:
+            RuntimeError: in training mode, where drop-path would make answers random.
+        """
+        if self.cascade.training:
+            raise RuntimeError("early exit is for evaluation: call .eval() first")
+        total, device, last = len(images), images.device, len(self._runs) - 1
+        exits = torch.full((total,), last, dtype=torch.int64, device=device)
+        confidence = torch.empty(total, device=device)
+        if total == 0:
+            return DynamicOutput(images.new_empty(0, self.cascade.num_classes), exits, confidence)
+        answers: Tensor | None = None
+        rows: Tensor | None = None  # numbers of the pictures that are left; None: all
+        count = total
+        images = self._pad(images, total)
+        output: StageOutput | None = None
+        for k in range(last + 1):
+            output = self._run(k, images, output)
+            if k < last and self.thresholds[k] >= NOBODY:
+                continue
+            # every picture still here gets this exit's answer; those that stay are given a later one
+            logits = output.logits[:count]
+            own_confidence, _ = confidence_and_prediction(logits)
+            if rows is None:
+                answers, confidence = logits.clone(), own_confidence
+                exits.fill_(k)
+            else:
+                assert answers is not None
+                answers[rows], confidence[rows], exits[rows] = logits, own_confidence, k
+            if k == last:
+                break
+            stay = (~(own_confidence >= self.thresholds[k])).nonzero().squeeze(1)  # the host waits here
+            if len(stay) == 0:
+                break
+            if len(stay) < count:
+                rows = stay if rows is None else rows[stay]
+                count = len(stay)
+                kept = self._pad(stay, count)
+                images, output = images.index_select(0, kept), output.select(kept)
+        assert answers is not None
+        return DynamicOutput(answers, exits, confidence)
+
+    def _pad(self, rows: Tensor, count: int) -> Tensor:
+        """The same with its last row repeated up to the next size that compiled exits see."""
+        missing = bucket(count) - count if self.compiled else 0
+        return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
+
+    @torch.no_grad()
+    def warm_up(self, images: Tensor) -> None:
+        """Compile every exit for any number of pictures up to this batch; without effect on results.
+
+        Args:
+            images: a batch as large as those to come, of their size, on their device, (B, 3, size, size). Some
+                operators choose their algorithm by the batch size, so that an exit is compiled once for a single
+                picture and once or twice for more.
+        """
+        counts = [1 << power for power in range((len(images) - 1).bit_length())]
+        for count in dict.fromkeys([*counts, bucket(len(images))]):
+            batch = images[torch.arange(count, device=images.device) % len(images)]
+            output: StageOutput | None = None
+            for k in range(len(self._runs)):
+                output = self._run(k, batch, output)
+
+
+def bucket(count: int) -> int:
+    """Size that a batch of ``count`` pictures is padded to where exits are compiled: 1, 2, 4, 8, 16, 24, 32, ..."""
+    if count <= SMALL:
+        return 1 << (count - 1).bit_length()
+    return -(-count // SMALL) * SMALL
+
+
+def _separate(cascade: Cascade, index: int) -> Callable[..., StageOutput]:
+    """One exit of this cascade as a function with a code object of its own.
+
+    torch.compile keeps what it compiled per code object, and gives up beyond a few: so no exit, and no other cascade of
+    the process, takes the place of another.
+    """
+
+    def run(images: Tensor, before: StageOutput | None = None) -> StageOutput:
+        return cascade.run_exit(index, images, before)
+
+    code = run.__code__.replace(co_name=f"run_exit_{index}")
+    return FunctionType(code, run.__globals__, code.co_name, run.__defaults__, run.__closure__)
+
+
+def _mark_batch(images: Tensor, before: StageOutput | None) -> None:
+    """Tell torch.compile that the number of pictures changes, and nothing else; a single picture has its own code."""
+    for value in (images, *(before or ())):
+        if value is not None and len(value) > 1:
+            torch._dynamo.maybe_mark_dynamic(value, 0)
