@@ -15,7 +15,7 @@ from common.flops import count_parameters
 from common.reference import Case, CaseError, Checks, NotCovered, Runner
 from uvc.models import create
 from uvc.models.gates import register_masks
-from uvc.tests import model_cases, optimizer_cases
+from uvc.tests import model_cases, optimizer_cases, removal_cases
 from uvc.tests.model_cases import float64
 
 # First words of a case's name -> the function that runs it; the longest that fits is taken.
@@ -32,6 +32,7 @@ RUNNERS: dict[str, Runner] = {
     "masks": optimizer_cases.run_masks,
     "prune_weights": optimizer_cases.run_pruned_weights,
     "optimizer": optimizer_cases.run_optimizer,
+    "compress": removal_cases.run_compress,
 }
 
 

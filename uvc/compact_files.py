@@ -1,0 +1,271 @@
+"""Files of compact networks: safetensors with its own description, timm's modules, torch.export and ONNX.
+
+A file ``F.safetensors`` holds the weights and, in its header, everything that builds the network again; ``F.json`` says
+the same for readers, with the kept indices of every block, which trace the file to the masked checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from timm.layers import Attention, Mlp  # pyright: ignore[reportPrivateImportUsage]
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from common.cache import write_atomic
+from common.checkpoint import CheckpointError, load_safely, load_strict
+from uvc.models.compact import CompactAttention, CompactBlock, CompactConfig, CompactMlp, CompactViT
+from uvc.removal import Compressed
+from uvc.structure import Structure
+
+FORMAT = "uvc compact network 1"
+KEY = "uvc"
+"""The entry of the header that holds the description."""
+
+
+def describe(compressed: Compressed, **facts: Any) -> dict[str, Any]:
+    """What a file says besides the weights: format, sizes, kept indices, and further facts."""
+    network, structure = compressed.network, compressed.structure
+    return {"format": FORMAT, **facts, "config": network.config.as_dict(), "structure": structure.to_dict()}
+
+
+def save_compact(compressed: Compressed, path: str | os.PathLike[str], **facts: Any) -> tuple[Path, Path]:
+    """Write the network and, beside it, its description; each whole or not at all.
+
+    Args:
+        compressed: what ``uvc.removal.compress`` gave.
+        path: of the weights; the suffix ``.safetensors`` is added where it lacks.
+        facts: plain values for the description, such as costs and the source.
+
+    Returns:
+        Paths of the weights and of the description.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        path = path.with_name(path.name + ".safetensors")
+    description = describe(compressed, **facts)
+    state = {key: value.detach().cpu().contiguous() for key, value in compressed.network.state_dict().items()}
+    write_atomic(path, save(state, metadata={KEY: json.dumps(description), "format": "pt"}))
+    write_atomic(path.with_suffix(".json"), json.dumps(description, indent=1) + "\n")
+    return path, path.with_suffix(".json")
+
+
+def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The description in the header of a file.
+
+    Raises:
+        CheckpointError: missing, damaged, or not written by ``save_compact``.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: no such file, expected a compact network; uvc/compress.py writes one")
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            header = file.metadata() or {}
+        content = json.loads(header.get(KEY, "null"))
+    except Exception as error:  # safetensors and JSON each have their own kinds
+        raise CheckpointError(f"{path}: not a readable safetensors file: {error}; make it anew") from error
+    if not isinstance(content, Mapping) or content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: the header has no {FORMAT!r}, so this is no file of uvc/compress.py; for a masked checkpoint run "
+            "uvc/compress.py first"
+        )
+    return dict(content)
+
+
+def load_compact(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Compressed:
+    """The network of a file, in evaluation mode, and what it holds of the masked one.
+
+    Raises:
+        CheckpointError: not such a file, or the weights do not fit its description.
+    """
+    content = read_description(path)
+    try:
+        config, structure = CompactConfig.from_dict(content["config"]), Structure.from_dict(content["structure"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: its description is damaged: {error}; make the file anew") from error
+    state = load_safely(path)
+    network = CompactViT(config).to(next(iter(state.values())).dtype)
+    load_strict(network, state, source=path)
+    return Compressed(network.to(device).eval(), structure)
+
+
+# timm
+
+
+def check_timm(config: CompactConfig) -> None:
+    """Whether timm's VisionTransformer can express a compact network.
+
+    Raises:
+        ValueError: naming what it has no place for.
+    """
+    problems = {
+        "T2T's tokens-to-token module": bool(config.token_dim),
+        "a constant per patch position (soft patch gates)": config.patch_scale,
+        "removed patches": config.positions is not None,
+        "the sum of all blocks": config.sum_blocks,
+        "another scale of attention": config.scale is not None,
+    }
+    if found := [what for what, present in problems.items() if present]:
+        raise ValueError(f"timm's VisionTransformer has no place for {', '.join(found)}; use load_compact()")
+
+
+@torch.no_grad()
+def to_timm(network: CompactViT) -> VisionTransformer:
+    """The same function as a module of timm, in evaluation mode; distilled networks as timm's distilled class.
+
+    timm's attention wants d value dimensions in every head, so those that were removed come back as zeros; branches
+    without heads or neurons become one head or neuron of zeros. Heads, neurons and blocks stay removed. A network
+    without pruned dimensions has the very same state dict on both sides.
+
+    Raises:
+        ValueError: see ``check_timm``.
+    """
+    config = network.config
+    check_timm(config)
+    make = VisionTransformerDistilled if config.distilled else VisionTransformer
+
+    def norm(width: int, **options: Any) -> nn.Module:
+        return nn.LayerNorm(width, eps=config.norm_eps)
+
+    model = make(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        in_chans=config.in_chans,
+        num_classes=config.num_classes,
+        embed_dim=config.embed_dim,
+        depth=len(config.blocks),
+        num_heads=config.embed_dim // config.head_dim,
+        qkv_bias=config.qkv_bias,
+        norm_layer=norm,  # pyright: ignore[reportArgumentType] - a function from the width, as timm's partials are
+        weight_init="skip",
+    ).to(network.cls_token)  # pyright: ignore[reportCallIssue, reportArgumentType] - dtype and device
+    for index, block in enumerate(network.blocks):
+        assert isinstance(block, CompactBlock)
+        model.blocks[index] = _timm_block(block, config, norm)
+    own = dict(network.named_parameters())
+    for name, parameter in model.named_parameters():
+        if not name.startswith("blocks."):
+            parameter.copy_(own[name])
+    return model.eval()
+
+
+def _timm_block(block: CompactBlock, config: CompactConfig, norm: Any) -> Block:
+    """One block of timm with this one's heads and neurons."""
+    heads, neurons = max(block.shape.heads, 1), max(block.shape.neurons, 1)
+    dim, head_dim = config.embed_dim, config.head_dim
+    made = Block(dim, 1, qkv_bias=config.qkv_bias, norm_layer=norm)
+    attn = Attention(dim, heads, attn_head_dim=head_dim, qkv_bias=config.qkv_bias)
+    made.attn = attn
+    mlp = Mlp(dim, neurons)
+    made.mlp = mlp
+    assert isinstance(attn.proj, nn.Linear)
+    assert isinstance(mlp.fc1, nn.Linear)
+    assert isinstance(mlp.fc2, nn.Linear)
+    made.to(next(block.parameters()))  # pyright: ignore[reportCallIssue, reportArgumentType]
+    for parameter in made.parameters():
+        parameter.zero_()
+    if isinstance(block.attn, CompactAttention):
+        keys, attention = block.attn.keys, block.attn
+        values = [head * head_dim + dim for head, kept in enumerate(block.shape.value_dims) for dim in range(kept)]
+        rows = [*range(2 * keys), *(2 * keys + value for value in values)]
+        attn.qkv.weight[rows] = attention.qkv.weight[: len(rows)]
+        if attention.qkv.bias is not None:
+            attn.qkv.bias[rows] = attention.qkv.bias[: len(rows)]
+        attn.proj.weight[:, values] = attention.proj.weight[:, : len(values)]
+        attn.proj.bias.copy_(attention.proj.bias)
+        made.norm1.load_state_dict(block.norm1.state_dict())
+    else:
+        attn.proj.bias.copy_(block.attn.get_parameter("bias"))
+    if isinstance(block.mlp, CompactMlp):
+        mlp.fc1.weight.copy_(block.mlp.fc1.weight[:neurons])
+        mlp.fc1.bias.copy_(block.mlp.fc1.bias[:neurons])
+        mlp.fc2.weight.copy_(block.mlp.fc2.weight[:, :neurons])
+        mlp.fc2.bias.copy_(block.mlp.fc2.bias)
+        made.norm2.load_state_dict(block.norm2.state_dict())
+    else:
+        mlp.fc2.bias.copy_(block.mlp.get_parameter("bias"))
+    return made
+
+
+# Export
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported file and how far its logits are from the network's, relative to the largest."""
+
+    path: Path
+    error: float
+
+
+def _difference(got: Tensor, want: Tensor) -> float:
+    return float((got - want).abs().max() / want.abs().max().clamp_min(1e-12))
+
+
+def example_images(config: CompactConfig, batch: int = 2, *, seed: int = 0) -> Tensor:
+    """Normal numbers in the shape of a batch of images."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, config.in_chans, *config.image_size, generator=generator)
+
+
+def export_program(network: CompactViT, path: str | os.PathLike[str]) -> Exported:
+    """Write the network through torch.export for any batch size, and compare the file with it on another batch."""
+    network = network.float().cpu().eval()
+    images = example_images(network.config)
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(network, (images,), dynamic_shapes=({0: batch},))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.pt2")
+    try:
+        torch.export.save(program, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    other = example_images(network.config, 3, seed=1)
+    with torch.no_grad():
+        return Exported(path, _difference(torch.export.load(path).module()(other), network(other)))
+
+
+def export_onnx(network: CompactViT, path: str | os.PathLike[str]) -> Exported:
+    """Write the network as ONNX for any batch size, and compare onnxruntime with it on another batch.
+
+    Raises:
+        ModuleNotFoundError: the packages of the extra ``export`` are missing; the message names them.
+    """
+    try:
+        import onnxruntime  # optional dependencies
+        import onnxscript  # noqa: F401 - the exporter needs it
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"--onnx needs the package {error.name}: pip install 'leanvit[export]', or leave the flag out"
+        ) from error
+    network = network.float().cpu().eval()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = example_images(network.config)
+    program = torch.onnx.export(
+        network,
+        (images,),
+        dynamo=True,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+        verbose=False,
+    )
+    assert program is not None
+    write_atomic(path, program.model_proto.SerializeToString())
+    session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    other = example_images(network.config, 3, seed=1)
+    (logits,) = session.run(["logits"], {"images": other.numpy()})
+    with torch.no_grad():
+        return Exported(path, _difference(torch.from_numpy(logits), network(other)))

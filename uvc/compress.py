@@ -1,0 +1,171 @@
+"""Turn a checkpoint with masks and gates into a plain smaller network with the same outputs.
+
+    python uvc/compress.py --checkpoint STAGE2.pth.tar --output small_50
+    python uvc/compress.py --checkpoint STAGE2.pth.tar --output small_50 --round-to 8 --benchmark --batch-size 16
+    python uvc/compress.py --checkpoint STAGE2.pth.tar --output small_50 --onnx small_50.onnx --export small_50.pt2
+
+Writes small_50.safetensors and small_50.json (sizes, kept indices, costs). Every file written is compared with the
+masked network on random images. --benchmark times the dense network of the same code in turns with the compact one.
+The last line is the remaining cost by the paper's rules in percent, as in the paper's table.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import cli
+from common.benchmark import compare, device_name, random_images
+from common.checkpoint import CheckpointError
+from common.distributed import choose_device, run
+from common.flops import CONVENTIONS, count_parameters
+from uvc.checkpoints import load_masked
+from uvc.compact_files import example_images, export_onnx, export_program, load_compact, save_compact, to_timm
+from uvc.models.compact import CompactViT
+from uvc.models.gates import GatedTransformer, apply_masks_
+from uvc.removal import Compressed, compress, dense_config
+from uvc.resource import CostModel
+
+AGREEMENT = 1e-4
+"""Largest difference of float32 logits, relative to the largest, that still counts as rounding."""
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = cli.make_parser(__doc__)
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="FILE", help="file or URL of stage 1 or 2, ours or a published one")
+    add("--output", required=True, metavar="F", help="writes F.safetensors and F.json")
+    add("--model_type", default="", metavar="NAME", help="architecture (default: as the file or its name says)")
+    add(
+        "--round-to", type=cli.positive_int, default=1, metavar="N",
+        help="pad kept value dimensions of a layer and kept neurons by zeros to multiples of N, which GPUs' matrix "
+        "kernels like better; 8 is usual (default: 1, no padding)",
+    )  # fmt: skip
+    add(
+        "--drop-patches", action="store_true",
+        help="take tokens of patches whose gate is below one half out of the sequence although the checkpoint was not "
+        "trained so; outputs change, fine-tune afterwards",
+    )  # fmt: skip
+    add("--timm", action="store_true", help="also check that timm's VisionTransformer gives the same logits")
+    add("--export", metavar="FILE.pt2", help="also write a torch.export program")
+    add("--onnx", metavar="FILE.onnx", help="also write ONNX, checked by onnxruntime")
+    add("--benchmark", action="store_true", help="time the dense and the compact network in turns")
+    add("--batch-size", type=cli.positive_int, default=4, metavar="B", help="images per timed pass (default: 4)")
+    add("--rounds", type=cli.positive_int, default=20, help="timed rounds (default: 20)")
+    add(
+        "--processor-time", action="store_true",
+        help="on a CPU with other work to do: time what one thread computes instead of the time that passes",
+    )  # fmt: skip
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="precision of --benchmark")
+    add("--device", default="auto", help="of --benchmark: auto (CUDA if there is one), cpu, cuda or cuda:N")
+    args = parser.parse_args(argv)
+    if args.processor_time and args.device not in ("cpu", "auto"):
+        parser.error("--processor-time: a GPU's work does not count as processor time; it goes with --device cpu")
+    return args
+
+
+def costs_of(model: GatedTransformer, compressed: Compressed) -> dict[str, float]:
+    """Counted by the paper's rules and really there: GMACs, share of the dense network, parameters."""
+    cost, network = CostModel.of(model, dtype=torch.float64), compressed.network
+    ratio, full = cost.of_structure(compressed.structure), float(cost.full)
+    with torch.device("meta"):
+        dense = CompactViT(dense_config(network.config, compressed.structure))
+    rules = CONVENTIONS["uvc"]
+    real, real_full = rules.total(network.count_ops()), rules.total(dense.count_ops())
+    return {
+        "remaining_percent": 100 * ratio,
+        "counted_gmacs": ratio * full / 1e9,
+        "dense_gmacs": full / 1e9,
+        "real_gmacs": real / 1e9,
+        "real_remaining_percent": 100 * real / real_full,
+        "padding_gmacs": network.padded_macs() / 1e9,
+        "params_m": count_parameters(network) / 1e6,
+        "dense_params_m": count_parameters(dense) / 1e6,
+    }
+
+
+@torch.no_grad()
+def difference(network: torch.nn.Module, masked: GatedTransformer, images: torch.Tensor) -> float:
+    """Largest difference of the logits, relative to the largest logit."""
+    want, got = masked(images), network(images)
+    return float((got - want).abs().max() / want.abs().max().clamp_min(1e-12))
+
+
+def measure(compressed: Compressed, versions: dict[str, Compressed], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Speed-up of each version over the dense network, and what of the counted saving it realises."""
+    device, dtype = choose_device(args.device), getattr(torch, args.dtype)
+    config = compressed.network.config
+    dense = CompactViT(dense_config(config, compressed.structure))
+    networks = {"dense": dense} | {name: version.network for name, version in versions.items()}
+    networks = {name: deepcopy(network).to(device, dtype).eval() for name, network in networks.items()}
+    images = random_images(args.batch_size, config.image_size[0], device, dtype)
+    clock = time.perf_counter
+    if args.processor_time:
+        clock = time.process_time
+        torch.set_num_threads(1)
+    speeds = compare(networks, images, baseline="dense", rounds=args.rounds, progress="benchmark", clock=clock)
+    full = CONVENTIONS["uvc"].total(dense.count_ops())
+    where = device_name(device) + (", processor time, 1 thread" if args.processor_time else "")
+    rows = []
+    for name, paired in speeds.items():
+        share, speed = CONVENTIONS["uvc"].total(networks[name].count_ops()) / full, paired.speed
+        rows.append({
+            "network": name, "latency_ms": speed.latency_ms, "throughput_ips": speed.throughput_ips,
+            "speedup": paired.speedup, "flops_ratio": 1 / share, "realised": paired.speedup * share,
+            "device": where, "dtype": args.dtype, "batch_size": args.batch_size,
+        })  # fmt: skip
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Compress, write, check; returns costs, agreement and speeds."""
+    args = parse_args(argv)
+    model, _ = load_masked(args.checkpoint, args.model_type)
+    apply_masks_(model)
+    name = args.model_type or type(model).__name__
+    compressed = compress(model, multiple=args.round_to, drop_patches=args.drop_patches, name=name)
+    if not compressed.structure.running:
+        print("warning: every block is skipped; nothing but the embedding and the head is left", file=sys.stderr)
+    facts: dict[str, Any] = costs_of(model, compressed)
+    images = example_images(compressed.network.config).to(model.cls_token.dtype)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue, reportCallIssue]
+    facts["difference"] = difference(compressed.network, model, images)
+    exact = not args.drop_patches or model.gates.patch == "remove"
+    if exact and facts["difference"] > AGREEMENT:
+        raise CheckpointError(f"{args.checkpoint}: logits differ by {facts['difference']:.2e}; please report the file")
+    weights, description = save_compact(compressed, args.output, source=Path(args.checkpoint).name, costs=facts)
+    facts["read_back_difference"] = difference(load_compact(weights).network, model, images)
+    print(f"{weights}: {len(compressed.structure.running)} of {len(compressed.structure.blocks)} blocks, "
+          f"{facts['params_m']:.3f} M of {facts['dense_params_m']:.3f} M parameters; {description.name} says what is "
+          f"kept")  # fmt: skip
+    print(f"logits differ from the masked network's by {facts['read_back_difference']:.1e} of the largest"
+          + ("" if exact else "; tokens were dropped, so fine-tune"))  # fmt: skip
+    if args.timm:
+        facts["timm_difference"] = difference(to_timm(compressed.network), model, images)
+        print(f"timm's VisionTransformer gives them to {facts['timm_difference']:.1e}")
+    for flag, export in (("export", export_program), ("onnx", export_onnx)):
+        if path := getattr(args, flag):
+            exported = export(compressed.network, path)
+            print(f"{exported.path}: differs by {exported.error:.1e}")
+    if args.benchmark:
+        versions = {"compact": compress(model, drop_patches=args.drop_patches)}
+        if args.round_to > 1:
+            versions[f"compact, multiples of {args.round_to}"] = compressed
+        facts["speeds"] = measure(compressed, versions, args)
+        for row in facts["speeds"]:
+            print(f"{row['network']}: {row['latency_ms']:.2f} ms, {row['throughput_ips']:.1f} images/s, "
+                  f"{row['speedup']:.2f} x of {row['flops_ratio']:.2f} x ({100 * row['realised']:.0f} % realised); "
+                  f"{row['device']}, {row['dtype']}, batch {row['batch_size']}")  # fmt: skip
+        save_compact(compressed, args.output, source=Path(args.checkpoint).name, costs=facts)
+    print(f"GMACs by the paper's rules {facts['counted_gmacs']:.4f} of {facts['dense_gmacs']:.4f}; really "
+          f"{facts['real_gmacs']:.4f} ({facts['real_remaining_percent']:.2f} %)")  # fmt: skip
+    print(f"remaining {facts['remaining_percent']:.2f} %")
+    return facts
+
+
+if __name__ == "__main__":
+    run(lambda: main(sys.argv[1:]), expected=(CheckpointError, ValueError, ModuleNotFoundError))

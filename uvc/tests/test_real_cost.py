@@ -1,0 +1,71 @@
+"""The differentiable cost against the multiply-accumulates that the physically compressed network really has."""
+
+import pytest
+import torch
+
+from common.flops import CONVENTIONS, count_executed_macs
+from uvc.models.compact import TERMS
+from uvc.pruning import group_scores, update_masks_
+from uvc.removal import compress
+from uvc.resource import CostModel
+from uvc.tests.random_structures import random_network
+
+NETWORKS = {
+    "desk": {"img_size": 16, "embed_dim": 32, "depth": 4, "num_heads": 4},
+    "wide": {"img_size": 24, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "distilled": True},
+    "t2t": {"name": "t2t_vit_7", "img_size": 32, "embed_dim": 32, "depth": 3, "num_heads": 2, "token_dim": 8},
+}
+
+
+@pytest.mark.parametrize("patch", ["off", "remove"])
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_every_term_of_the_cost_is_what_runs(kind, seed, patch):
+    """Random s, r, gates and patches: R's terms are the compact network's, block by block, product by product.
+
+    One term is charged more than there is, by the paper's rule: queries, keys and values count by whole heads, d K for
+    the V value dimensions that are left. The difference is (d K - V) D T, exactly.
+    """
+    model, s, r = random_network(10 * seed + 1, **NETWORKS[kind], patch=patch)
+    cost = CostModel.of(model)
+    run = torch.tensor(model.runs(), dtype=torch.float64)
+    gates = model.patch_gating if patch == "remove" else None
+    scores = group_scores(model).heads
+    embed, charged = cost.remaining(s, r, scores, run, gates)
+    compressed = compress(model)
+    network, config = compressed.network, compressed.network.config
+    real = dict(zip(compressed.structure.running, network.block_macs(), strict=True))
+    total = 0
+    for index, row in enumerate(charged.tolist()):
+        if index not in real:
+            assert row == [0] * 6
+            continue
+        shape, macs = config.blocks[compressed.structure.running.index(index)], dict(real[index])
+        macs["qkv"] += (shape.heads * config.head_dim - shape.value_width) * config.embed_dim * config.tokens
+        assert row == pytest.approx([macs[term] for term in TERMS], rel=1e-12)
+        total += sum(real[index].values())
+    counts = network.count_ops()
+    assert CONVENTIONS["uvc"].total(counts) == total + counts["conv"] + (
+        counts["linear"] - sum(macs[term] for macs in real.values() for term in ("qkv", "proj", "fc1", "fc2"))
+    )
+    if kind != "t2t":  # its counter has terms of its own for the embedding
+        assert embed.item() == pytest.approx(counts["conv"], rel=1e-12)
+    size = config.image_size
+    executed = count_executed_macs(network, torch.zeros(1, 3, *size, dtype=torch.float64))
+    assert executed == counts.macs + network.padded_macs()
+    ratio = cost.ratio(s, r, scores, run, gates).item()
+    assert ratio == pytest.approx(cost.of_structure(compressed.structure), rel=1e-12)
+
+
+@torch.no_grad()
+def test_a_head_that_loses_every_dimension_is_charged_for_its_queries_and_keys() -> None:
+    """Beyond the bounds of training: r says all d of a head that s keeps. Really nothing of the head is left."""
+    model, s, r = random_network(3, **NETWORKS["desk"])
+    s[:, 0], r[:, 1] = 0, model.head_dim
+    update_masks_(model, s, r)
+    cost, compressed = CostModel.of(model), compress(model)
+    run = torch.tensor(model.runs(), dtype=torch.float64)
+    charged = cost.ratio(s, r, group_scores(model).heads, run).item()
+    lost = len(compressed.structure.running) * (3 * 8 * 32 * 17 + 8 * 17**2)  # its part of qkv and q k^T
+    assert all(1 not in block.heads for block in compressed.structure.blocks)
+    assert (charged - cost.of_structure(compressed.structure)) * float(cost.full) == pytest.approx(lost, rel=1e-9)
