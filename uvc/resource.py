@@ -119,10 +119,6 @@ class CostModel:
         embed, terms = self.remaining(s, r, head_scores, run, patch_gating)
         return (embed + terms.sum()) / self.full
 
-    def lowest(self) -> float:
-        """The share that is left when every block is skipped."""
-        return float(self.embed / self.full)
-
     def of_structure(self, structure: Structure) -> float:
         """R of what survives: counted by the paper's rules, queries, keys and values by whole heads."""
         width = self.num_heads * self.head_dim
@@ -160,7 +156,3 @@ class ProjectedCostModel(CostModel):
         del run, patch_gating
         zero_s, zero_r = torch.zeros_like(s), torch.zeros_like(r)
         return self.value(s, r, head_scores) / self.value(zero_s, zero_r, head_scores)
-
-    def lowest(self) -> float:
-        """The share that is left when every head and neuron is removed."""
-        return 1 / (self.num_heads * self.head_dim + self.hidden_dim + 1)

@@ -39,6 +39,7 @@ class PrimalDualSettings:
         sl2wd: adds sl2wd * s / bound to the gradient of s, likewise for r.
         z_grad_clip: R - B is kept within plus or minus this before it is differentiated; z sees it unclipped.
         block_gating: learn the block gates.
+        pruning: learn s and r; False leaves them at zero, and the weights to their own step.
         glr, gating_interval, gating_weight: of their SGD: learning rate, steps between updates, factor on the
             gradient of the cost.
         learn_patches: patch gates enter the cost and have an optimizer of their own here.
@@ -57,6 +58,7 @@ class PrimalDualSettings:
     sl2wd: float = 0.0
     z_grad_clip: float = 0.5
     block_gating: bool = True
+    pruning: bool = True
     glr: float = 1e-3
     gating_interval: int = 100
     gating_weight: float = 5.0
@@ -176,6 +178,18 @@ class PrimalDual:
         patches = self.model.patch_gating if self.settings.learn_patches else None
         return self.cost.ratio(self.s, self.r, scores.heads, run, patches)
 
+    def lowest_ratio(self) -> float:
+        """The smallest R that the variables which are learned can reach."""
+        settings, model = self.settings, self.model
+        s, r = torch.zeros_like(self.s), torch.zeros_like(self.r)
+        if settings.pruning:  # a head and a neuron of each block always stay, and a dimension of that head
+            s, r = self.s_bound.expand_as(self.s) - 1, torch.full_like(self.r, model.head_dim - 1)
+        run = torch.zeros_like(self.s[:, 0]) if settings.block_gating else None
+        patches = model.patch_gating if settings.learn_patches else None
+        patches = None if patches is None else torch.full_like(patches, -1.0)
+        with torch.no_grad():
+            return float(self.cost.ratio(s, r, torch.ones_like(self.r), run, patches))
+
     # The step
 
     def epoch_start(self) -> None:
@@ -196,8 +210,9 @@ class PrimalDual:
 
         # 1. Proximal step on the weights: shrink the groups that s and r would remove.
         scores = group_scores(model)
-        removed = removal(scores, self.s, self.r)
-        scores = proximal_step_(model, scores, removed, self.y, self.p, lr)
+        if settings.pruning:
+            removed = removal(scores, self.s, self.r)
+            scores = proximal_step_(model, scores, removed, self.y, self.p, lr)
 
         # 2, 3. Cost at the current variables, R - B clipped for differentiation.
         resource = self.resource(scores)
@@ -227,8 +242,9 @@ class PrimalDual:
                 self._step_patches(by_gates.pop(0))
 
         # 6. Descend on s, then on r, within their bounds.
-        descend_within_bounds(self.s, grad_s, self.s_optimizer, self.s_bound)
-        descend_within_bounds(self.r, grad_r, self.r_optimizer, self.r_bound)
+        if settings.pruning:
+            descend_within_bounds(self.s, grad_s, self.s_optimizer, self.s_bound)
+            descend_within_bounds(self.r, grad_r, self.r_optimizer, self.r_bound)
 
         # 7. Ascend on the duals at the new primal variables.
         with torch.no_grad():
@@ -248,7 +264,9 @@ class PrimalDual:
 
     def _step_gates(self, by_gates: Tensor | None) -> None:
         gates, settings = self.model.block_skip_gating, self.settings
-        gradient = torch.zeros_like(gates) if gates.grad is None else gates.grad.clone()
+        gradient = torch.zeros_like(gates)
+        if gates.grad is not None:  # an overflow under fp16 must not reach the momentum
+            gradient += torch.nan_to_num(gates.grad, posinf=0.0, neginf=0.0)
         if by_gates is not None:
             gradient += self.z * settings.gating_weight * by_gates
         self.gate_average.add(gradient, self.count % settings.gating_interval)
@@ -260,8 +278,7 @@ class PrimalDual:
         patches = self.model.patch_gating
         assert patches is not None
         assert self.patch_optimizer is not None
-        if patches.grad is None:
-            patches.grad = torch.zeros_like(patches)
+        patches.grad = torch.zeros_like(patches) if patches.grad is None else patches.grad.nan_to_num(0.0, 0.0, 0.0)
         if by_patches is not None:
             patches.grad.add_(self.z * self.settings.patch_weight * by_patches)
         self.patch_optimizer.step()

@@ -15,7 +15,7 @@ from common.flops import count_parameters
 from common.reference import Case, CaseError, Checks, NotCovered, Runner
 from uvc.models import create
 from uvc.models.gates import register_masks
-from uvc.tests import model_cases, optimizer_cases, removal_cases
+from uvc.tests import model_cases, optimizer_cases, removal_cases, training_cases
 from uvc.tests.model_cases import float64
 
 # First words of a case's name -> the function that runs it; the longest that fits is taken.
@@ -33,6 +33,12 @@ RUNNERS: dict[str, Runner] = {
     "prune_weights": optimizer_cases.run_pruned_weights,
     "optimizer": optimizer_cases.run_optimizer,
     "compress": removal_cases.run_compress,
+    "distillation": training_cases.run_distillation,
+    "schedules": training_cases.run_schedules,
+    "zlr_schedule": training_cases.run_zlr_schedule,
+    "stage2_lr": training_cases.run_stage2_rates,
+    "stage1": training_cases.run_stage1,
+    "stage2": training_cases.run_stage2,
 }
 
 

@@ -1,0 +1,88 @@
+"""Pictures and mixing as both stages use them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from timm.data.mixup import Mixup, mixup_target
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import transforms
+
+from common.cli import DATASET_NAMES
+from common.data import build_dataset, eval_transform, train_transform
+from common.transforms import Transform
+
+DATASETS = ("imagenet", "cifar10", "cifar100", "digits", "folder", "tar")
+HALF = (0.5, 0.5, 0.5)
+
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def build_transforms(dataset: str, size: int) -> tuple[Transform, Transform]:
+    """Transforms of training and validation pictures to (3, size, size).
+
+    ImageNet: random resized crop and flip, bilinear, no further augmentation; validation resizes to 256/224 of the size
+    and crops the centre. CIFAR: crops of at least 5 %, validation resizes. Digits and other pictures of up to 32
+    pixels: padded random crops.
+    """
+    if dataset in ("cifar10", "cifar100"):
+        tail = [transforms.ToTensor(), transforms.Normalize(mean=HALF, std=HALF)]
+        crop = transforms.RandomResizedCrop((size, size), scale=(0.05, 1.0))
+        return transforms.Compose([crop, *tail]), transforms.Compose([transforms.Resize((size, size)), *tail])
+    train = train_transform(
+        size, auto_augment=None, color_jitter=None, interpolation="bilinear", erase_probability=0.0,
+        hflip=0.0 if dataset == "digits" else 0.5,
+    )  # fmt: skip
+    return train, eval_transform(size, interpolation="bilinear")
+
+
+def open_datasets(
+    name: str, folder: str | Path | None, size: int, *, only_evaluate: bool = False
+) -> tuple[Dataset[Any] | None, Dataset[Any]]:
+    """Training and validation split; the first is None where only evaluation is wanted.
+
+    Raises:
+        DataError: missing or unusable data, saying what to do.
+    """
+    name = DATASET_NAMES.get(name, name)
+    train, test = build_transforms(name, size)
+    held_out = build_dataset(name, folder or None, "val", test)
+    return None if only_evaluate else build_dataset(name, folder or None, "train", train), held_out
+
+
+def build_mix(
+    classes: int,
+    *,
+    mixup: float,
+    cutmix: float,
+    cutmix_minmax: list[float] | None,
+    prob: float,
+    switch_prob: float,
+    mode: str,
+    smoothing: float,
+) -> Mix:
+    """A function of images and labels (B,) to mixed images and class probabilities (B, classes).
+
+    An odd last picture is left out, since mixing pairs them. Without mixup and CutMix labels are smoothed alone.
+    """
+    if not (mixup > 0 or cutmix > 0 or cutmix_minmax):
+
+        def smooth(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            return images, mixup_target(targets, classes, 1.0, smoothing)
+
+        return smooth
+    mixing = Mixup(
+        mixup, cutmix, cutmix_minmax, prob, switch_prob, mode, label_smoothing=smoothing, num_classes=classes
+    )
+
+    def mix(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        even = len(images) - len(images) % 2
+        if even == 0:
+            raise ValueError("mixup pairs pictures: --train_batch_size (after accumulation) must be at least 2")
+        images, targets = mixing(images[:even].clone(), targets[:even])
+        return images, targets
+
+    return mix

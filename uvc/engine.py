@@ -1,0 +1,402 @@
+"""The training steps of both stages, and what surrounds them: phases, masks, evaluation, records.
+
+*Unified Visual Transformer Compression*, ICLR 2022. ``JointTraining`` (stage 1) learns weights, pruning numbers and
+gates together; ``FineTuning`` (stage 2) trains the weights of the architecture found. Their methods are the hooks of
+``common.engine.train``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from common.cache import write_atomic
+from common.distributed import World, get_logger, get_world_size, is_main
+from common.engine import Optimization, StepInfo, evaluate
+from common.metrics import Record
+from uvc.data import Mix
+from uvc.loading import save_masked
+from uvc.losses import DistillationLoss
+from uvc.models.gates import GatedTransformer, count_mask_elements
+from uvc.pruning import group_scores, masked_weights, update_masks_
+from uvc.schedules import selection_tau, zlr_at
+from uvc.uvc_optimizer import PrimalDual
+
+logger = get_logger(__name__)
+
+FEW_BLOCKS = 3
+
+
+def back_propagate(
+    batch: tuple[Tensor, Tensor],
+    optimization: Optimization,
+    *,
+    loss: Callable[[Tensor, Tensor], dict[str, Tensor]],
+    parts: int = 1,
+) -> dict[str, Tensor]:
+    """Gradients of a batch in ``parts`` equal pieces; the terms are the means of the pieces'.
+
+    Args:
+        batch: images (B, 3, height, width) and targets (B, ...).
+        optimization: collects the gradients.
+        loss: terms of a piece.
+        parts: pieces whose gradients add up before the optimizer steps; ranks exchange them once.
+    """
+    images, targets = batch
+    if len(images) % parts:
+        raise ValueError(f"a batch of {len(images)} pictures cannot be taken in {parts} equal parts")
+    sums: dict[str, Tensor] = {}
+    pieces = list(zip(images.chunk(parts), targets.chunk(parts), strict=True))
+    for index, piece in enumerate(pieces):
+        last = index + 1 == len(pieces)
+        with contextlib.nullcontext() if last else optimization.no_sync():
+            terms = loss(*piece)
+            optimization.backward(terms["loss"] / parts)
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0.0) + value.detach() / parts
+    return sums
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 1
+
+
+@dataclass(frozen=True)
+class JointSettings:
+    """Course of stage 1.
+
+    Attributes:
+        warmup_epochs: first epochs, in which every block's update is halved and nothing is pruned or skipped.
+        warmup_lr: learning rate of the first step of each of them.
+        warmup_reset: forget the optimizer's moments and start the schedule anew after them.
+        zlr_schedule: learning rate of z by the epoch from which it holds; the first epoch is 1.
+        eps_decay: factor on eps of the soft-L0 gates at the start of each later epoch.
+        parts: pieces of a batch, see ``back_propagate``.
+        select_ratio: share of patch tokens that selection by image keeps; None selects none.
+        total_steps: of the run, for the temperature of this selection.
+        patch_l1_weight: factor on the sum of the patch gates in the loss; 0 where patches are not learned.
+        official: masks keep stale zeros, evaluation is of the noisy soft network, files are bare state dicts.
+        log_interval: steps between records of the structure.
+    """
+
+    warmup_epochs: int = 5
+    warmup_lr: float = 1e-4
+    warmup_reset: bool = False
+    zlr_schedule: Mapping[int, float] = field(default_factory=lambda: {0: 10.0})
+    eps_decay: float = 0.92
+    parts: int = 1
+    select_ratio: float | None = None
+    total_steps: int = 1
+    patch_l1_weight: float = 0.0
+    official: bool = False
+    log_interval: int = 2000
+
+
+class JointTraining:
+    """Stage 1 on one model.
+
+    Args:
+        model: the bare backbone with masks.
+        network: the same as the training step calls it.
+        optimizer, scheduler: of the weights, gates included; the schedule advances by step.
+        primal_dual: of the same model.
+        criterion, mix: loss and mixing.
+        settings: see ``JointSettings``.
+        record: gets rows of the structure.
+        folder: where files go, or None.
+        model_type: for the files.
+    """
+
+    def __init__(
+        self,
+        model: GatedTransformer,
+        network: nn.Module,
+        *,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        primal_dual: PrimalDual,
+        criterion: DistillationLoss,
+        mix: Mix,
+        settings: JointSettings,
+        record: Record | None = None,
+        folder: Path | None = None,
+        model_type: str = "",
+    ) -> None:
+        self.model, self.network = model, network
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.primal_dual, self.criterion, self.mix = primal_dual, criterion, mix
+        self.settings, self.record, self.folder, self.model_type = settings, record, folder, model_type
+        self.dumps = _Dumps(folder) if settings.official and folder is not None else None
+        self.epoch = 0
+        self.steps = 0
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether the current epoch belongs to the warm-up."""
+        return self.epoch < self.settings.warmup_epochs
+
+    # Hooks of the loop
+
+    def enter(self, epoch: int, steps: int = 0) -> None:
+        """Set what depends on the epoch (from 0) alone; for a run that starts or resumes in it."""
+        self.epoch, self.steps = epoch, steps
+        self.model.gates.warmup = self.warming_up
+
+    def epoch_start(self, epoch: int) -> None:
+        """Once at the start of each epoch: phase, rates, masks."""
+        settings = self.settings
+        self.enter(epoch, self.steps)
+        if self.warming_up:
+            for group in self.optimizer.param_groups:
+                group["lr"] = settings.warmup_lr
+        else:
+            self.model.gates.eps *= settings.eps_decay
+            if settings.warmup_reset and epoch == settings.warmup_epochs > 0:
+                self._restart()
+        self.primal_dual.epoch_start()
+        self.primal_dual.zlr = zlr_at(dict(settings.zlr_schedule), epoch + 1)
+        self.share_variables()
+        self.update_masks()
+        logger.info("Start [Epoch %d] at Stage %s", epoch + 1, "Warm Up" if self.warming_up else "UVC Train")
+
+    def step(self, batch: tuple[Tensor, Tensor], optimization: Optimization, /) -> dict[str, Tensor]:
+        """Loss and gradients of a batch."""
+        return back_propagate(batch, optimization, loss=self.loss, parts=self.settings.parts)
+
+    def loss(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Terms of images with labels or class probabilities; the teacher runs once."""
+        settings = self.settings
+        images, targets = self.mix(images, targets)
+        taught = self.criterion.teach(images)
+        if settings.select_ratio is None:
+            outputs, distilled = self.network(images)
+        else:
+            tau = selection_tau(self.steps, settings.total_steps)
+            outputs, distilled = self.network(images, tau, settings.select_ratio)
+        terms = self.criterion(outputs, distilled, targets, taught)
+        if settings.patch_l1_weight and self.model.patch_gating is not None:
+            terms["patches"] = settings.patch_l1_weight * self.model.patch_gating.sigmoid().sum()
+            terms["loss"] = terms["loss"] + terms["patches"]
+        return terms
+
+    def after_step(self, info: StepInfo) -> dict[str, float]:
+        """The primal-dual step; numbers to log at the interval, which alone waits for the device."""
+        self.steps = info.step
+        values = self.primal_dual.step(info.learning_rates[0], warmup=self.warming_up)
+        if info.step % self.settings.log_interval:
+            return {}
+        resource = float(values.resource)
+        if is_main():
+            row = {"epoch": info.epoch, "step": info.step, "resource": resource, **self.structure_row()}
+            if self.record is not None:
+                self.record.write("structure", row)
+            if self.dumps is not None and not self.warming_up:
+                self.dumps.add(info.step, row)
+        return {"resource": resource, "z": float(self.primal_dual.z)}
+
+    def evaluate(self, loader: Iterable[Any], world: World, *, amp: str = "none") -> dict[str, float]:
+        """Accuracy and remaining cost after an epoch, and this epoch's file.
+
+        By default of the network that stage 2 would start from: weights masked, blocks run or not, patches removed. In
+        the official form of the noisy soft gates and unmasked weights.
+        """
+        self.update_masks()
+        with contextlib.ExitStack() as stack:
+            if not self.settings.official:
+                stack.enter_context(masked_weights(self.model))
+                stack.enter_context(deployed_gates(self.model, remove=self.primal_dual.settings.learn_patches))
+            metrics: dict[str, float] = evaluate(
+                self.model, loader, device=world.device, amp=amp, show_progress=False, title="validation"
+            )
+        metrics |= self.report(metrics)
+        if self.folder is not None and is_main():
+            self.save(self.folder / f"{self.model_type}_{self.epoch + 1}.pth.tar", metrics)
+        return metrics
+
+    # Parts
+
+    def update_masks(self) -> None:
+        """Masks of what s and r remove now."""
+        state = self.primal_dual
+        update_masks_(self.model, state.s, state.r, keep_stale=self.settings.official)
+
+    def share_variables(self) -> None:
+        """Give every rank rank 0's variables; equal noise and gradients keep them equal but for rounding."""
+        if get_world_size() > 1:
+            state = self.primal_dual
+            shared = [state.s, state.r, state.y, state.p, state.z, self.model.block_skip_gating]
+            for variable in shared if self.model.patch_gating is None else [*shared, self.model.patch_gating]:
+                dist.broadcast(variable.detach(), src=0)
+
+    def _restart(self) -> None:
+        self.optimizer.state = defaultdict(dict)
+        self.scheduler.last_epoch = -1
+        self.scheduler.step()
+
+    def deployed_ratio(self) -> float:
+        """Remaining cost by the hard gates and the masks to come. Waits for the device."""
+        state = self.primal_dual
+        run = torch.tensor(self.model.runs()).to(state.s) if state.settings.block_gating else None
+        patches = self.model.patch_gating if state.settings.learn_patches else None
+        with torch.no_grad():
+            return float(state.cost.ratio(state.s, state.r, group_scores(self.model).heads, run, patches))
+
+    def structure_row(self) -> dict[str, Any]:
+        """Per block and as lists: s, r, gates and duals, and what survives. Waits for the device."""
+        state, model = self.primal_dual, self.model
+        s = state.s.detach()
+        row: dict[str, Any] = {
+            "budget": state.settings.budget,
+            "remaining": self.deployed_ratio(),
+            "blocks_running": sum(model.runs()),
+            "heads_kept": (model.num_heads - s[:, 0].ceil()).tolist(),
+            "neurons_kept": (model.hidden_dim - s[:, 1].ceil()).tolist(),
+            "gates": model.block_skip_gating.tolist(),
+            "z_lr": state.zlr,
+        }
+        if model.patch_gating is not None:
+            row["patches_kept"] = len(model.find_kept_patches())
+        return row | {name: getattr(state, name).tolist() for name in ("s", "r", "y", "p", "z")}
+
+    def report(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Log the sparsity lines of the published logs; returns their numbers in percent."""
+        kept, size = count_mask_elements(self.model)
+        with torch.no_grad():
+            expected = float(self.primal_dual.resource(group_scores(self.model)))
+        remaining, running = self.deployed_ratio(), sum(self.model.runs())
+        logger.info("Valid Loss: %.4f\nValid Accuracy: %.3f", metrics["loss"], metrics["top1_percent"])
+        logger.info(
+            "[Validation Sparsity|Step %d|Epoch %d]\nParameter size: %.2fM / %.2fM = %.2f%%",
+            self.steps, self.epoch + 1, float(kept) / 1e6, size / 1e6, 100 * float(kept) / size,
+        )  # fmt: skip
+        logger.info("Expectation FLOPs: %.2f%% Real FLOPs: %.2f%%", 100 * expected, 100 * remaining)
+        if not self.warming_up and running < FEW_BLOCKS <= len(self.model.blocks):
+            logger.warning(
+                "only %d of %d blocks run: the budget is met by skipping alone. A lower --gating_weight or --glr, "
+                "or smaller numbers first in --zlr_schedule_list, let pruning inside blocks take its part",
+                running, len(self.model.blocks),
+            )  # fmt: skip
+        return {
+            "kept_parameters_percent": 100 * float(kept) / size,
+            "expected_cost_percent": 100 * expected,
+            "remaining_cost_percent": 100 * remaining,
+            "blocks_running": running,
+        }
+
+    def save(self, path: Path, metrics: Mapping[str, float]) -> None:
+        """This epoch's file for stage 2."""
+        learned = self.primal_dual.settings.learn_patches
+        patch_mode = "remove" if learned else "soft" if self.model.patch_gating is not None else "off"
+        save_masked(
+            path, self.model, model_type=self.model_type, bare=self.settings.official, patch_mode=patch_mode,
+            epoch=self.epoch + 1, step=self.steps, metrics=dict(metrics), variables=self.structure_row(),
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def deployed_gates(model: GatedTransformer, *, remove: bool) -> Iterator[None]:
+    """Blocks run or are skipped, patches are removed if ``remove``, inside; as before after."""
+    gates = model.gates
+    before = gates.block_gating, gates.warmup, gates.patch
+    gates.block_gating, gates.warmup = False, False
+    if remove:
+        gates.patch = "remove"
+    try:
+        yield
+    finally:
+        gates.block_gating, gates.warmup, gates.patch = before
+
+
+class _Dumps:
+    """The published JSON files of s, r and gates: {step: nested lists}, named by the time the run started."""
+
+    def __init__(self, folder: Path) -> None:
+        stamp = time.strftime("%Y-%m-%d-%H:%M:%S")
+        self.paths = {name: folder / f"{name}_{stamp}.json" for name in ("s", "r", "gating")}
+        self.content: dict[str, dict[int, Any]] = {name: {} for name in self.paths}
+
+    def add(self, step: int, row: Mapping[str, Any]) -> None:
+        for name, path in self.paths.items():
+            self.content[name][step] = row["gates" if name == "gating" else name]
+            write_atomic(path, json.dumps(self.content[name]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 2
+
+
+class FineTuning:
+    """Stage 2 on one model: weights trained, masks and structure fixed.
+
+    Args:
+        model: the bare backbone, masked and fixed (``loading.load_masked``).
+        network: the same as the training step calls it.
+        criterion, mix: loss and mixing.
+        parts: pieces of a batch, see ``back_propagate``.
+        before_step: called with the number of steps done before each batch, for pruning that goes on.
+    """
+
+    def __init__(
+        self,
+        model: GatedTransformer,
+        network: nn.Module,
+        *,
+        criterion: DistillationLoss,
+        mix: Mix,
+        parts: int = 1,
+        before_step: Callable[[int], None] | None = None,
+    ) -> None:
+        self.model, self.network = model, network
+        self.criterion, self.mix, self.parts = criterion, mix, parts
+        self.before_step = before_step
+        self.steps = 0
+        self.find_masked()
+
+    def find_masked(self) -> None:
+        """Look up which weights have masked elements; again after masks changed. Waits for the device."""
+        self.masked = [
+            (module.weight, mask)
+            for module in self.model.modules()
+            if (mask := module._buffers.get("mask")) is not None and not bool(mask.all())
+        ]
+
+    @torch.no_grad()
+    def apply_masks(self) -> None:
+        """Zero the masked weights, which the optimizer's step has moved."""
+        for weight, mask in self.masked:
+            assert isinstance(weight, Tensor)
+            weight.mul_(mask)
+
+    def step(self, batch: tuple[Tensor, Tensor], optimization: Optimization, /) -> dict[str, Tensor]:
+        """Loss and gradients of a batch with masked weights."""
+        if self.before_step is not None:
+            self.before_step(self.steps)
+        self.apply_masks()
+        return back_propagate(batch, optimization, loss=self.loss, parts=self.parts)
+
+    def loss(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Terms of images with labels or class probabilities; the teacher runs once."""
+        images, targets = self.mix(images, targets)
+        taught = self.criterion.teach(images)
+        outputs, distilled = self.network(images)
+        return self.criterion(outputs, distilled, targets, taught)
+
+    def after_step(self, info: StepInfo) -> dict[str, float]:
+        """Counts steps."""
+        self.steps = info.step
+        return {}
+
+    def evaluate(self, loader: Iterable[Any], world: World, *, amp: str = "none") -> dict[str, float]:
+        """Accuracy of the masked network."""
+        self.apply_masks()
+        return evaluate(self.model, loader, device=world.device, amp=amp, show_progress=False, title="validation")
