@@ -34,8 +34,9 @@ from common.cache import write_atomic
 from common.checkpoint import CheckpointError, load_safely, load_strict, locate, select_state
 from common.distributed import get_logger, run
 from common.flops import count_parameters, gmacs
+from scala.engine_scala import AtRatio
 from scala.slicing import make_grid
-from scala.standalone import AtRatio, describe, load_standalone, save_standalone, standalone_state
+from scala.standalone import describe, load_standalone, save_standalone, standalone_state
 
 logger = get_logger(__name__)
 

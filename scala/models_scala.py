@@ -450,8 +450,12 @@ class VisionTransformer_scala(nn.Module):
 
     def embed(self, images: Tensor, ratio: float) -> Tensor:
         """Pictures (B, 3, height, width) to tokens with positions, (B, N, d)."""
+        return self.place(self.patch_embed(images, ratio), ratio)
+
+    def place(self, tokens: Tensor, ratio: float) -> Tensor:
+        """Patch tokens (B, patches, d) with positions, and the prefix tokens in front: (B, N, d)."""
         own = self.sliced(ratio)
-        tokens, positions = self.patch_embed(images, ratio), own.pop("pos_embed")
+        positions = own.pop("pos_embed")
         prefix = [token.expand(len(tokens), -1, -1) for token in own.values()]
         if self.no_embed_class:
             return self.pos_drop(torch.cat([*prefix, tokens + positions], dim=1))
@@ -460,7 +464,10 @@ class VisionTransformer_scala(nn.Module):
     def encode(self, images: Tensor, ratio: float) -> Tensor:
         """Tokens (B, N, d) after the last block, not normalised."""
         self.check_ratio(ratio)
-        x = self.embed(images, ratio)
+        return self.run_blocks(self.embed(images, ratio), ratio)
+
+    def run_blocks(self, x: Tensor, ratio: float) -> Tensor:
+        """Tokens (B, N, d) through all blocks."""
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, ratio, use_reentrant=False)

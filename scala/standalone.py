@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from common.cache import write_atomic
 from common.checkpoint import CheckpointError, load_strict
 from scala.conv_layers import SlicedBatchNorm2d
+from scala.engine_scala import AtRatio
 from scala.models_mobilenet import MobileNetV2_scala
 from scala.models_scala import Attention, DistilledVisionTransformer_scala, VisionTransformer_scala
 from scala.models_uniformer import UniFormer_scala
@@ -46,17 +47,6 @@ CLASSES: dict[str, type[nn.Module]] = {
         UniFormer_scala,
     )
 }
-
-
-class AtRatio(nn.Module):
-    """A sliced network at one width, called with images only."""
-
-    def __init__(self, network: nn.Module, ratio: float) -> None:
-        super().__init__()
-        self.network, self.ratio = network, ratio
-
-    def forward(self, images: Tensor) -> Any:
-        return self.network(images, self.ratio)
 
 
 @dataclass(frozen=True)
@@ -100,7 +90,7 @@ class Standalone:
     def load(self, state: Mapping[str, Tensor], *, source: str = "slice") -> nn.Module:
         """The network of :meth:`build` with weights, in evaluation mode."""
         model = self.build()
-        load_strict(model.network if isinstance(model, AtRatio) else model, state, source=source)
+        load_strict(model.model if isinstance(model, AtRatio) else model, state, source=source)
         return model.eval()
 
     def to_json(self) -> str:

@@ -70,7 +70,7 @@ def test_timm_and_our_class_give_the_logits_of_the_slice(network: type[nn.Module
         theirs = standalone.build_timm().double().eval()
         load_strict(theirs, state)
         ours: Any = standalone.build_ours().double().eval()
-        load_strict(ours.network, state)
+        load_strict(ours.model, state)
         with torch.no_grad():
             expected = model(x, ratio)
             torch.testing.assert_close(theirs(x), expected, rtol=1e-11, atol=1e-12)
@@ -90,7 +90,7 @@ def test_slices_of_the_other_backbones_are_networks_of_their_own(name: str, tmp_
         for ratio in (0.25, 0.3125, 1.0) if name == "mobilenet" else (0.25, 0.75):
             standalone = describe(model, ratio)
             alone: Any = standalone.build_ours().double().eval()
-            load_strict(alone.network, standalone_state(model, ratio))
+            load_strict(alone.model, standalone_state(model, ratio))
             torch.testing.assert_close(alone(pictures(32)), model(pictures(32), ratio), rtol=1e-9, atol=1e-10)
     with pytest.raises(ValueError, match="timm has no class"):
         standalone.build_timm()

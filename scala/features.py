@@ -1,0 +1,306 @@
+"""Distillation of features, without cross entropy, from a teacher such as DINOv2 (design: the release has none).
+
+The README of Scala names the ingredients: a DINOv2 teacher, Proteus's losses, no cross entropy. Proteus
+(arXiv:2407.10366) compares normalised features of student and teacher after a projection P = LayerNorm + Linear, by
+mean squared errors of weight 1::
+
+    token    MSE(P1(class token), class token of the teacher)
+    feature  MSE([P1(class token); P2(patches)], [class token; patches] of the teacher)
+    patch    MSE(P3(patches of a masked pass), patches of the teacher) at the masked positions
+
+Here every pass of scale coordination uses them. Projections are sliced on their input side, so all targets live in the
+teacher's space: the largest width learns from the teacher, a slim width from the detached *projected* features of the
+width that teaches it (progressive: the pass before). With a classifier in the teacher (``lambda_logit``) the logits are
+transferred in the same way, as in the paper's own step.
+
+Legend: B batch, N patches, D student's width, T teacher's width, C classes, r width ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import register_model
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from common.checkpoint import CheckpointError, load_safely, load_strict, locate, select_state
+from scala.losses import transfer_loss
+from scala.models_scala import DistilledVisionTransformer_scala, VisionTransformer_scala
+from scala.slicing import SlicedLayerNorm, SlicedLinear, SliceRule
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Students with the teacher's patch of 14 pixels
+
+
+def _patch14(pretrained: bool, kwargs: dict[str, Any], **shape: int) -> VisionTransformer_scala:
+    if pretrained:
+        raise ValueError("a patch-14 network has no weights to download; train it with main_dinov2.py")
+    own = {key: value for key, value in kwargs.items() if not key.startswith("pretrained_cfg") and key != "cache_dir"}
+    return VisionTransformer_scala(**{"patch_size": 14, **shape, **own})
+
+
+@register_model
+def deit_base_patch14_224_scala(pretrained: bool = False, **kwargs: Any) -> VisionTransformer_scala:
+    """Scala-B on DINOv2's grid of 16 x 16 patches."""
+    return _patch14(pretrained, kwargs, embed_dim=768, num_heads=12)
+
+
+@register_model
+def deit_small_patch14_224_scala(pretrained: bool = False, **kwargs: Any) -> VisionTransformer_scala:
+    """Scala-S on DINOv2's grid of 16 x 16 patches."""
+    return _patch14(pretrained, kwargs, embed_dim=384, num_heads=6)
+
+
+class Projection(nn.Module):
+    """P of Proteus: layer normalisation and a linear layer to the teacher's width, sliced on the input side."""
+
+    def __init__(self, rule: SliceRule, width: int, teacher_width: int) -> None:
+        super().__init__()
+        self.norm = SlicedLayerNorm(rule, width)
+        self.linear = SlicedLinear(rule, width, teacher_width, rows=False)
+        nn.init.trunc_normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor, ratio: float) -> Tensor:
+        """(..., d) to (..., T)."""
+        return self.linear(self.norm(x, ratio), ratio)
+
+
+class FeatureStudent(nn.Module):
+    """A plain sliced ViT with the projections that the losses need.
+
+    Args:
+        backbone: plain, with a class token; its normalised tokens are compared.
+        teacher_width: T.
+        masked: also pass masked pictures: half of the batch, half of its patches replaced by a learned token.
+        logits: also give class logits, for which the backbone needs classes.
+
+    ``forward`` gives a tuple: features (B, 1 + N, T) with the projected class token first; with ``masked`` the
+    projected patches (B/2, N, T) of the first half of the batch and its mask (B/2, N); with ``logits`` these (B, C).
+
+    Raises:
+        TypeError: a distilled network, whose tokens have no counterpart in the teacher.
+        ValueError: no class token, or ``logits`` without classes.
+    """
+
+    def __init__(
+        self, backbone: VisionTransformer_scala, teacher_width: int, *, masked: bool = False, logits: bool = False
+    ) -> None:
+        super().__init__()
+        if not isinstance(backbone, VisionTransformer_scala) or isinstance(backbone, DistilledVisionTransformer_scala):
+            raise TypeError(f"features are distilled into a plain sliced ViT, not into {type(backbone).__name__}")
+        if backbone.num_prefix_tokens != 1 or backbone.norm is None:
+            raise ValueError("the student needs a class token and a final normalisation: global_pool='token'")
+        if logits and backbone.head is None:
+            raise ValueError("logits are distilled into a network with classes: give --num-classes")
+        if not logits and backbone.head is not None:
+            raise ValueError("without logits to distil the head would never train: build the student without classes")
+        width, rule = backbone.embed_dim, backbone.rule
+        self.backbone, self.masked, self.logits = backbone, masked, logits
+        self.project_token = Projection(rule, width, teacher_width)
+        self.project_patches = Projection(rule, width, teacher_width)
+        self.project_masked = Projection(rule, width, teacher_width) if masked else None
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if masked else None
+        if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=0.02)
+
+    @property
+    def num_classes(self) -> int:
+        return self.backbone.num_classes
+
+    def no_weight_decay(self) -> set[str]:
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()} | {"mask_token"}
+
+    def sliced(self, ratio: float) -> dict[str, Tensor]:
+        """The mask token at a width; the rest belongs to the submodules."""
+        return {} if self.mask_token is None else {"mask_token": self.backbone.rule.cut(self.mask_token, ratio, 2)}
+
+    def check_ratio(self, ratio: float) -> None:
+        self.backbone.check_ratio(ratio)
+
+    def forward(self, images: Tensor, ratio: float) -> tuple[Tensor, ...]:
+        tokens = self.backbone.forward_features(images, ratio)  # (B, 1 + N, d)
+        cls, patches = tokens[:, :1], tokens[:, 1:]
+        features = torch.cat([self.project_token(cls, ratio), self.project_patches(patches, ratio)], dim=1)
+        outputs = (features,)
+        if self.masked:
+            outputs += self._masked_pass(images[: max(1, len(images) // 2)], ratio)
+        return (*outputs, self.backbone.forward_head(tokens, ratio)) if self.logits else outputs
+
+    def _masked_pass(self, images: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+        assert self.project_masked is not None
+        assert self.backbone.norm is not None
+        patches = self.backbone.patch_embed(images, ratio)
+        order = torch.rand(patches.shape[:2], device=images.device).argsort(dim=1)
+        mask = order < patches.shape[1] // 2  # exactly half of each picture
+        patches = torch.where(mask[..., None], self.sliced(ratio)["mask_token"].to(patches.dtype), patches)
+        x = self.backbone.run_blocks(self.backbone.place(patches, ratio), ratio)
+        return self.project_masked(self.backbone.norm(x, ratio)[:, 1:], ratio), mask
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Teacher
+
+
+class FeatureTeacher(nn.Module):
+    """A frozen timm ViT: images to (normalised class token and patches (B, 1 + N, T), logits or None)."""
+
+    def __init__(self, network: VisionTransformer) -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+
+    @property
+    def width(self) -> int:
+        return self.network.embed_dim
+
+    @property
+    def num_classes(self) -> int:
+        return self.network.num_classes
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        tokens = self.network.forward_features(images)
+        prefix = self.network.num_prefix_tokens  # DINOv2 with registers has five
+        features = torch.cat([tokens[:, :1], tokens[:, prefix:]], dim=1)
+        return features, self.network.forward_head(tokens) if self.num_classes else None
+
+
+def load_teacher(name: str, path: str, *, img_size: int, num_classes: int | None = None) -> FeatureTeacher:
+    """A teacher from timm, for pictures of another size if need be: its positions are interpolated, as timm does.
+
+    Args:
+        name: timm's name of a plain ViT with a class token, such as ``vit_base_patch14_dinov2.lvd142m``.
+        path: checkpoint or URL, timm's own or the official DINOv2 file; ``""`` lets timm download its weights.
+        num_classes: of a classifier in the checkpoint; None for the network's own, which is none for DINOv2.
+
+    Raises:
+        CheckpointError: no such network or file, or a download that failed; says what to do.
+    """
+    options: dict[str, Any] = {"img_size": img_size} | ({} if num_classes is None else {"num_classes": num_classes})
+    if not timm.is_model(name):
+        raise CheckpointError(f"--teacher-model {name!r} is not a network of timm")
+    try:
+        network = timm.create_model(name, pretrained=not path, **options)
+    except TypeError as error:
+        raise CheckpointError(f"--teacher-model {name} takes no image size ({error}): give a ViT of timm") from error
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"timm could not load the weights of --teacher-model {name} ({error}); get its file elsewhere and give "
+            "--teacher-path FILE"
+        ) from error
+    if not isinstance(network, VisionTransformer) or not network.has_class_token:
+        raise CheckpointError(f"--teacher-model {name} is a {type(network).__name__}, not a plain ViT with class token")
+    if path:
+        file = locate(path)
+        state = select_state(load_safely(file), source=str(file))
+        try:
+            state = checkpoint_filter_fn(state, network)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{file}: no weights of {name} ({type(error).__name__}: {error})") from error
+        spare = () if network.num_classes else ("head.*",)
+        load_strict(network, state, source=str(file), allow_unexpected=spare)
+    return FeatureTeacher(network)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+@dataclass(frozen=True)
+class FeatureWeights:
+    """Weights of the terms; Proteus has 1 for its three. A term of weight 0 is not computed."""
+
+    token: float = 1.0
+    feature: float = 1.0
+    patch: float = 0.0
+    logit: float = 0.0
+
+    def __post_init__(self) -> None:
+        values = vars(self)
+        if bad := [f"--lambda_{name} {value:g}" for name, value in values.items() if not value >= 0]:
+            raise ValueError(f"weights of losses must be at least 0, got {', '.join(bad)}")
+        if not any(values.values()):
+            raise ValueError("at least one of --lambda_token, --lambda_fea, --lambda_patch, --lambda_logit must be > 0")
+
+
+def feature_loss(
+    outputs: tuple[Tensor, ...], target: Tensor, logits: Tensor | None, weights: FeatureWeights
+) -> dict[str, Tensor]:
+    """The weighted terms of one pass, scalars by name.
+
+    Args:
+        outputs: of :class:`FeatureStudent`.
+        target: features (B, 1 + N, T) of the teacher, or projected ones of a wider pass; gets no gradient.
+        logits: (B, C) of the same, where ``weights.logit`` is above 0.
+
+    Raises:
+        ValueError: another number of patches.
+
+    Source: Proteus, arXiv:2407.10366, the three levels of its objective.
+    """
+    features, target = outputs[0].float(), target.detach().float()
+    if features.shape != target.shape:
+        raise ValueError(
+            f"student and teacher must see the same grid of patches: {tuple(features.shape)} against "
+            f"{tuple(target.shape)}; give a student of the teacher's patch size"
+        )
+    terms: dict[str, Tensor] = {}
+    if weights.token:
+        terms["token"] = weights.token * F.mse_loss(features[:, 0], target[:, 0])
+    if weights.feature:
+        terms["feature"] = weights.feature * F.mse_loss(features, target)
+    if weights.patch:
+        patches, mask = outputs[1].float(), outputs[2]
+        squares = (patches - target[: len(patches), 1:]).square().mean(dim=2)  # (B/2, N)
+        terms["patch"] = weights.patch * (squares * mask).sum() / mask.sum()
+    if weights.logit:
+        if logits is None:
+            raise ValueError("--lambda_logit needs a teacher with a classifier")
+        terms["logit"] = weights.logit * transfer_loss(outputs[-1].float(), logits.float())
+    return terms
+
+
+@dataclass(frozen=True)
+class FeatureLosses:
+    """The losses of the four passes, in place of ``scala.losses.ScalaLosses``; there is no cross entropy."""
+
+    teacher: FeatureTeacher
+    weights: FeatureWeights
+
+    def full(self, images: Tensor, outputs: Any, targets: Tensor) -> Tensor:
+        """The largest width learns from the teacher."""
+        del targets
+        features, logits = self.teacher(images)
+        return _sum(feature_loss(outputs, features, logits, self.weights))
+
+    def slim(self, outputs: Any, teacher: Any, largest: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """A slim width learns from the projected features of the width that teaches it."""
+        del largest, targets
+        logits = teacher[-1] if self.weights.logit else None
+        transfer = _sum(feature_loss(outputs, teacher[0], logits, self.weights))
+        return transfer, transfer.new_zeros(())
+
+
+def _sum(terms: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack(list(terms.values())).sum()
+
+
+def build_student(name: str, teacher: FeatureTeacher, weights: FeatureWeights, **options: Any) -> FeatureStudent:
+    """A registered plain network with projections for a teacher and the terms in use.
+
+    Raises:
+        ValueError: ``weights.logit`` with a teacher that has no classifier, or an unknown name.
+    """
+    if weights.logit and not teacher.num_classes:
+        raise ValueError("--lambda_logit needs a teacher with a classifier: this one gives features only")
+    if not timm.is_model(name) or not name.endswith("_scala"):
+        raise ValueError(f"--model {name!r} is no sliceable network: give a plain one that ends in _scala")
+    classes = teacher.num_classes if weights.logit else 0
+    backbone: Any = timm.create_model(name, num_classes=classes, **options)
+    return FeatureStudent(backbone, teacher.width, masked=weights.patch > 0, logits=weights.logit > 0)
