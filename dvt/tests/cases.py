@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from common import cli, reference
 from common.flops import count_parameters
 from common.reference import Case, CaseError, Checks, NotCovered, Runner
-from dvt import exits
+from dvt import cifar, exits
 from dvt.engine import build_criterion, exit_logits, summed_loss
 from dvt.models import STAGE_NAMES, Cascade, StageOutput, T2T_ViT, VisionTransformer, create_model, make_cascade
 from dvt.models.backbone import Backbone
@@ -330,7 +330,18 @@ def run_schedule(case: Case, checks: Checks) -> None:
 
 
 def run_transfer_schedule(case: Case, checks: Checks) -> None:
-    raise NotCovered("transfer: not implemented yet")
+    known = {}
+    for number, lr in enumerate(case.build["lrs"]):
+        parts = nn.ModuleDict({"blocks": nn.Linear(1, 1), "norm": nn.LayerNorm(1), "head": nn.Linear(1, 1)})
+        optimizer = cifar.build_optimizer(parts, lr=lr)
+        schedule = cifar.build_schedule(optimizer)
+        rates = []
+        for _ in range(case.raw["outputs"][f"lr{number}"]["shape"][0]):
+            rates.append([group["lr"] for group in optimizer.param_groups])
+            optimizer.step()
+            schedule.step()
+        known[f"lr{number}"] = np.array(rates)
+    check_known(case, checks, known)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ CASES, STORED = read_cases(VECTORS)
 CASES = [*CASES, *runner.more_cases(VECTORS)]
 LARGE = ("full_DVT_T2t_vit_14", "full_DVT_Deit_small")
 """Networks of published size whose kind is tested in small, left to the command."""
-QUICK = [case for case in CASES if case.name not in (*LARGE, "transfer_schedule")]
+QUICK = [case for case in CASES if case.name not in LARGE]
 
 
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
