@@ -7,12 +7,14 @@ in ``ops/smyrf``.
 Letters: B images, N tokens, C width.
 """
 
+import math
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hourglass_swag.models.ops.smyrf.attn import SmyrfAttention
+from hourglass_swag.models.ops.smyrf.attn import SmyrfAttention, cluster_lengths
 from hourglass_swag.models.ops.smyrf.smyrf_attn import SmyrfMultiheadAttention
 from hourglass_swag.models.plug_in import NEVER, plugged_in
 from hourglass_swag.models.vision_transformer import SIZES, Encoder, EncoderBlock, VisionTransformer
@@ -117,12 +119,39 @@ class SmyrfVisionTransformer(VisionTransformer):
             make_block=make_block,
             **options,
         )
+        if any(clustered):
+            check_clusters(
+                self.seq_length, smyrf_n_hashes * num_heads, smyrf_q_cluster_size, smyrf_k_cluster_size, smyrf_padded
+            )
 
     def set_generator(self, generator: torch.Generator | None) -> None:
         """Draw the random projections of all layers from ``generator``; None: torch's default one."""
         for module in self.modules():
             if isinstance(module, SmyrfAttention):
                 module.generator = generator
+
+
+def check_clusters(tokens: int, lists: int, q_cluster_size: int, k_cluster_size: int, padded: bool) -> None:
+    """Refuse cluster sizes that fit no batch, and warn of those that fit some: better now than in the last batch.
+
+    Args:
+        tokens: N, queries and keys of a row alike.
+        lists: rounds times heads.
+        q_cluster_size, k_cluster_size, padded: see ``SmyrfAttention``.
+
+    Raises:
+        ValueError: naming the flags.
+    """
+    sizes = (q_cluster_size, k_cluster_size)
+    every = 1 if padded else math.lcm(*(size // math.gcd(lists * tokens, size) for size in sizes))
+    cluster_lengths((tokens, tokens), sizes, lists * every, padded=padded)
+    if every > 1:
+        warnings.warn(
+            f"clusters of {q_cluster_size} queries and {k_cluster_size} keys (--smyrf_q_cluster_size, "
+            f"--smyrf_k_cluster_size) fit {tokens} tokens in batches of a multiple of {every} pictures only, and every "
+            "other batch fails; divisors of the rounds (--smyrf_n_hashes) fit all, and so does --smyrf_padded",
+            stacklevel=3,
+        )
 
 
 class SmyrfViTL16(SmyrfVisionTransformer):

@@ -1,5 +1,6 @@
 """SMYRF beyond the reference vectors: properties, padding, precision, cost, bad input, compilation."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -221,3 +222,16 @@ def test_compiled_equals_eager(padded):
     for seed in (1, 2):
         torch.testing.assert_close(run(compiled, x, seed), run(model, x, seed), rtol=1e-5, atol=1e-5)  # type: ignore[arg-type]
     torch._dynamo.reset()
+
+
+def test_cluster_sizes_that_fit_no_batch_or_only_some_are_told_at_once():
+    sizes = {"smyrf_n_hashes": 8, "smyrf_q_cluster_size": 8}
+    with torch.device("meta"):
+        with pytest.raises(ValueError, match=r"65 queries in clusters of 8 and 65 keys in clusters of 4 .--smyrf_q_"):
+            create("smyrf_vit_desk", **sizes, smyrf_k_cluster_size=4)
+        with pytest.warns(UserWarning, match="fit 65 tokens in batches of a multiple of 3 pictures only"):
+            create("smyrf_vit_desk", smyrf_n_hashes=8, smyrf_q_cluster_size=12, smyrf_k_cluster_size=12)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            create("smyrf_vit_desk", **sizes, smyrf_k_cluster_size=8)
+            create("smyrf_vit_desk", **sizes | {"smyrf_q_cluster_size": 7}, smyrf_k_cluster_size=7, smyrf_padded=True)

@@ -62,13 +62,14 @@ def cluster_lengths(tokens: tuple[int, int], sizes: tuple[int, int], lists: int,
     if padded:
         if -(-N // c_q) != -(-M // c_k):
             raise ValueError(
-                f"{N} queries in clusters of {c_q} and {M} keys in clusters of {c_k} do not make as many clusters"
+                f"{N} queries in clusters of {c_q} and {M} keys in clusters of {c_k} (--smyrf_q_cluster_size, "
+                f"--smyrf_k_cluster_size) do not make as many clusters: {-(-N // c_q)} and {-(-M // c_k)}"
             )
         return -(-N // c_q) * c_q, -(-M // c_k) * c_k
     if N // c_q != M // c_k:
         raise ValueError(
-            f"{N} queries in clusters of {c_q} and {M} keys in clusters of {c_k} do not make as many clusters: "
-            f"{N // c_q} and {M // c_k}"
+            f"{N} queries in clusters of {c_q} and {M} keys in clusters of {c_k} (--smyrf_q_cluster_size, "
+            f"--smyrf_k_cluster_size) do not make as many clusters: {N // c_q} and {M // c_k}"
         )
     if lists * N % c_q or lists * M % c_k or lists * N // c_q != lists * M // c_k:
         raise ValueError(
