@@ -184,7 +184,8 @@ def run_attention(case: Case, checks: Checks) -> None:
     if isinstance(core, SmyrfAttention):
         out, (known["order_q"], known["order_k"]) = out
     else:
-        known |= dict(zip(("hashes_q", "hashes_k"), hashing.codes, strict=False))
+        sides = [side for side, grouped in (("q", core.group_Q), ("k", core.group_K)) if grouped]
+        known |= {f"hashes_{side}": codes for side, codes in zip(sides, hashing.codes, strict=True)}
         clusters = {"clusters_q": core.Q_clusters, "clusters_k": core.K_clusters}
         checks.equal("clusters", clusters, case.raw.get("clusters", clusters))
     check_draws(case, checks, hashing)
@@ -202,14 +203,24 @@ def check_draws(case: Case, checks: Checks, hashing: Hashing) -> None:
 
 
 def run_multi_head(case: Case, checks: Checks) -> None:
-    """Self-attention with projections, (tokens, batch, width)."""
+    """Attention with projections, (tokens, batch, width): of ``x`` to itself, or of ``query`` to ``key``, ``value``."""
     make = {"AdaMultiheadAttention": AdaMultiheadAttention, "SmyrfMultiheadAttention": SmyrfMultiheadAttention}
-    module, x = reference.build(make[case.build["class"]], case.seed, **case.build["kwargs"]), read_input(case, "x")
-    with projections(case) as hashing, torch.no_grad():
-        out, weights = module(x, x, x)
+    module, inputs = reference.build(make[case.build["class"]], case.seed, **case.build["kwargs"]), case.raw["input"]
+    drawn = {name: read_input(case, name) for name in ("x", "query", "key", "value") if name in inputs}
+    with_gradients = any(name.startswith("grad_") for name in case.outputs)
+    if with_gradients:
+        drawn = {name: tensor.requires_grad_() for name, tensor in drawn.items()}
+    operands = [drawn["x"]] * 3 if "x" in drawn else [drawn[name] for name in ("query", "key", "value")]
+    options = {}
+    if "key_padding_mask" in inputs:
+        options["key_padding_mask"] = torch.as_tensor(read_input(case, "key_padding_mask"))
+    with projections(case) as hashing, torch.set_grad_enabled(with_gradients):
+        out, weights = module(*operands, **options)
     checks.equal("second result", weights, None)
     check_draws(case, checks, hashing)
-    check_outputs(case, checks, {"out": out})
+    if with_gradients:
+        out.backward(read_input(case, "g"))
+    check_outputs(case, checks, {"out": out} | {f"grad_{name}": tensor.grad for name, tensor in drawn.items()})
 
 
 def run_lift(case: Case, checks: Checks) -> None:
