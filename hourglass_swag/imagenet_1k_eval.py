@@ -63,6 +63,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for flag, value in (("--batch-size", args.batch_size), ("--print-freq", args.print_freq)):
         if value < 1:
             parser.error(f"{flag} must be at least 1, got {value}")
+    if args.limit is not None and args.limit < 1:
+        parser.error(f"--limit must be at least 1, got {args.limit}")
     return args
 
 

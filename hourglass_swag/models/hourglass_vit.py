@@ -122,22 +122,43 @@ class HourglassViT(VisionTransformer):
         return counts + flops.layer_norm(leaving * C)
 
 
-class HourglassViTL16(HourglassViT):
+class _SizedHourglassViT(HourglassViT):
+    """Hourglass ViT of a named size; unlike its parent it refuses a location beyond its layers, but for -1."""
+
+    size: str
+
+    def __init__(self, image_size: int, *, clustering_location: int = 0, **options: Any) -> None:
+        size = SIZES[self.size]
+        if not OFF <= clustering_location < size.num_layers:
+            raise ValueError(
+                f"clustering_location (-l, --clustering_location) must be 0 to {size.num_layers - 1}, or {OFF} for "
+                f"nowhere, got {clustering_location}"
+            )
+        super().__init__(image_size=image_size, **size.kwargs(), clustering_location=clustering_location, **options)
+
+
+class HourglassViTL16(_SizedHourglassViT):
     """Hourglass ViT-L/16; ``options`` are the other arguments of ``HourglassViT``."""
 
+    size = "l16"
+
     def __init__(self, image_size: int = 224, **options: Any) -> None:
-        super().__init__(image_size=image_size, **SIZES["l16"].kwargs(), **options)
+        super().__init__(image_size, **options)
 
 
-class HourglassViTH14(HourglassViT):
+class HourglassViTH14(_SizedHourglassViT):
     """Hourglass ViT-H/14; ``options`` are the other arguments of ``HourglassViT``."""
 
+    size = "h14"
+
     def __init__(self, image_size: int = 224, **options: Any) -> None:
-        super().__init__(image_size=image_size, **SIZES["h14"].kwargs(), **options)
+        super().__init__(image_size, **options)
 
 
-class HourglassViTDesk(HourglassViT):
+class HourglassViTDesk(_SizedHourglassViT):
     """The network of the embedded experiment; ``options`` are the other arguments of ``HourglassViT``."""
 
+    size = "desk"
+
     def __init__(self, image_size: int = 32, **options: Any) -> None:
-        super().__init__(image_size=image_size, **SIZES["desk"].kwargs(), **options)
+        super().__init__(image_size, **options)

@@ -165,11 +165,13 @@ def test_compiles_as_one_graph():
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match="num_clusters must be a square, got 500; nearest are 484, 529"):
+    with pytest.raises(
+        ValueError, match=r"num_clusters .-n, --num_cluster. must be a square, got 500; nearest are 484, 529"
+    ):
         cluster_grid(500)
     with pytest.raises(ValueError, match="got 0; nearest are 1"):
         TokenClusteringBlock(0)
-    with pytest.raises(ValueError, match="window_size must be odd and positive, got 4"):
+    with pytest.raises(ValueError, match=r"window_size .--cluster_window_size. must be odd and positive, got 4"):
         TokenClusteringBlock(9, window_size=4)
     with pytest.raises(ValueError, match="n_iters"):
         TokenClusteringBlock(9, n_iters=-1)

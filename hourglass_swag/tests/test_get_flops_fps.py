@@ -67,7 +67,7 @@ def test_the_command_prints_costs_first_and_the_throughput_last(tmp_path: Path) 
 def test_what_cannot_be_measured_ends_with_one_line() -> None:
     done = run("-m", "hourglass_vit_desk", "-r", "32", "-l", "2")
     assert done.returncode == 2
-    assert done.stderr == "error: num_clusters must be a square, got 1000; nearest are 961, 1024\n"
+    assert done.stderr == "error: num_clusters (-n, --num_cluster) must be a square, got 1000; nearest are 961, 1024\n"
 
 
 def test_the_published_protocol(capsys: pytest.CaptureFixture[str]) -> None:

@@ -143,7 +143,10 @@ def test_bad_pictures_stop_the_run_or_are_counted(material, tmp_path, capsys):
         (["-m", "vit_desk", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
         (["-m", "vit_desk", "--weights", "/nowhere.pth", "DATA"], "/nowhere.pth: no such file"),
         (["-m", "vit_desk", "DATA"], "vit_desk has no published weights"),
-        (["-m", "hourglass_vit_desk", "--no-pretrained", "DATA"], "num_clusters must be a square, got 1000"),
+        (
+            ["-m", "hourglass_vit_desk", "--no-pretrained", "DATA"],
+            "num_clusters (-n, --num_cluster) must be a square, got 1000",
+        ),
         (["-m", "vit_desk", "-r", "30", "--no-pretrained", "DATA"], "multiple of patch_size = 4, got 30"),
         (
             ["-m", "vit_desk", "--world-size", "2", "--rank", "0", "DATA"],

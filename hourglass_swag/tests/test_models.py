@@ -167,6 +167,14 @@ def test_a_location_beyond_the_layers_warns_and_clusters_nothing():
     assert model.tokens_per_layer() == [37] * 4
 
 
+def test_named_sizes_refuse_a_location_beyond_the_layers():
+    with torch.device("meta"):
+        for location in (-2, 8):
+            with pytest.raises(ValueError, match=rf"-l, --clustering_location. must be 0 to 7, or -1 .*got {location}"):
+                models.create("hourglass_vit_desk", clustering_location=location, num_cluster=16)
+        models.create("hourglass_vit_desk", clustering_location=7, num_cluster=16)
+
+
 def test_gap_clusters_all_tokens():
     model = build(
         HourglassViT, 4, **TINY, classifier="gap", clustering_location=1, num_cluster=9, cluster_after_output=False
@@ -183,7 +191,9 @@ def test_gradients_reach_the_first_layers_through_the_clusters():
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match="num_clusters must be a square, got 1000; nearest are 961, 1024"):
+    with pytest.raises(
+        ValueError, match=r"num_clusters .-n, --num_cluster. must be a square, got 1000; nearest are 961, 1024"
+    ):
         on_meta("hourglass_vit_l16_in1k", image_size=512, num_cluster=1000)
     with pytest.raises(TypeError, match="fuse_token"):
         on_meta("vit_l16_in1k", fuse_token=True)

@@ -68,6 +68,19 @@ def test_flags_of_another_method_are_refused():
         check_method_flags(parse("ats_vit_l16_in1k", "-n", "9"))
 
 
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (["hourglass_vit_l16_in1k", "-n", "529"], "--clustering_location"),
+        (["tome_vit_l16_in1k"], "--tome_r"),
+        (["ats_vit_l16_in1k"], "--ats_blocks_indexes"),
+    ],
+)
+def test_flags_that_leave_a_method_idle_are_warned_of(words: list[str], flag: str) -> None:
+    with pytest.warns(UserWarning, match=f"{words[0]} without {flag}: .* this is the dense network"):
+        check_method_flags(get_default_parser().parse_args(["DIR", "-m", *words]))
+
+
 def test_the_papers_own_forms_of_methods_reach_the_network():
     parser = get_default_parser()
     evit = parser.parse_args(["d", "-m", "e_vit_l16_in1k", "--evit_score", "cls"])
@@ -86,6 +99,9 @@ def test_unknown_names_and_missing_data_are_refused(capsys):
     with pytest.raises(SystemExit):
         parse_args(["DIR", "-b", "0"])
     assert "--batch-size must be at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_args(["DIR", "--limit", "-1"])
+    assert "--limit must be at least 1, got -1" in capsys.readouterr().err
     assert parse_args(["--dataset", "digits"]).data is None
 
 

@@ -1,6 +1,7 @@
 """Command-line flags shared by the accuracy and the cost tool, and what of them reaches a network."""
 
 import argparse
+import warnings
 from typing import Any
 
 from hourglass_swag.models import names
@@ -251,8 +252,18 @@ _MORE_FLAGS: dict[str, dict[str, tuple[str, Any]]] = {
 }
 
 
+# Part of a model name -> flag, the published default with which the method does nothing, and what does not happen then.
+_IDLE: dict[str, tuple[str, Any, str]] = {
+    "hourglass_vit": ("clustering_location", -1, "nothing is clustered"),
+    "tome": ("tome_r", 0, "nothing is merged"),
+    "ats": ("ats_blocks_indexes", [], "nothing is sampled"),
+}
+
+
 def check_method_flags(args: argparse.Namespace) -> None:
     """Refuse flags of another method than that of ``args.model``; the published scripts ignored them.
+
+    Warns if the method's own flags leave it idle, as some published defaults do.
 
     Raises:
         ValueError: naming every such flag, and its value.
@@ -269,6 +280,10 @@ def check_method_flags(args: argparse.Namespace) -> None:
     if foreign:
         takes = f"takes {', '.join(f'--{flag}' for flag in sorted(own))}" if own else "takes no method's flags"
         raise ValueError(f"{', '.join(foreign)}: a flag of another method; {args.model} {takes}")
+    if part in _IDLE:
+        flag, idle, consequence = _IDLE[part]
+        if getattr(args, flag) == idle:
+            warnings.warn(f"{args.model} without --{flag}: {consequence}, this is the dense network", stacklevel=2)
 
 
 def get_model_args(args: argparse.Namespace) -> dict[str, Any]:

@@ -42,7 +42,9 @@ def cluster_grid(num_spixels: int | tuple[int, int] | list[int]) -> Grid:
         side = math.isqrt(max(num_spixels, 0))
         if num_spixels < 1 or side * side != num_spixels:
             nearest = ", ".join(str(s * s) for s in (side, side + 1) if s)
-            raise ValueError(f"num_clusters must be a square, got {num_spixels}; nearest are {nearest}")
+            raise ValueError(
+                f"num_clusters (-n, --num_cluster) must be a square, got {num_spixels}; nearest are {nearest}"
+            )
         return side, side
     height, width = num_spixels
     if height < 1 or width < 1:
@@ -113,11 +115,11 @@ class TokenClusteringBlock(nn.Module):
     ) -> None:
         super().__init__()
         if window_size < 1 or window_size % 2 == 0:
-            raise ValueError(f"window_size must be odd and positive, got {window_size}")
+            raise ValueError(f"window_size (--cluster_window_size) must be odd and positive, got {window_size}")
         if n_iters < 0:
-            raise ValueError(f"n_iters must not be negative, got {n_iters}")
+            raise ValueError(f"n_iters (--cluster_iters) must not be negative, got {n_iters}")
         if not temperture >= 0:
-            raise ValueError(f"temperture must not be negative, got {temperture}")
+            raise ValueError(f"temperture (--cluster_temperture) must not be negative, got {temperture}")
         self.grid = None if num_spixels is None else cluster_grid(num_spixels)
         self.n_iters = n_iters
         self.temperture = float(temperture)
