@@ -7,6 +7,7 @@ and many take the same path: every function here does the right thing when there
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import random
@@ -502,11 +503,15 @@ def wrap_for_training(
     if world.size == 1:
         return model
     devices = [world.device.index] if world.device.type == "cuda" else None
+    exchange: dict[str, bool] = {}
+    if not broadcast_buffers:  # torch 2.15 renamed the argument and warns about the old name
+        known = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
+        exchange["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
     return nn.parallel.DistributedDataParallel(
         model,
         device_ids=devices,
         find_unused_parameters=find_unused_parameters,
-        broadcast_buffers=broadcast_buffers,
+        **exchange,  # pyright: ignore[reportArgumentType] - only the two switches named above
     )
 
 

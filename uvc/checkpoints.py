@@ -52,7 +52,7 @@ def load_masked(
     for key in ("args", "uvc"):  # flags of a training state; what stage 1 and 2 write into their results
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             arguments |= content[key]
-    name = model_type or str(arguments.get("model_type") or _name_in(Path(file).name))
+    name = model_type or str(arguments.get("model_type") or name_in(Path(file).name))
     if not name:
         raise CheckpointError(f"{file}: it does not say which architecture it is of; add --model_type NAME")
     try:
@@ -111,6 +111,6 @@ def sizes_of(state: Mapping[str, Tensor], name: str, *, source: str = "checkpoin
     }  # fmt: skip
 
 
-def _name_in(file: str) -> str:
+def name_in(file: str) -> str:
     """The longest known architecture that a file name begins with, or nothing."""
     return max((name for name in MODELS if file.startswith(name)), key=len, default="")

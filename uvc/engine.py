@@ -170,8 +170,11 @@ class JointTraining:
         logger.info("Start [Epoch %d] at Stage %s", epoch + 1, "Warm Up" if self.warming_up else "UVC Train")
 
     def step(self, batch: tuple[Tensor, Tensor], optimization: Optimization, /) -> dict[str, Tensor]:
-        """Loss and gradients of a batch."""
-        return back_propagate(batch, optimization, loss=self.loss, parts=self.settings.parts)
+        """Loss and gradients of a batch; none of the gates while they are frozen in the warm-up."""
+        terms = back_propagate(batch, optimization, loss=self.loss, parts=self.settings.parts)
+        if self.warming_up:
+            self.model.block_skip_gating.grad = None
+        return terms
 
     def loss(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Terms of images with labels or class probabilities; the teacher runs once."""
@@ -187,6 +190,9 @@ class JointTraining:
         if settings.patch_l1_weight and self.model.patch_gating is not None:
             terms["patches"] = settings.patch_l1_weight * self.model.patch_gating.sigmoid().sum()
             terms["loss"] = terms["loss"] + terms["patches"]
+        gates = self.model.block_skip_gating
+        if self.warming_up and gates.requires_grad:  # ranks wait for a gradient of every parameter
+            terms["loss"] = terms["loss"] + 0.0 * gates.sum()
         return terms
 
     def after_step(self, info: StepInfo) -> dict[str, float]:

@@ -66,7 +66,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.resume:
         (manager or CheckpointManager(".", metric=None)).resume(state, args.resume)
 
-    network = prepare_network(model, world, compiled=args.compile, find_unused_parameters=True, broadcast_buffers=False)
+    criterion = build_teacher_loss(args, classes, world.device)
+    unused = getattr(model, "head_dist", None) is not None and criterion.kind == "none"
+    network = prepare_network(
+        model, world, compiled=args.compile, find_unused_parameters=unused, broadcast_buffers=False
+    )
     boards = folder / "tensorboard" if args.tensorboard and folder else None
     record = Record(folder / "log.jsonl", tensorboard=boards) if folder and not args.eval else None
     mix = build_mix(
@@ -75,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )  # fmt: skip
     training = JointTraining(
         model, network, optimizer=optimizer, scheduler=scheduler, primal_dual=primal_dual,
-        criterion=build_teacher_loss(args, classes, world.device), mix=mix, settings=build_settings(args, steps),
+        criterion=criterion, mix=mix, settings=build_settings(args, steps),
         record=record, folder=folder if not args.eval else None, model_type=args.model_type,
     )  # fmt: skip
     training.enter(state.progress.epoch, state.progress.step)

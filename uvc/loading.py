@@ -13,8 +13,9 @@ from torch import Tensor
 
 from common.checkpoint import CheckpointError, load_safely, load_strict, locate, save_atomic, select_state
 from common.distributed import get_logger, main_process_first
-from uvc.models import MODELS, create
-from uvc.models.gates import GatedTransformer, PatchMode, apply_masks_, register_masks
+from uvc import checkpoints
+from uvc.models import MODELS
+from uvc.models.gates import GatedTransformer, PatchMode, apply_masks_
 from uvc.structure import Structure
 
 logger = get_logger(__name__)
@@ -44,18 +45,24 @@ def read_state(source: str | os.PathLike[str], *, prefer_ema: bool = False) -> t
     return state, dict(metadata) if isinstance(metadata, Mapping) else {}
 
 
-def load_dense(model: GatedTransformer, source: str | os.PathLike[str], *, model_type: str) -> None:
+def load_dense(
+    model: GatedTransformer, source: str | os.PathLike[str], *, model_type: str, new_head: bool = False
+) -> None:
     """Load a dense checkpoint; gates, token scores and masks that it lacks stay as they are.
 
-    A head for another number of classes is left out with a warning, and so is T2T-ViT's computed position table.
+    Args:
+        model: takes the weights. T2T-ViT's position table is computed, not loaded.
+        source: file or URL.
+        model_type: name of the network.
+        new_head: where the file's head is for another number of classes, leave the model's with a warning.
 
     Raises:
-        CheckpointError: listing every other difference.
+        CheckpointError: listing every difference.
     """
     state, _ = read_state(source, prefer_ema=model_type.startswith("t2t"))
     own = model.state_dict()
     for key in ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias"):
-        if key in state and key in own and state[key].shape != own[key].shape:
+        if new_head and key in state and key in own and state[key].shape != own[key].shape:
             logger.warning(
                 "%s: %s is for %d classes, the data has %d: this layer starts from random weights",
                 os.fspath(source), key, len(state[key]), len(own[key]),
@@ -82,11 +89,7 @@ class Masked:
 
 
 def load_masked(
-    source: str | os.PathLike[str],
-    *,
-    model_type: str | None = None,
-    patch_mode: PatchMode | None = None,
-    **options: Any,
+    source: str | os.PathLike[str], *, model_type: str | None = None, patch_mode: PatchMode | None = None
 ) -> Masked:
     """The network of a stage-1 or stage-2 file with its weights masked, blocks and patches fixed, gates frozen.
 
@@ -94,41 +97,22 @@ def load_masked(
         source: a file of ours, or an official bare state dict with ``.mask`` entries.
         model_type: needed for files that do not say it.
         patch_mode: what patch gates do; None takes what the file says, and ``soft`` where there are gates but no word.
-        options: replace arguments of the network; the number of classes follows the file.
 
     Raises:
-        CheckpointError: no model type known, or entries that do not fit, listed.
+        CheckpointError: no model type known, another network than the file's, or entries that do not fit, listed.
     """
-    state, metadata = read_state(source)
+    with main_process_first():
+        path = locate(source)
+    model, metadata = checkpoints.load_masked(path, model_type or "", patch=patch_mode or "")
     stated = metadata.get("model_type")
-    if model_type is None:
-        model_type = stated
-    if model_type is None:
-        raise CheckpointError(f"{os.fspath(source)} does not say which network it is: give --model_type")
-    if stated is not None and stated != model_type:
-        raise CheckpointError(f"{os.fspath(source)} is of {stated}, not of {model_type}: give --model_type {stated}")
-    if "head.weight" in state:
-        options.setdefault("num_classes", len(state["head.weight"]))
-    if metadata.get("img_size"):
-        options.setdefault("img_size", metadata["img_size"])
-    model = register_masks(create(model_type, **options))
-    assert isinstance(model, GatedTransformer)
-    if "patch_gating" in state:
-        model.add_patch_gates()
-    if "gumbel.weight" in state and hasattr(model, "add_token_scores"):
-        model.add_token_scores()  # pyright: ignore[reportCallIssue]
-        register_masks(model)
-    load_strict(model, state, source=source)
-    if patch_mode is None:
-        patch_mode = metadata.get("patch_mode", "soft") if "patch_gating" in state else "off"
-    if patch_mode != "off" and "patch_gating" not in state:
-        raise CheckpointError(f"{os.fspath(source)} has no patch gates: --patch_mode {patch_mode} needs them")
-    model.gates.patch = patch_mode  # pyright: ignore[reportAttributeAccessIssue] - one of the modes, of our own file
-    model.gates.jumping = bool(metadata.get("jumping", False))
+    if model_type is not None and stated is not None and stated != model_type:
+        raise CheckpointError(f"{path} is of {stated}, not of {model_type}: give --model_type {stated}")
     apply_masks_(model)
     model.fix_blocks()
     freeze_structure(model)
-    return Masked(model, model_type, metadata)
+    if all(bool(mask.all()) for name, mask in model.named_buffers() if name.endswith("mask")) and all(model.runs()):
+        logger.warning("%s: no weight is masked and every block runs: this is the dense network", path)
+    return Masked(model, str(model_type or stated or checkpoints.name_in(path.name)), metadata)
 
 
 def freeze_structure(model: GatedTransformer) -> None:

@@ -46,14 +46,10 @@ def load_network(args: argparse.Namespace, argv: Sequence[str] | None) -> Masked
     if not args.checkpoint_dir:
         raise UsageError("--checkpoint_dir is missing: name the file that joint_train.py wrote after an epoch")
     given = any(word.split("=")[0] == "--model_type" for word in (sys.argv[1:] if argv is None else argv))
-    options = {"img_size": args.img_size} if args.img_size else {}
     mode = None if args.patch_mode == "auto" else args.patch_mode
-    try:
-        masked = load_masked(
-            args.checkpoint_dir, model_type=args.model_type if given else None, patch_mode=mode, **options
-        )
-    except ValueError as error:
-        raise UsageError(f"--model_type: {error}") from error
+    masked = load_masked(args.checkpoint_dir, model_type=args.model_type if given else None, patch_mode=mode)
+    if args.img_size not in (None, image_size(masked.model)):
+        raise UsageError(f"--img_size {args.img_size}: the file's network takes {image_size(masked.model)} pixels")
     args.model_type = masked.model_type
     if args.enable_jumping:
         masked.model.gates.jumping = True

@@ -57,7 +57,7 @@ def build_student(args: argparse.Namespace, classes: int, *, load: bool) -> Gate
                 "--model_path is missing: name the checkpoint of the dense network (pretrained for the published one), "
                 "or give --pretrained 0 to start from random weights"
             )
-        load_dense(model, args.model_path, model_type=args.model_type)
+        load_dense(model, args.model_path, model_type=args.model_type, new_head=True)
     return model
 
 
@@ -144,7 +144,7 @@ def build_teacher_loss(args: argparse.Namespace, classes: int, device: torch.dev
         if args.img_size:
             options["img_size"] = args.img_size
         teacher = create_named(name, flag="--teacher-model", **options)
-        load_dense(teacher, source, model_type=name)
+        load_dense(teacher, source, model_type=name)  # a teacher with a new head would teach noise
         teacher.fix_blocks((True,) * len(teacher.blocks))
         teacher.to(device).eval().requires_grad_(False)
     kind = args.distillation_type if teacher is not None else "none"
