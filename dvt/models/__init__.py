@@ -44,6 +44,9 @@ _DEIT: dict[str, dict[str, Any]] = {
     "deit_base_patch16_224": {"embed_dim": 768, "depth": 12, "num_heads": 12},
     "deit_base_patch16_384": {"embed_dim": 768, "depth": 12, "num_heads": 12, "img_size": 384},
 }
+_DESK: dict[str, Any] = {"img_size": 32, "embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2.0}
+DESK_PATCHES = (8, 5, 4)
+"""Patch sizes of the desk network, ours, for pictures of 32 pixels: 4x4, 6x6 and 8x8 tokens."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ def _register() -> dict[str, Entry]:
     for suffix, patch in zip(SUFFIXES, patches, strict=True):
         entries["deit_small" + suffix] = Entry(VisionTransformer, {**_DEIT["deit_small"], **patch})
     entries["DVT_Deit_small"] = Entry(VisionTransformer, _DEIT["deit_small"], tuple(patches))
+    entries["DVT_desk"] = Entry(VisionTransformer, _DESK, tuple({"patch_size": patch} for patch in DESK_PATCHES))
     return entries
 
 
@@ -100,24 +104,27 @@ def create_model(name: str, **options: Any) -> Cascade | Backbone:
     settings = {**entry.options, **options}
     if not entry.stages:
         return entry.make(**settings)
-    model = make_cascade(entry.make, entry.stages, **settings)
-    check_grids(name, model, settings.get("img_size", 224))
-    return model
+    check_size(name, settings.get("img_size", 224))
+    return make_cascade(entry.make, entry.stages, **settings)
 
 
-PUBLISHED_GRIDS = (7, 10, 14)
+WORKING_SIZES = {
+    "DVT_T2t_vit_12": range(224, 227),
+    "DVT_T2t_vit_14": range(224, 227),
+    "DVT_Deit_small": range(224, 240),
+}
+"""Published cascade -> sides of the picture, in pixels, at which its grids are the published ones."""
 
 
-def check_grids(name: str, model: Cascade, img_size: int) -> None:
-    """Refuse a published cascade at a size at which its grids are not the published ones.
+def check_size(name: str, img_size: int) -> None:
+    """Refuse a size at which a published cascade's grids are not 7x7, 10x10 and 14x14 tokens.
 
     Raises:
         ValueError: naming the sizes that work.
     """
-    grids = tuple(stage.grid for stage in model.stages)
-    if grids != PUBLISHED_GRIDS:
-        works = "224-226" if MODELS[name].make is T2T_ViT else "224-239"
+    sizes = WORKING_SIZES.get(name)
+    if sizes is not None and img_size not in sizes:
         raise ValueError(
-            f"{name} has grids of 7x7, 10x10 and 14x14 tokens; img_size {img_size} gives "
-            f"{', '.join(f'{side}x{side}' for side in grids)}. Sizes that work: {works}"
+            f"{name} has grids of 7x7, 10x10 and 14x14 tokens, which img_size {img_size} does not give; sizes that "
+            f"work: {sizes[0]}-{sizes[-1]}"
         )

@@ -122,6 +122,10 @@ class Backbone(nn.Module):
         """The network from pictures to tokens."""
         return getattr(self, self.embed_name)
 
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that a network with one exit does not decay; a cascade has no such list, as published."""
+        return {"cls_token", "pos_embed"}
+
     def forward(self, images: Tensor) -> Tensor:
         """Class logits (B, C) of a stage that stands alone, its attention fused.
 

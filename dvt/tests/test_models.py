@@ -1,0 +1,267 @@
+"""Networks: properties of the paper, costs to the digit, and what they refuse."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common.flops import CONVENTIONS, count_executed_macs, count_parameters, gmacs
+from common.reference import array, image
+from dvt.models import MODELS, Cascade, T2T_ViT, VisionTransformer, create_model, make_cascade
+from dvt.models.backbone import Backbone
+from dvt.models.reuse import grid_overlap, resize_grid, resize_relations, token_overlap
+from dvt.models.token_performer import Token_performer
+from dvt.models.transformer_block import Block
+
+VECTORS = Path(__file__).parent / "vectors"
+DESK = {"img_size": 32, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 1.0, "num_classes": 5}
+PATCHES = [{"patch_size": 8}, {"patch_size": 5}, {"patch_size": 4}]
+
+
+def small(**options) -> Cascade:
+    torch.manual_seed(0)
+    return make_cascade(VisionTransformer, PATCHES, **(DESK | options)).eval()
+
+
+@pytest.mark.parametrize(("source", "target"), [(7, 10), (10, 14), (4, 6), (6, 8), (3, 3), (5, 4)])
+def test_the_resize_is_nearest_then_adaptive_pooling(source, target):
+    maps = torch.from_numpy(array("maps", (2, 3, source, source)))
+    doubled = F.interpolate(maps, scale_factor=2, mode="nearest")
+    torch.testing.assert_close(resize_grid(maps, target), F.adaptive_avg_pool2d(doubled, target))
+
+
+def test_the_resize_has_the_stated_rows():
+    overlap, sizes = grid_overlap(7, 10)
+    rows = (overlap / sizes)[[0, 1, 2, 7]]
+    expected = torch.tensor([[0, 1.0], [0.5, 0.5], [2 / 3, 1 / 3], [1 / 3, 2 / 3]])
+    torch.testing.assert_close(rows[0, :2], torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(rows[1, :2], expected[1])
+    torch.testing.assert_close(rows[2, 1:3], expected[2])
+    torch.testing.assert_close(rows[3, 4:6], expected[3])
+    assert set(overlap.unique().tolist()) <= {0.0, 1.0, 2.0}
+
+
+def test_relations_keep_the_class_token_apart():
+    """Resized along keys and then along queries, class row and column along one side only."""
+    relations = torch.from_numpy(array("r", (2, 3, 50, 50)))
+    overlap, sizes = token_overlap(7, 10)
+    got = resize_relations(relations, overlap.double() / sizes.double())
+
+    def along_keys(rows: torch.Tensor) -> torch.Tensor:
+        grid = resize_grid(rows[..., 1:].unflatten(-1, (7, 7)), 10)
+        return torch.cat([rows[..., :1], grid.flatten(-2)], dim=-1)
+
+    expected = along_keys(along_keys(relations).transpose(-2, -1)).transpose(-2, -1)
+    torch.testing.assert_close(got, expected)
+    assert torch.equal(got[..., 0, 0], relations[..., 0, 0])
+    assert got.stride(-2) % 8 == 0
+
+
+@pytest.mark.parametrize("reuse", [(True, True), (True, False), (False, True), (False, False)])
+def test_maps_are_made_only_where_the_next_exit_reuses_them(reuse):
+    model = small(feature_reuse=reuse[0], relation_reuse=reuse[1])
+    images = image(2, 32).float()
+    with torch.no_grad():
+        first = model.run_exit(0, images)
+        second = model.run_exit(1, images, first)
+        third = model.run_exit(2, images, second)
+        logits = model(images)
+    assert [output.relations is not None for output in (first, second, third)] == [reuse[1], reuse[1], False]
+    for output, answer in zip((first, second, third), logits, strict=True):
+        torch.testing.assert_close(output.logits, answer)
+
+
+def test_selected_pictures_go_on_as_they_would_alone():
+    model = small()
+    images = image(4, 32).float()
+    keep = torch.tensor([3, 1])
+    with torch.no_grad():
+        first = model.run_exit(0, images)
+        second = model.run_exit(1, images[keep], first.select(keep))
+        torch.testing.assert_close(second.logits, model(images)[1][keep])
+        mask = torch.tensor([False, True, False, True])
+        assert torch.equal(first.select(mask).features, first.features[[1, 3]])
+
+
+def test_a_first_stage_is_the_network_alone():
+    model = small()
+    alone = VisionTransformer(**DESK, patch_size=8).eval()
+    alone.load_state_dict(model.stages[0].state_dict())
+    images = image(2, 32).float()
+    with torch.no_grad():
+        torch.testing.assert_close(alone(images), model(images)[0])
+
+
+def test_the_fused_attention_trains_like_the_plain_one():
+    """Gradients of reused logits, with and without the attention map."""
+    block = Block(16, 2, feature_reuse=False).double()
+    x = torch.from_numpy(array("x", (2, 5, 16)))
+    grads = []
+    for hand_on in (True, False):
+        reused = torch.from_numpy(array("r", (2, 2, 5, 5))).requires_grad_()
+        out, relation = block(x, None, reused, hand_on=hand_on)
+        assert (relation is not None) == hand_on
+        out.square().sum().backward()
+        grads.append(reused.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_drop_path_and_both_dropouts_of_the_performer_are_on_in_training():
+    torch.manual_seed(0)
+    performer = Token_performer(6, 4)
+    x = torch.randn(2, 9, 6)
+    assert not torch.equal(performer(x), performer(x))
+    performer.eval()
+    assert torch.equal(performer(x), performer(x))
+    model = small(drop_path_rate=0.5)
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in model.stages[1].blocks]
+    assert rates == [0.0, 0.5]
+    model.train()
+    images = image(8, 32).float()
+    assert not torch.equal(model(images)[2], model(images)[2])
+
+
+def test_the_performer_stays_finite_in_half_precision():
+    performer = Token_performer(8, 4).eval()
+    x = 30 * torch.from_numpy(array("x", (1, 9, 8))).float()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert performer(x).isfinite().all()
+        seen = []
+        performer.prm_exp = lambda value: seen.append(value.dtype) or Token_performer.prm_exp(performer, value)
+        performer(x)
+    assert seen == [torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_counted_and_executed_operations_agree(name):
+    with torch.device("meta"):
+        model = create_model(name)
+        size = model.embed.img_size if isinstance(model, Backbone) else model.stages[0].embed.img_size
+        images = torch.zeros(1, 3, size, size)
+    counts = model.count_ops()
+    counts = counts[-1] if isinstance(counts, list) else counts
+    assert counts.macs == count_executed_macs(model, images)
+
+
+STATED = {
+    "T2t_vit_7": 1.1565, "T2t_vit_10": 1.5274, "T2t_vit_12": 1.7748, "T2t_vit_12_less_less_token": 0.4725,
+    "T2t_vit_12_less_token": 0.8982, "T2t_vit_14": 4.8003, "T2t_vit_14_less_token": 2.4047,
+    "T2t_vit_14_less_less_token": 1.2065, "T2t_vit_19": 8.5027, "T2t_vit_24": 13.6924, "T2t_vit_t_14": 6.1055,
+    "T2t_vit_t_19": 9.8080, "T2t_vit_t_24": 14.9977, "deit_small": 4.6083, "deit_small_less_less_token": 1.1453,
+    "deit_small_less_token": 2.3048,
+}  # fmt: skip
+"""What fvcore counts on the official code, in GMACs."""
+
+
+@pytest.mark.parametrize("name", sorted(STATED))
+def test_cost_of_a_network(name):
+    with torch.device("meta"):
+        counts = create_model(name).count_ops(published=True)
+    assert round(gmacs(counts, "fvcore"), 4) == STATED[name]
+
+
+STATED_STAGES = {
+    "DVT_T2t_vit_12": (0.47248502, 0.989992916, 2.035066988),
+    "DVT_T2t_vit_14": (1.206548892, 2.634317844, 5.486766252),
+    "DVT_Deit_small": (1.145309952, 2.511011712, 5.187461952),
+}
+
+
+def rounded_by_fvcore(stage: Backbone) -> int:
+    """What fvcore counts more: it reads the cost of the performer's einsums off a text of four significant digits."""
+    total = 0
+    encoders = getattr(stage.embed, "attention1", None), getattr(stage.embed, "attention2", None)
+    for encoder, side in zip(encoders, getattr(stage.embed, "sides", ()), strict=False):
+        if not isinstance(encoder, Token_performer):
+            continue
+        product, sums = side**2 * encoder.in_dim * encoder.m, side**2 * encoder.m
+        for count, times in ((product, 3), (sums, 1)):  # a batched product is counted exactly
+            total += times * (int(float(f"{2 * count:.3e}") // 2) - count)
+    return total
+
+
+@pytest.mark.parametrize("name", sorted(STATED_STAGES))
+def test_cost_of_every_exit_to_the_last_digit(name):
+    with torch.device("meta"):
+        model = create_model(name)
+    assert isinstance(model, Cascade)
+    convention = CONVENTIONS["fvcore"]
+    stages = [convention.total(stage.count_ops(published=True)) for stage in model.stages]
+    assert np.allclose(np.cumsum(stages), [convention.total(c) for c in model.count_ops(published=True)], rtol=0)
+    stated = [round(gigas * 1e9) for gigas in STATED_STAGES[name]]
+    assert [own + rounded_by_fvcore(stage) for own, stage in zip(stages, model.stages, strict=True)] == stated
+
+
+def test_sizes_of_the_stages():
+    stated = {
+        "DVT_T2t_vit_12": (6_989_824, 7_744_510, 7_727_182),
+        "DVT_T2t_vit_14": (21_574_656, 23_156_110, 23_151_070),
+        "DVT_Deit_small": (22_878_952, 23_920_456, 23_642_824),
+    }
+    for name, sizes in stated.items():
+        with torch.device("meta"):
+            model = create_model(name)
+        assert isinstance(model, Cascade)
+        assert tuple(count_parameters(stage) for stage in model.stages) == sizes
+
+
+def test_switches_of_the_factories():
+    manifest = json.loads((VECTORS / "manifest_DVT_T2t_vit_12.json").read_text())["state_dict"]
+    for features, relations in ((True, False), (False, True), (False, False)):
+        with torch.device("meta"):
+            model = create_model("DVT_T2t_vit_12", feature_reuse=features, relation_reuse=relations)
+        expected = [
+            key
+            for key in manifest
+            if (features or "feature_resuse" not in key) and (relations or "relation_reuse" not in key)
+        ]
+        assert list(model.state_dict()) == expected
+
+
+@pytest.mark.parametrize("size", [224, 226, 223, 227, 240])
+def test_sizes_that_work(size):
+    with torch.device("meta"):
+        if size in (224, 226):
+            model = create_model("DVT_T2t_vit_12", img_size=size)
+            assert [stage.grid for stage in model.stages] == [7, 10, 14]  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            with pytest.raises(ValueError, match=f"img_size {size} does not give; sizes that work: 224-226"):
+                create_model("DVT_T2t_vit_12", img_size=size)
+        if size < 240 and size > 223:
+            create_model("DVT_Deit_small", img_size=size)
+        else:
+            with pytest.raises(ValueError, match="sizes that work: 224-239"):
+                create_model("DVT_Deit_small", img_size=size)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: create_model("DVT"), "unknown model 'DVT'; the models are DVT_Deit_small"),
+        (lambda: T2T_ViT(tokens_type="convolution", depth=1), "unknown tokens_type 'convolution'; the types are"),
+        (lambda: T2T_ViT(img_size=250, depth=1), "gives 16x16 tokens .* position table has 225; sizes that work"),
+        (lambda: T2T_ViT(embed_dim=50, num_heads=4, depth=1), "embed_dim 50 must be a multiple of num_heads 4"),
+        (lambda: VisionTransformer(img_size=8), "img_size 8 is smaller than a patch of 16"),
+        (lambda: VisionTransformer(feature_reuse=True), "need source_grid"),
+        (lambda: Cascade([VisionTransformer(**DESK)]), "has 3 stages, got 1"),
+        (lambda: small()(torch.zeros(1, 3, 31, 32)), "takes pictures of 32x32 pixels, got 31x32"),
+        (lambda: small().run_exit(1, torch.zeros(1, 3, 32, 32)), "pass `before`"),
+        (lambda: small().stages[1](torch.zeros(1, 3, 32, 32)), "run it in a cascade"),
+        (lambda: Block(16, 2, feature_reuse=True)(torch.zeros(1, 2, 16)), "built with feature_reuse=True"),
+    ],
+)
+def test_what_cannot_work_is_refused(make, message):
+    with torch.device("cpu"), pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_stages_that_do_not_fit_are_refused():
+    stages = list(small().stages)
+    other = small(embed_dim=32).stages
+    with pytest.raises(ValueError, match="same width, depth and heads, and source_grid 4"):
+        Cascade([stages[0], other[1], other[2]])
+    with pytest.raises(ValueError, match="the first stage has nothing to reuse"):
+        Cascade([stages[1], stages[1], stages[2]])
