@@ -16,26 +16,21 @@ import importlib.util
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import timm
 import torch
 from torch import Tensor, nn
 
-import scala.models_mobilenet
-import scala.models_scala
-import scala.models_uniformer  # noqa: F401 - the three register their networks with timm
 from common import cli
 from common.benchmark import random_images
 from common.cache import write_atomic
-from common.checkpoint import CheckpointError, load_safely, load_strict, locate, select_state
+from common.checkpoint import CheckpointError
 from common.distributed import get_logger, run
 from common.flops import count_parameters, gmacs
 from scala.engine_scala import AtRatio
-from scala.slicing import make_grid
+from scala.loading import load_trained
 from scala.standalone import describe, load_standalone, save_standalone, standalone_state
 
 logger = get_logger(__name__)
@@ -67,8 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="side of the pictures (default: the checkpoint's, else the network's)")  # fmt: skip
     add("--allow-untrained", action=cli.Switch, default=False,
         help="export a width that was not trained, whose accuracy is chance (default: off)")  # fmt: skip
-    add("--official-layer-scale", action=cli.Switch, default=False,
-        help="LayerScale does nothing, as in the official code (default: off)")  # fmt: skip
+    add("--official-layer-scale", action=cli.Switch, default=None,
+        help="LayerScale does nothing, as in the official code (default: the checkpoint's, else off)")  # fmt: skip
     add("--torch-export", action=cli.Switch, default=False, help="also write a .pt2 of torch.export (default: off)")
     add("--onnx", action=cli.Switch, default=False, help="also write a .onnx, checked with onnxruntime (default: off)")
     return parser
@@ -84,60 +79,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def load_network(args: argparse.Namespace) -> nn.Module:
-    """The full network of a checkpoint, in evaluation mode.
+    """The full network of the checkpoint; a ratio that was not trained is refused, or warned of.
 
     Raises:
         CheckpointError: what the file lacks, or what does not fit.
+        ExportError: an untrained ratio without ``--allow-untrained``.
     """
-    path = locate(args.checkpoint)
-    content = load_safely(path)
-    state = select_state(content, (args.weights, "state_dict"), source=str(path))
-    recorded = content.get("args") if isinstance(content, Mapping) else None
-    recorded = dict(recorded if isinstance(recorded, Mapping) else vars(recorded) if recorded else {})
-    name = args.model or recorded.get("model")
-    if not name:
-        raise CheckpointError(f"{path}: does not say which network it is: give --model NAME")
-    if not timm.is_model(name) or not name.endswith("_scala"):
-        raise CheckpointError(f"{path}: there is no sliceable network {name!r}: --model takes one that ends in _scala")
-    options: dict[str, Any] = {"num_classes": _num_classes(state)}
-    for flag, fallback in (("smallest_ratio", 0.25), ("largest_ratio", 1.0), ("granularity", None)):
-        given = getattr(args, flag)
-        setattr(args, flag, given if given is not None else recorded.get(flag, fallback))
-        if given is not None and flag in recorded and recorded[flag] != given:
-            logger.warning("--%s %g replaces %g, with which %s was trained", flag, given, recorded[flag], path)
-    options |= {"smallest_ratio": args.smallest_ratio, "largest_ratio": args.largest_ratio}
-    size = args.input_size or recorded.get("input_size")
-    if size:
-        options["img_size"] = size
-    if any(".ls1." in key for key in state):
-        options |= {"init_values": 1.0, "official_layer_scale": args.official_layer_scale}
-    if any("narrow_mean" in key for key in state):
-        if args.granularity is None:
-            raise CheckpointError(f"{path}: batch statistics are kept per width: give --granularity")
-        options["granularity"] = args.granularity
-    model = timm.create_model(name, **options)
-    load_strict(model, state, source=str(path))
-    return model.eval()
-
-
-def _num_classes(state: Mapping[str, Tensor]) -> int:
-    return next((len(state[name]) for name in ("head.weight", "classifier.weight") if name in state), 0)
-
-
-def check_trained(args: argparse.Namespace) -> None:
-    """Refuse a ratio that was not trained, or warn with ``--allow-untrained``."""
-    if args.granularity is None:
+    trained = load_trained(
+        args.checkpoint, weights=args.weights, model=args.model, smallest_ratio=args.smallest_ratio,
+        largest_ratio=args.largest_ratio, granularity=args.granularity, input_size=args.input_size,
+        official_layer_scale=args.official_layer_scale,
+    )  # fmt: skip
+    problem = trained.untrained(args.ratio)
+    if problem and not args.allow_untrained:
+        raise ExportError(f"{problem}. --allow-untrained exports it all the same")
+    if problem:
+        logger.warning("%s: expect the accuracy of chance", problem)
+    elif trained.ratios is None:
         logger.warning("--granularity is not known: cannot tell whether ratio %g was trained", args.ratio)
-        return
-    ratios = make_grid(args.smallest_ratio, args.largest_ratio, args.granularity).ratios
-    if args.ratio in ratios:
-        return
-    if not args.allow_untrained:
-        raise ExportError(
-            f"--ratio {args.ratio:g} was not trained; the trained ones are {', '.join(f'{r:g}' for r in ratios)}. "
-            "--allow-untrained exports it all the same"
-        )
-    logger.warning("ratio %g was not trained: its accuracy is chance", args.ratio)
+    return trained.model
 
 
 def difference(ours: Tensor | np.ndarray, expected: Tensor, what: str) -> float:
@@ -195,7 +155,6 @@ def write_onnx(path: Path, model: nn.Module, images: Tensor, expected: Tensor) -
 def export(args: argparse.Namespace) -> dict[str, float]:
     """Write the files that the flags ask for; returns each file's largest relative difference, and sizes."""
     model = load_network(args)
-    check_trained(args)
     standalone = describe(model, args.ratio)
     images = random_images(2, standalone.input_size)
     expected = AtRatio(model, args.ratio)(images)
