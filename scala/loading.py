@@ -113,9 +113,7 @@ def _build(known: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -
     if not name:
         raise CheckpointError(f"{source}: does not say which network it is: give --model NAME")
     if not timm.is_model(name) or not name.endswith("_scala"):
-        raise CheckpointError(
-            f"{source}: no sliceable network {name!r}: --model takes one that ends in _scala"
-        )
+        raise CheckpointError(f"{source}: no sliceable network {name!r}: --model takes one that ends in _scala")
     heads = (state[key] for key in ("head.weight", "classifier.weight") if key in state)
     options: dict[str, Any] = {
         "num_classes": next((len(weight) for weight in heads), 0),
