@@ -23,6 +23,10 @@ NORM_EPS = 1e-5
 """Of every layer normalisation that runs: the published networks were trained with it, not with DeiT's 1e-6."""
 
 
+class WidthError(ValueError):
+    """A ratio, bound or granularity that no network or step can have; the message names what is possible."""
+
+
 class SliceRule(NamedTuple):
     """The slicing bound of a network: its smallest and largest ratio, which decide the end that a ratio is cut from."""
 
@@ -71,14 +75,14 @@ def check_ratio(ratio: float, embed_dim: int, num_heads: int) -> None:
     """Refuse a width that the heads cannot share.
 
     Raises:
-        ValueError: naming the valid widths.
+        WidthError: naming the valid widths.
     """
     width = sliced_size(embed_dim, ratio) if 0 < ratio <= 1 else 0
     if width and width % num_heads == 0:
         return
     heads = f"{num_heads} heads need a width that is a multiple of {num_heads}"
     found = f"{ratio:g} of {embed_dim} is {width}" if width else f"got {ratio:g}"
-    raise ValueError(
+    raise WidthError(
         f"a width ratio must be above 0 and at most 1, and {heads}; {found}. "
         f"The valid ratios are the multiples of {num_heads}/{embed_dim} = {num_heads / embed_dim:g}: "
         f"{_shown([f'{valid:g}' for valid in valid_ratios(embed_dim, num_heads)])}"
@@ -125,20 +129,20 @@ def make_grid(smallest: float, largest: float, granularity: float) -> WidthGrid:
     """The widths s, s + g, ..., l.
 
     Raises:
-        ValueError: if the bounds are no range within (0, 1], or the granularity does not divide it.
+        WidthError: if the bounds are no range within (0, 1], or the granularity does not divide it.
     """
     if not 0 < smallest <= largest <= 1:
-        raise ValueError(
+        raise WidthError(
             f"the slicing bound must satisfy 0 < --smallest_ratio <= --largest_ratio <= 1, got {smallest:g} and "
             f"{largest:g}"
         )
     if not granularity > 0:
-        raise ValueError(f"--granularity must be positive, got {granularity:g}")
+        raise WidthError(f"--granularity must be positive, got {granularity:g}")
     for name, size in (("the range from --smallest_ratio to --largest_ratio", largest - smallest),
                        ("--largest_ratio", largest)):  # fmt: skip
         steps = size / granularity
         if abs(steps - round(steps)) > 1e-6:
-            raise ValueError(
+            raise WidthError(
                 f"--granularity {granularity:g} does not divide {name} ({size:g}) into whole steps ({steps:g}); the "
                 "paper uses 0.03125, 0.0625, 0.125 or 0.25 from 0.25 to 1"
             )
@@ -149,11 +153,11 @@ def check_sampling(grid: WidthGrid) -> None:
     """Refuse a grid in which scale coordination has no two middle widths to draw.
 
     Raises:
-        ValueError: naming the range that is empty.
+        WidthError: naming the range that is empty.
     """
     for name, (low, high) in (("upper", grid.upper_steps), ("lower", grid.lower_steps)):
         if low > high:
-            raise ValueError(
+            raise WidthError(
                 f"--granularity {grid.granularity:g} from {grid.smallest:g} to {grid.largest:g} gives the "
                 f"{len(grid.ratios)} widths {_shown([f'{r:g}' for r in grid.ratios])}: none in the {name} half, and a "
                 "step needs one in each half besides the bounds (at least 4 widths). Give a finer --granularity, or "
@@ -260,7 +264,7 @@ def sliced_state_dict(model: nn.Module, ratio: float) -> dict[str, Tensor]:
     scale differs, though: see ``scala/export.py``.
 
     Raises:
-        ValueError: an invalid ratio, from the model's own ``check_ratio``.
+        WidthError: an invalid ratio, from the model's own ``check_ratio``.
         TypeError: a parameter that no sliced module owns.
     """
     check: Callable[[float], None] | None = getattr(model, "check_ratio", None)

@@ -1,0 +1,73 @@
+"""Accuracy of one network at several widths: a line per width, a table, and the curve against its cost."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.cache import write_atomic
+from common.distributed import get_logger, is_main
+from common.flops import gmacs
+from common.report import Figure, Series, draw, markdown_table
+from scala.engine_scala import evaluate_width
+
+logger = get_logger(__name__)
+
+COLUMNS = ("ratio", "gmacs", "params_m", "top1_percent", "top5_percent", "loss")
+HEADS = ("width ratio", "GMACs", "parameters (M)", "top-1 (%)", "top-5 (%)", "loss")
+
+
+def sweep(
+    model: Any, loader: Iterable[Any], ratios: Sequence[float], *, device: torch.device, amp: str
+) -> list[dict[str, float]]:
+    """Evaluate every width on the same pictures.
+
+    Args:
+        model: a sliced network, the bare module.
+        loader: the pictures, as ``common.data.eval_loader`` gives them.
+        ratios: valid widths, at least one.
+
+    Returns:
+        A row per width: ``ratio``; ``gmacs`` by fvcore's convention, as the paper counts, and ``params_m``, those that
+        the width touches; ``top1_percent``, ``top5_percent``, ``loss``, ``images``, ``skipped``.
+    """
+    rows: list[dict[str, float]] = []
+    for ratio in ratios:
+        measured = evaluate_width(model, loader, ratio, device=device, amp=amp, title=f"width {ratio:g}")
+        row = {"ratio": ratio, **costs(model, ratio), **measured}
+        rows.append(row)
+        logger.info("* Acc@1 %.3f Acc@5 %.3f loss %.3f", row["top1_percent"], row["top5_percent"], row["loss"])
+        logger.info("Width ratio: %g, Accuracy of the network on the %d test images: %.1f%%", ratio, row["images"],
+                    row["top1_percent"])  # fmt: skip
+    return rows
+
+
+def costs(model: Any, ratio: float) -> dict[str, float]:
+    """GMACs and parameters (M) of a width, for one picture."""
+    return {"gmacs": gmacs(model.count_ops(ratio), "fvcore"), "params_m": model.count_parameters(ratio) / 1e6}
+
+
+def table(rows: Sequence[Mapping[str, float]]) -> str:
+    """The rows as Markdown, which reads well on a terminal too."""
+    forms = ("{:g}", "{:.4g}", "{:.6g}", "{:.3f}", "{:.3f}", "{:.4f}")
+    cells = [[form.format(row[name]) for form, name in zip(forms, COLUMNS, strict=True)] for row in rows]
+    return "\n".join(markdown_table(HEADS, cells))
+
+
+def write(rows: Sequence[Mapping[str, float]], folder: Path, arguments: Mapping[str, Any]) -> None:
+    """``widths.json``, ``widths.md`` and, of several widths, the curve ``widths.png``; on rank 0."""
+    if not is_main():
+        return
+    content = {"arguments": dict(arguments), "widths": [dict(row) for row in rows]}
+    write_atomic(folder / "widths.json", json.dumps(content, indent=1, default=str) + "\n")
+    write_atomic(folder / "widths.md", table(rows) + "\n")
+    if len(rows) > 1:
+        curve = Series(str(arguments.get("model", "network")))
+        for row in rows:
+            curve.add((row["gmacs"], row["top1_percent"]), f"{row['ratio']:g}")
+        figure = Figure("widths", "Accuracy of one network at its widths", "GMACs", "top-1 (%)", {"": [curve]})
+        (picture,) = draw(figure, "png")
+        write_atomic(folder / "widths.png", picture)
+    logger.info("widths: %s", folder / "widths.json")
