@@ -1,6 +1,7 @@
 """The compiled operators of ACT and SMYRF: built from a copy of their folder, then compared in a process of its own."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -81,3 +82,15 @@ def test_setup_refuses_what_it_cannot_build(tmp_path: Path, wanted: str, message
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert result.returncode != 0
     assert message in result.stderr
+
+
+def test_an_nvcc_of_another_cuda_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses to build with it: the CPU part alone is better than an error."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 9.2, V9.2.1'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.version.cuda", "13.2")
+    find_missing = runpy.run_path(str(OPS / "setup.py"), run_name="setup")["find_missing"]
+    assert find_missing(cuda=True) == "nvcc is that of CUDA 9, torch is built for CUDA 13.2"

@@ -13,6 +13,7 @@ TORCH_CUDA_ARCH_LIST: CUDA architectures; by default those of the GPUs present, 
 """
 
 import os
+import re
 import shutil
 import site
 import subprocess
@@ -92,8 +93,12 @@ def find_missing(cuda: bool) -> str | None:
         return None
     if torch.version.cuda is None:
         return "this torch is not built for CUDA"
-    if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
+    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
+    if CUDA_HOME is None or not nvcc.exists():
         return "there is no nvcc (CUDA_HOME)"
+    version = re.search(r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    if version is None or version[1] != torch.version.cuda.partition(".")[0]:
+        return f"nvcc is that of CUDA {version and version[1]}, torch is built for CUDA {torch.version.cuda}"
     return None
 
 
