@@ -56,7 +56,7 @@ def taylor_scores(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) ->
     return scores
 
 
-def synflow_scores(model: GatedTransformer, image_size: tuple[int, int]) -> dict[str, Tensor]:
+def synflow_scores(model: GatedTransformer, image_size: int) -> dict[str, Tensor]:
     """|g w| where all weights, biases, tokens and positions are replaced by their absolute values.
 
     g is the gradient of the sum of the logits of an image of ones; no data are needed. Weights are as before after.
@@ -64,7 +64,7 @@ def synflow_scores(model: GatedTransformer, image_size: tuple[int, int]) -> dict
     model.zero_grad(set_to_none=True)
     with _absolute(model):
         like = next(model.parameters())
-        ones = torch.ones(1, 3, *image_size, dtype=like.dtype, device=like.device)
+        ones = torch.ones(1, 3, image_size, image_size, dtype=like.dtype, device=like.device)
         logits_of(model, ones).sum().backward()
         scores = {name: (_gradient(weight) * weight).detach().abs() for name, weight in _weights(model).items()}
     model.zero_grad(set_to_none=True)

@@ -349,7 +349,9 @@ class FineTuning:
         network: the same as the training step calls it.
         criterion, mix: loss and mixing.
         parts: pieces of a batch, see ``back_propagate``.
-        before_step: called with the number of steps done before each batch, for pruning that goes on.
+        before_step: called with the number of steps done before each batch, for pruning that goes on; says whether it
+            changed masks.
+        observe: called after each optimizer step, gradients still there; numbers it returns are logged.
     """
 
     def __init__(
@@ -360,11 +362,12 @@ class FineTuning:
         criterion: DistillationLoss,
         mix: Mix,
         parts: int = 1,
-        before_step: Callable[[int], None] | None = None,
+        before_step: Callable[[int], bool] | None = None,
+        observe: Callable[[StepInfo], dict[str, float]] | None = None,
     ) -> None:
         self.model, self.network = model, network
         self.criterion, self.mix, self.parts = criterion, mix, parts
-        self.before_step = before_step
+        self.before_step, self.observe = before_step, observe
         self.steps = 0
         self.find_masked()
 
@@ -385,8 +388,8 @@ class FineTuning:
 
     def step(self, batch: tuple[Tensor, Tensor], optimization: Optimization, /) -> dict[str, Tensor]:
         """Loss and gradients of a batch with masked weights."""
-        if self.before_step is not None:
-            self.before_step(self.steps)
+        if self.before_step is not None and self.before_step(self.steps):
+            self.find_masked()
         self.apply_masks()
         return back_propagate(batch, optimization, loss=self.loss, parts=self.parts)
 
@@ -400,7 +403,7 @@ class FineTuning:
     def after_step(self, info: StepInfo) -> dict[str, float]:
         """Counts steps."""
         self.steps = info.step
-        return {}
+        return self.observe(info) if self.observe is not None else {}
 
     def evaluate(self, loader: Iterable[Any], world: World, *, amp: str = "none") -> dict[str, float]:
         """Accuracy of the masked network."""

@@ -22,7 +22,7 @@ from common.cache import write_atomic
 from common.checkpoint import CheckpointError, CheckpointManager, TrainingState
 from common.data import DataError, eval_loader, num_classes, train_loader
 from common.distributed import World, get_logger, is_main, launch, run, seed_everything
-from common.engine import NonFiniteLoss, prepare_network, train
+from common.engine import NonFiniteLoss, StepInfo, prepare_network, train
 from common.metrics import Record
 from uvc import arguments
 from uvc.data import build_mix, open_datasets
@@ -73,7 +73,8 @@ def fine_tune(
     masked: Masked,
     world: World,
     *,
-    before_step: Callable[[int], None] | None = None,
+    before_step: Callable[[int], bool] | None = None,
+    observe: Callable[[StepInfo], dict[str, float]] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train a masked network, or with ``args.eval`` only evaluate it; returns the best accuracy and the cost.
@@ -82,7 +83,7 @@ def fine_tune(
         args: of ``parse_args``.
         masked: from ``load_masked``; it moves to this process's device.
         world: from ``launch``.
-        before_step: see ``FineTuning``.
+        before_step, observe: see ``FineTuning``.
         extra: state that belongs to ``before_step``, for exact resume.
     """
     model = masked.model.to(world.device)
@@ -106,7 +107,13 @@ def fine_tune(
         switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, smoothing=args.smoothing,
     )  # fmt: skip
     tuning = FineTuning(
-        model, network, criterion=criterion, mix=mix, parts=args.gradient_accumulation_steps, before_step=before_step
+        model,
+        network,
+        criterion=criterion,
+        mix=mix,
+        parts=args.gradient_accumulation_steps,
+        before_step=before_step,
+        observe=observe,
     )
     test = partial(tuning.evaluate, test_batches, world, amp=args.amp)
     if args.eval or pictures is None:

@@ -15,7 +15,7 @@ from common.flops import count_parameters
 from common.reference import Case, CaseError, Checks, NotCovered, Runner
 from uvc.models import create
 from uvc.models.gates import register_masks
-from uvc.tests import model_cases, optimizer_cases, removal_cases, training_cases
+from uvc.tests import baseline_cases, model_cases, optimizer_cases, removal_cases, training_cases
 from uvc.tests.model_cases import float64
 
 # First words of a case's name -> the function that runs it; the longest that fits is taken.
@@ -33,6 +33,10 @@ RUNNERS: dict[str, Runner] = {
     "prune_weights": optimizer_cases.run_pruned_weights,
     "optimizer": optimizer_cases.run_optimizer,
     "compress": removal_cases.run_compress,
+    **dict.fromkeys(("bp_magnitude", "bp_synflow", "bp_taylor"), baseline_cases.run_scores),
+    "bp_structured": baseline_cases.run_structured,
+    "bp_gmp_schedule": baseline_cases.run_gmp_schedule,
+    "bp_token": baseline_cases.run_token_selection,
     "distillation": training_cases.run_distillation,
     "schedules": training_cases.run_schedules,
     "zlr_schedule": training_cases.run_zlr_schedule,

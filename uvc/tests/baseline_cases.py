@@ -1,0 +1,108 @@
+"""Runners of the vectors of the pruning baselines."""
+
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import reference
+from common.reference import Case, Checks, NotCovered
+from uvc import baseline_scores as scoring
+from uvc.models.deit import GatedDeiT
+from uvc.models.gates import GatedTransformer, apply_masks_, register_masks
+from uvc.models.token_selection import TokenSelectingDeiT
+from uvc.pruning import blocks_of
+from uvc.tests.model_cases import replay, set_gates
+from uvc.tests.optimizer_cases import compare
+
+_SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes", "mlp_ratio", "qkv_bias")
+
+
+def build(case: Case, make: Any = GatedDeiT) -> GatedTransformer:
+    """The network of a case with masks of ones, every block running."""
+    options = {key: value for key, value in case.build.items() if key in _SIZES}
+    if found := re.search(r"eps=([\d.e-]+)", str(case.build.get("norm_layer", ""))):
+        options["norm_eps"] = float(found[1])
+    model = reference.build(make, case.seed, **options)
+    assert isinstance(model, GatedTransformer)
+    set_gates(model, None)
+    return register_masks(model)  # pyright: ignore[reportReturnType]
+
+
+def run_scores(case: Case, checks: Checks) -> None:
+    """Magnitude, SynFlow or Taylor: scores, masks of a density, logits of the masked network."""
+    model = build(case).train()
+    if case.name.startswith("bp_magnitude"):
+        scores = scoring.magnitude_scores(model)
+    elif case.name.startswith("bp_synflow"):
+        scores = scoring.synflow_scores(model, case.build["img_size"])
+    else:
+        scores = scoring.taylor_scores(model, taylor_batches(case, model.num_classes))
+    masks = scoring.masks_of(scores, float(case.raw["density"]), scope="local" if "local" in case.name else "global")
+    if "order" in case.raw:
+        checks.equal("order", [f"{name}.weight_mask" for name in masks], case.raw["order"])
+    scoring.set_masks_(model, masks)
+    apply_masks_(model)
+    values: dict[str, Any] = {
+        "kept": np.array([int(mask.sum()) for mask in masks.values()]),
+        "score_sums": torch.stack([values.sum() for values in scores.values()]),
+    }
+    values |= {f"bits:{name}.weight_mask": np.packbits(mask.numpy().ravel()) for name, mask in masks.items()}
+    if "logits" in case.outputs:
+        with torch.no_grad():
+            values["logits"] = model.eval()(case.read())
+    compare(case, checks, values)
+
+
+def taylor_batches(case: Case, classes: int) -> list[tuple[Tensor, Tensor]]:
+    """The batches that the text describes: two images of seed + i, labels i and i + 1 modulo the classes."""
+    found = re.search(r"summed over (\d+) batches", str(case.raw.get("what", "")))
+    number, size = int(found[1]) if found else 3, case.build["img_size"]
+    return [
+        (reference.image(2, size, case.seed + i), torch.tensor([i % classes, (i + 1) % classes])) for i in range(number)
+    ]
+
+
+def run_structured(case: Case, checks: Checks) -> None:
+    """Scores of heads and neurons from one batch, their masks, logits of the masked network."""
+    model = build(case).train()
+    found = re.search(r"labels \(([\d, ]+)\)", str(case.raw.get("what", "")))
+    labels = torch.tensor([int(text) for text in found[1].split(",")] if found else [1, 3])
+    heads, neurons, loss = scoring.structured_scores(model, case.read(), labels)
+    kept = scoring.best(heads, case.raw["atten_density"]), scoring.best(neurons, case.raw["mlp_density"])
+    scoring.set_structured_masks_(model, *kept)
+    blocks = blocks_of(model)
+    rows = {
+        "qkv_rows": torch.stack([block.attn.qkv.get_buffer("mask")[:, 0] for block in blocks]),
+        "fc1_rows": torch.stack([block.mlp.fc1.get_buffer("mask")[:, 0] for block in blocks]),
+    }
+    apply_masks_(model)
+    with torch.no_grad():
+        logits = model.eval()(case.read())
+    compare(case, checks, {"loss": loss, "head_scores": heads, "neuron_scores": neurons, "logits": logits, **rows})
+
+
+def run_gmp_schedule(case: Case, checks: Checks) -> None:
+    """Sparsity at each event."""
+    made = case.build
+    found = re.search(r"final sparsity ([\d.]+\d)", str(case.raw.get("what", "")))
+    if not found:
+        raise NotCovered("a text that does not state the final sparsity")
+    start, interval, times = made["t_start"], made["delta_t"], made["pruning_times"]
+    compare(case, checks, {"sparsity": np.array([
+        scoring.gmp_sparsity(start + k * interval, start=start, interval=interval, times=times, final=float(found[1]))
+        for k in range(1, times + 1)
+    ])})  # fmt: skip
+
+
+def run_token_selection(case: Case, checks: Checks) -> None:
+    """A network that selects tokens once before its blocks, with and without doing so."""
+    if "_data" in str(case.build.get("factory")):
+        raise NotCovered("token selection inside every attention, whose exact form the text does not say")
+    model = build(case, TokenSelectingDeiT)
+    with torch.no_grad(), replay(int(case.raw["noise_seed"])):
+        images = case.read()
+        values = {"logits": model(images), "logits_selected": model(images, case.raw["tau"], case.raw["number"])}
+    compare(case, checks, values)
