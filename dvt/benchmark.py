@@ -22,10 +22,10 @@ from common.benchmark import compare, describe_device, random_images
 from common.cache import write_atomic
 from common.cli import positive_int
 from common.distributed import LaunchError, choose_device
-from common.flops import gmacs
 from common.results import current_commit, now
-from dvt.dynamic import DynamicClassifier
-from dvt.exits import BUDGETS, confidence_and_prediction, exit_shares, find_thresholds
+from dvt.dynamic import DynamicClassifier, DynamicOutput
+from dvt.evaluation import cascade_gflops
+from dvt.exits import BUDGETS, NOBODY, confidence_and_prediction, exit_shares, find_thresholds
 from dvt.models import MODELS, Cascade, create_model
 
 CASCADES = [name for name, entry in MODELS.items() if entry.stages]
@@ -65,6 +65,18 @@ def confidences(cascade: Cascade, images: Tensor) -> Tensor:
     return torch.stack([confidence_and_prediction(logits)[0] for logits in cascade(images)])
 
 
+class Under(nn.Module):
+    """A classifier under thresholds of its own, as a module that can be timed; what it compiled is shared."""
+
+    def __init__(self, classifier: DynamicClassifier, thresholds: Tensor) -> None:
+        super().__init__()
+        self.classifier, self.thresholds = classifier, thresholds
+
+    def forward(self, images: Tensor) -> DynamicOutput:
+        self.classifier.set_thresholds(self.thresholds)
+        return self.classifier(images)
+
+
 def time_exits(
     cascade: Cascade,
     images: Tensor,
@@ -88,17 +100,19 @@ def time_exits(
         A row per name, the full cascade first: ``left`` (pictures per exit), ``gmacs`` (mean), ``throughput_ips``,
         ``speedup`` (median of the ratios of single rounds), ``flops_ratio`` and ``realised`` (the former over it).
     """
-    classifiers = {name: DynamicClassifier(cascade, rows, compiled=compiled) for name, rows in thresholds.items()}
-    full: Any = torch.compile(cascade) if compiled else cascade
+    classifier = DynamicClassifier(cascade, [NOBODY] * len(costs), compiled=compiled)
     if compiled:
-        for classifier in classifiers.values():
-            classifier.warm_up(images)
-    models: dict[str, nn.Module] = {"full": full, **classifiers}
+        classifier.warm_up(images)
+    full = Under(classifier, torch.tensor(classifier.thresholds)) if compiled else cascade
+    models: dict[str, nn.Module] = {
+        "full": full,
+        **{name: Under(classifier, rows) for name, rows in thresholds.items()},
+    }
     speeds = compare(models, images, baseline="full", rounds=rounds, warmup=warmup, progress=progress)
     rows: list[dict[str, Any]] = []
     for name, model in models.items():
         left = [0] * (len(costs) - 1) + [len(images)]
-        if isinstance(model, DynamicClassifier):
+        if isinstance(model, Under):
             left = torch.bincount(model(images).exits, minlength=len(costs)).tolist()
         mean = sum(number * cost for number, cost in zip(left, costs, strict=True)) / len(images)
         speed = speeds[name]
@@ -125,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     cascade = create_model(args.model, **({"img_size": args.img_size} if args.img_size else {}))
     assert isinstance(cascade, Cascade)
     cascade = cascade.to(device=device, dtype=dtype).eval()
-    costs = [gmacs(counts, "fvcore") for counts in cascade.count_ops(published=True)]
+    costs = cascade_gflops(cascade)
     size = args.img_size or MODELS[args.model].options.get("img_size", 224)
     rows: list[dict[str, Any]] = []
     for batch in args.batch_size:

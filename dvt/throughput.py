@@ -1,0 +1,182 @@
+"""Accuracy, cost and throughput of early exit, measured together on a data set, against the full cascade.
+
+The pictures of the validation set are taken in their order, batch by batch. The full cascade and early exit under each
+setting of thresholds take turns on every batch, so that a machine that gets slower meanwhile slows all alike. Loading
+and copying pictures is not timed.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.benchmark import synchronize
+from common.metrics import ProgressLine
+from dvt.dynamic import DynamicClassifier
+from dvt.evaluation import Scores, check_targets
+from dvt.exits import NOBODY, check_budget, pick_budget, thresholds_for_budget
+from dvt.models import Cascade
+
+FULL = "full cascade"
+SHOWN = (1, 5, 10, 15, 20, 30, 40, 50, 59)
+"""Rows of the published curve that are measured where no budget is named; p counts from 1."""
+
+
+@dataclass(frozen=True)
+class DynamicResult:
+    """Early exit under one setting of thresholds."""
+
+    name: str
+    thresholds: list[float]
+    exit_percent: list[float]
+    """share of the pictures that leave at each exit"""
+    top1_percent: float
+    gmacs: float
+    """mean cost per picture, of the exits taken"""
+    throughput_ips: float
+    speedup: float
+    """time of the full cascade over own time, on the same batches"""
+    flops_ratio: float
+    """cost of the full cascade over own cost: the speed-up promised"""
+    realised: float
+    """the former over the latter"""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, for a record file."""
+        return asdict(self)
+
+    def line(self) -> str:
+        """One line for the terminal."""
+        left = "/".join(f"{share:.1f}" for share in self.exit_percent)
+        return (
+            f"{self.name:14}  top1 {self.top1_percent:.3f}  {self.gmacs:.4f} GFLOPs  {self.throughput_ips:.1f} img/s  "
+            f"speed-up {self.speedup:.2f} of {self.flops_ratio:.2f} promised  leave {left} %"
+        )
+
+
+@torch.no_grad()
+def measure_dynamic(
+    cascade: Cascade,
+    settings: Mapping[str, Sequence[float] | Tensor],
+    loader: Iterable[tuple[Tensor, Tensor]],
+    gflops: Sequence[float],
+    *,
+    device: torch.device,
+    compiled: bool = False,
+    show: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[DynamicResult]:
+    """Run the full cascade and early exit on every picture of a loader.
+
+    Args:
+        cascade: in evaluation mode, on ``device``.
+        settings: thresholds by name, one per exit.
+        loader: (images, targets).
+        gflops: cumulative cost of the exits.
+        compiled: compile all of it; what the first batch compiles is not timed.
+
+    Returns:
+        The full cascade, then each setting.
+
+    Raises:
+        ValueError: if there is no picture, or a label that the model has no class for.
+    """
+    exits = len(gflops)
+    everything = {FULL: [NOBODY] * (exits - 1) + [-NOBODY], **settings}
+    classifier = DynamicClassifier(cascade, everything[FULL], compiled=compiled)
+    names = list(everything)
+    seconds, hits = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
+    left = {name: torch.zeros(exits, dtype=torch.int64) for name in names}
+    count = number = 0
+    with ProgressLine("early exit", len(loader) if isinstance(loader, Sized) else None, show=show) as line:
+        for number, (images, targets) in enumerate(loader):
+            check_targets(targets, cascade.num_classes)
+            images = images.to(device, non_blocking=True)
+            if number == 0:
+                classifier.warm_up(images)
+            shift = number % len(names)
+            for name in names[shift:] + names[:shift]:
+                classifier.set_thresholds(everything[name])
+                if number == 0:
+                    classifier(images)
+                synchronize(device)
+                begin = clock()
+                output = classifier(images)
+                synchronize(device)
+                seconds[name] += clock() - begin
+                hits[name] += int((output.logits.argmax(dim=1).cpu() == targets).sum())
+                left[name] += torch.bincount(output.exits.cpu(), minlength=exits)
+            count += len(targets)
+            line.update(len(targets))
+    if not count:
+        raise ValueError("early exit: no picture could be read; check the folder")
+    results: list[DynamicResult] = []
+    for name in names:
+        shares = left[name].double() / count
+        mean = float(shares @ torch.tensor(list(gflops), dtype=torch.float64))
+        speedup, promised = seconds[FULL] / seconds[name], gflops[-1] / mean
+        results.append(
+            DynamicResult(
+                name=name,
+                thresholds=torch.as_tensor(everything[name]).tolist(),
+                exit_percent=(100 * shares).tolist(),
+                top1_percent=100 * hits[name] / count,
+                gmacs=mean,
+                throughput_ips=count / seconds[name],
+                speedup=speedup,
+                flops_ratio=promised,
+                realised=speedup / promised,
+            )
+        )
+    return results
+
+
+def choose_settings(
+    gflops: Sequence[float],
+    *,
+    budgets: Sequence[float] = (),
+    thresholds: Sequence[float] = (),
+    search: Scores | None = None,
+    stored: Tensor | None = None,
+    stored_costs: Sequence[float] = (),
+) -> dict[str, Tensor]:
+    """Thresholds that a command line asks for, by name.
+
+    Args:
+        gflops: cumulative cost of the exits.
+        budgets: mean costs in GFLOPs; met on ``search`` where there is one, else picked from the stored curve.
+        thresholds: of all exits, or of all but the last.
+        search: scores that thresholds are found on.
+        stored: thresholds of a packed checkpoint or of a search, (P, K); some of its rows are taken where nothing is
+            asked for.
+        stored_costs: mean cost of each of its rows.
+
+    Raises:
+        ValueError: naming what does not fit, or what is missing.
+    """
+    exits = len(gflops)
+    chosen: dict[str, Tensor] = {}
+    if thresholds:
+        if len(thresholds) not in (exits - 1, exits):
+            raise ValueError(
+                f"--threshold takes the thresholds of the first {exits - 1} exits (the last always answers), got "
+                f"{len(thresholds)} numbers"
+            )
+        values = [*thresholds, -NOBODY][:exits]
+        chosen["thresholds " + " ".join(f"{value:g}" for value in thresholds)] = torch.tensor(values)
+    for budget in budgets:
+        check_budget(budget, gflops)
+        if search is not None:
+            chosen[f"budget {budget:g}"] = thresholds_for_budget(search.confidence, gflops, budget)
+        elif stored is not None:
+            chosen[f"budget {budget:g}"] = pick_budget(stored, stored_costs, gflops, budget)
+        else:
+            raise ValueError("--budget needs thresholds: a packed checkpoint, or training pictures (--eval_mode 2)")
+    if not chosen and stored is not None:
+        chosen = {f"p = {p}": stored[p - 1] for p in SHOWN if p <= len(stored)}
+    if not chosen:
+        raise ValueError("--dynamic needs --threshold, --budget, or a checkpoint with dynamic_threshold")
+    return chosen
