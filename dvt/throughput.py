@@ -5,16 +5,21 @@ setting of thresholds take turns on every batch, so that a machine that gets slo
 and copying pictures is not timed.
 """
 
+import argparse
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.benchmark import synchronize
+from common.benchmark import describe_device, synchronize
+from common.cache import write_atomic
 from common.metrics import ProgressLine
+from common.results import current_commit, now
 from dvt.dynamic import DynamicClassifier
 from dvt.evaluation import Scores, check_targets
 from dvt.exits import NOBODY, check_budget, pick_budget, thresholds_for_budget
@@ -180,3 +185,66 @@ def choose_settings(
     if not chosen:
         raise ValueError("--dynamic needs --threshold, --budget, or a checkpoint with dynamic_threshold")
     return chosen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For the command line
+
+
+def add_dynamic_args(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``inference.py --dynamic``."""
+    add = parser.add_argument_group("early exit").add_argument
+    add(
+        "--dynamic",
+        action="store_true",
+        help="let pictures leave early for real, and measure accuracy, GFLOPs and throughput together",
+    )
+    add(
+        "--budget",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="G",
+        help="mean GFLOPs per picture; thresholds from the training pictures (mode 2) or the stored curve (mode 1)",
+    )
+    add("--threshold", type=float, nargs="+", default=[], metavar="T", help="confidence of the first two exits")
+    add("--compile", action="store_true", help="compile every exit, for any number of pictures left")
+    add("--output", type=Path, default=None, metavar="FILE", help="write what was measured as JSON")
+
+
+def run_dynamic(
+    cascade: Cascade,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    settings: Mapping[str, Sequence[float] | Tensor],
+    gflops: Sequence[float],
+    *,
+    device: torch.device,
+    batch_size: int,
+    compiled: bool = False,
+    output: Path | None = None,
+    **record: Any,
+) -> list[DynamicResult]:
+    """Measure, print a line per setting, and keep the numbers.
+
+    Args:
+        settings: see :func:`choose_settings`.
+        batch_size: of the loader, for the record.
+        output: JSON file to write; further keywords, such as ``model``, are kept in it.
+    """
+    results = measure_dynamic(cascade, settings, loader, gflops, device=device, compiled=compiled)
+    for result in results:
+        print(result.line(), flush=True)
+    if output is not None:
+        content = {
+            **record,
+            "batch_size": batch_size,
+            "compiled": compiled,
+            "device": describe_device(device),
+            "threads": torch.get_num_threads() if device.type == "cpu" else None,
+            "commit": current_commit(),
+            "created": now(),
+            "flops": list(gflops),
+            "rows": [result.as_dict() for result in results],
+        }
+        write_atomic(output, json.dumps(content, indent=1) + "\n")
+    return results

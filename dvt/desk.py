@@ -1,0 +1,154 @@
+"""DVT at desk size: a three-exit cascade on handwritten digits, with and without reuse, and early exit that is timed.
+
+Both networks (``DVT_desk``) are trained by ``main.py`` on 1,437 of the 1,797 digits that ship inside scikit-learn.
+Thresholds are found on the training digits and judged on the 360 others, as for ImageNet. Full cascade and early exit
+take turns on every batch, so the speed-ups of one run are comparable.
+"""
+
+import contextlib
+import hashlib
+import io
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.benchmark import device_name
+from common.cache import cached, source_files
+from common.tables import DeskTable
+from dvt import main as training
+from dvt.checkpoints import load_weights, read
+from dvt.evaluation import cascade_gflops, collect_scores, held_out_loader, search_loader, search_thresholds
+from dvt.exits import EVERYBODY, NOBODY
+from dvt.models import MODELS, Cascade, create_model
+from dvt.throughput import FULL, DynamicResult, measure_dynamic
+
+MODEL = "DVT_desk"
+NETWORKS: Mapping[str, Sequence[str]] = {
+    "with reuse": (),
+    "without reuse": ("--no-feature-reuse", "--no-relation-reuse"),
+}
+"""Method -> flags of ``main.py``."""
+
+FIXED: Mapping[str, Sequence[float]] = {
+    "all leave at exit 1": (EVERYBODY, EVERYBODY, EVERYBODY),
+    "all leave at exit 2": (NOBODY, EVERYBODY, EVERYBODY),
+}
+BUDGETS = (2, 5, 10, 20, 40)
+"""Rows of the published sweep of shares: p of 59."""
+
+BATCH = 120
+PASSES = {"cpu": 4, "cuda": 20}
+"""How often the held-out digits are run through, for the clock's sake."""
+
+FLOOR = 90.0
+"""Accuracy in percent below which the training has failed."""
+
+COLUMNS = ("method", "setting", "top1_percent", "mmacs", "throughput_ips", "speedup", "flops_ratio", "realised")
+
+
+def run(folder: Path, *, device: torch.device | str, force: bool, progress: bool) -> DeskTable:
+    """Train both networks once, find thresholds, measure.
+
+    Args:
+        folder: where the trained networks are kept.
+        device: cpu or cuda.
+        force: train again although nothing changed.
+        progress: print what the scripts print.
+    """
+    device = torch.device(device)
+    rows: list[dict[str, Any]] = []
+    for method, flags in NETWORKS.items():
+        weights = train_once(folder, method, flags, device, force=force, progress=progress)
+        with quiet(not progress):
+            rows += [
+                {
+                    "method": method,
+                    "setting": result.name,
+                    "top1_percent": round(result.top1_percent, 2),
+                    "mmacs": round(1e3 * result.gmacs, 2),
+                    "throughput_ips": round(result.throughput_ips),
+                    "speedup": round(result.speedup, 2),
+                    "flops_ratio": round(result.flops_ratio, 2),
+                    "realised": round(result.realised, 2),
+                }
+                for result in measure(weights, method, device)
+            ]
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return DeskTable(
+        title="A three-exit cascade at desk size (1,797 handwritten digits)",
+        columns=COLUMNS,
+        rows=rows,
+        notes=(
+            "DVT_desk: three small Transformers at 4x4, 6x6 and 8x8 tokens of 32x32 pictures; trained on 1,437 digits, "
+            "thresholds found on them, accuracy on the 360 others. One picture is 0.28 points. p: row of the published "
+            "sweep of shares, whose ratio is p / 20. mmacs by the convention 'fvcore', in millions per picture.",
+            f"Throughput on {device_name(device)}{threads}, float32, batch {BATCH}, {PASSES[device.type]} passes over "
+            "the held-out digits; full cascade and early exit in turns. speedup: over the full cascade of the same row "
+            "group; flops_ratio: what the mean cost promises; realised: the first over the second.",
+        ),
+        plot={"x": "mmacs", "y": "top1_percent", "label": "setting", "series": "method"},
+    )
+
+
+def train_once(
+    folder: Path, method: str, flags: Sequence[str], device: torch.device, *, force: bool, progress: bool
+) -> Path:
+    """Checkpoint of a trained network, trained anew only if the code, the versions or the file changed.
+
+    Raises:
+        RuntimeError: if the last exit does not reach ``FLOOR`` percent on the held-out digits.
+    """
+    name = method.replace(" ", "-")
+    weights = folder / "train" / name / "last.pth.tar"
+
+    def compute() -> dict[str, object]:
+        words = ["--model", MODEL, "--output", str(folder), "--experiment", name, "--device", str(device), *flags]
+        with quiet(not progress), contextlib.redirect_stdout(sys.stderr if progress else io.StringIO()):
+            result = training.main(words)
+        return {"sha256": _sha256(weights), "top1_percent": result["exit3_top1"]}
+
+    def kept(again: bool) -> dict[str, object]:
+        job = ["training", "dvt", name, str(device)]
+        return cached(job, compute, files=source_files("dvt"), force=again)
+
+    known = kept(force)
+    if not weights.is_file() or _sha256(weights) != known["sha256"]:
+        known = kept(True)
+    if float(str(known["top1_percent"])) < FLOOR:
+        raise RuntimeError(f"the desk cascade {method} reached {known['top1_percent']} % on the held-out digits")
+    return weights
+
+
+def measure(weights: Path, method: str, device: torch.device) -> list[DynamicResult]:
+    """Full cascade, fixed exits and some budgets of one trained network on the held-out digits."""
+    reuse = not NETWORKS[method]
+    model = create_model(MODEL, num_classes=10, feature_reuse=reuse, relation_reuse=reuse)
+    assert isinstance(model, Cascade)
+    load_weights(model, read(weights), source=weights).to(device).eval()
+    size = int(MODELS[MODEL].options["img_size"])
+    search = search_loader("digits", None, size=size, batch_size=BATCH)
+    scores = collect_scores(model, search, device=device, title="training digits")
+    thresholds = search_thresholds(scores)
+    settings: dict[str, Sequence[float] | Tensor] = {**FIXED, **{f"p = {p}": thresholds[p - 1] for p in BUDGETS}}
+    batches = list(held_out_loader("digits", None, size=size, batch_size=BATCH)) * PASSES[device.type]
+    results = measure_dynamic(model, settings, batches, cascade_gflops(model), device=device)
+    assert results[0].name == FULL
+    return results
+
+
+@contextlib.contextmanager
+def quiet(wanted: bool) -> Iterator[None]:
+    """Without the lines on stderr, where they are not wanted."""
+    if not wanted:
+        yield
+        return
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
