@@ -199,6 +199,8 @@ class JointTraining:
         """The primal-dual step; numbers to log at the interval, which alone waits for the device."""
         self.steps = info.step
         values = self.primal_dual.step(info.learning_rates[0], warmup=self.warming_up)
+        if self.primal_dual.settings.learn_patches and self.model.patch_gating is not None:
+            self.model.patch_gating.grad = None  # the optimizer of the weights does not hold it, nor clear it
         if info.step % self.settings.log_interval:
             return {}
         resource = float(values.resource)
