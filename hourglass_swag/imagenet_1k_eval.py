@@ -28,7 +28,7 @@ from common.distributed import World, get_logger, launch, main_process_first, ru
 from common.engine import amp_dtype
 from hourglass_swag.evaluation import evaluate, swag_eval_transform
 from hourglass_swag.models import create
-from hourglass_swag.tools.parser import check_method_flags, get_default_parser, get_model_args
+from hourglass_swag.tools.parser import check_method_flags, get_default_parser, get_model_args, positionals_first
 from hourglass_swag.tools.processes import device_name, pictures_per_process, set_environment, start_one_per_gpu
 
 logger = get_logger(__name__)
@@ -57,7 +57,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "their results vary within noise, as published",
     )
     group.add_argument("--output", type=Path, metavar="FILE", help="write the result as JSON, too")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(positionals_first(sys.argv[1:] if argv is None else argv))
     if args.data is None and not args.dataset.startswith(WITHOUT_DIRECTORY):
         parser.error(f"DIR is missing: the root of {args.dataset}, which holds val/ or img_val/")
     for flag, value in (("--batch-size", args.batch_size), ("--print-freq", args.print_freq)):

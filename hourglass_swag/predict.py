@@ -34,6 +34,7 @@ from hourglass_swag.tools.parser import (  # noqa: E402
     check_method_flags,
     get_model_args,
     model_choices,
+    positionals_first,
 )
 
 try:
@@ -145,7 +146,7 @@ class Predictor(BasePredictor):  # pyright: ignore[reportGeneralTypeIssues, repo
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Pictures, network, and the flags of its method."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="pictures, in any format that Pillow reads")
     choices = model_choices()
     parser.add_argument(
@@ -166,7 +167,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda or cuda:N")
     add_model_args(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(positionals_first(sys.argv[1:] if argv is None else argv))
     if args.topk < 1:
         parser.error(f"--topk must be at least 1, got {args.topk}")
     if args.resolution is None:

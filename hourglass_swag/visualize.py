@@ -25,12 +25,17 @@ from hourglass_swag.evaluation import transform_image
 from hourglass_swag.models import create
 from hourglass_swag.predict import trained_resolution
 from hourglass_swag.tools.drawing import Panel, cut_picture, draw_groups, draw_selection, draw_sheet, patch_side
-from hourglass_swag.tools.parser import HelpFormatter, add_model_args, get_model_args, model_choices
+from hourglass_swag.tools.parser import (
+    HelpFormatter,
+    add_model_args,
+    check_method_flags,
+    get_model_args,
+    model_choices,
+    positionals_first,
+)
 from hourglass_swag.tools.tracing import Grouping, Stage, trace
 
 FEW = 4  # panels of groups, unless --layers says which
-
-LAYER_LISTS = ("--drop_loc", "--ats_blocks_indexes", "--layers")  # flags that take any number of words
 
 LEGENDS = {
     "hourglass_vit": "Patches of one cluster (the nearest centroid) share a rim and their mean colour.",
@@ -75,30 +80,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--output", type=Path, default=Path("output/visualize"), metavar="DIR", help="folder to write to"
     )
-    args = parser.parse_args(pictures_first(sys.argv[1:] if argv is None else argv))
+    args = parser.parse_args(positionals_first(sys.argv[1:] if argv is None else argv))
     if args.resolution is None:
         args.resolution = trained_resolution(args.model)
     return args
-
-
-def pictures_first(words: Sequence[str]) -> list[str]:
-    """Move pictures behind a list of layers to the front: argparse would take their names for numbers."""
-    pictures: list[str] = []
-    rest: list[str] = []
-    flag = ""
-    for i, word in enumerate(words):
-        if word == "--":
-            return [*pictures, *rest, *words[i:]]
-        if word.startswith("-") and not _is_number(word):
-            flag = word
-        elif flag in LAYER_LISTS and not _is_number(word):
-            flag = "picture"
-        (pictures if flag == "picture" else rest).append(word)
-    return pictures + rest
-
-
-def _is_number(word: str) -> bool:
-    return word.lstrip("-").isdecimal()
 
 
 def build_model(args: argparse.Namespace) -> nn.Module:
@@ -111,6 +96,7 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     torch.manual_seed(args.seed)
     options = {"image_size": args.resolution, **get_model_args(args)}
     try:
+        check_method_flags(args)
         model = create(args.model, pretrained=not args.no_pretrained, weights=args.weights, **options)
     except ValueError as error:
         raise ValueError(f"{args.model} at -r {args.resolution}: {error}") from error

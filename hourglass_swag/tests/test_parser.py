@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from hourglass_swag import predict
 from hourglass_swag.imagenet_1k_eval import parse_args
-from hourglass_swag.tools.parser import boolean, check_method_flags, get_default_parser, get_model_args
+from hourglass_swag.tools.parser import (
+    boolean,
+    check_method_flags,
+    get_default_parser,
+    get_model_args,
+    positionals_first,
+)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +94,26 @@ def test_the_papers_own_forms_of_methods_reach_the_network():
     assert get_model_args(evit)["score"] == "cls"
     ats = parser.parse_args(["d", "-m", "ats_vit_l16_in1k", "--ats_residual", "input"])
     assert get_model_args(ats)["residual"] == "input"
+
+
+def test_positionals_behind_lists_of_layers():
+    words = ["--layers", "1", "2", "a.png", "b.png", "-m", "x", "--drop_loc", "3", "-1", "7.png"]
+    assert positionals_first(words) == [
+        "a.png",
+        "b.png",
+        "7.png",
+        "--layers",
+        "1",
+        "2",
+        "-m",
+        "x",
+        "--drop_loc",
+        "3",
+        "-1",
+    ]
+    assert positionals_first(["-l", "3", "a", "--layers", "1", "--", "b"])[-1] == "b"
+    assert parse_args(["-m", "e_vit_l16_in1k", "--drop_loc", "6", "12", "DIR"]).data == "DIR"
+    assert predict.parse_args(["-m", "e_vit_l16_in1k", "--drop_loc", "6", "a.png"]).images == ["a.png"]
 
 
 def test_unknown_names_and_missing_data_are_refused(capsys):

@@ -271,24 +271,6 @@ def test_chosen_layers_and_trained_weights(photo, tmp_path, capsys):
     assert "random" not in captured.err
 
 
-def test_pictures_behind_lists_of_layers():
-    words = ["--layers", "1", "2", "a.png", "b.png", "-m", "x", "--drop_loc", "3", "-1", "7.png"]
-    assert visualize.pictures_first(words) == [
-        "a.png",
-        "b.png",
-        "7.png",
-        "--layers",
-        "1",
-        "2",
-        "-m",
-        "x",
-        "--drop_loc",
-        "3",
-        "-1",
-    ]
-    assert visualize.pictures_first(["-l", "3", "a", "--layers", "1", "--", "b"])[-1] == "b"
-
-
 def test_without_a_resolution_it_is_that_of_training():
     found = [visualize.parse_args(["a.png", "-m", name]).resolution for name in ("e_vit_l16_in1k", "e_vit_desk")]
     assert found == [512, 32]
@@ -302,6 +284,7 @@ def test_without_a_resolution_it_is_that_of_training():
         (["-m", "act_vit_desk", "--head", "4"], "--head must be 0 to 3, got 4"),
         (["-m", "evo_vit_desk", "--layers", "2", "4"], "nothing happens to the tokens in [2]; it does in [4, 5, 6, 7]"),
         (["-m", "vit_desk"], "nothing to show: this is a dense network"),
+        (["-m", "vit_desk", "--tome_r", "4"], "--tome_r 4: a flag of another method"),
     ],
 )
 def test_wrong_flags_are_named(photo, tmp_path, words, message):

@@ -2,6 +2,7 @@
 
 import argparse
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from hourglass_swag.models import names
@@ -27,6 +28,29 @@ def not_negative(word: str) -> int:
     if (number := int(word)) < 0:
         raise argparse.ArgumentTypeError(f"must not be negative, got {word}")
     return number
+
+
+LAYER_LISTS = ("--drop_loc", "--ats_blocks_indexes", "--layers")  # flags that take any number of words
+
+
+def positionals_first(words: Sequence[str]) -> list[str]:
+    """Move what follows a list of layers (a data set, pictures) to the front: argparse would take it for a layer."""
+    front: list[str] = []
+    rest: list[str] = []
+    flag = ""
+    for i, word in enumerate(words):
+        if word == "--":
+            return [*front, *rest, *words[i:]]
+        if word.startswith("-") and not _is_number(word):
+            flag = word
+        elif flag in LAYER_LISTS and not _is_number(word):
+            flag = "positional"
+        (front if flag == "positional" else rest).append(word)
+    return front + rest
+
+
+def _is_number(word: str) -> bool:
+    return word.lstrip("-").isdecimal()
 
 
 def model_choices() -> list[str]:
