@@ -1,4 +1,4 @@
-"""Command line of ``main.py``: the published flags with their meaning, and a few of ours."""
+"""Command lines of ``main.py`` and ``inference.py``: the published flags with their meaning, and a few of ours."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from common import cli
+from dvt.evaluation import SEARCH_PICTURES
 from dvt.models import MODELS
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -304,3 +305,57 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--resume auto looks into the folder of --experiment NAME: give one")
     if args.aa == "none":
         args.aa = ""
+
+
+def add_inference_args(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``inference.py``, but for those of early exit."""
+    add = parser.add_argument
+    add("--data_url", default="./data", metavar="DIR", help="folder with train/ (mode 2) and val/; ends in / or not")
+    add("--batch_size", type=cli.positive_int, default=64, metavar="N", help="pictures at once (default: 64)")
+    add(
+        "--model",
+        default="DVT_T2t_vit_12",
+        choices=sorted(MODELS),
+        metavar="NAME",
+        help="cascade; any network in mode 2 (default: DVT_T2t_vit_12)",
+    )
+    add("--checkpoint_path", required=True, metavar="FILE", help="packed checkpoint; mode 2 also takes training files")
+    add("--eval_mode", type=int, default=2, choices=(0, 1, 2), help="see above (default: 2)")
+    add(
+        "--dataset",
+        default="imagenet",
+        metavar="NAME",
+        help="imagenet, cifar10, cifar100, digits, or a name for timm's create_dataset (default: imagenet)",
+    )
+    add("--num-classes", type=cli.positive_int, default=None, metavar="C", help="classes (default: the data set's)")
+    add(
+        "--img-size",
+        type=cli.positive_int,
+        default=None,
+        metavar="PIXELS",
+        help="side of the input (default: the network's, 224)",
+    )
+    add("--feature-reuse", action=cli.Switch, default=True, help="the cascade was trained with it (default: on)")
+    add("--relation-reuse", action=cli.Switch, default=True, help="the cascade was trained with it (default: on)")
+    add(
+        "--model-ema",
+        action=cli.Switch,
+        default=True,
+        help="of a training file take the averaged weights (default: on)",
+    )
+    add(
+        "--search-pictures",
+        type=cli.positive_int,
+        default=SEARCH_PICTURES,
+        metavar="N",
+        help=f"training pictures in mode 2, at most (default: {SEARCH_PICTURES})",
+    )
+    add(
+        "--augment-search",
+        action=cli.Switch,
+        default=True,
+        help="crop and flip them at random, as published (default: on)",
+    )
+    add("--seed", type=cli.count, default=0, help="of their draw and augmentation (default: 0)")
+    add("-j", "--workers", type=cli.count, default=8, metavar="N", help="loading processes (default: 8)")
+    add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, or cuda:N (default: auto)")

@@ -75,6 +75,7 @@ def _register() -> dict[str, Entry]:
         for suffix, grid in zip(SUFFIXES, grids, strict=True):
             entries[name + suffix] = Entry(T2T_ViT, {**_T2T[name], **grid})
         entries[f"DVT_{name}"] = Entry(T2T_ViT, _T2T[name], tuple(grids))
+    entries["T2t_vit_12_4x4"] = Entry(T2T_ViT, {**_T2T["T2t_vit_12"], "tokens_type": "performer_4x4"})
     patches = [{"patch_size": patch} for patch in PATCHES]
     for suffix, patch in zip(SUFFIXES, patches, strict=True):
         entries["deit_small" + suffix] = Entry(VisionTransformer, {**_DEIT["deit_small"], **patch})

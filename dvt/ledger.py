@@ -1,0 +1,150 @@
+"""What the ledger asks of this paper: costs and accuracy of a published row, and the desk experiment.
+
+Speeds have no entry of their own: how fast a cascade is depends on the exits that its pictures take, hence on trained
+weights; ``inference.py --dynamic`` measures accuracy, cost and throughput together.
+"""
+
+import argparse
+import contextlib
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.cache import FOLDER
+from common.checkpoint import hub_folder
+from common.flops import count_parameters, gmacs
+from common.tables import DeskTable, Measured, NeedsWeights, Row
+from dvt.models import MODELS, STAGE_NAMES, Backbone, Cascade, create_model
+
+CONVENTION = "fvcore"
+
+EQUAL_COST = {"t2-dvt-at-7": "T2t_vit_7", "t2-dvt-at-10": "T2t_vit_10", "t2-dvt-at-12": "T2t_vit_12"}
+"""Rows of Table 2 that compare accuracy at the speed of a baseline -> that baseline.
+
+The paper does not say which point of the curve a row is. Speeds of another GPU cannot be met here, so the point taken
+is the last one that costs no more than the baseline."""
+
+CURVE_ENDS = {"f6-12-first": 0.0, "f6-12-last": float("inf"), "f6-14-last": 5.28}
+"""Rows of Figure 6 -> GFLOPs at which the plotted curve has them; the nearest point of the sweep is taken."""
+
+
+def parse_row(row: Row) -> argparse.Namespace:
+    """Model, data set and classes of a row."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", required=True, choices=sorted(MODELS))
+    parser.add_argument("--dataset", default="imagenet")
+    parser.add_argument("--num-classes", type=int, default=1000)
+    return parser.parse_known_args(shlex.split(row.arguments))[0]
+
+
+def costs(row: Row) -> dict[str, Measured]:
+    """Parameters and GMACs of a row, counted on the meta device.
+
+    Of a cascade, GMACs are those of one exit where the row names one; else they depend on the exits that pictures take
+    and are not returned.
+    """
+    args = parse_row(row)
+    with torch.device("meta"):
+        model = create_model(args.model, num_classes=args.num_classes)
+    if not isinstance(model, Cascade):
+        source = f"count_ops() of {args.model}, one image at 224"
+        return {
+            "params_m": Measured(count_parameters(model) / 1e6, "all parameters", f"parameters of {args.model}"),
+            "gmacs": Measured(gmacs(model.count_ops(published=True), CONVENTION), CONVENTION, source),
+            "macs_g": Measured(gmacs(model.count_ops()), "macs", source),
+        }
+    if "exit" not in row.variables:
+        parameters = count_parameters(model) / 1e6
+        return {"params_m": Measured(parameters, "all parameters", f"parameters of {args.model}")}
+    exit = int(row.variables["exit"]) - 1
+    stage = model.stages[exit]
+    name = f"{args.model}.{STAGE_NAMES[exit]}"
+    source = f"count_ops() of {args.model}, one image at 224"
+    return {
+        "params_m": Measured(count_parameters(stage) / 1e6, "all parameters of the stage", f"parameters of {name}"),
+        "gmacs": Measured(gmacs(model.count_ops(published=True)[exit], CONVENTION), CONVENTION, source),
+        "stage_gmacs": Measured(gmacs(stage.count_ops(published=True), CONVENTION), CONVENTION, source),
+        "macs_g": Measured(gmacs(model.count_ops()[exit]), "macs", f"{source}, resizes as matrix products"),
+    }
+
+
+def accuracy(
+    row: Row, *, data: Path, weights: Path | None, device: torch.device | str, progress: bool
+) -> dict[str, Measured]:
+    """Top-1 of a row through ``inference.py``; thresholds are the file's, or found on training pictures without any.
+
+    Args:
+        data: folder of the row's data set.
+        weights: folder with the checkpoints, see :func:`find_weights`; None: torch.hub's cache.
+
+    Raises:
+        NeedsWeights: if there is no such checkpoint.
+    """
+    from dvt import inference
+    from dvt.checkpoints import read
+
+    args = parse_row(row)
+    file = find_weights(args.model, args.dataset, weights)
+    words = [*shlex.split(row.arguments), "--checkpoint_path", str(file), "--data_url", str(data)]
+    content = read(file)
+    stored = isinstance(content, dict) and {"flops", "dynamic_threshold"} <= content.keys()
+    mode = "1" if stored and MODELS[args.model].stages else "2"
+    words += ["--eval_mode", mode, "--device", str(device)]
+    with contextlib.redirect_stdout(sys.stderr):  # what the ledger prints may be JSON
+        try:
+            result = inference.main(words)
+        except SystemExit as error:  # of the command line; the other rows must not be lost
+            raise RuntimeError(str(error.code)) from error
+    convention = f"{result['images']} images, {file.name}, float32"
+    value, point = pick_point(row, result)
+    source = f"inference.py {row.arguments} --eval_mode {mode}{point}"
+    return {"top1_percent": Measured(value, convention, source)}
+
+
+def pick_point(row: Row, result: dict[str, Any]) -> tuple[float, str]:
+    """The accuracy that a row is about, and which point of the curve it is.
+
+    A row that compares costs at equal accuracy is the cheapest point that reaches the published accuracy, or the best
+    point if none does.
+    """
+    costs_g, accuracies = result["budgeted_batch_classification"]
+    points = sorted(zip(costs_g, accuracies, strict=True))
+    if len(result["flops"]) == 1:
+        return accuracies[0], ""
+    if row.id in EQUAL_COST:
+        with torch.device("meta"):
+            baseline = create_model(EQUAL_COST[row.id])
+        assert isinstance(baseline, Backbone)
+        limit = gmacs(baseline.count_ops(published=True), CONVENTION)
+        cost, value = [point for point in points if point[0] <= limit][-1] if points[0][0] <= limit else points[0]
+    elif row.id in CURVE_ENDS:
+        cost, value = min(points, key=lambda point: abs(point[0] - min(CURVE_ENDS[row.id], points[-1][0])))
+    else:
+        reached = [point for point in points if point[1] >= float(row.published["top1_percent"])]
+        cost, value = reached[0] if reached else max(points, key=lambda point: point[1])
+    return value, f", at {cost:.3f} G"
+
+
+def find_weights(model: str, dataset: str, folder: Path | None) -> Path:
+    """A checkpoint named after its network: ``<model>.pth.tar`` or ``<model>.pth``, on CIFAR ``<model>_<dataset>.pth``.
+
+    Raises:
+        NeedsWeights: naming the files looked for.
+    """
+    place = hub_folder() if folder is None else folder
+    stem = model if dataset == "imagenet" else f"{model}_{dataset}"
+    files = [f"{stem}{end}" for end in (".pth.tar", ".pth", ".pt", ".safetensors")]
+    for file in files:
+        if (place / file).is_file():
+            return place / file
+    raise NeedsWeights(reason=f"{' or '.join(files[:2])} in {place} (--weights DIR)")
+
+
+def desk(*, folder: Path | None = None, device: torch.device | str, force: bool, progress: bool) -> DeskTable:
+    """The paper's table on handwritten digits."""
+    from dvt import desk as desk_experiment
+
+    return desk_experiment.run(folder or FOLDER / "desk" / "dvt", device=device, force=force, progress=progress)
