@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if args.mixup or args.cutmix or args.cutmix_minmax:
         mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob,
                       args.mixup_mode, num_classes=1)  # fmt: skip
-    network = prepare_network(student, world, compiled=args.compile, find_unused_parameters=True)
+    network = prepare_network(student, world, compiled=args.compile, find_unused_parameters=not weights.feature)
     step = ScaleCoordination(
         network, losses, grid, lambda: state.progress.epoch, full_warm_epoch=args.full_warm_epoch,
         transfer_type=args.transfer_type, augment=identity_mix(mixup),
