@@ -123,6 +123,9 @@ def add_scala_args(parser: argparse.ArgumentParser) -> None:
     )
     add("--allow-untrained", action=cli.Switch, default=False,
         help="evaluate a width that was not trained, whose accuracy is chance (default: off)")  # fmt: skip
+    add("--calibrate-batches", type=cli.count, default=0, metavar="N",
+        help="batches of training pictures that give an untrained width its batch statistics, in models with batch "
+        "normalisation (default: 0)")  # fmt: skip
 
 
 def add_model_args(parser: argparse.ArgumentParser) -> None:

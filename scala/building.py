@@ -1,7 +1,8 @@
 """What the flags of ``main_scala.py`` describe: network, teacher, losses, mixup, data, schedule."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import timm
@@ -14,10 +15,19 @@ from torch.utils.data import Dataset
 
 from common import cli
 from common.checkpoint import CheckpointError, load_safely, load_strict, locate, select_state
-from common.data import DataError, build_dataset, default_num_classes, eval_transform, num_classes, train_transform
+from common.data import (
+    DataError,
+    build_dataset,
+    default_num_classes,
+    eval_transform,
+    num_classes,
+    train_loader,
+    train_transform,
+)
 from common.distributed import get_logger, main_process_first
 from scala import models_mobilenet, models_scala, models_uniformer
 from scala.arguments import DEFAULTS
+from scala.conv_layers import batch_norms, calibrate_
 from scala.engine_scala import CosineCurve
 from scala.losses import TOKENS, CosubLoss, DistillationLoss, ScalaLosses
 from scala.slicing import WidthGrid, check_sampling, make_grid
@@ -180,9 +190,9 @@ def build_mixup(args: argparse.Namespace, classes: int) -> Mixup | None:
     )  # fmt: skip
 
 
-def open_split(args: argparse.Namespace, split: str) -> Dataset[Any]:
+def open_split(args: argparse.Namespace, split: str, *, augment: bool = True) -> Dataset[Any]:
     """The training or validation pictures with their transform; the other split need not exist."""
-    if split == "train":
+    if split == "train" and augment:
         picture = train_transform(
             args.input_size, auto_augment=args.aa, color_jitter=args.color_jitter, hflip=args.hflip,
             interpolation=args.train_interpolation, erase_probability=args.reprob, erase_mode=args.remode,
@@ -243,6 +253,25 @@ def build_curve(args: argparse.Namespace, world_size: int) -> CosineCurve:
     return CosineCurve(
         base, args.epochs, args.warmup_epochs, args.warmup_lr, args.min_lr, args.lr_noise, args.lr_noise_pct, args.seed
     )
+
+
+def calibrate(args: argparse.Namespace, model: Any, ratios: Sequence[float], device: torch.device) -> None:
+    """Batch statistics for the widths that have none, from training pictures without augmentation.
+
+    Raises:
+        SettingError: such a width without ``--calibrate-batches``.
+    """
+    norms = batch_norms(model)
+    lacking = [ratio for ratio in ratios if norms and not norms[0].knows(ratio)]
+    if lacking and not args.calibrate_batches:
+        raise SettingError(
+            f"--model {args.model} keeps batch statistics per trained width and has none for "
+            f"{', '.join(f'{ratio:g}' for ratio in lacking)}: give --calibrate-batches N, for instance 64"
+        )
+    for ratio in lacking:
+        pictures = open_split(args, "train", augment=False)
+        loader = train_loader(pictures, batch_size=args.batch_size, workers=args.workers, seed=args.seed)
+        calibrate_(model, ratio, (images.to(device) for images, _ in islice(loader, args.calibrate_batches)))
 
 
 def check_training(args: argparse.Namespace, grid: WidthGrid, model: Any) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.distributed import get_world_size, reduce_sums
 from common.flops import OpCounts
 from scala.slicing import SliceRule, sliced_size
 
@@ -110,6 +111,10 @@ class SlicedBatchNorm2d(nn.Module):
             self.register_buffer("narrow_mean", torch.zeros(len(self.rows), channels))
             self.register_buffer("narrow_var", torch.ones(len(self.rows), channels))
 
+    def knows(self, ratio: float) -> bool:
+        """Whether there are statistics for a width."""
+        return ratio == self.largest or ratio in self.rows or ratio in self.calibrated
+
     def statistics(self, ratio: float) -> tuple[Tensor, Tensor]:
         """Running mean and variance of a width, (c,) each, as views.
 
@@ -144,7 +149,7 @@ class SlicedBatchNorm2d(nn.Module):
 
     def reserve(self, ratio: float) -> None:
         """Make room for the statistics of a width that is not trained."""
-        if ratio != self.largest and ratio not in self.rows:
+        if not self.knows(ratio):
             empty = self.running_mean.new_zeros(sliced_size(self.channels, ratio))
             self.calibrated[ratio] = (empty, empty + 1)
 
@@ -175,7 +180,7 @@ def calibrate_(model: nn.Module, ratio: float, batches: Iterable[Tensor]) -> int
         batches: images (B, 3, height, width) on the model's device; a few thousand in all suffice.
 
     Returns:
-        Batches seen.
+        Batches seen by this process; several processes end with the mean of theirs.
 
     Raises:
         ValueError: a model without batch normalisation, or no batch.
@@ -199,4 +204,7 @@ def calibrate_(model: nn.Module, ratio: float, batches: Iterable[Tensor]) -> int
         model.train(was_training)
     if not seen:
         raise ValueError("calibration needs at least one batch of images")
+    for norm in norms:
+        for value in norm.statistics(ratio):  # every process saw its own pictures
+            value.copy_(reduce_sums(value.clone()) / get_world_size())
     return seen

@@ -78,6 +78,7 @@ def evaluate_checkpoint(args: argparse.Namespace, world: World) -> list[dict[str
     elif not args.finetune:
         logger.warning("no --resume FILE: the weights are random, so the accuracy means nothing")
     model.to(world.device)
+    building.calibrate(args, model, ratios, world.device)
     if args.compile:
         model = allow_widths(len(ratios)) and torch.compile(model)
     return sweep.sweep(model, batches, ratios, device=world.device, amp=args.amp)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from common.flops import OpCounts
 from scala.conv_layers import ChannelConv2d, SlicedBatchNorm2d
-from scala.slicing import SlicedLinear, SliceRule, make_grid, sliced_size
+from scala.slicing import SlicedLinear, SliceRule, count_active_parameters, make_grid, sliced_size
 
 # channels, blocks, stride of the first block, expansion: Table 2 of arXiv:1801.04381
 STAGES = ((16, 1, 1, 1), (24, 2, 2, 6), (32, 3, 2, 6), (64, 4, 2, 6), (96, 3, 1, 6), (160, 3, 2, 6), (320, 1, 1, 6))
@@ -154,6 +154,10 @@ class MobileNetV2_scala(nn.Module):
 
     def forward(self, x: Tensor, ratio: float) -> Tensor:
         return self.forward_head(self.forward_features(x, ratio), ratio)
+
+    def count_parameters(self, ratio: float) -> int:
+        """Parameters that a width touches: those of a stand-alone network of that width."""
+        return count_active_parameters(self, ratio)
 
     def count_ops(self, ratio: float) -> OpCounts:
         """Operations of one image at a width: convolutions and the classifier, and the elements that are normalised."""

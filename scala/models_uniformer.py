@@ -26,7 +26,15 @@ from common import flops
 from common.flops import OpCounts
 from scala.conv_layers import ChannelConv2d, SlicedBatchNorm2d
 from scala.models_scala import Block
-from scala.slicing import SlicedLayerNorm, SlicedLinear, SliceRule, check_ratio, make_grid, sliced_size
+from scala.slicing import (
+    SlicedLayerNorm,
+    SlicedLinear,
+    SliceRule,
+    check_ratio,
+    count_active_parameters,
+    make_grid,
+    sliced_size,
+)
 
 WIDTHS = (64, 128, 320, 512)
 STRIDES = (4, 2, 2, 2)
@@ -240,6 +248,10 @@ class UniFormer_scala(nn.Module):
 
     def forward(self, images: Tensor, ratio: float) -> Tensor:
         return self.forward_head(self.forward_features(images, ratio), ratio)
+
+    def count_parameters(self, ratio: float) -> int:
+        """Parameters that a width touches: those of a stand-alone network of that width."""
+        return count_active_parameters(self, ratio)
 
     def count_ops(self, ratio: float) -> OpCounts:
         """Operations of one image at a width."""

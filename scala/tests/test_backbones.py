@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import timm
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.flops import count_executed_macs, gmacs
+from scala import export, main_scala
+from scala.building import SettingError
 from scala.conv_layers import SlicedBatchNorm2d, batch_norms, calibrate_
 from scala.models_mobilenet import MobileNetV2_scala
 from scala.models_uniformer import MODELS, UniFormer_scala
@@ -197,3 +200,26 @@ def test_batch_statistics_in_training_are_of_the_batch() -> None:
     torch.testing.assert_close(norm(x, 0.5), F.batch_norm(x, None, None, training=True))
     mean, _ = norm.statistics(0.5)
     torch.testing.assert_close(mean, 0.1 * x.mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2_scala"])
+def test_the_program_trains_and_evaluates_a_network_with_batch_statistics(
+    name: str, imagenet: Path, tmp_path: Path
+) -> None:
+    words = [
+        "--data-path", str(imagenet), "--model", name, "--granularity", "0.25", "--input-size", "32", "--device", "cpu",
+        "--workers", "0", "--batch-size", "8", "--num-classes", "2", "--drop-path", "0",
+    ]  # fmt: skip
+    recipe = ["--epochs", "2", "--full_warm_epoch", "1", "--warmup-epochs", "0", "--no-repeated-aug", "--lr", "1e-3"]
+    trained = main_scala.main([*words, *recipe, "--output_dir", str(tmp_path)])
+    assert [row["ratio"] for row in trained["widths"]] == [0.25, 0.5, 0.75, 1.0]
+    state = torch.load(tmp_path / "checkpoint.pth")["model"]
+    assert all((row != 0).any() for row in state["bn1.narrow_mean"])  # every width has moved its statistics
+    evaluated = main_scala.main([*words, "--eval", "--resume", str(tmp_path / "checkpoint.pth"), "--eval_ratio", "all"])
+    assert evaluated["widths"] == trained["widths"]
+    between = [*words, "--eval", "--resume", str(tmp_path / "checkpoint.pth"), "--eval_ratio", "0.375"]
+    with pytest.raises(SettingError, match=r"has none for 0\.375: give --calibrate-batches"):
+        main_scala.main([*between, "--allow-untrained"])
+    assert main_scala.main([*between, "--allow-untrained", "--calibrate-batches", "2"])["images"] == 6
+    words = ["--checkpoint", str(tmp_path / "checkpoint.pth"), "--ratio", "0.25", "--output", str(tmp_path / "quarter")]
+    assert export.main(words)["quarter.safetensors"] < 1e-5
