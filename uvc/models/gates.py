@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ GATE_TAU = 0.5
 
 GateMode = Literal["gumbel", "soft_l0", "softmax"]
 PatchMode = Literal["off", "soft", "hard", "remove"]
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def gumbel_softmax(logits: Tensor, tau: float, *, hard: bool, generator: torch.Generator | None = None) -> Tensor:
@@ -259,7 +260,7 @@ class GatedTransformer(nn.Module):
         return MacCounts(self.embed_macs(batch), tuple(row if runs else None for runs in counted))
 
 
-def register_masks(model: nn.Module) -> nn.Module:
+def register_masks(model: Network) -> Network:
     """Give every module with a weight a buffer ``mask`` of ones in the weight's shape; masks that exist stay.
 
     Both stages do this to all modules, LayerNorm and head too, so that state dicts are interchangeable.
@@ -272,7 +273,7 @@ def register_masks(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def apply_masks_(model: nn.Module) -> nn.Module:
+def apply_masks_(model: Network) -> Network:
     """Multiply every weight by its mask, in place."""
     for module in model.modules():
         mask = module._buffers.get("mask")
