@@ -83,7 +83,7 @@ def run(folder: Path, *, device: torch.device | str, force: bool, progress: bool
         columns=COLUMNS,
         rows=rows,
         notes=(
-            "DVT_desk: three small Transformers at 4x4, 6x6 and 8x8 tokens of 32x32 pictures; trained on 1,437 digits, "
+            "DVT_desk: three small Transformers at 2x2, 4x4 and 6x6 tokens of 32x32 pictures; trained on 1,437 digits, "
             "thresholds found on them, accuracy on the 360 others. One picture is 0.28 points. p: row of the published "
             "sweep of shares, whose ratio is p / 20. mmacs by the convention 'fvcore', in millions per picture.",
             f"Throughput on {device_name(device)}{threads}, float32, batch {BATCH}, {PASSES[device.type]} passes over "
@@ -125,7 +125,7 @@ def train_once(
 
 def measure(weights: Path, method: str, device: torch.device) -> list[DynamicResult]:
     """Full cascade, fixed exits and some budgets of one trained network on the held-out digits."""
-    reuse = not NETWORKS[method]
+    reuse = "--no-feature-reuse" not in NETWORKS[method]
     model = create_model(MODEL, num_classes=10, feature_reuse=reuse, relation_reuse=reuse)
     assert isinstance(model, Cascade)
     load_weights(model, read(weights), source=weights).to(device).eval()

@@ -44,9 +44,9 @@ _DEIT: dict[str, dict[str, Any]] = {
     "deit_base_patch16_224": {"embed_dim": 768, "depth": 12, "num_heads": 12},
     "deit_base_patch16_384": {"embed_dim": 768, "depth": 12, "num_heads": 12, "img_size": 384},
 }
-_DESK: dict[str, Any] = {"img_size": 32, "embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2.0}
-DESK_PATCHES = (8, 5, 4)
-"""Patch sizes of the desk network, ours, for pictures of 32 pixels: 4x4, 6x6 and 8x8 tokens."""
+_DESK: dict[str, Any] = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_ratio": 2.0}
+DESK_PATCHES = (16, 8, 5)
+"""Patch sizes of the desk network, ours, for pictures of 32 pixels: 2x2, 4x4 and 6x6 tokens."""
 
 
 @dataclass(frozen=True)
