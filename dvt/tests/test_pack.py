@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from common.checkpoint import CheckpointError, save_atomic
-from dvt import models, pack, visualize
+from dvt import benchmark, models, pack, visualize
 from dvt.checkpoints import PACKED_KEYS, read
 from dvt.evaluation import (
     Scores,
@@ -206,3 +206,20 @@ def test_easy_and_hard_pictures():
 def test_reading_a_packed_file_runs_nothing(trained):
     _, folder, _ = trained
     assert set(read(folder / "packed.pth.tar")) == set(PACKED_KEYS)
+
+
+def test_benchmark_reports_what_leaves_and_what_it_saves(tmp_path, capsys):
+    words = ["--model", "DVT_desk", "-b", "8", "--p", "20", "40", "--rounds", "1", "--device", "cpu"]
+    rows = benchmark.main([*words, "--output", str(tmp_path / "rows.json")])
+    assert [row["name"] for row in rows] == ["full", "p = 20", "p = 40"]
+    assert rows[0]["left"] == [0, 0, 8]
+    assert all(sum(row["left"]) == 8 for row in rows)
+    assert rows[1]["left"] == [2, 2, 4]  # floor(8 / 3) of the most confident at either exit
+    assert rows[1]["flops_ratio"] > rows[2]["flops_ratio"] > 1
+    record = json.loads((tmp_path / "rows.json").read_text())
+    assert record["rows"] == rows
+    assert record["device"]["type"] == "cpu"
+    assert capsys.readouterr().out.splitlines()[-1].startswith("realised ")
+    with pytest.raises(SystemExit):
+        benchmark.parse_args(["--p", "60"])
+    assert "must be from 1 to 59" in capsys.readouterr().err
