@@ -1,0 +1,137 @@
+"""What the ledger asks of this paper: cost and accuracy of a published row, and the desk experiment."""
+
+import contextlib
+import io
+import shlex
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.cache import ROOT
+from common.tables import DeskTable, Measured, NeedsWeights, Row, load_tables
+from scala import building, main_scala
+from scala import desk as desk_experiment
+from scala.sweep import costs as costs_of_width
+
+CONVENTION = "resize 256 and centre crop 224, bicubic"
+
+
+def build(row: Row) -> tuple[nn.Module, float, int]:
+    """The row's network with random weights on torch's default device, its width ratio, and its resolution in pixels.
+
+    Raises:
+        ValueError: the row names no single width.
+    """
+    args = main_scala.parse_args(shlex.split(row.arguments))
+    building.resolve_grid(args, {}, "")
+    if not isinstance(args.eval_ratio, list) or len(args.eval_ratio) != 1:
+        raise ValueError(f"row {row.id}: expected one width in --eval_ratio, got {args.eval_ratio}")
+    return building.build_model(args, args.num_classes or 1000), args.eval_ratio[0], args.input_size
+
+
+def costs(row: Row) -> dict[str, Measured]:
+    """GMACs and parameters of a row's width, counted on the meta device; nothing for rows without a command."""
+    if not row.arguments or row.arguments.split()[0] != "--model":
+        return {}
+    with torch.device("meta"):
+        model, ratio, side = build(row)
+    found: Any = costs_of_width(model, ratio)
+    source = f"count_ops({ratio:g}) of {type(model).__name__}, one image at {side}"
+    return {
+        "gmacs": Measured(found["gmacs"], "fvcore", source),
+        "params_m": Measured(found["params_m"], "parameters that the width uses", f"those of width ratio {ratio:g}"),
+        "macs_g": Measured(model.count_ops(ratio).macs / 1e9, "macs", source),  # pyright: ignore[reportCallIssue]
+    }
+
+
+def accuracy(
+    row: Row, *, data: Path, weights: Path | None, device: torch.device | str, progress: bool
+) -> dict[str, Measured]:
+    """Accuracy of a row through its own command, or its gain over separate training at the same width.
+
+    Args:
+        data: folder that holds val/.
+        weights: folder with checkpoints of training, see :func:`find_weights`.
+
+    Raises:
+        NeedsWeights: naming the files looked for.
+    """
+    if not row.arguments or row.arguments.split()[0] != "--model":
+        return {}
+    if "top1_gain_points" not in row.published:
+        return _evaluate(row, data, weights, device, progress)
+    baseline = separate_row(row)
+    alone = _evaluate(baseline, data, weights, device, progress)["top1_percent"]
+    found = _evaluate(row, data, weights, device, progress)["top1_percent"]
+    source = f"{found.source}; minus {alone.value:.3f} % of {baseline.key}"
+    return {"top1_gain_points": Measured(found.value - alone.value, found.convention, source)}
+
+
+def _evaluate(
+    row: Row, data: Path, weights: Path | None, device: torch.device | str, progress: bool
+) -> dict[str, Measured]:
+    file = find_weights(row, weights)
+    words = [*shlex.split(row.arguments), "--eval", "--resume", str(file), "--data-path", str(data)]
+    if slimmable := row.table == "slimmable":
+        words.append("--allow-untrained")
+    quiet = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
+    with contextlib.redirect_stdout(sys.stderr), quiet:  # what the ledger prints may be JSON
+        try:
+            result = main_scala.main([*words, "--device", str(device), "--amp", "none"])
+        except SystemExit as error:  # of the command line; the other rows must not be lost
+            raise RuntimeError(str(error.code)) from error
+    convention = f"{result['images']} images, {file.name}, float32{', untrained widths too' if slimmable else ''}"
+    source = f"main_scala.py --eval {row.arguments}"
+    return {name: Measured(result[name], convention, source) for name in ("top1_percent", "top5_percent")}
+
+
+@cache
+def _baselines() -> dict[tuple[str, str], Row]:
+    """(s or b, setting) -> row of separate training."""
+    tables = {table.name: table for table in load_tables("scala", root=ROOT)}
+    rows = [(size, row) for size in "sb" for row in tables[f"scala_{size}"].rows]
+    return {(size, row.id.rpartition("-")[2]): row for size, row in rows if row.series == "separate training"}
+
+
+def separate_row(row: Row) -> Row:
+    """The row of separate training that a gain is over: of the same size and width.
+
+    Raises:
+        NeedsWeights: no such row is published.
+    """
+    size = "b" if "_base_" in row.arguments else "s"
+    ratio = float(row.id.rpartition("-")[2])
+    for name in (f"{ratio:g}", f"{ratio:.2f}", f"{ratio:.1f}"):
+        if found := _baselines().get((size, name)):
+            return found
+    raise NeedsWeights(reason=f"a separately trained network at width {ratio:g}")
+
+
+def find_weights(row: Row, folder: Path | None) -> Path:
+    """The checkpoint of a row in the folder of ``--weights``.
+
+    A file ``NAME.pth``, or ``checkpoint.pth`` in the folder ``NAME`` that training wrote, where NAME is the row, the
+    row without its width, or the table's name for the checkpoint.
+
+    Raises:
+        NeedsWeights: naming the files looked for.
+    """
+    names = [row.id, row.id.rpartition("-")[0]]
+    if row.checkpoint is not None and row.series != "separate training":  # one name for four networks there
+        names.append(row.checkpoint.name)
+    if folder is not None:
+        for name in names:
+            for path in (folder / f"{name}.pth", folder / name / "checkpoint.pth"):
+                if path.is_file():
+                    return path
+    places = " or ".join(f"{name}.pth" for name in names)
+    raise NeedsWeights(reason=f"a trained {places}, or NAME/checkpoint.pth, in {folder or 'a folder'} (--weights DIR)")
+
+
+def desk(*, folder: Path | None = None, device: torch.device | str, force: bool, progress: bool) -> DeskTable:
+    """The paper's first table on handwritten digits."""
+    return desk_experiment.run(folder, device=device, force=force, progress=progress)

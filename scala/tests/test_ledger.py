@@ -1,0 +1,109 @@
+"""The ledger's adapter: published costs by three counts, accuracy and gains through the rows' own commands."""
+
+from dataclasses import replace
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.cache import ROOT
+from common.flops import count_executed_macs
+from common.tables import NeedsWeights, load_tables
+from scala import ledger, main_scala
+from scala.engine_scala import AtRatio
+
+TABLES = {table.name: table for table in load_tables("scala", root=ROOT)}
+SHAPE = "--input-size 32 --patch-size 8 --embed-dim 32 --num-heads 4 --depth 1 --num-classes 2"
+
+
+@pytest.mark.parametrize("name", ["widths", "width_grid"])
+def test_costs_have_the_published_digits(name: str) -> None:
+    for row in TABLES[name].rows[:: 7 if name == "width_grid" else 3]:  # the vectors hold all
+        found = ledger.costs(row)
+        for column, published in row.published.items():
+            digits = published.as_tuple().exponent
+            assert isinstance(digits, int)
+            assert round(Decimal(repr(found[column].value)), -digits) == published, (row.id, column)
+
+
+@pytest.mark.parametrize("row", TABLES["widths"].rows[::5], ids=lambda row: row.id)
+def test_the_count_is_that_of_what_is_executed(row) -> None:
+    with torch.device("meta"):
+        model, ratio, side = ledger.build(row)
+        images = torch.empty(1, 3, side, side)
+    assert count_executed_macs(AtRatio(model, ratio), images) == ledger.costs(row)["macs_g"].value * 1e9
+
+
+def test_scala_and_separate_rows_have_a_cost() -> None:
+    for name in ("scala_s", "scala_b"):
+        for row in TABLES[name].rows[::3]:
+            assert ledger.costs(row)["gmacs"].value == pytest.approx(float(row.published["gmacs"]), abs=0.1)
+
+
+def test_missing_weights_are_named(tmp_path: Path) -> None:
+    row = next(row for row in TABLES["scala_s"].rows if row.id == "s-x4-0.50")
+    with pytest.raises(NeedsWeights, match=r"s-x4-0\.50\.pth or s-x4\.pth or scala_s_x4\.pth"):
+        ledger.accuracy(row, data=tmp_path, weights=tmp_path, device="cpu", progress=False)
+
+
+def test_accuracy_and_gain_through_the_rows_own_commands(
+    tmp_path: Path, imagenet: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two small networks in --weights, under the names that the rows look for."""
+    flags = ["--device", "cpu", "--workers", "0", "--batch-size", "8", *SHAPE.split(), "--data-path", str(imagenet)]
+    for name, model, warm in (("s-x4", "deit_small_distilled_patch16_224_scala", "0"),
+                              ("gain-vs-usnet", "deit_small_distilled_patch16_224_scala", "0"),
+                              ("s-separate-0.50", "deit_tiny_patch16_224_scala", "1")):  # fmt: skip
+        out = [
+            "--output_dir",
+            str(tmp_path / name),
+            "--epochs",
+            "1",
+            "--full_warm_epoch",
+            warm,
+            "--granularity",
+            "0.25",
+        ]
+        main_scala.main([*flags, "--model", model, "--granularity", "0.25", *out])
+    capsys.readouterr()
+
+    def small(row):
+        words = row.arguments.replace("0.0625", "0.25")
+        return replace(row, arguments=f"{words} --batch-size 8 --workers 0 {SHAPE}")
+
+    monkeypatch.setattr(ledger, "_baselines", lambda: {("s", "0.50"): small(separate)})
+    rows = {row.id: row for table in TABLES.values() for row in table.rows}
+    separate = rows["s-separate-0.50"]
+    found = {
+        name: ledger.accuracy(small(rows[name]), data=imagenet, weights=tmp_path, device="cpu", progress=False)
+        for name in ("s-x4-0.50", "s-separate-0.50", "gain-vs-usnet-0.5")
+    }
+    assert capsys.readouterr().out == ""  # the ledger prints JSON there
+    assert "6 images" in found["s-x4-0.50"]["top1_percent"].convention
+    assert "scala_s/s-separate-0.50" in found["gain-vs-usnet-0.5"]["top1_gain_points"].source
+    again = main_scala.main([*flags, "--model", "deit_small_distilled_patch16_224_scala", "--eval", "--eval_ratio",
+                             "0.5", "--resume", str(tmp_path / "gain-vs-usnet" / "checkpoint.pth")])  # fmt: skip
+    expected = again["top1_percent"] - found["s-separate-0.50"]["top1_percent"].value
+    assert found["gain-vs-usnet-0.5"]["top1_gain_points"].value == pytest.approx(expected)
+
+
+def test_gains_find_their_baseline() -> None:
+    for row in TABLES["gains"].rows:
+        if "--model" in row.arguments:
+            baseline = ledger.separate_row(row)
+            assert baseline.series == "separate training"
+            assert float(baseline.id.rpartition("-")[2]) == float(row.id.rpartition("-")[2])
+
+
+def test_desk_table_of_given_accuracies() -> None:
+    """The table says what was measured, whichever way it falls."""
+    from scala import desk
+
+    names = ("separate training", "sliced without Scala", *desk.SCALA)
+    top1 = {(name, ratio): 10.0 * index + ratio for index, name in enumerate(names) for ratio in desk.RATIOS}
+    table = desk._table(top1)
+    assert [row["networks"] for row in table.rows] == [4, 1, 1]
+    assert table.rows[1]["r_0.25"] == 10.25
+    assert "+20.0, +20.0, +20.0, +20.0" in table.notes[2]
+    main_scala.parse_args([*desk.NETWORK.split(), *desk.RECIPE.split()])
