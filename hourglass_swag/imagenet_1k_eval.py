@@ -28,6 +28,7 @@ from common.distributed import World, get_logger, launch, main_process_first, ru
 from common.engine import amp_dtype
 from hourglass_swag.evaluation import evaluate, swag_eval_transform
 from hourglass_swag.models import create
+from hourglass_swag.models.ops.smyrf.attn import ClusterSizeError
 from hourglass_swag.tools.parser import check_method_flags, get_default_parser, get_model_args, positionals_first
 from hourglass_swag.tools.processes import device_name, pictures_per_process, set_environment, start_one_per_gpu
 
@@ -154,7 +155,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the script; ``argv`` as on the command line. Returns what ``--output`` holds, but for the device."""
     args = parse_args(argv)
     if not args.multiprocessing_distributed:
-        return run(partial(evaluate_network, args), expected=(DataError, CheckpointError, NotImplementedError))
+        return run(
+            partial(evaluate_network, args),
+            expected=(DataError, CheckpointError, ClusterSizeError, NotImplementedError),
+        )
     words = list(sys.argv[1:] if argv is None else argv)
     with TemporaryDirectory() as folder:
         output = args.output or Path(folder, "result.json")

@@ -352,9 +352,10 @@ class VisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         if image_size < 1 or image_size % patch_size:
+            below = max(image_size // patch_size, 0)
+            nearest = ", ".join(str(side * patch_size) for side in (below, below + 1) if side)
             raise ValueError(
-                f"image_size must be a multiple of patch_size = {patch_size}, got {image_size}; nearest are "
-                f"{max(image_size // patch_size, 1) * patch_size}, {(image_size // patch_size + 1) * patch_size}"
+                f"image_size must be a multiple of patch_size = {patch_size}, got {image_size}; nearest are {nearest}"
             )
         if classifier not in ("token", "gap"):
             raise ValueError(f"classifier must be 'token' or 'gap', got {classifier!r}")

@@ -149,6 +149,23 @@ def test_bad_pictures_stop_the_run_or_are_counted(material, tmp_path, capsys):
         ),
         (["-m", "vit_desk", "-r", "30", "--no-pretrained", "DATA"], "multiple of patch_size = 4, got 30"),
         (
+            [
+                "-m",
+                "smyrf_vit_desk",
+                "--smyrf_plug_in_index",
+                "0",
+                "--smyrf_n_hashes",
+                "1",
+                "--smyrf_q_cluster_size",
+                "64",
+                "--smyrf_k_cluster_size",
+                "64",
+                "--no-pretrained",
+                "DATA",
+            ],
+            "must be multiples of the cluster sizes 64, 64 (--smyrf_q_cluster_size, --smyrf_k_cluster_size)",
+        ),
+        (
             ["-m", "vit_desk", "--world-size", "2", "--rank", "0", "DATA"],
             "multicast address, where nothing can listen",
         ),

@@ -203,6 +203,8 @@ def test_wrong_arguments_are_named():
         on_meta("hourglass_vit_l16_in1k", cluster_after_output=True)
     with pytest.raises(ValueError, match="multiple of patch_size = 16, got 500; nearest are 496, 512"):
         on_meta("vit_l16_in1k", image_size=500)
+    with pytest.raises(ValueError, match=r"multiple of patch_size = 16, got 0; nearest are 16$"):
+        on_meta("vit_l16_in1k", image_size=0)
     with pytest.raises(ValueError, match=r"expected images \(batch, 3, 24, 24\), got \(1, 3, 32, 32\)"):
         VisionTransformer(**TINY)(torch.rand(1, 3, 32, 32))
     with pytest.raises(ValueError, match="classifier"):

@@ -43,6 +43,10 @@ def dense(q: Tensor, k: Tensor, v: Tensor, norm_factor: float = 1.0) -> Tensor:
     return (q @ k.mT / norm_factor).softmax(-1) @ v
 
 
+class ClusterSizeError(ValueError):
+    """Queries and keys of a batch that clusters of these sizes cannot share out."""
+
+
 def cluster_lengths(tokens: tuple[int, int], sizes: tuple[int, int], lists: int, *, padded: bool) -> tuple[int, int]:
     """Places that a row's queries and keys take in the list of clusters.
 
@@ -56,23 +60,23 @@ def cluster_lengths(tokens: tuple[int, int], sizes: tuple[int, int], lists: int,
         N and M, or the next multiples of the sizes.
 
     Raises:
-        ValueError: if queries and keys do not give the same clusters.
+        ClusterSizeError: if queries and keys do not give the same clusters.
     """
     (N, M), (c_q, c_k) = tokens, sizes
     if padded:
         if -(-N // c_q) != -(-M // c_k):
-            raise ValueError(
+            raise ClusterSizeError(
                 f"{N} queries in clusters of {c_q} and {M} keys in clusters of {c_k} (--smyrf_q_cluster_size, "
                 f"--smyrf_k_cluster_size) do not make as many clusters: {-(-N // c_q)} and {-(-M // c_k)}"
             )
         return -(-N // c_q) * c_q, -(-M // c_k) * c_k
     if N // c_q != M // c_k:
-        raise ValueError(
+        raise ClusterSizeError(
             f"{N} queries in clusters of {c_q} and {M} keys in clusters of {c_k} (--smyrf_q_cluster_size, "
             f"--smyrf_k_cluster_size) do not make as many clusters: {N // c_q} and {M // c_k}"
         )
     if lists * N % c_q or lists * M % c_k or lists * N // c_q != lists * M // c_k:
-        raise ValueError(
+        raise ClusterSizeError(
             f"rounds x images x heads x tokens = {lists * N} (queries), {lists * M} (keys) must be multiples of the "
             f"cluster sizes {c_q}, {c_k} (--smyrf_q_cluster_size, --smyrf_k_cluster_size) and give as many clusters; "
             "a divisor of the rounds (--smyrf_n_hashes) always does, and so does padded=True (--smyrf_padded)"
