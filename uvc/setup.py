@@ -68,6 +68,9 @@ def build_model(args: argparse.Namespace, classes: int) -> GatedTransformer:
     gates.block_gating, gates.jumping, gates.eps = args.enable_block_gating, args.enable_jumping, args.eps
     soft = "softmax" if args.model_type.startswith("t2t") else "soft_l0"
     gates.mode = "gumbel" if args.use_gumbel else soft
+    if not args.enable_block_gating:
+        model.block_skip_gating.requires_grad_(False)
+        model.fix_blocks()
     if args.enable_patch_gating == 1:
         model.add_patch_gates()
         gates.patch = "soft"
@@ -75,8 +78,6 @@ def build_model(args: argparse.Namespace, classes: int) -> GatedTransformer:
         model.add_token_scores()  # pyright: ignore[reportCallIssue] - T2T-ViT's
     register_masks(model)
     freeze_idle(model, token_scores=args.enable_patch_gating == 2)
-    if not args.enable_block_gating:
-        model.block_skip_gating.requires_grad_(False)
     return model
 
 
