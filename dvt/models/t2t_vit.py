@@ -126,8 +126,15 @@ class T2T_module(nn.Module):
 
 
 def soft_split(maps: Tensor, split: Split) -> Tensor:
-    """Overlapping patches as tokens: (B, C, h, w) -> (B, T, C · kernel²)."""
-    return F.unfold(maps, split.kernel, stride=split.stride, padding=split.padding).transpose(1, 2)
+    """Overlapping patches as tokens: (B, C, h, w) -> (B, T, C · kernel²).
+
+    Without a gradient a view of windows is copied once, where F.unfold and its transpose copy twice.
+    """
+    kernel, stride, padding = split
+    if maps.requires_grad:
+        return F.unfold(maps, kernel, stride=stride, padding=padding).transpose(1, 2)
+    windows = F.pad(maps, (padding,) * 4).unfold(2, kernel, stride).unfold(3, kernel, stride)  # (B, C, y, x, k, k)
+    return windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
 def format_ranges(numbers: list[int]) -> str:

@@ -165,8 +165,9 @@ def _try_draw(case: Case, name: str) -> Tensor | None:
 @torch.no_grad()
 def run_block(case: Case, checks: Checks) -> None:
     """One block; the grids follow from the numbers of tokens."""
+    eps = case.build.get("norm_eps", 1e-6 if "deit" in case.build["class"].lower() else 1e-5)
     module = Block(
-        norm_layer=partial(nn.LayerNorm, eps=case.build["norm_eps"]),
+        norm_layer=partial(nn.LayerNorm, eps=eps),
         **options(case, "dim", "num_heads", "mlp_ratio", "qkv_bias", "qk_scale", "feature_reuse"),
     )
     fill(module, case.seed)

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 
 from common.flops import CONVENTIONS, count_executed_macs, count_parameters, gmacs
 from common.reference import array, image
-from dvt.models import MODELS, Cascade, T2T_ViT, VisionTransformer, create_model, make_cascade
+from dvt.models import MODELS, SUFFIXES, Cascade, T2T_ViT, VisionTransformer, create_model, make_cascade
 from dvt.models.backbone import Backbone
 from dvt.models.reuse import grid_overlap, resize_grid, resize_relations, token_overlap
+from dvt.models.t2t_vit import Split, soft_split
 from dvt.models.token_performer import Token_performer
 from dvt.models.transformer_block import Block
 
@@ -107,6 +108,14 @@ def test_the_fused_attention_trains_like_the_plain_one():
         out.square().sum().backward()
         grads.append(reused.grad)
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("split", [Split(7, 4, 2), Split(11, 6, 5), Split(3, 2, 1)])
+def test_soft_splits_are_the_same_with_and_without_gradient(split):
+    maps = image(2, 23)
+    plain = soft_split(maps, split)
+    assert torch.equal(plain, soft_split(maps.requires_grad_(), split))
+    assert plain.shape == (2, split.side(23) ** 2, 3 * split.kernel**2)
 
 
 def test_drop_path_and_both_dropouts_of_the_performer_are_on_in_training():
@@ -265,3 +274,37 @@ def test_stages_that_do_not_fit_are_refused():
         Cascade([stages[0], other[1], other[2]])
     with pytest.raises(ValueError, match="the first stage has nothing to reuse"):
         Cascade([stages[1], stages[1], stages[2]])
+
+
+@pytest.mark.parametrize(("kind", "grad"), [("deit", True), ("t2t", False)])
+def test_the_cascade_is_one_graph(kind, grad):
+    """No part of a forward pass falls out of torch.compile."""
+    if kind == "deit":
+        model, size = small(), 32
+    else:
+        grids = [{"tokens_type": f"performer{end}"} for end in SUFFIXES]
+        options = {"embed_dim": 16, "depth": 1, "num_heads": 2, "mlp_ratio": 1.0, "token_dim": 4, "num_classes": 5}
+        model, size = make_cascade(T2T_ViT, grids, **options).eval(), 224
+    images = image(1, size).float()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.set_grad_enabled(grad):
+        for ours, theirs in zip(compiled(images), model(images), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["DVT_T2t_vit_12", "DVT_Deit_small"])
+def test_half_precision_on_a_gpu_stays_near_full_precision(name):
+    """Fused attention takes the reused logits as its mask, gradients included, and nothing overflows."""
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=10).cuda().eval()
+    images = image(4, 224).float().cuda()
+    exact = model(images)
+    with torch.autocast("cuda", dtype=torch.float16):
+        half = model(images)
+    for ours, theirs in zip(half, exact, strict=True):
+        assert float((ours.float() - theirs).abs().max()) < 0.02 * float(theirs.abs().max())
+    sum(logits.float().square().mean() for logits in half).backward()  # pyright: ignore[reportAttributeAccessIssue]
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in trained)
