@@ -6,7 +6,7 @@ The loop of epochs, precision, clipping, averaging and checkpoints are ``common.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -50,7 +50,13 @@ def get_param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def adjust_learning_rate(
-    param_groups: Iterable[dict[str, Any]], init_lr: float, min_lr: float, step: int, max_step: int
+    param_groups: Iterable[dict[str, Any]],
+    init_lr: float,
+    min_lr: float,
+    step: int,
+    max_step: int,
+    *,
+    warmup: int = 0,
 ) -> tuple[float, float]:
     """Set the rates of an epoch: a cosine from ``init_lr`` (reverse modules: five times that) to ``min_lr``.
 
@@ -58,6 +64,7 @@ def adjust_learning_rate(
         param_groups: of the optimiser, named as :func:`get_param_groups` does.
         init_lr: scaled rate at the start; below ``min_lr`` the cosine simply runs upwards.
         step, max_step: epoch, from 0, and length of the cosine; from there on the rate is ``min_lr``.
+        warmup: epochs in which the rates rise linearly up to the cosine; 0 as published.
 
     Returns:
         Rates of the backbone and of the reverse modules.
@@ -67,6 +74,8 @@ def adjust_learning_rate(
     share = (1 + math.cos(math.pi * step / max_step)) / 2 if step < max_step else 0.0
     backbone = min_lr + share * (init_lr - min_lr)
     reverse = min_lr + share * (RTSM_FACTOR * init_lr - min_lr)
+    rise = min(1.0, (step + 1) / (warmup + 1))
+    backbone, reverse = backbone * rise, reverse * rise
     for group in param_groups:
         group["lr"] = reverse if group["name"] == "rtsm" else backbone
     return backbone, reverse
@@ -163,27 +172,3 @@ def store_for_autocast(teacher: nn.Module, dtype: torch.dtype | None) -> nn.Modu
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 module.to(dtype)
     return teacher
-
-
-PUBLISHED_LOG = {
-    "train_lr": "train_lr_backbone",
-    "train_loss": "train_loss",
-    "train_loss_cls": "train_loss_cls",
-    "train_loss_token": "train_loss_token",
-    "train_loss_logits": "train_loss_logits",
-    "train_loss_cnn": "train_loss_cnn",
-    "test_loss": "test_loss",
-    "test_acc1": "test_acc1",
-    "test_acc5": "test_acc5",
-    "epoch": "epoch",
-}
-"""Key of a line of the published ``log.txt`` -> key of our record."""
-
-
-def published_log_rows(rows: Sequence[Mapping[str, Any]], n_parameters: int) -> list[dict[str, Any]]:
-    """Lines of the published ``log.txt`` from the rows of ``log.jsonl``."""
-    return [
-        {**{key: row.get(own) for key, own in PUBLISHED_LOG.items()}, "n_parameters": n_parameters}
-        for row in rows
-        if row.get("event") == "epoch"
-    ]

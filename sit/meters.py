@@ -1,10 +1,25 @@
-"""The meters of the published training log: the median of the last values and the mean of all, in one text."""
+"""What a training run prints and keeps in the published forms, next to the record of ``common.metrics``.
+
+The meters show the median of the last values and the mean of all; ``log.txt`` has one JSON object per epoch.
+"""
 
 from __future__ import annotations
 
+import json
+import time
 from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+
+from common.cache import write_atomic
+from common.distributed import is_main
+from common.engine import StepInfo
+from common.metrics import Record
 
 
 class SmoothedValue:
@@ -74,3 +89,121 @@ class MetricLogger:
 
     def __str__(self) -> str:
         return self.delimiter.join(f"{name}: {meter}" for name, meter in self.meters.items())
+
+
+PUBLISHED_LOG = {
+    "train_lr": "train_lr_backbone",
+    "train_loss": "train_loss",
+    "train_loss_cls": "train_loss_cls",
+    "train_loss_token": "train_loss_token",
+    "train_loss_logits": "train_loss_logits",
+    "train_loss_cnn": "train_loss_cnn",
+    "test_loss": "test_loss",
+    "test_acc1": "test_acc1",
+    "test_acc5": "test_acc5",
+    "epoch": "epoch",
+}
+"""Key of a line of the published ``log.txt`` -> key of our record."""
+
+
+def published_log_rows(rows: Sequence[Mapping[str, Any]], n_parameters: int) -> list[dict[str, Any]]:
+    """Lines of the published ``log.txt`` from the rows of ``log.jsonl``."""
+    return [
+        {**{key: row.get(own) for key, own in PUBLISHED_LOG.items() if own in row}, "n_parameters": n_parameters}
+        for row in rows
+        if row.get("event") == "epoch"
+    ]
+
+
+class PublishedRecord(Record):
+    """``log.jsonl``, from which ``log.txt`` is written anew after every epoch, so that a resumed run repeats no line.
+
+    Args:
+        folder: of both files.
+        n_parameters: trained ones, for ``log.txt``.
+    """
+
+    def __init__(self, folder: Path, n_parameters: int, *, tensorboard: bool = False) -> None:
+        super().__init__(folder / "log.jsonl", tensorboard=folder / "tensorboard" if tensorboard else None)
+        self.n_parameters = n_parameters
+
+    def write(self, event: str, row: Mapping[str, Any]) -> None:
+        super().write(event, row)
+        if event == "epoch" and self.path is not None:
+            rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            lines = [json.dumps(line) for line in published_log_rows(rows, self.n_parameters)]
+            write_atomic(self.path.with_name("log.txt"), "".join(line + "\n" for line in lines))
+
+
+class Logs:
+    """What watches the training step: the two learning rates for the record, and the published line of meters.
+
+    Args:
+        folder: for :attr:`record`; None keeps nothing.
+        n_parameters: trained ones.
+        batches: of an epoch.
+        print_freq: steps between two lines; 0 prints none. The values stay on the device in between.
+        step: the training step to watch.
+        clock: seconds; replaced in tests.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        n_parameters: int,
+        *,
+        batches: int,
+        print_freq: int,
+        step: Callable[[Any], Mapping[str, Tensor]],
+        tensorboard: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.record = PublishedRecord(folder, n_parameters, tensorboard=tensorboard) if folder else None
+        self.batches, self.print_freq, self._step, self.clock = batches, print_freq, step, clock
+        self.epoch = -1
+        self.pending: list[tuple[float, Mapping[str, Tensor]]] = []
+        self.ended = clock()
+
+    def begin_epoch(self) -> None:
+        """Time spent between epochs is nobody's."""
+        self.ended = self.clock()
+
+    def step(self, batch: Any) -> Mapping[str, Tensor]:
+        """The training step, its terms remembered."""
+        self.began = self.clock()
+        self.terms = self._step(batch)
+        return self.terms
+
+    def after_step(self, info: StepInfo) -> dict[str, float]:
+        """Print if it is time; the rates, which the record keeps."""
+        rtsm, backbone = info.learning_rates[0], info.learning_rates[-1]
+        if self.print_freq and is_main():
+            self._remember(info, backbone)
+        return {"lr_backbone": backbone, "lr_rtsm": rtsm}
+
+    def _remember(self, info: StepInfo, rate: float) -> None:
+        if info.epoch != self.epoch:
+            self.epoch, self.pending = info.epoch, []
+            self.logger = MetricLogger()
+            self.logger.add_meter("lr", SmoothedValue(1, "{value:.6f}"))
+            self.times, self.data = SmoothedValue(fmt="{avg:.4f}"), SmoothedValue(fmt="{avg:.4f}")
+        self.pending.append((rate, {name: value.detach() for name, value in self.terms.items()}))
+        now = self.clock()
+        self.data.update(self.began - self.ended)
+        self.times.update(now - self.ended)
+        self.ended = now
+        if info.batch % self.print_freq and info.batch + 1 != self.batches:
+            return
+        for rate, terms in self.pending:
+            self.logger.update(lr=rate, **{name: float(value) for name, value in terms.items()})
+        self.pending = []
+        print(self._line(info.batch), flush=True)
+
+    def _line(self, batch: int) -> str:
+        left = timedelta(seconds=int(self.times.global_avg * (self.batches - batch - 1)))
+        place = f"[{batch:{len(str(self.batches))}d}/{self.batches}]"
+        parts = [f"Epoch: [{self.epoch}]", place, f"eta: {left}", str(self.logger), f"time: {self.times}"]
+        parts.append(f"data: {self.data}")
+        if torch.cuda.is_available():
+            parts.append(f"max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}")
+        return "  ".join(parts)

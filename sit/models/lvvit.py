@@ -434,13 +434,17 @@ class LVViT(nn.Module):
         self.num_classes = num_classes
         self.head = _head(self.embed_dim, num_classes).to(self.cls_token)
 
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor, *, mix: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Pictures (B, 3, height, width) to tokens with positions, (B, E + N, C).
+
+        Args:
+            mix: changes the stem's output (B, C, S, S) before the positions are added.
 
         Raises:
             ValueError: if the pictures give another number of patches than the network has positions.
         """
-        patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, N, C)
+        grid = self.patch_embed(images)
+        patches = (grid if mix is None else mix(grid)).flatten(2).transpose(1, 2)  # (B, N, C)
         if patches.shape[1] != self.num_patches:
             raise ValueError(
                 f"pictures of {images.shape[2]}x{images.shape[3]} give {patches.shape[1]} patches, this network is for "
@@ -450,7 +454,7 @@ class LVViT(nn.Module):
         if self.conv_distillation:
             extra = torch.cat((self.cls_token, self.dist_token), 1)
             positions = torch.cat((positions[:, :1], self.dist_pos_embed, positions[:, 1:]), 1)
-        return self.pos_drop(torch.cat((extra.expand(len(patches), -1, -1), patches), 1) + positions)
+        return self.pos_drop(torch.cat((extra.expand(patches.shape[0], -1, -1), patches), 1) + positions)
 
     def run_blocks(self, x: Tensor, *, keep: bool = True) -> tuple[Tensor, Tokens]:
         """Blocks and slimming.

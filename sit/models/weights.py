@@ -1,0 +1,322 @@
+"""Files of weights: what a file holds, whether it fits, and what to do where it does not.
+
+Three kinds go around under similar names: slimmed checkpoints (``tsm.*``, and ``rtsm.*`` unless stripped), unslimmed
+teachers of this paper, and the public LV-ViT of token labeling, which is another network.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.checkpoint import (
+    CheckpointError,
+    list_key_differences,
+    load_safely,
+    load_strict,
+    locate,
+    save_atomic,
+    select_state,
+)
+from common.distributed import get_logger, main_process_first
+from sit.models.lvvit import LVViT
+
+logger = get_logger(__name__)
+
+TRAINING_ONLY = ("rtsm.*", "aux_head.*")
+"""What evaluation does not use, and a stripped file lacks."""
+
+_HEADS = ("head", "head_dist", "aux_head")
+_DISTILLATION_TOKEN = ("dist_token", "dist_pos_embed", "head_dist.")
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """Weights by name, where they are from, and whether their writer says that training-only parts were removed."""
+
+    state: dict[str, Tensor]
+    source: str
+    stripped: bool = False
+
+    @property
+    def slimmed(self) -> bool:
+        return any(key.startswith("tsm.") for key in self.state)
+
+    @property
+    def recovers(self) -> bool:
+        """Whether the reverse modules are in it."""
+        return any(key.startswith("rtsm.") for key in self.state)
+
+    @property
+    def stage_patches(self) -> list[int]:
+        """Tokens that its slimming modules put out, in order."""
+        biases = {
+            key.split(".")[1]: value
+            for key, value in self.state.items()
+            if key.startswith("tsm.") and key.endswith(".3.bias")
+        }
+        return [len(biases[index]) for index in sorted(biases, key=int)]
+
+    @property
+    def patches(self) -> int | None:
+        """Patch tokens of its position embedding, None if it has none."""
+        embedding = self.state.get("pos_embed")
+        return embedding.shape[1] - 1 if embedding is not None and embedding.ndim == 3 else None
+
+
+def read_weights(source: str | os.PathLike[str], *, key: str = "model") -> WeightsFile:
+    """A file of weights, local or at a URL whose file name carries the hash; nothing in it is run.
+
+    Args:
+        key: under which a training file's weights are looked for, ``model`` or ``model_ema``; a flat file has none.
+
+    Raises:
+        CheckpointError: missing, damaged, no weights, or a training file without that key.
+    """
+    with main_process_first():
+        path = locate(source)
+    content = load_safely(path)
+    if key != "model" and not isinstance(content.get(key) if isinstance(content, Mapping) else None, Mapping):
+        raise CheckpointError(f"{path}: holds no weights under {key!r}; was it trained with --model-ema?")
+    state = select_state(content, (key,), source=str(path))
+    return WeightsFile(state, str(path), bool(isinstance(content, Mapping) and content.get("stripped")))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Position embeddings
+
+
+def resize_pos_embed(embedding: Tensor, patches: int) -> Tensor:
+    """Bicubic resize of the patches' positions to a square grid of another number of patches; the class's stays.
+
+    Args:
+        embedding: (1, 1 + N, C), N a square number.
+
+    Raises:
+        ValueError: if either number of patches is no square.
+    """
+    side, target = math.isqrt(embedding.shape[1] - 1), math.isqrt(patches)
+    if side * side != embedding.shape[1] - 1 or target * target != patches:
+        raise ValueError(
+            f"positions of {embedding.shape[1] - 1} patches cannot be resized to {patches}: not square grids"
+        )
+    grid = embedding[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(grid.float(), size=(target, target), mode="bicubic", align_corners=False)
+    flat = resized.flatten(2).transpose(1, 2).to(embedding.dtype)
+    return torch.cat((embedding[:, :1], flat), 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is wrong with a file
+
+
+def explain(model: LVViT, file: WeightsFile) -> str:
+    """Why a file is not for this model, in a sentence that says what to do; empty where nothing is known."""
+    state = file.state
+    first = state.get("patch_embed.conv1.weight")
+    if first is not None and first.ndim == 4 and first.shape[-1] != 3:
+        return (
+            f"it begins with a {first.shape[-1]}x{first.shape[-2]} convolution of {len(first)} channels: this is the "
+            "public LV-ViT of the token-labeling repository, another network of the same name, which cannot be used "
+            "here. Get the teacher that the SiT README links, or train one: sit/exp/teacher/train.sh"
+        )
+    if "pos_embed" not in state or not any(key.startswith("blocks.") for key in state):
+        return "it holds no LV-ViT weights (pos_embed and blocks.*)"
+    if difference := _size_difference(model, file):
+        return difference
+    if file.slimmed and not model.slimmed:
+        return (
+            "it is a slimmed checkpoint (tsm.*), expected an unslimmed one, such as a teacher; to evaluate or train a "
+            "slimmed network give --distillation-type frd"
+        )
+    if model.slimmed and file.slimmed and file.stage_patches != model.keeped_patches[1:]:
+        return (
+            f"its slimming modules put out {file.stage_patches} tokens, those of the model {model.keeped_patches[1:]}: "
+            "another --keeping-ratio, --model, or --input-size"
+        )
+    return ""
+
+
+def _size_difference(model: LVViT, file: WeightsFile) -> str:
+    """Another width or depth."""
+    depth = 1 + max(int(key.split(".")[1]) for key in file.state if key.startswith("blocks."))
+    width = file.state["pos_embed"].shape[-1]
+    if (width, depth) == (model.embed_dim, model.depth):
+        return ""
+    return (
+        f"it is of width {width} with {depth} blocks, the model of width {model.embed_dim} with {model.depth}: "
+        "name the file's size with --model (or, of a teacher, --teacher-model)"
+    )
+
+
+def _refuse(file: WeightsFile, model: LVViT, reason: str) -> CheckpointError:
+    found = list(list_key_differences(model, file.state).lines())
+    shown = "\n".join(found[:12] + ([f"  ... and {len(found) - 12} more lines"] if len(found) > 12 else []))
+    return CheckpointError(f"{file.source}: {reason}" + (f"\n{shown}" if shown else ""))
+
+
+def _fit_positions(model: LVViT, file: WeightsFile) -> dict[str, Tensor]:
+    """The file's weights, positions resized if the model has another number of patches and that is legal."""
+    state = dict(file.state)
+    if file.patches is None or file.patches == model.num_patches:
+        return state
+    if model.recover and file.recovers:
+        raise _refuse(
+            file,
+            model,
+            f"it was trained for {file.patches} patches, the model is for {model.num_patches}: the widths of the "
+            "reverse modules depend on that number, so a slimmed network cannot train on at another --input-size",
+        )
+    try:
+        state["pos_embed"] = resize_pos_embed(state["pos_embed"], model.num_patches)
+    except ValueError as error:
+        raise _refuse(file, model, str(error)) from None
+    logger.warning("%s: position embedding resized from %d to %d patches", file.source, file.patches, model.num_patches)
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def load_for_evaluation(model: LVViT, file: WeightsFile, *, allow_stripped: bool = False) -> None:
+    """Strictly, as published: a slimmed model's file must hold the reverse modules too, unless it was stripped.
+
+    Args:
+        allow_stripped: take a file without ``rtsm.*`` and ``aux_head.*`` although it does not say that it was stripped.
+
+    Raises:
+        CheckpointError: what does not fit, and what to do.
+    """
+    if reason := explain(model, file):
+        raise _refuse(file, model, reason)
+    if model.slimmed and not file.slimmed:
+        raise _refuse(
+            file,
+            model,
+            "it holds no slimming modules (tsm.*): this looks like a teacher. Evaluating a slimmed network needs the "
+            "checkpoint that its training wrote; to evaluate a teacher give --distillation-type none",
+        )
+    stripped = file.stripped or allow_stripped
+    if model.recover and not file.recovers and not stripped:
+        raise _refuse(
+            file,
+            model,
+            "it holds no reverse modules (rtsm.*), which a checkpoint of training does. Evaluation does not use them: "
+            "if it was stripped on purpose, give --allow-stripped",
+        )
+    state = _fit_positions(model, file)
+    load_strict(
+        model,
+        state,
+        allow_missing=TRAINING_ONLY if stripped else (),
+        allow_unexpected=TRAINING_ONLY if model.logits_only else (),
+        source=file.source,
+    )
+
+
+def load_for_training(model: LVViT, file: WeightsFile) -> tuple[str, ...]:
+    """Start from a teacher, or from any file of the same network; what is new is listed in the log.
+
+    Heads of another number of classes are left out, ``aux_head`` among them, and so is a distillation token that the
+    model has not. What a file may lack: slimming and reverse modules, heads, distillation token.
+
+    Returns:
+        Keys that the file did not give.
+
+    Raises:
+        CheckpointError: what does not fit, and what to do.
+    """
+    if reason := explain(model, file):
+        raise _refuse(file, model, reason)
+    state = _fit_positions(model, file)
+    own = model.state_dict()
+    for head in _HEADS:
+        for key in (f"{head}.weight", f"{head}.bias"):
+            if key in state and (key not in own or state[key].shape != own[key].shape):
+                logger.info("Removing key %s from pretrained checkpoint", key)
+                del state[key]
+    if not model.conv_distillation:
+        state = {key: value for key, value in state.items() if not key.startswith(_DISTILLATION_TOKEN)}
+    may_lack = [f"{head}.*" for head in _HEADS] + ["tsm.*", "rtsm.*", "dist_token", "dist_pos_embed"]
+    found = load_strict(model, state, allow_missing=may_lack, source=file.source)
+    if found.tolerated:
+        logger.info("%s: not in the file, so they start new: %s", file.source, summarise(found.tolerated))
+    return found.tolerated
+
+
+def load_teacher(teacher: LVViT, file: WeightsFile) -> None:
+    """Strictly; another number of classes cannot teach.
+
+    Raises:
+        CheckpointError: what does not fit, and what to do.
+    """
+    load_for_evaluation(teacher, file)
+
+
+def check_teacher_fits(student: LVViT, teacher: LVViT) -> None:
+    """Whether the tokens and logits of the two can be compared.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    for name, word in (
+        ("embed_dim", "width"), ("depth", "blocks"), ("num_patches", "patches"), ("num_classes", "classes"),
+    ):  # fmt: skip
+        own, other = getattr(student, name), getattr(teacher, name)
+        if own != other:
+            raise ValueError(
+                f"--teacher-model has {other} {word}, --model has {own}: the token loss compares them block by block, "
+                "so the teacher must be the same network without slimming"
+            )
+
+
+def summarise(keys: Sequence[str]) -> str:
+    """``rtsm.0 to rtsm.13 (168 keys), tsm.0 to tsm.2 (21 keys)``: every module that holds some of the keys."""
+    groups: dict[str, list[int]] = {}
+    for key in keys:
+        name, _, rest = key.partition(".")
+        index = rest.split(".")[0]
+        groups.setdefault(name, []).append(int(index) if index.isdigit() else -1)
+    words = []
+    for name, found in groups.items():
+        first, last = min(found), max(found)
+        modules = name if first < 0 else f"{name}.{first}" + (f" to {name}.{last}" if last > first else "")
+        words.append(f"{modules} ({len(found)} key{'s' * (len(found) > 1)})")
+    return ", ".join(words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stripping
+
+
+def strip(file: WeightsFile, path: str | os.PathLike[str], *, half: bool = False) -> dict[str, Any]:
+    """Write a file for deployment: without ``rtsm.*`` and ``aux_head.*``, and saying so.
+
+    Args:
+        half: store floating-point weights in float16.
+
+    Returns:
+        ``removed`` (keys), ``parameters`` left, ``bytes`` of the new file.
+
+    Raises:
+        CheckpointError: if there is nothing to remove, or the file cannot be written.
+    """
+    prefixes = tuple(pattern.removesuffix("*") for pattern in TRAINING_ONLY)
+    removed = [key for key in file.state if key.startswith(prefixes)]
+    if not removed:
+        raise CheckpointError(f"{file.source}: holds neither rtsm.* nor aux_head.*, so there is nothing to remove")
+    kept = {key: value for key, value in file.state.items() if key not in removed}
+    if half:
+        kept = {key: value.half() if value.is_floating_point() else value for key, value in kept.items()}
+    written = save_atomic({"model": kept, "stripped": list(TRAINING_ONLY)}, Path(path))
+    parameters = sum(value.numel() for value in kept.values() if value.is_floating_point())
+    return {"removed": removed, "parameters": parameters, "bytes": written.stat().st_size}

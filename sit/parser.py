@@ -1,0 +1,110 @@
+"""Flags of ``main.py`` and ``run_with_submitit.py``: the published names and defaults, and a few beyond them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from common import cli
+from sit.losses import TYPES
+from sit.models import SIZES
+
+DEAD = {
+    "--sched": "the learning rate follows the paper's cosine",
+    "--lr-noise-pct": "the published code never used it",
+    "--lr-noise-std": "the published code never used it",
+    "--warmup-lr": "there is no warm-up",
+    "--warmup-epochs": "there is no warm-up, whatever it says",
+    "--decay-epochs": "the learning rate follows the paper's cosine",
+    "--patience-epochs": "the learning rate follows the paper's cosine",
+    "--decay-rate, --dr": "the learning rate follows the paper's cosine",
+    "--opt": "the optimiser is AdamW",
+    "--momentum": "AdamW has none",
+    "--world_size": "the launcher's environment says how many processes there are",
+    "--dist_url": "the launcher's environment says where the processes meet",
+}
+"""Flags of the published parser that do nothing here or did nothing there -> why."""
+
+DEAD_LISTS = {"--lr-noise": "the published code never used it"}
+DEAD_SWITCHES = {
+    "--resplit": "the published code never used it",
+    "--dist-eval": "every evaluation is divided among the processes, each picture counted once",
+}
+
+
+def get_args_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """All flags; abbreviations are taken, as the published scripts write ``--epoch``."""
+    parser = cli.make_parser(description, conflict_handler="resolve")
+    parser.allow_abbrev = True
+    network = parser.add_argument_group("network")
+    add = network.add_argument
+    add("--model", default="sit_lvvit_tiny", choices=list(SIZES), metavar="NAME",
+        help=f"one of {', '.join(SIZES)} (default: sit_lvvit_tiny)")  # fmt: skip
+    add("--drop", type=cli.fraction, default=0.0, metavar="P",
+        help="dropout after the position embedding, the attention projection and the MLP (default: 0)")  # fmt: skip
+    add("--drop-path", type=cli.fraction, default=0.1, metavar="P",
+        help="largest stochastic-depth rate (default: 0.1)")  # fmt: skip
+    add("--keeping-ratio", type=cli.fraction, default=None, metavar="R",
+        help="tokens of a stage over those of the one before (default: the model's, 0.5)")  # fmt: skip
+    add("--stage-blocks", type=cli.positive_int, nargs="+", default=None, metavar="N",
+        help="blocks of each stage, slimmed in between (default: the model's)")  # fmt: skip
+    add("--num-classes", type=cli.positive_int, default=None, metavar="K",
+        help="classes (default: 1000 for IMNET, else those of the data set)")  # fmt: skip
+    _add_distillation_args(parser)
+    cli.add_data_args(parser)
+    cli.add_augmentation_args(parser, color_jitter=0.4)
+    cli.add_optimizer_args(parser, model_ema=False)
+    cli.add_schedule_args(parser)
+    cli.add_runtime_args(parser)
+    _add_own_args(parser)
+    cli.add_ignored_args(parser, DEAD)
+    cli.add_ignored_args(parser, DEAD_LISTS, nargs="+")
+    cli.add_ignored_args(parser, DEAD_SWITCHES, nargs=0)
+    return parser
+
+
+def _add_distillation_args(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("distillation and weights").add_argument
+    add("--distillation-type", default="frd", choices=TYPES,
+        help="frd: slim and distil; none: the network without slimming, trained on labels (default: frd)")  # fmt: skip
+    add("--teacher-model", default="sit_lvvit_tiny", choices=list(SIZES), metavar="NAME",
+        help="size of the token teacher, the same as --model (default: sit_lvvit_tiny)")  # fmt: skip
+    add("--teacher-path", default="", metavar="FILE", help="its weights, a file or URL; needed to train with frd")
+    add("--extra-teacher-model", default="", metavar="NAME",
+        help="timm name of a CNN teacher; adds a distillation token that follows its decisions")  # fmt: skip
+    add("--extra-teacher-path", default="", metavar="FILE", help="its weights, a file or URL")
+    add("--lambda-token", type=float, default=2.0, metavar="W", help="weight of the token loss (default: 2)")
+    add("--lambda-logits", type=float, default=2.0, metavar="W", help="weight of the logit loss (default: 2)")
+    add("--lambda-cnn", type=float, default=1.0, metavar="W", help="weight of the CNN teacher's loss (default: 1)")
+    add("--distillation-tau", type=cli.positive_float, default=1.0, metavar="TAU",
+        help="temperature of the logit loss (default: 1)")  # fmt: skip
+    add("--finetune", default="", metavar="FILE",
+        help="weights to start from, or with --eval to evaluate: a file or URL (default: none)")  # fmt: skip
+    add("--finetune-key", default="model", choices=("model", "model_ema"),
+        help="which weights of a training file --finetune takes (default: model)")  # fmt: skip
+    add("--allow-stripped", action="store_true", help="evaluate a file without the training-only rtsm.* and aux_head.*")
+    add("--token-label-data", default="", metavar="DIR",
+        help="label maps for training a teacher with token labeling (--distillation-type none); "
+        "sit/token_labeling.py says their form")  # fmt: skip
+    add("--dense-weight", type=float, default=0.5, metavar="W",
+        help="weight of the loss of the patch tokens under token labeling (default: 0.5)")  # fmt: skip
+
+
+def _add_own_args(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("runtime of SiT").add_argument
+    add("--amp", choices=("auto", "none", "fp16", "bf16"), default="auto",
+        help="mixed precision; auto: fp16 on CUDA, as published, and none on the CPU (default: auto)")  # fmt: skip
+    add("--hflip", type=cli.fraction, default=0.5, metavar="P",
+        help="probability of a horizontal flip in training (default: 0.5)")  # fmt: skip
+    add("--scale-lr", action=cli.Switch, default=True, help="--lr is for 512 pictures per step (default: on)")
+    add("--linear-warmup", type=cli.count, default=0, metavar="N",
+        help="epochs in which the rate rises first; ours, for a teacher from scratch (default: 0)")  # fmt: skip
+    add("--start-epoch", "--start_epoch", type=cli.count, default=0, metavar="E",
+        help="first epoch of a run that is not resumed (default: 0)")  # fmt: skip
+    add("--print-freq", type=cli.count, default=10, metavar="N",
+        help="print the published line of meters every N steps; 0: never (default: 10)")  # fmt: skip
+
+
+def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:
+    """Flags of a command line."""
+    return get_args_parser(description).parse_args(argv)
