@@ -109,6 +109,14 @@ def test_without_a_part_the_name_comes_from_the_content(file: Path, root: Path) 
     assert len(load_records("shrink", root=root)) == 2
 
 
+def test_a_speed_up_over_the_dense_row_needs_no_published_speed(file: Path, root: Path) -> None:
+    """Row ``small`` publishes fps only; a throughput with its ratio is filed all the same, one without is not."""
+    add(edit(file, _column="throughput_ips"), root=root)
+    assert load_records("shrink", root=root)[0].ratio == 2.07
+    with pytest.raises(RecordError, match="publishes no 'throughput_ips'"):
+        add(edit(file, _column="throughput_ips", _ratio=None, part="other"), root=root)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
