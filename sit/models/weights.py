@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from common.checkpoint import (
     select_state,
 )
 from common.distributed import get_logger, main_process_first
-from sit.models.lvvit import LVViT
+from sit.models.lvvit import SIZES, LVViT, build_lvvit
 
 logger = get_logger(__name__)
 
@@ -320,3 +320,44 @@ def strip(file: WeightsFile, path: str | os.PathLike[str], *, half: bool = False
     written = save_atomic({"model": kept, "stripped": list(TRAINING_ONLY)}, Path(path))
     parameters = sum(value.numel() for value in kept.values() if value.is_floating_point())
     return {"removed": removed, "parameters": parameters, "bytes": written.stat().st_size}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch.hub
+
+
+def _hub_entry(name: str) -> Callable[..., LVViT]:
+    """The torch.hub entry of a size."""
+
+    def entry(
+        pretrained: bool = False,
+        *,
+        weights: str | os.PathLike[str] | None = None,
+        distillation_type: str | None = "frd",
+        deployed: bool = False,
+        **options: Any,
+    ) -> LVViT:
+        if pretrained and weights is None:
+            raise CheckpointError(
+                f"{name}: the published weights have no address that could be checked; get the file that the README of "
+                "SiT links and pass weights=FILE"
+            )
+        model = build_lvvit(name, distillation_type=distillation_type, **options).eval()
+        if weights is not None:
+            load_for_evaluation(model, read_weights(weights))
+        return model.deployed() if deployed else model
+
+    entry.__name__ = entry.__qualname__ = name
+    entry.__doc__ = f"""{name}: {SIZES[name]["depth"]} blocks of width {SIZES[name]["embed_dim"]}, in evaluation mode.
+
+    Args:
+        weights: a file or URL, as ``sit/main.py --finetune`` takes; without it the weights are random.
+        distillation_type: ``frd`` for the slimmed network, None for its teacher.
+        deployed: logits alone, batch norm folded; otherwise (logits, tokens of every block).
+        options: of ``LVViT``, such as num_classes and img_size.
+    """
+    return entry
+
+
+HUB: dict[str, Callable[..., LVViT]] = {name: _hub_entry(name) for name in SIZES}
+"""Entry points of ``hubconf.py`` by name."""

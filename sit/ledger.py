@@ -1,0 +1,120 @@
+"""What the ledger asks of this paper: costs, speeds and accuracy of a published row, and the desk experiment."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common.cache import FOLDER
+from common.flops import gmacs
+from common.speeds import as_measured, measure_rows
+from common.tables import DeskTable, Measured, NeedsWeights, Row
+from sit import desk as desk_experiment
+from sit.models import LVViT, count_published_parameters
+from sit.models.lvvit import build_lvvit
+from sit.parser import parse_args
+
+PASSES = {"cpu": (1, 5), "gpu": (3, 20)}
+"""Warm-up and timed passes of each pair."""
+
+
+def build_whole(row: Row) -> LVViT:
+    """The row's network as trained, with random weights, on torch's default device."""
+    args = parse_args(shlex.split(row.arguments))
+    return build_lvvit(args.model, img_size=args.input_size, distillation_type=args.distillation_type)
+
+
+def build(row: Row) -> tuple[nn.Module, int]:
+    """The row's network as deployed (logits only, batch norm folded), and its resolution in pixels."""
+    model = build_whole(row)
+    return model.deployed(), model.img_size
+
+
+def costs(row: Row) -> dict[str, Measured]:
+    """Parameters and GMACs of a row, counted on the meta device: nothing is computed and nothing downloaded.
+
+    As published: without the reverse modules, which evaluation does not run; normalisation layers cost something, and
+    ``aux_head`` counts as parameters although nothing runs it.
+    """
+    with torch.device("meta"):
+        model = build_whole(row)
+    counts = model.count_ops()
+    name = f"{args_name(row)}, one image at {model.img_size}"
+    convention = row.convention.get("gmacs", "fvcore")
+    kinds = " + ".join(f"{kind} {counts[kind] / 1e9:.3f}" for kind in ("conv", "linear", "matmul"))
+    norms = (5 * counts["layer_norm"] + 2 * counts["batch_norm"]) / 1e9
+    counted = f"count_ops() of {name}: {kinds} + normalisation {norms:.3f} G"
+    return {
+        "params_m": Measured(
+            count_published_parameters(model) / 1e6, row.convention.get("params_m", ""), f"parameters of {name}"
+        ),
+        "gmacs": Measured(gmacs(counts, convention), convention, counted),
+        "macs_g": Measured(gmacs(counts), "macs", counted),
+    }
+
+
+def args_name(row: Row) -> str:
+    """``sit_lvvit_tiny (frd)``."""
+    args = parse_args(shlex.split(row.arguments))
+    return f"{args.model} ({args.distillation_type})"
+
+
+def speeds(
+    rows: Sequence[Row], *, columns: Sequence[str], device: torch.device | str, progress: bool
+) -> dict[tuple[str, str], Measured]:
+    """Speed of rows against their teacher, in turns; random weights, the networks as deployed."""
+    device = torch.device(device)
+    warmup, rounds = PASSES["cpu" if device.type == "cpu" else "gpu"]
+    label = "speed" if progress else None
+    run = measure_rows(rows, build, device=device, columns=columns, warmup=warmup, rounds=rounds, progress=label)
+    return as_measured(run, device)
+
+
+def accuracy(
+    row: Row, *, data: Path, weights: Path | None, device: torch.device | str, progress: bool
+) -> dict[str, Measured]:
+    """Top-1 of a row on ImageNet, through the very command of the row.
+
+    Args:
+        data: folder that holds val/.
+        weights: folder that holds the row's checkpoint, as NAME.pth, .pth.tar or .pt with NAME from the table.
+
+    Raises:
+        NeedsWeights: if it is not there.
+    """
+    from sit import main
+
+    file = find_weights(row, weights)
+    command = ["--eval", "--device", str(device), "--finetune", str(file), "--data-path", str(data)]
+    words = [*shlex.split(row.arguments), *command, "--batch-size", "128"]
+    with contextlib.redirect_stdout(sys.stderr):  # what the ledger prints may be JSON
+        result = main.main(words)
+    convention = f"{result['images']} images, {file.name}, {'float16 autocast' if 'cuda' in str(device) else 'float32'}"
+    return {"top1_percent": Measured(result["acc1"], convention, f"sit/main.py --eval {row.arguments}")}
+
+
+def find_weights(row: Row, folder: Path | None) -> Path:
+    """The checkpoint of a row.
+
+    Raises:
+        NeedsWeights: naming the files looked for.
+    """
+    name = row.checkpoint.name if row.checkpoint else row.id
+    names = [f"{name}{suffix}" for suffix in (".pth", ".pth.tar", ".pt", ".safetensors")]
+    if folder is None:
+        raise NeedsWeights(reason=f"{names[0]} in a folder given by --weights DIR")
+    for path in (folder / file for file in names):
+        if path.is_file():
+            return path
+    raise NeedsWeights(reason=f"{' or '.join(names)} in {folder} (--weights DIR)")
+
+
+def desk(*, folder: Path | None = None, device: torch.device | str, force: bool, progress: bool) -> DeskTable:
+    """The paper's comparison on handwritten digits."""
+    return desk_experiment.run(folder or FOLDER / "desk" / "sit", device=device, force=force, progress=progress)

@@ -1,0 +1,45 @@
+"""Strip a training file for deployment: the weights alone, without the reverse modules and ``aux_head``.
+
+    python sit/strip.py checkpoint.pth sit_t.pth
+
+What is left is what evaluation uses. The file says that it was stripped, so main.py --eval, export.py and torch.hub
+take it; training does not resume from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.checkpoint import CheckpointError
+from common.cli import make_parser
+from sit.models.weights import read_weights, strip, summarise
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Input and output."""
+    parser = make_parser(__doc__)
+    parser.add_argument("checkpoint", help="what training wrote: a file or URL")
+    parser.add_argument("output", type=Path, help="the file to write")
+    parser.add_argument("--key", default="model", choices=("model", "model_ema"),
+                        help="which weights to take: those trained, or their average (default: model)")  # fmt: skip
+    parser.add_argument("--half", action="store_true", help="store the weights in float16, half the size")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, object]:
+    """Write the file and say what is gone."""
+    args = parse_args(argv)
+    report = strip(read_weights(args.checkpoint, key=args.key), args.output, half=args.half)
+    print(f"removed {summarise(report['removed'])}")
+    print(f"written to {args.output}: {report['parameters']:,} numbers, {report['bytes'] / 1e6:.1f} MB")
+    return report
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except CheckpointError as error:
+        sys.exit(f"error: {error}")
