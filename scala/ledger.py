@@ -4,6 +4,7 @@ import contextlib
 import io
 import shlex
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -100,11 +101,18 @@ def _baselines() -> dict[tuple[str, str], Row]:
 def separate_row(row: Row) -> Row:
     """The row of separate training that a gain is over: of the same size and width.
 
+    Backbones other than DeiT have none in the tables; theirs is a network of the same class trained at the one width.
+
     Raises:
         NeedsWeights: no such row is published.
     """
     size = "b" if "_base_" in row.arguments else "s"
     ratio = float(row.id.rpartition("-")[2])
+    if "--model deit_" not in row.arguments:
+        model = shlex.split(row.arguments)[1]
+        bound = f"--smallest_ratio {ratio:g} --largest_ratio {ratio:g} --granularity {ratio:g} --eval_ratio {ratio:g}"
+        name = f"{row.id.rpartition('-')[0]}-separate-{ratio:g}"
+        return replace(row, id=name, series="separate training", arguments=f"--model {model} {bound}")
     for name in (f"{ratio:g}", f"{ratio:.2f}", f"{ratio:.1f}"):
         if found := _baselines().get((size, name)):
             return found

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from common.checkpoint import CheckpointError, load_strict, save_atomic
-from scala import export
+from scala import benchmark, export
 from scala.export import ExportError
 from scala.models_mobilenet import MobileNetV2_scala
 from scala.models_scala import DistilledVisionTransformer_scala, VisionTransformer_scala
@@ -137,7 +137,7 @@ def test_command_writes_a_file_that_timm_loads(
 
 
 def test_torch_export_and_onnx_give_the_same_logits_at_any_batch_size(tmp_path: Path) -> None:
-    model = random_(DistilledVisionTransformer_scala(**TINY)).float()
+    model = random_(DistilledVisionTransformer_scala(**TINY | {"depth": 1})).float()
     alone = describe(model, 0.5).load(standalone_state(model, 0.5))
     images = pictures(16).float()
     with torch.no_grad():
@@ -191,3 +191,15 @@ def test_files_that_do_not_say_enough_are_refused(checkpoint: Path, tmp_path: Pa
     (tmp_path / "other.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
         load_standalone(tmp_path / "other.safetensors")
+
+
+def test_benchmark_compares_the_three_networks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", NAME, "--ratios", "0.25", "0.5", "--batch-size", "1", "--rounds", "2", "--warmup", "0"]
+    rows = benchmark.main([*words, "--device", "cpu", "--output", str(tmp_path / "speeds.json")])
+    written = json.loads((tmp_path / "speeds.json").read_text())
+    assert written["rows"] == rows
+    assert [(row["ratio"], row["width"]) for row in rows] == [(0.25, 24), (0.5, 48)]
+    assert all(set(row["speeds"]) == {"timm", "stand-alone", "in place"} for row in rows)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == f"{max(row['in place / stand-alone'] for row in rows):.3f}"
+    assert printed[0].startswith(f"{NAME}, batch 1, float32, {written['device']['name']}")

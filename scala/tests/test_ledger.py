@@ -96,6 +96,16 @@ def test_gains_find_their_baseline() -> None:
             assert float(baseline.id.rpartition("-")[2]) == float(row.id.rpartition("-")[2])
 
 
+def test_gains_of_other_backbones_are_over_the_same_class() -> None:
+    row = next(row for row in TABLES["gains"].rows if row.id == "gain-uniformer-s-0.5")
+    alone = ledger.separate_row(row)
+    assert alone.id == "gain-uniformer-s-separate-0.5"
+    full, narrow = ledger.costs(row), ledger.costs(alone)
+    assert narrow["gmacs"].value == full["gmacs"].value
+    with pytest.raises(NeedsWeights, match=r"gain-uniformer-s-separate-0\.5\.pth"):
+        ledger.find_weights(alone, None)
+
+
 def test_desk_table_of_given_accuracies() -> None:
     """The table says what was measured, whichever way it falls."""
     from scala import desk
