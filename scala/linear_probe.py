@@ -40,6 +40,7 @@ from common.engine import NonFiniteLoss, evaluate, prepare_network, train
 from common.flops import gmacs
 from common.metrics import Record
 from scala.loading import Trained, load_trained
+from scala.main_scala import allow_widths
 from scala.probing import (
     FrozenFeatures,
     ProbeAtRatio,
@@ -183,6 +184,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             open_split(args, "train", size), batch_size=args.batch_size, workers=args.workers, seed=args.seed,
             pin_memory=args.pin_mem,
         )  # fmt: skip
+        if args.compile:
+            allow_widths(len(trained.ratios or ratios))
         network = prepare_network(head, world, compiled=args.compile)
         boards = folder / "tensorboard" if args.tensorboard and folder else None
         train(

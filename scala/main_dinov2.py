@@ -31,6 +31,7 @@ from common.engine import NonFiniteLoss, autocast, prepare_network, train
 from common.metrics import Record
 from scala.engine_scala import TRANSFER_TYPES, ScaleCoordination
 from scala.features import FeatureLosses, FeatureStudent, FeatureWeights, build_student, load_teacher
+from scala.main_scala import allow_widths
 from scala.slicing import check_sampling, make_grid
 
 logger = get_logger(__name__)
@@ -169,6 +170,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if args.mixup or args.cutmix or args.cutmix_minmax:
         mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob,
                       args.mixup_mode, num_classes=1)  # fmt: skip
+    if args.compile:
+        allow_widths(len(grid.ratios))
     network = prepare_network(student, world, compiled=args.compile, find_unused_parameters=not weights.feature)
     step = ScaleCoordination(
         network, losses, grid, lambda: state.progress.epoch, full_warm_epoch=args.full_warm_epoch,

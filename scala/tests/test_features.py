@@ -125,7 +125,7 @@ def test_every_width_comes_closer_to_the_teacher(weights: FeatureWeights) -> Non
             return [float(step.losses.full(pictures(), student(pictures(), ratio), pictures())) for ratio in widths]
 
     before = against_teacher()
-    for _ in range(60):
+    for _ in range(40):
         optimization.zero_grad()
         rows.append(step((pictures(), torch.zeros(4, dtype=torch.long)), optimization))
         optimization.step()

@@ -109,6 +109,23 @@ def test_a_checkpoint_evaluates_at_every_width(
     assert (tmp_path / "out" / "widths.md").read_text().startswith("| width ratio |")
 
 
+def test_a_checkpoint_is_exported_at_every_width_for_timm(trained: Path, tmp_path: Path) -> None:
+    """The network, its overrides and its widths come from the checkpoint; timm gives the slice's logits."""
+    from scala import export
+    from scala.standalone import load_standalone
+
+    for ratio in (0.25 + 0.125 * step for step in range(7)):
+        words = ["--checkpoint", str(trained / "checkpoint.pth"), "--ratio", str(ratio), "--output"]
+        assert export.main([*words, str(tmp_path / f"{ratio}.safetensors")])[f"{ratio}.safetensors"] < 1e-5
+        theirs = load_standalone(tmp_path / f"{ratio}.safetensors")
+        assert isinstance(theirs, timm.models.deit.VisionTransformerDistilled)
+        assert theirs.embed_dim == 32 * ratio
+    average = [*words[:3], "0.5", "--weights", "model_ema", "--output", str(tmp_path / "average")]
+    assert export.main(average)["average.safetensors"] < 1e-5
+    with pytest.raises(export.ExportError, match=r"--ratio 0\.4375 was not trained"):
+        export.main([*words[:3], "0.4375", "--output", str(tmp_path / "none")])
+
+
 def test_an_untrained_width_is_refused_unless_allowed(
     trained: Path, imagenet: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
