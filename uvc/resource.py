@@ -43,6 +43,7 @@ class CostModel:
         terms: (L, 6) of the blocks: qkv, q k^T, attention times v, proj, fc1, fc2.
         num_heads, head_dim, hidden_dim: H, d, M.
         num_patches, num_prefix_tokens: N and the class and distillation tokens.
+        embeds_patches_apart: the embedding's cost shrinks with the patches that are removed.
     """
 
     embed: float
@@ -52,6 +53,7 @@ class CostModel:
     hidden_dim: int
     num_patches: int
     num_prefix_tokens: int
+    embeds_patches_apart: bool = True
 
     @classmethod
     def of(
@@ -63,7 +65,7 @@ class CostModel:
         terms = torch.tensor(counts.blocks, dtype=dtype or like.dtype, device=device or like.device)
         return cls(
             counts.embed, terms, model.num_heads, model.head_dim, model.hidden_dim, model.num_patches,
-            model.num_prefix_tokens,
+            model.num_prefix_tokens, model.embeds_patches_apart,
         )  # fmt: skip
 
     @property
@@ -105,7 +107,7 @@ class CostModel:
             kept = kept_patches(patch_gating)
             tokens = (kept + self.num_prefix_tokens) / (self.num_patches + self.num_prefix_tokens)
             square = tokens.square()
-            embed = embed * (kept / self.num_patches)
+            embed = embed * (kept / self.num_patches) if self.embeds_patches_apart else embed
             terms = terms * torch.stack([tokens, square, square, tokens, tokens, tokens])
         return embed, terms if run is None else terms * run[:, None]
 
@@ -123,7 +125,8 @@ class CostModel:
         """R of what survives: counted by the paper's rules, queries, keys and values by whole heads."""
         width = self.num_heads * self.head_dim
         tokens = structure.num_tokens / (self.num_patches + self.num_prefix_tokens)
-        patches = 1.0 if structure.patches is None else len(structure.patches) / self.num_patches
+        fewer = structure.patches is not None and self.embeds_patches_apart
+        patches = len(structure.patches or ()) / self.num_patches if fewer else 1.0
         total = self.embed * patches
         for row, block in zip(self.terms.tolist(), structure.blocks, strict=True):
             if block.runs:

@@ -155,6 +155,8 @@ class GatedTransformer(nn.Module):
     """
 
     patch_gating: nn.Parameter | None
+    embeds_patches_apart = True
+    """Whether a patch that is removed need not be embedded either."""
     blocks: nn.ModuleList
     embed_dim: int
     num_heads: int

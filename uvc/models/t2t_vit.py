@@ -115,6 +115,8 @@ class GatedT2TViT(GatedTransformer):
         scale: of attention scores; None for d ** -0.5. The published pretrained models use embed_dim ** -0.5.
     """
 
+    embeds_patches_apart = False  # every token of its first stages serves several patches
+
     def __init__(
         self,
         *,

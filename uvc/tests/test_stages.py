@@ -19,7 +19,9 @@ from common.tests.forks import free_port, run_forked, torchrun_variables
 from uvc import joint_train, post_train
 from uvc.engine import FineTuning, JointTraining
 from uvc.loading import load_masked
+from uvc.models import create
 from uvc.structure import Structure
+from uvc.tests.conftest import OWN
 
 TINY = ["--model_type", "deit_desk", "--num_workers", "0", "--device", "cpu", "--train_batch_size", "4"]
 STAGE1 = [
@@ -152,6 +154,7 @@ def test_stage1_learns_under_the_budget_and_records_it(found):
     assert structure[0]["s"] == [[0.0, 0.0]] * 6  # warm-up
     assert max(max(row) for row in last["s"]) > 0
     assert last["z"] != structure[0]["z"]
+    assert last["z_lr"] == 50.0  # later ones win where there are more than epochs
     epoch = rows(found.folder, "epoch")[-1]
     assert epoch["test_remaining_cost_percent"] == pytest.approx(100 * last["remaining"])
     extra = torch.load(found.folder / "last.pth", weights_only=True)["extra"]["uvc"]
@@ -272,6 +275,7 @@ def test_official_form(material, tmp_path):
     state = torch.load(folder / "deit_desk_2.pth.tar", weights_only=True)
     assert "patch_gating" in state
     assert all(isinstance(value, torch.Tensor) for value in state.values())
+    assert {row["z_lr"] for row in rows(folder, "structure")} == {10.0}  # the first of the list, for ever
     (dump,) = folder.glob("gating_*.json")
     assert sorted(json.loads(dump.read_text())) == ["10", "12", "2", "4", "6", "8"]
     assert metrics["expected_cost_percent"] > 0
@@ -283,6 +287,29 @@ def test_official_form(material, tmp_path):
     for name, mask in state.items():
         if name.endswith(".mask"):
             assert not state[name.replace(".mask", ".weight")][mask == 0].any(), name
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "both"),
+    [
+        ("t2t_vit_7", ["--enable_patch_gating", "2", "--use_gumbel", "0"], []),
+        ("deit_tiny_distilled_patch16_224", ["--enable_patch_gating", "0"], ["--enable_deit", "1"]),
+    ],
+)
+def test_other_networks_through_both_stages(name, flags, both, material, tmp_path):
+    state = create(name, num_classes=2, img_size=32).state_dict()
+    plain = {key: value for key, value in state.items() if not any(word in key for word in OWN)}
+    torch.save({"model": plain, "state_dict_ema": plain}, tmp_path / "dense.pth")
+    files = SimpleNamespace(data=material.data, dense=str(tmp_path / "dense.pth"))
+    short = ["--img_size", "32", "--num_epochs", "1", "--warmup_epochs", "0", *flags]
+    found = joint_train.main(stage1(files, tmp_path / "one", *both, *short, "--model_type", name))
+    checkpoint = tmp_path / "one" / RUN / f"{name}_1.pth.tar"
+    words = stage2(files, tmp_path / "two", checkpoint, *both, "--epochs", "1", "--model_type", name)
+    result = post_train.main(words)
+    assert result["remaining_cost_percent"] == pytest.approx(found["remaining_cost_percent"], abs=1e-3)
+    assert found["remaining_cost_percent"] < 100
+    weights = load_masked(tmp_path / "two" / RUN / f"{name}.pth.tar").model.state_dict()
+    assert not torch.equal(weights["head.weight"], plain["head.weight"])
 
 
 # Wrong input
