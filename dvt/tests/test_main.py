@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ import yaml
 
 from common.cache import ROOT
 from common.checkpoint import CheckpointError
-from common.tests.forks import free_port
+from common.tests.forks import Ended, free_port, run_forked
 from dvt import main
 from dvt.models import create_model
 
@@ -63,22 +62,21 @@ def equal(first: object, second: object) -> bool:
     return first == second
 
 
-@pytest.mark.slow
 def test_killed_and_resumed_is_bit_identical(imagenet: Path, tmp_path: Path) -> None:
     words = [str(imagenet), *DESK, "-b", "6", "--mixup", ".8", "--cutmix", "1", "--reprob", ".5", "--drop-path", ".2",
              "--recovery-interval", "1", "--output", str(tmp_path), "--resume", "auto", "--experiment"]  # fmt: skip
     whole, broken = (tmp_path / "train" / name for name in ("whole", "broken"))
-    running = start([*words, "whole"])
-    process = start([*words, "broken"])
-    while process.poll() is None and not (broken / "last.pth.tar").exists():
-        time.sleep(0.02)
-    assert process.poll() is None, "it ended before it could be killed"
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert len(state_of(broken)["ranks"]) == 1
-    _, errors = finish(start([*words, "broken"]))
-    assert "resumed from" in errors
-    finish(running)
+
+    def ended(name: str, **options) -> Ended:
+        (process,) = run_forked(lambda: main.main([*words, name]), timeout_s=200, **options)
+        return process
+
+    assert ended("whole").status == 0
+    assert ended("broken", kill_when=(broken / "last.pth.tar").exists).status == -signal.SIGKILL
+    assert len(epochs(broken)) < 2, "it ended before it could be killed"
+    resumed = ended("broken")
+    assert resumed.status == 0, resumed.output
+    assert "resumed from" in resumed.output
     expected, found = state_of(whole), state_of(broken)
     for part in ("model", "model_ema", "optimizer", "lr_scheduler", "ranks"):
         assert equal(expected[part], found[part]), part
