@@ -4,6 +4,7 @@ import contextlib
 import io
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,8 +14,8 @@ import torch
 from torch import nn
 
 from common.cache import ROOT
-from common.tables import DeskTable, Measured, NeedsWeights, Row, load_tables
-from scala import building, main_scala
+from common.tables import DeskTable, Measured, NeedsData, NeedsWeights, Row, load_tables
+from scala import building, linear_probe, main_scala
 from scala import desk as desk_experiment
 from scala.sweep import costs as costs_of_width
 
@@ -55,12 +56,15 @@ def accuracy(
     """Accuracy of a row through its own command, or its gain over separate training at the same width.
 
     Args:
-        data: folder that holds val/.
+        data: folder that holds val/, and UCF101 in ucf101/ for the rows of linear probing.
         weights: folder with checkpoints of training, see :func:`find_weights`.
 
     Raises:
         NeedsWeights: naming the files looked for.
+        NeedsData: no UCF101.
     """
+    if row.arguments.startswith("--data-set ucf101"):
+        return _probe_gain(row, data, weights, device, progress)
     if not row.arguments or row.arguments.split()[0] != "--model":
         return {}
     if "top1_gain_points" not in row.published:
@@ -79,15 +83,40 @@ def _evaluate(
     words = [*shlex.split(row.arguments), "--eval", "--resume", str(file), "--data-path", str(data)]
     if slimmable := row.table == "slimmable":
         words.append("--allow-untrained")
-    quiet = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
-    with contextlib.redirect_stdout(sys.stderr), quiet:  # what the ledger prints may be JSON
-        try:
-            result = main_scala.main([*words, "--device", str(device), "--amp", "none"])
-        except SystemExit as error:  # of the command line; the other rows must not be lost
-            raise RuntimeError(str(error.code)) from error
+    result = _run(main_scala.main, [*words, "--device", str(device), "--amp", "none"], progress)
     convention = f"{result['images']} images, {file.name}, float32{', untrained widths too' if slimmable else ''}"
     source = f"main_scala.py --eval {row.arguments}"
     return {name: Measured(result[name], convention, source) for name in ("top1_percent", "top5_percent")}
+
+
+def _run(program: Callable[[list[str]], dict[str, Any]], words: list[str], progress: bool) -> dict[str, Any]:
+    """A program's result; what the ledger prints may be JSON, so its own output goes elsewhere."""
+    quiet = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
+    with contextlib.redirect_stdout(sys.stderr), quiet:
+        try:
+            return program(words)
+        except SystemExit as error:  # of the command line; the other rows must not be lost
+            raise RuntimeError(str(error.code)) from error
+
+
+def _probe_gain(
+    row: Row, data: Path, weights: Path | None, device: torch.device | str, progress: bool
+) -> dict[str, Measured]:
+    """Top-1 of a linear probe on UCF101 minus that of a probe on the network trained alone at the same width."""
+    clips = data / "ucf101"
+    if not clips.is_dir():
+        raise NeedsData(reason=f"UCF101 in {clips}")
+    baseline = separate_row(replace(row, arguments="--model deit_base_"))
+    found = []
+    for network, ratio in ((row, row.id.rpartition("-")[2]), (baseline, baseline.arguments.split()[-1])):
+        words = shlex.split(row.arguments)
+        words[words.index("--ratios") + 1] = ratio
+        words += ["--data-path", str(clips), "--checkpoint", str(find_weights(network, weights))]
+        found.append(_run(linear_probe.main, [*words, "--device", str(device)], progress))
+    scala, alone = found
+    convention = f"{scala['images']} clips, float32, probe trained anew"
+    source = f"linear_probe.py {row.arguments}; minus {alone['top1_percent']:.3f} % of {baseline.key}"
+    return {"top1_gain_points": Measured(scala["top1_percent"] - alone["top1_percent"], convention, source)}
 
 
 @cache

@@ -1,5 +1,6 @@
 """A slice as a model of its own: equal logits in timm, in our class, in torch.export and under onnxruntime."""
 
+import argparse
 import json
 from functools import partial
 from pathlib import Path
@@ -173,6 +174,13 @@ def test_untrained_and_impossible_widths_are_refused(
     export.logger.propagate = True
     run_export(checkpoint, tmp_path, "--ratio", "0.375", "--allow-untrained")
     assert load_standalone(tmp_path / "x.safetensors").embed_dim == 36
+
+
+def test_files_of_the_official_trainer_say_what_they_are(checkpoint: Path, tmp_path: Path) -> None:
+    """They hold an argparse.Namespace."""
+    content = torch.load(checkpoint)
+    torch.save(content | {"args": argparse.Namespace(**content["args"], bce_loss=False)}, tmp_path / "official.pth")
+    assert run_export(tmp_path / "official.pth", tmp_path, "--ratio", "0.25")["x.safetensors"] < 1e-5
 
 
 def test_files_that_do_not_say_enough_are_refused(checkpoint: Path, tmp_path: Path) -> None:

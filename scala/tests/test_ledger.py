@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from common.cache import ROOT
+from common.checkpoint import save_atomic
 from common.flops import count_executed_macs
-from common.tables import NeedsWeights, load_tables
+from common.tables import NeedsData, NeedsWeights, load_tables
 from scala import ledger, main_scala
 from scala.engine_scala import AtRatio
+from scala.models_scala import create
+from scala.tests.conftest import write_pictures
 
 TABLES = {table.name: table for table in load_tables("scala", root=ROOT)}
 SHAPE = "--input-size 32 --patch-size 8 --embed-dim 32 --num-heads 4 --depth 1 --num-classes 2"
@@ -104,6 +107,31 @@ def test_gains_of_other_backbones_are_over_the_same_class() -> None:
     assert narrow["gmacs"].value == full["gmacs"].value
     with pytest.raises(NeedsWeights, match=r"gain-uniformer-s-separate-0\.5\.pth"):
         ledger.find_weights(alone, None)
+
+
+def test_gain_of_probing_is_over_a_probe_of_the_separate_network(tmp_path: Path) -> None:
+    row = next(row for row in TABLES["gains"].rows if row.id == "gain-ucf101-0.5")
+    row = replace(row, arguments=row.arguments.replace("--epochs 50", "--epochs 1 --workers 0 --batch-size 2"))
+    with pytest.raises(NeedsData, match="UCF101 in"):
+        ledger.accuracy(row, data=tmp_path, weights=tmp_path, device="cpu", progress=False)
+    write_pictures(tmp_path / "ucf101" / "train" / "Archery", splits={"one": 2, "two": 2}, classes=1)
+    write_pictures(tmp_path / "ucf101" / "val" / "Archery", splits={"three": 2}, classes=1)
+    for split in ("train", "val"):
+        for clip in (tmp_path / "ucf101" / split / "Archery").iterdir():
+            (clip / "n00000000").rename(clip.with_name(f"v_{clip.name}"))
+            clip.rmdir()
+    shape = {"embed_dim": 32, "depth": 1, "num_heads": 4, "patch_size": 8, "input_size": 32}
+    for name, model, warm in (("gain-ucf101", "deit_base_distilled_patch16_224_scala", 0),
+                              ("b-separate-0.50", "deit_small_patch16_224_scala", 1)):  # fmt: skip
+        options = {key: value for key, value in shape.items() if key != "input_size"}
+        weights = create(model, img_size=32, num_classes=2, **options).state_dict()
+        bound = {"smallest_ratio": 0.25, "largest_ratio": 1.0, "granularity": 0.25}
+        arguments = {"model": model, "epochs": 1, "full_warm_epoch": warm, **bound, **shape}
+        save_atomic({"model": weights, "args": arguments}, tmp_path / f"{name}.pth")
+    found = ledger.accuracy(row, data=tmp_path, weights=tmp_path, device="cpu", progress=False)["top1_gain_points"]
+    assert found.value == 0  # one class
+    assert found.source.endswith("minus 100.000 % of scala_b/b-separate-0.50")
+    assert found.convention.startswith("1 clips")
 
 
 def test_desk_table_of_given_accuracies() -> None:
