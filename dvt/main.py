@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         manager.resume(state)
     elif args.resume:
         resume(state, args.resume, optimizer=not args.no_resume_opt, start_epoch=args.start_epoch)
-    network = prepare_network(model, world, compiled=args.compile)
+    network = prepare_network(model, world, compiled=args.compile, broadcast_buffers=False)  # constants, alike on all
     shadow = None if args.model_ema_force_cpu else ema
     row = train(
         build_step(args, network, state), state, batches, world=world, epochs=epochs, network=network, amp=amp,

@@ -8,6 +8,9 @@ Shapes: B batch, L blocks, H heads, D width, M = n_up^2 tokens before, N = n^2 t
 token comes first.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -86,8 +89,14 @@ class TokenResize(nn.Module):
         self.register_buffer("sizes", torch.empty(target**2 + 1, 1), persistent=False)
         self.reset_buffers()
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "TokenResize":
+        """Moves and casts, after which the constants are filled in anew: ``to_empty()`` leaves them undefined."""
+        super()._apply(fn, recurse)
+        self.reset_buffers()
+        return self
+
     def reset_buffers(self) -> None:
-        """Fill in the constants, as after ``to_empty()``, which leaves them undefined."""
+        """Fill in the constants."""
         for buffer, value in zip((self.overlap, self.sizes), token_overlap(self.source, self.target), strict=True):
             if not buffer.is_meta:
                 buffer.copy_(value)

@@ -110,6 +110,20 @@ def test_the_fused_attention_trains_like_the_plain_one():
     torch.testing.assert_close(*grads)
 
 
+def test_a_cascade_built_without_memory_is_whole_when_it_gets_some():
+    with torch.device("meta"):
+        model = make_cascade(VisionTransformer, PATCHES, **DESK)
+    model = model.to_empty(device="cpu").eval()
+    model.load_state_dict(small().state_dict())
+    images = image(2, 32).float()
+    with torch.no_grad():
+        for ours, theirs in zip(model(images), small()(images), strict=True):
+            torch.testing.assert_close(ours, theirs)
+        exact = small().double()(images.double())
+        for ours, theirs in zip(model.double()(images.double()), exact, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("split", [Split(7, 4, 2), Split(11, 6, 5), Split(3, 2, 1)])
 def test_soft_splits_are_the_same_with_and_without_gradient(split):
     maps = image(2, 23)
