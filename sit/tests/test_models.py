@@ -2,7 +2,6 @@
 
 import io
 
-import numpy as np
 import pytest
 import torch
 from timm.models._factory import create_model
@@ -214,20 +213,6 @@ def test_exported_logits_are_equal_at_any_batch(kind):
     exported = torch.export.export(light, (IMAGES,), dynamic_shapes=({0: batch},))
     for images in (IMAGES, torch.randn(5, 3, 64, 64)):
         assert torch.allclose(exported.module()(images), light(images), atol=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_onnx_logits_are_equal_at_any_batch(tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    from sit.export import export_onnx
-
-    light = make().deployed()
-    export_onnx(light, tmp_path / "sit.onnx")
-    session = onnxruntime.InferenceSession(str(tmp_path / "sit.onnx"), providers=["CPUExecutionProvider"])
-    for images in (IMAGES, torch.randn(3, 3, 64, 64)):
-        (found,) = session.run(None, {"images": images.numpy()})
-        np.testing.assert_allclose(found, light(images).numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

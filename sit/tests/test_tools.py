@@ -51,6 +51,7 @@ def test_strip(checkpoint: Path, tmp_path: Path, capsys):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("suffix", ["onnx", "pt2", "pt"])
 def test_export(checkpoint: Path, tmp_path: Path, capsys, suffix: str):
+    """Logits compared at another batch than the one exported with."""
     words = ["--model", "sit_lvvit_desk", "--num-classes", "7", "--weights", str(checkpoint)]
     error = export.main([*words, "--output", str(tmp_path / f"sit.{suffix}")])
     assert error < 1e-5
