@@ -207,6 +207,18 @@ def test_traced_logits_are_equal():
 
 
 @pytest.mark.parametrize("kind", ["frd", None])
+def test_compiling_captures_the_whole_network(kind):
+    """Without a break of the graph, in evaluation and, for the full network, in training."""
+    light = make(kind).deployed()
+    compiled = torch.compile(light, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(IMAGES), light(IMAGES))
+    model = make(kind).train()
+    logits, _, tokens = torch.compile(model, backend="eager", fullgraph=True)(IMAGES)
+    assert logits.shape == (2, 5)
+    assert len(tokens) == 4
+
+
+@pytest.mark.parametrize("kind", ["frd", None])
 def test_exported_logits_are_equal_at_any_batch(kind):
     light = make(kind).deployed()
     batch = torch.export.Dim("batch", min=1, max=64)
