@@ -68,7 +68,9 @@ def build_loaders(args: argparse.Namespace) -> tuple[Any, Any]:
     )  # fmt: skip
     loading = {"workers": args.workers, "pin_memory": args.pin_mem}
     batch = args.batch_size * args.validation_batch_size_multiplier
-    held_out = eval_loader(open_split("val", picture), batch_size=batch, **loading)
+    pictures = open_split("val", picture)
+    warn_of_classes(pictures, args.num_classes)
+    held_out = eval_loader(pictures, batch_size=batch, **loading)
     if args.eval_checkpoint:
         return None, held_out
     picture = make_train_transform(
@@ -81,6 +83,16 @@ def build_loaders(args: argparse.Namespace) -> tuple[Any, Any]:
         **loading,
     )  # fmt: skip
     return batches, held_out
+
+
+def warn_of_classes(dataset: Any, outputs: int) -> None:
+    """Say so if a data set has fewer classes than the network; more are an error once such a label turns up."""
+    classes = getattr(dataset, "classes", None)
+    if classes is not None and len(classes) < outputs:
+        logger.warning(
+            "the data set has %d classes and the network %d: --num-classes %d was probably meant",
+            len(classes), outputs, len(classes),
+        )  # fmt: skip
 
 
 def build_step(args: argparse.Namespace, network: nn.Module, state: TrainingState) -> CascadeStep:

@@ -195,6 +195,12 @@ def test_views_mixing_switches_and_dead_flags(imagenet, tmp_path, capsys, caplog
     assert "raw" not in (tmp_path / "train" / "b" / "log.jsonl").read_text().replace("raw_scheduler", "")
 
 
+def test_classes_that_the_data_lack_are_pointed_out(imagenet, caplog, capsys):
+    args = main.parse_args([str(imagenet), *DESK, "-b", "4", "--num-classes", "10"])
+    main.build_loaders(args)
+    assert "--num-classes 6 was probably meant" in caplog.text + capsys.readouterr().err
+
+
 def test_initial_weights_config_and_decay(trained, imagenet, tmp_path):
     (tmp_path / "flags.yaml").write_text("model: DVT_desk\nlr: 0.25\nmodel_ema: false\nscale: [0.5, 1.0]\n")
     args = main.parse_args(["-c", str(tmp_path / "flags.yaml"), "--lr", "0.5", "--batch-size", "2"])
