@@ -25,7 +25,10 @@ from scala.sweep import costs
 RATIOS = (0.25, 0.5, 0.75, 1.0)
 EPOCHS = 36
 WIDTH, HEADS, DEPTH = 128, 4, 2
-NETWORK = "--model deit_tiny_patch16_224_scala --data-set digits --input-size 32 --patch-size 8 --num-heads 4 --depth 6"
+NETWORK = (
+    f"--model deit_tiny_patch16_224_scala --data-set digits --input-size 32 --patch-size 8 --num-heads {HEADS} "
+    f"--depth {DEPTH} --workers 1"
+)
 RECIPE = (
     "--batch-size 32 --lr 6e-3 --unscale-lr --warmup-epochs 3 --clip-grad 1 --weight-decay 0.05 "
     "--no-model-ema --no-repeated-aug --aa none --color-jitter 0 --hflip 0 --reprob 0 --mixup 0 --cutmix 0 "

@@ -145,3 +145,18 @@ def test_desk_table_of_given_accuracies() -> None:
     assert table.rows[1]["r_0.25"] == 10.25
     assert "+20.0, +20.0, +20.0, +20.0" in table.notes[2]
     main_scala.parse_args([*desk.NETWORK.split(), *desk.RECIPE.split()])
+
+
+@pytest.mark.slow
+def test_desk_experiment_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every training and evaluation of it, for one epoch of large batches."""
+    from scala import desk
+
+    monkeypatch.setattr(desk, "EPOCHS", 1)
+    monkeypatch.setattr(desk, "RECIPE", desk.RECIPE.replace("--batch-size 32", "--batch-size 400"))
+    monkeypatch.setattr(desk, "NETWORK", desk.NETWORK.replace("--workers 1", "--workers 0"))
+    table = ledger.desk(device="cpu", force=True, progress=False)
+    assert [row["method"] for row in table.rows] == ["separate training", "sliced without Scala", "Scala, X = 4"]
+    assert all(0 <= row[f"r_{ratio:.2f}"] <= 100 for row in table.rows for ratio in desk.RATIOS)
+    separate, sliced = table.rows[:2]
+    assert separate["r_1.00"] == sliced["r_1.00"]  # the same network
