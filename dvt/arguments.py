@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from common import cli
-from dvt.evaluation import SEARCH_PICTURES
+from dvt.evaluation import PICTURES, SEARCH_PICTURES
 from dvt.models import MODELS
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -326,6 +326,12 @@ def add_inference_args(parser: argparse.ArgumentParser) -> None:
         default="imagenet",
         metavar="NAME",
         help="imagenet, cifar10, cifar100, digits, or a name for timm's create_dataset (default: imagenet)",
+    )
+    add(
+        "--pictures",
+        default=None,
+        choices=PICTURES,
+        help="transforms: those of training on ImageNet or of the transfer to CIFAR (default: by the data set)",
     )
     add("--num-classes", type=cli.positive_int, default=None, metavar="C", help="classes (default: the data set's)")
     add(

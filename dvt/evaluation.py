@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset, IterableDataset, Subset
 
-from common.data import build_dataset, eval_loader, eval_transform, train_transform
+from common.data import DataError, build_dataset, eval_loader, eval_transform, train_transform
+from common.datasets import DEIT_NAMES
 from common.flops import gmacs
 from common.metrics import ProgressLine
 from dvt import cifar
@@ -31,6 +32,9 @@ from dvt.models import Cascade
 
 SEARCH_PICTURES = 50_000
 """Training pictures on which thresholds are found, at most."""
+
+PICTURES = ("imagenet", "cifar")
+"""Transforms of pictures: the published ones of DVT, and those of T2T-ViT's transfer to CIFAR."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,14 @@ def budgeted(held_out: Scores, gflops: Sequence[float], thresholds: Tensor) -> O
 
 
 def open_pictures(
-    dataset: str, root: str | None, split: str, *, size: int, augment: bool, on_bad_image: str = "raise"
+    dataset: str,
+    root: str | None,
+    split: str,
+    *,
+    size: int,
+    augment: bool,
+    pictures: str | None = None,
+    on_bad_image: str = "raise",
 ) -> Dataset[Any]:
     """One split of a data set as the evaluation of DVT sees it.
 
@@ -126,12 +137,21 @@ def open_pictures(
         size: side of the pictures in pixels.
         augment: crop and flip at random, as published for the pictures that thresholds are found on. Digits are not
             flipped.
+        pictures: ``imagenet`` or ``cifar``, the transforms that the network was trained with; None: CIFAR's for CIFAR,
+            ImageNet's for all else.
         on_bad_image: ``raise`` or ``skip``.
+
+    Raises:
+        ValueError: if ``pictures`` is neither.
     """
-    if dataset.startswith("cifar"):
-        picture = cifar.train_picture(size) if augment else cifar.test_picture(size)
+    dataset = DEIT_NAMES.get(dataset, dataset)
+    pictures = pictures or ("cifar" if dataset.startswith("cifar") else "imagenet")
+    if pictures not in PICTURES:
+        raise ValueError(f"pictures must be one of {', '.join(PICTURES)}, got {pictures!r}")
+    flip = 0.0 if dataset == "digits" else 0.5
+    if pictures == "cifar":
+        picture = cifar.train_picture(size, hflip=flip) if augment else cifar.test_picture(size)
     elif augment:
-        flip = 0.0 if dataset == "digits" else 0.5
         picture = train_transform(
             size, auto_augment=None, color_jitter=None, interpolation="bilinear", hflip=flip, erase_probability=0.0
         )
@@ -142,6 +162,11 @@ def open_pictures(
 
 def draw_search_set(dataset: Dataset[Any], *, count: int = SEARCH_PICTURES, seed: int = 0) -> Dataset[Any]:
     """At most ``count`` pictures drawn at random, in random order, the same for the same seed."""
+    if isinstance(dataset, IterableDataset):
+        raise DataError(
+            "thresholds are found on pictures drawn at random, which a stream cannot give: use a data set with an "
+            "index, such as class folders or hfds/, or a packed checkpoint with --eval_mode 1"
+        )
     total = len(dataset)  # pyright: ignore[reportArgumentType]
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     return Subset(dataset, order[-count:].tolist())
@@ -157,15 +182,17 @@ def search_loader(
     augment: bool = True,
     count: int = SEARCH_PICTURES,
     seed: int = 0,
+    pictures: str | None = None,
 ) -> Any:
     """Batches of the pictures that thresholds are found on; see :func:`open_pictures`."""
-    pictures = draw_search_set(
-        open_pictures(dataset, root, "train", size=size, augment=augment), count=count, seed=seed
-    )
-    return eval_loader(pictures, batch_size=batch_size, workers=workers, seed=seed)
+    split = open_pictures(dataset, root, "train", size=size, augment=augment, pictures=pictures)
+    drawn = draw_search_set(split, count=count, seed=seed)
+    return eval_loader(drawn, batch_size=batch_size, workers=workers, seed=seed)
 
 
-def held_out_loader(dataset: str, root: str | None, *, size: int, batch_size: int, workers: int = 0) -> Any:
-    """Batches of the validation pictures in their order."""
-    pictures = open_pictures(dataset, root, "val", size=size, augment=False)
-    return eval_loader(pictures, batch_size=batch_size, workers=workers)
+def held_out_loader(
+    dataset: str, root: str | None, *, size: int, batch_size: int, workers: int = 0, pictures: str | None = None
+) -> Any:
+    """Batches of the validation pictures in their order; see :func:`open_pictures`."""
+    split = open_pictures(dataset, root, "val", size=size, augment=False, pictures=pictures)
+    return eval_loader(split, batch_size=batch_size, workers=workers)

@@ -102,7 +102,7 @@ def collect_search(args: argparse.Namespace, model: nn.Module) -> Scores:
     """Scores of the pictures that thresholds are found on."""
     pictures = search_loader(
         args.dataset, args.data_url, size=args.img_size, batch_size=args.batch_size, workers=args.workers,
-        augment=args.augment_search, count=args.search_pictures, seed=args.seed,
+        augment=args.augment_search, count=args.search_pictures, seed=args.seed, pictures=args.pictures,
     )  # fmt: skip
     device = next(model.parameters()).device
     return collect_scores(model, pictures, device=device, title="training pictures")
@@ -111,8 +111,9 @@ def collect_search(args: argparse.Namespace, model: nn.Module) -> Scores:
 def evaluate(args: argparse.Namespace, packed: Packed, content: Any) -> dict[str, Any]:
     """Modes 1 and 2: the three results on the validation pictures, or what early exit measures."""
     pictures = held_out_loader(
-        args.dataset, args.data_url, size=args.img_size, batch_size=args.batch_size, workers=args.workers
-    )
+        args.dataset, args.data_url, size=args.img_size, batch_size=args.batch_size, workers=args.workers,
+        pictures=args.pictures,
+    )  # fmt: skip
     model = load_model(args, content)
     device = next(model.parameters()).device
     if not isinstance(model, Cascade):

@@ -20,6 +20,7 @@ from common.data import DataError, default_num_classes
 from common.distributed import LaunchError, choose_device, get_logger
 from dvt.checkpoints import load_weights, read
 from dvt.evaluation import (
+    PICTURES,
     SEARCH_PICTURES,
     Scores,
     budgeted,
@@ -47,6 +48,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="take the moving average of the weights where the file has one")  # fmt: skip
     add("--dataset", default="imagenet", metavar="NAME",
         help="imagenet (train/ and val/), cifar10, cifar100, digits, or a name for timm's create_dataset")  # fmt: skip
+    add("--pictures", default=None, choices=PICTURES,
+        help="transforms: of training on ImageNet or of the transfer to CIFAR (default: by the data set)")  # fmt: skip
     add("--num-classes", type=cli.positive_int, default=None, help="classes (default: the data set's)")
     add("--img-size", type=cli.positive_int, default=None, metavar="PIXELS", help="side of the pictures (the model's)")
     add("--feature-reuse", action=cli.Switch, default=True, help="the cascade was trained with it")
@@ -95,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
     args = parse_args(argv)
     device = choose_device(args.device)
     root = args.data or None
-    common = {"size": args.img_size, "batch_size": args.batch_size, "workers": args.workers}
+    common = {"size": args.img_size, "batch_size": args.batch_size, "workers": args.workers,
+              "pictures": args.pictures}  # fmt: skip
     held_out = held_out_loader(args.dataset, root, **common)
     search = search_loader(
         args.dataset, root, **common, augment=args.augment_search, count=args.search_pictures, seed=args.seed

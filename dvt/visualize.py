@@ -31,7 +31,7 @@ from common.data import DataError, build_dataset, default_num_classes
 from common.distributed import LaunchError, choose_device
 from common.report import Figure, Series, draw
 from dvt.checkpoints import load_weights, read, read_packed
-from dvt.evaluation import Scores, collect_scores, held_out_loader
+from dvt.evaluation import PICTURES, Scores, collect_scores, held_out_loader
 from dvt.exits import BUDGETS, first_exit
 from dvt.models import MODELS, Cascade, create_model
 
@@ -60,6 +60,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--checkpoint_path", "--checkpoint-path", required=True, metavar="FILE", help="packed checkpoint")
     add("--data_url", "--data-url", default="", metavar="DIR", help="folder that holds val/; the digits need none")
     add("--dataset", default="imagenet", metavar="NAME", help="imagenet, cifar10, cifar100, digits, ...")
+    add("--pictures", default=None, choices=PICTURES, help="transforms of the network's training (by the data set)")
     add("--num-classes", type=cli.positive_int, default=None, help="classes (default: the data set's)")
     add("--img-size", type=cli.positive_int, default=None, metavar="PIXELS", help="side of the pictures (the model's)")
     add("--feature-reuse", action=cli.Switch, default=True, help="the cascade was trained with it")
@@ -184,7 +185,9 @@ def run_pictures(args: argparse.Namespace) -> list[Path]:
     )  # fmt: skip
     assert isinstance(model, Cascade)
     load_weights(model, content, source=args.checkpoint_path).to(device)
-    loader = held_out_loader(args.dataset, root, size=size, batch_size=args.batch_size, workers=args.workers)
+    loader = held_out_loader(
+        args.dataset, root, size=size, batch_size=args.batch_size, workers=args.workers, pictures=args.pictures
+    )
     scores = collect_scores(model, loader, device=device, title="validation pictures")
     exits = first_exit(scores.confidence, stored.thresholds[args.p - 1])
     targets = targets_of(raw)

@@ -12,7 +12,7 @@ from dvt.tests.test_pack import TINY
 
 def test_desk_runs_once_and_keeps_its_networks(tmp_path, monkeypatch):
     monkeypatch.setitem(models.MODELS, "DVT_desk", TINY)
-    short = ("--epochs", "1", "--warmup-epochs", "0", "--img-size", "24")
+    short = ("--epochs", "1", "--warmup-epochs", "0", "--img-size", "24", "-b", "120")
     monkeypatch.setattr(desk, "NETWORKS", {name: (*words, *short) for name, words in desk.NETWORKS.items()})
     monkeypatch.setattr(desk, "PASSES", {"cpu": 1})
     monkeypatch.setattr(cache, "FOLDER", tmp_path / "cache")

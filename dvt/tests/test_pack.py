@@ -6,9 +6,11 @@ import json
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import IterableDataset
 
 from common.checkpoint import CheckpointError, save_atomic
-from dvt import benchmark, models, pack, visualize
+from common.data import DataError
+from dvt import benchmark, cifar, models, pack, visualize
 from dvt.checkpoints import PACKED_KEYS, read
 from dvt.evaluation import (
     Scores,
@@ -95,7 +97,27 @@ def test_the_search_set_is_drawn_once_and_cropped_alike():
     assert not torch.equal(plain, batches[0])
 
 
+def test_pictures_are_those_of_the_training():
+    def first(**more):
+        return next(iter(held_out_loader("digits", None, size=32, batch_size=1, **more)))[0]
+
+    by_name, as_cifar = first(), first(pictures="cifar")
+    assert torch.equal(by_name, first(pictures="imagenet"))
+    pixels = as_cifar * torch.tensor(cifar.STD).view(1, 3, 1, 1) + torch.tensor(cifar.MEAN).view(1, 3, 1, 1)
+    assert pixels.min() == pytest.approx(0, abs=1e-5)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    torch.testing.assert_close(pixels, by_name * std + mean, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="one of imagenet, cifar"):
+        first(pictures="digits")
+
+
 def test_bad_input_of_the_evaluation():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    with pytest.raises(DataError, match="a stream cannot give"):
+        draw_search_set(Stream())
     with pytest.raises(ValueError, match="label 9, the network only 5 classes"):
         check_targets(torch.tensor([1, 9]), 5)
     with pytest.raises(ValueError, match="no picture could be read"):
