@@ -83,7 +83,7 @@ def choose_ratios(args: argparse.Namespace, grid: WidthGrid, trained: Mapping[st
     Raises:
         SettingError: one of them was not trained; ``--allow-untrained`` makes it a warning.
     """
-    alone = trained.get("full_warm_epoch", 0) >= trained.get("epochs", 1)
+    alone = trained.get("full_warm_epoch", 0) >= trained.get("epochs", float("inf"))
     ratios = [grid.largest] if alone else grid.ratios
     if args.eval_ratio == "all":
         return ratios
