@@ -87,7 +87,7 @@ def test_cost_of_masks_gates_and_patches_is_the_cost_of_the_structure(model):
     structure = Structure.from_model(model, remove_patches=True)
     run = torch.tensor(model.runs()).double()
     ratio = state.cost.ratio(state.s, state.r, group_scores(model).heads, run, model.patch_gating)
-    assert CostModel.of(model).of_structure(structure) == pytest.approx(float(ratio), rel=1e-12)
+    assert CostModel.of(model).of_structure(structure) == pytest.approx(float(ratio.detach()), rel=1e-12)
     assert [len(block.heads) for block in structure.blocks] == [3, 3, 1]
     assert len(structure.blocks[2].neurons) == 1
 
