@@ -12,6 +12,7 @@ term, and log.txt with the published keys. The last line printed is the accuracy
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Sequence
@@ -84,8 +85,10 @@ def evaluate_both(state: TrainingState, loader: Loader, world: World, amp: str) 
     result = evaluate(loader, state.model, world.device, amp=amp, show_progress=False)
     average: Any = state.ema
     if average is not None:
-        device = next(average.module.parameters()).device
-        smooth = evaluate(loader, average.module, device, amp=amp, show_progress=False)
+        smoothed = average.module
+        if next(smoothed.parameters()).device != world.device:  # --model-ema-force-cpu
+            smoothed = copy.deepcopy(smoothed).to(world.device)
+        smooth = evaluate(loader, smoothed, world.device, amp=amp, show_progress=False)
         result |= {f"ema_{name}": smooth[name] for name in ("loss", "acc1", "acc5")}
     if is_main():
         print(summary_line(result), flush=True)
