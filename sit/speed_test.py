@@ -314,13 +314,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         if args.processor_time:  # as common/gpu.py describes it
             described |= {"threads": 1, "timing": "processor time, 1 thread"}
         command = shlex.join(["python", "sit/speed_test.py", *(sys.argv[1:] if argv is None else argv)])
-        origin = results.Origin(
-            results.now(),
-            results.current_commit(ROOT),
-            described,
-            command,
-            part=f"speed-batch{records[0].batch_size}-{args.dtype}",
-        )
+        part = f"speed-batch{records[0].batch_size}-{args.dtype}"
+        origin = results.Origin(results.now(), results.current_commit(ROOT), described, command, part=part)
         results.write_records(args.output, records, origin)
         print(f"written to {args.output}")
     print("  ".join(f"{name} {answer:.2f}{'' if args.training else 'x'}" for name, answer in answers.items()))
