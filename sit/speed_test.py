@@ -313,7 +313,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         described = describe_device(device)
         if args.processor_time:  # as common/gpu.py describes it
             described |= {"threads": 1, "timing": "processor time, 1 thread"}
-        command = shlex.join(["python", "sit/speed_test.py", *(sys.argv[1:] if argv is None else argv)])
+        words = ["FILE" if word == str(args.output) else word for word in (sys.argv[1:] if argv is None else argv)]
+        command = shlex.join(["python", "sit/speed_test.py", *words])
         part = f"speed-batch{records[0].batch_size}-{args.dtype}"
         origin = results.Origin(results.now(), results.current_commit(ROOT), described, command, part=part)
         results.write_records(args.output, records, origin)
