@@ -29,8 +29,8 @@ from sit.models import LVViT
 from sit.models.lvvit import build_lvvit
 from sit.models.weights import load_for_evaluation, read_weights
 
-TEACHER_EPOCHS, STUDENT_EPOCHS = 30, 8
-EXPECTED_PERCENT = 80
+TEACHER_EPOCHS, STUDENT_EPOCHS = 24, 8
+EXPECTED_PERCENT = 90
 RATIOS = ("0.7", "0.5")
 COMMON = (
     "--model sit_lvvit_desk --data-set digits --input-size 32 --batch-size 32 --num_workers 0 --no-repeated-aug "
