@@ -1,0 +1,126 @@
+"""What the ledger asks of this paper: costs and parameters of a published row, accuracy, and the desk experiment."""
+
+import contextlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from common.cache import FOLDER
+from common.checkpoint import hub_folder
+from common.flops import count_parameters
+from common.tables import DeskTable, Measured, NeedsCompute, NeedsWeights, Row
+from uvc import desk as desk_experiment
+from uvc.models import create
+from uvc.models.compact import BlockShape, CompactConfig, CompactViT
+from uvc.models.gates import GatedTransformer
+from uvc.resource import CostModel
+
+PAPER_GMACS = 4.6
+"""DeiT-Small's cost as the paper's README rounds it: its GMACs are the remaining share times this."""
+
+
+def model_of(row: Row) -> tuple[str, GatedTransformer]:
+    """Name and network of a row, on the meta device: nothing is computed.
+
+    Raises:
+        ValueError: the row's arguments name no network.
+    """
+    words = shlex.split(row.arguments)
+    if "--model_type" in words:
+        name = words[words.index("--model_type") + 1]
+    elif row.checkpoint is not None:
+        name = row.checkpoint.name
+    else:
+        raise ValueError(f"{row.key}: its arguments have no --model_type and it has no checkpoint")
+    with torch.device("meta"):
+        return name, create(name)
+
+
+def dense_network(model: GatedTransformer) -> CompactViT | None:
+    """The plain network of the same size, whose real cost is counted; None for T2T-ViT, see ``costs``."""
+    if not hasattr(model, "patch_embed"):
+        return None
+    embed = model.patch_embed
+    block = BlockShape((model.head_dim,) * model.num_heads, model.hidden_dim)
+    config = CompactConfig(
+        architecture="", image_size=tuple(embed.img_size), patch_size=embed.patch_size[0],  # pyright: ignore
+        in_chans=3, embed_dim=model.embed_dim, head_dim=model.head_dim, num_classes=model.num_classes,
+        blocks=(block,) * len(model.blocks), patches=model.num_patches, distilled=model.num_prefix_tokens == 2,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return CompactViT(config)
+
+
+def costs(row: Row) -> dict[str, Measured]:
+    """Parameters and cost by the paper's rules, counted from shapes.
+
+    Raises:
+        NeedsCompute: the row is of a trained compressed network, whose structure no published file tells.
+    """
+    name, model = model_of(row)
+    cost = CostModel.of(model, device=torch.device("cpu"), dtype=torch.float64)
+    full = float(cost.full)
+    source = f"CostModel of {name}, one image"
+    found = {
+        "params_m": Measured(count_parameters(model) / 1e6, "all parameters", f"parameters of {name} with gates"),
+        "double_mmacs": Measured(2 * full / 1e6, "uvc, two per multiply-accumulate", source),
+    }
+    if blocks := row.variables.get("blocks"):
+        depth, heads = len(model.blocks), model.num_heads
+        run = torch.zeros(depth, dtype=torch.float64)
+        run[: int(blocks)] = 1
+        nothing = torch.zeros(depth, 2, dtype=torch.float64), torch.zeros(depth, heads, dtype=torch.float64)
+        share = float(cost.ratio(*nothing, torch.ones(depth, heads), run))
+        found["remaining_percent"] = Measured(100 * share, "uvc, share of the dense model", f"{source}, {blocks} blocks")
+        return found
+    if row.setting == "dense" or row.table == "models":
+        found["remaining_percent"] = Measured(100.0, "uvc, share of the dense model", "the dense network itself")
+        found["gmacs"] = Measured(full / 1e9, "uvc", source)
+        network = dense_network(model)
+        if network is not None:
+            found["macs_g"] = Measured(network.count_ops().macs / 1e9, "macs", "count_ops() of the plain network")
+        return found
+    if "gmacs" in row.published and "remaining_percent" in row.published:
+        share = float(row.published["remaining_percent"]) / 100
+        found["gmacs"] = Measured(
+            share * PAPER_GMACS, "uvc",
+            f"the published share times {PAPER_GMACS} GMACs, as the paper has it; of the counted {full / 1e9:.4f} it is "
+            f"{share * full / 1e9:.4f}",
+        )  # fmt: skip
+        return found
+    raise NeedsCompute("", "the structure that a training run finds, which no published file tells")
+
+
+def accuracy(
+    row: Row, *, data: Path, weights: Path | None, device: torch.device | str, progress: bool
+) -> dict[str, Measured]:
+    """Top-1 of a dense row on ImageNet, through stage 2's own evaluation.
+
+    Raises:
+        NeedsWeights: the checkpoint is not there.
+        NeedsCompute: a compressed row, whose weights are not published.
+    """
+    from uvc import post_train
+
+    if row.setting != "dense" or row.checkpoint is None:
+        raise NeedsCompute("", "the weights of compressed networks are not published: run both stages")
+    name, _ = model_of(row)
+    file = (weights or hub_folder()) / re.sub(r".*/", "", row.checkpoint.url)
+    if not file.is_file():
+        raise NeedsWeights(reason=f"{file.name} in {file.parent} (--weights DIR)")
+    words = ["--eval", "--model_type", name, "--checkpoint_dir", str(file), "--data_dir", str(data)]
+    with contextlib.redirect_stdout(sys.stderr):  # what the ledger prints may be JSON
+        try:
+            result = post_train.main([*words, "--device", str(device), "--output_dir", ""])
+        except SystemExit as error:  # of the command line; the other rows must not be lost
+            raise RuntimeError(str(error.code)) from error
+    convention = f"{result.get('images', 'all')} images, {file.name}, float32"
+    return {"top1_percent": Measured(result["top1_percent"], convention, f"post_train.py --eval of {name}")}
+
+
+def desk(*, folder: Path | None = None, device: torch.device | str, force: bool, progress: bool) -> DeskTable:
+    """UVC, one-shot magnitude and uniform width reduction at three budgets, on handwritten digits."""
+    return desk_experiment.run(folder or FOLDER / "desk" / "uvc", device=device, force=force, progress=progress)
