@@ -100,7 +100,7 @@ def sizes_of(state: Mapping[str, Tensor], name: str, *, source: str = "checkpoin
         raise CheckpointError(f"{source}: {positions} patches are no square; only square images are handled here")
     if t2t:
         return sizes | {"img_size": 16 * side, "token_dim": state["tokens_to_token.project.weight"].shape[1] // 9}
-    if name in MODELS and distilled != bool(MODELS[name][1].get("distilled")) and name != "deit_desk":
+    if name in MODELS and distilled != bool(MODELS[name][1].get("distilled")) and not name.startswith("deit_desk"):
         raise CheckpointError(
             f"{source}: it has {'a' if distilled else 'no'} distillation token, unlike {name}; check --model_type"
         )

@@ -74,7 +74,9 @@ def costs(row: Row) -> dict[str, Measured]:
         run[: int(blocks)] = 1
         nothing = torch.zeros(depth, 2, dtype=torch.float64), torch.zeros(depth, heads, dtype=torch.float64)
         share = float(cost.ratio(*nothing, torch.ones(depth, heads), run))
-        found["remaining_percent"] = Measured(100 * share, "uvc, share of the dense model", f"{source}, {blocks} blocks")
+        found["remaining_percent"] = Measured(
+            100 * share, "uvc, share of the dense model", f"{source}, {blocks} blocks"
+        )
         return found
     if row.setting == "dense" or row.table == "models":
         found["remaining_percent"] = Measured(100.0, "uvc, share of the dense model", "the dense network itself")
@@ -87,8 +89,8 @@ def costs(row: Row) -> dict[str, Measured]:
         share = float(row.published["remaining_percent"]) / 100
         found["gmacs"] = Measured(
             share * PAPER_GMACS, "uvc",
-            f"the published share times {PAPER_GMACS} GMACs, as the paper has it; of the counted {full / 1e9:.4f} it is "
-            f"{share * full / 1e9:.4f}",
+            f"the published share times {PAPER_GMACS} GMACs, as the paper has it; times the counted {full / 1e9:.4f} "
+            f"GMACs it is {share * full / 1e9:.4f}",
         )  # fmt: skip
         return found
     raise NeedsCompute("", "the structure that a training run finds, which no published file tells")

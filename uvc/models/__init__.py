@@ -41,8 +41,10 @@ MODELS: dict[str, tuple[Callable[..., GatedTransformer], dict[str, Any]]] = {
         if width % heads == 0
     },
     "deit_desk": (GatedDeiT, DESK),
+    "deit_desk8": (GatedDeiT, {**DESK, "patch_size": 8}),
 }
-"""Name -> class and its arguments; ``deit_desk`` is a small network of ours for the handwritten digits."""
+"""Name -> class and its arguments; ``deit_desk`` and ``deit_desk8``, with a quarter of its tokens, are small networks
+of ours for the handwritten digits."""
 
 _REFUSED: tuple[tuple[str, str], ...] = (
     (r"(R50-)?ViT-.*", "has no gates (separate q, k and v, no skip logits), so neither stage of UVC runs with it"),

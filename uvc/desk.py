@@ -1,0 +1,233 @@
+"""UVC at desk size: a small DeiT on real handwritten digits, compressed to three budgets, against two plain ways.
+
+Everything runs through the scripts' ordinary flags. A dense network is trained once. For each budget UVC's two stages
+find and fine-tune a structure; one-shot magnitude (OMP) keeps the same share of weights anywhere; uniform width
+reduction removes the same number of heads and neurons, the weakest, from every block. All three train for the same
+number of epochs with the same distillation. Then each network is made physically smaller and timed against the dense.
+"""
+
+import contextlib
+import hashlib
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.benchmark import compare, device_name
+from common.cache import cached, source_files
+from common.checkpoint import load_safely
+from common.flops import CONVENTIONS
+from common.tables import DeskTable
+from uvc import baselines, joint_train, post_train
+from uvc.checkpoints import load_masked
+from uvc.data import open_datasets
+from uvc.loading import save_masked
+from uvc.models.gates import GatedTransformer
+from uvc.pruning import update_masks_
+from uvc.removal import compress
+from uvc.resource import CostModel
+from uvc.structure import Structure
+
+MODEL = "deit_desk8"
+BUDGETS = (0.7, 0.5, 0.4)
+DENSE_EPOCHS, STAGE1_EPOCHS, STAGE2_EPOCHS = 36, 5, 4
+COMMON = (
+    f"--model_type {MODEL} --dataset digits --num_workers 0 --train_batch_size 32 --eval_batch_size 180 "
+    "--mixup 0 --cutmix 0"
+)
+TEACHER = "--distillation-type soft --distillation-alpha 0.1"
+STAGE1 = (
+    f"{COMMON} {TEACHER} --num_epochs {STAGE1_EPOCHS} --warmup_epochs 1 --warmup_steps 20 --learning_rate 5e-4 "
+    "--enable_patch_gating 0 --soptim adam --slr 0.5 --roptim adam --rlr 0.05 --zlr_schedule_list 0.3 --z_grad_clip 1 "
+    "--glr 0.1 --gating_weight 5e-3 --gating_interval 15 --log_interval 15"
+)
+FINE_TUNE = f"{COMMON} {TEACHER} --warmup-epochs 0 --learning_rate 1e-2"
+DENSE = f"omp --density 1 --from-scratch {COMMON} --epochs {DENSE_EPOCHS} --warmup-epochs 3 --learning_rate 3.2e-2"
+BATCH = {"cpu": 64, "cuda": 1024}
+WARMUP, ROUNDS = 3, 25
+COLUMNS = (
+    "method", "setting", "top1_percent", "weights_percent", "cost_percent", "blocks", "mmacs", "throughput_ips",
+    "speedup", "flops_ratio", "realised",
+)  # fmt: skip
+
+
+def run(folder: Path, *, device: torch.device | str, force: bool, progress: bool) -> DeskTable:
+    """Train, compress and time everything.
+
+    Args:
+        folder: where checkpoints are kept.
+        device: cpu or cuda.
+        force: train again although nothing changed.
+        progress: print what the scripts print, and progress bars.
+    """
+    device = torch.device(device)
+    known = train_all(folder, device, force=force, progress=progress)
+    return measure(known, folder, device, progress=progress)
+
+
+def train_all(folder: Path, device: torch.device, *, force: bool, progress: bool) -> list[dict[str, Any]]:
+    """File, accuracy and method of each network, trained anew only if code, versions or files changed."""
+
+    def compute() -> list[dict[str, Any]]:
+        with quiet(not progress):
+            return train_networks(folder, device)
+
+    job = ["training", "uvc", MODEL, str(device)]
+    known = cached(job, compute, files=source_files("uvc"), force=force)
+    if any(not (folder / row["file"]).is_file() or row["sha256"] != _sha256(folder / row["file"]) for row in known):
+        known = cached(job, compute, files=source_files("uvc"), force=True)
+    return known
+
+
+def train_networks(folder: Path, device: torch.device) -> list[dict[str, Any]]:
+    """The dense network and, for each budget, the three compressed ones."""
+    where = f"--device {device} --output_dir {folder}"
+
+    def entry(method: str, setting: str, name: str, metrics: dict[str, Any]) -> dict[str, Any]:
+        file = f"{name}/{MODEL}.pth.tar"
+        return {
+            "method": method, "setting": setting, "file": file, "top1_percent": metrics["top1_percent"],
+            "sha256": _sha256(folder / file),
+        }  # fmt: skip
+
+    rows = [entry("dense", "", "dense", baselines.main(f"{DENSE} {where} --name dense".split()))]
+    taught = f"{where} --model_path {folder / rows[0]['file']}"
+    for budget in BUDGETS:
+        setting, tag = f"budget {budget:g}", f"{round(100 * budget)}"
+        joint_train.main(f"{STAGE1} {taught} --name stage1-{tag} --budget {budget}".split())
+        found = within_budget(folder / f"stage1-{tag}", budget)
+        epochs = STAGE1_EPOCHS + STAGE2_EPOCHS
+        uvc = f"{FINE_TUNE} {taught} --name uvc-{tag} --epochs {STAGE2_EPOCHS} --checkpoint_dir {found}"
+        rows.append(entry("UVC", setting, f"uvc-{tag}", post_train.main(uvc.split())))
+        uniform = reduce_uniformly(folder / rows[0]["file"], folder / f"uniform-{tag}.pth.tar", budget)
+        words = f"{FINE_TUNE} {taught} --name uniform-{tag} --epochs {epochs} --checkpoint_dir {uniform}"
+        rows.append(entry("uniform width", setting, f"uniform-{tag}", post_train.main(words.split())))
+        words = f"omp --density {budget} {FINE_TUNE} {taught} --name omp-{tag} --epochs {epochs}"
+        rows.append(entry("OMP", setting, f"omp-{tag}", baselines.main(words.split())))
+    return rows
+
+
+def within_budget(folder: Path, budget: float) -> Path:
+    """The file of stage 1 with the best accuracy among those whose structure costs no more than the budget.
+
+    Raises:
+        RuntimeError: no epoch met it.
+    """
+    best: tuple[float, Path] | None = None
+    for path in sorted(folder.glob(f"{MODEL}_*.pth.tar")):
+        metrics = load_safely(path)["uvc"]["metrics"]
+        if metrics["remaining_cost_percent"] <= 100 * budget and (best is None or metrics["top1_percent"] > best[0]):
+            best = (metrics["top1_percent"], path)
+    if best is None:
+        raise RuntimeError(f"{folder}: no epoch of stage 1 met the budget {budget:g}")
+    return best[1]
+
+
+def uniform_numbers(cost: CostModel, depth: int, budget: float) -> tuple[int, int]:
+    """Heads and neurons to remove from every block so that the cost is just within the budget.
+
+    Heads go in the same proportion as neurons, as far as whole heads allow.
+
+    Raises:
+        ValueError: even one head and one neuron in each block cost more.
+    """
+    best: tuple[float, int, int] | None = None
+    for heads in range(cost.num_heads):
+        for neurons in range(cost.hidden_dim):
+            s = torch.tensor([[heads, neurons]], dtype=torch.float64).expand(depth, 2)
+            r = torch.zeros(depth, cost.num_heads, dtype=torch.float64)
+            if float(cost.ratio(s, r, torch.zeros_like(r))) <= budget:
+                uneven = abs(heads / cost.num_heads - neurons / cost.hidden_dim)
+                if best is None or uneven < best[0]:
+                    best = (uneven, heads, neurons)
+                break
+    if best is None:
+        raise ValueError(f"a budget of {budget:g} cannot be met by removing heads and neurons")
+    return best[1], best[2]
+
+
+def reduce_uniformly(dense: Path, path: Path, budget: float) -> Path:
+    """Mask the weakest heads and neurons of every block alike, and write the result for stage 2."""
+    model, _ = load_masked(dense)
+    depth = len(model.blocks)
+    heads, neurons = uniform_numbers(CostModel.of(model, dtype=torch.float64), depth, budget)
+    s = torch.tensor([[heads, neurons]], dtype=torch.float32).expand(depth, 2)
+    update_masks_(model, s, torch.zeros(depth, model.num_heads))
+    return save_masked(path, model, model_type=MODEL)
+
+
+def measure(known: list[dict[str, Any]], folder: Path, device: torch.device, *, progress: bool) -> DeskTable:
+    """Costs and speeds of the trained networks, all timed in turns."""
+    masked = {f"{row['method']} {row['setting']}".strip(): load_masked(folder / row["file"])[0] for row in known}
+    models = {name: compress(model).network.to(device) for name, model in masked.items()}
+    images = held_out(BATCH[device.type]).to(device)
+    speeds = compare(
+        models, images, baseline="dense", warmup=WARMUP, rounds=ROUNDS, progress="speed" if progress else None
+    )
+    macs = {name: CONVENTIONS["uvc"].total(model.count_ops()) for name, model in models.items()}
+    lines = []
+    for row, (name, model) in zip(known, masked.items(), strict=True):
+        structure = Structure.from_model(model)
+        ratio, speed = macs["dense"] / macs[name], speeds[name]
+        lines.append({
+            "method": row["method"], "setting": row["setting"], "top1_percent": round(row["top1_percent"], 2),
+            "weights_percent": round(100 * nonzero_share(model), 1),
+            "cost_percent": round(100 * CostModel.of(model, dtype=torch.float64).of_structure(structure), 2),
+            "blocks": len(structure.running), "mmacs": round(macs[name] / 1e6, 3),
+            "throughput_ips": round(speed.speed.throughput_ips), "speedup": round(speed.speedup, 2),
+            "flops_ratio": round(ratio, 2), "realised": round(speed.speedup / ratio, 2),
+        })  # fmt: skip
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return DeskTable(
+        title="Three ways to a budget, at desk size (1,797 handwritten digits)",
+        columns=COLUMNS,
+        rows=lines,
+        notes=(
+            f"{MODEL}: 6 blocks of 4 heads, width 64, 16 patches of 32x32 pictures; dense trained for {DENSE_EPOCHS} "
+            f"epochs on 1,437 digits, evaluated on the 360 others (one picture is 0.28 points). UVC: {STAGE1_EPOCHS} "
+            f"epochs of stage 1, then {STAGE2_EPOCHS} of stage 2; the others {STAGE1_EPOCHS + STAGE2_EPOCHS} epochs.",
+            "cost_percent is the remaining cost by the paper's rules, to be held against the budget; weights_percent "
+            "the share of non-zero weights in the blocks that run. OMP's zeros lie anywhere: a dense kernel multiplies "
+            "them all the same, so its cost stays.",
+            f"Throughput on {device_name(device)}{threads}, float32, batch {BATCH[device.type]}, median of {ROUNDS} "
+            "rounds in turns, of the physically compressed networks. speedup: paired, over dense; flops_ratio: what "
+            "the counted multiply-accumulates promise; realised: the first over the second.",
+        ),
+        plot={"x": "mmacs", "y": "top1_percent", "label": "setting", "series": "method"},
+    )
+
+
+def nonzero_share(model: GatedTransformer) -> float:
+    """Kept weights of the blocks that run over all weights of the blocks."""
+    kept = total = 0.0
+    for block, runs in zip(model.blocks, model.runs(), strict=True):
+        for name, mask in block.named_buffers():
+            if name.endswith(("qkv.mask", "proj.mask", "fc1.mask", "fc2.mask")):
+                kept += float(mask.sum()) if runs else 0.0
+                total += mask.numel()
+    return kept / total
+
+
+def held_out(number: int) -> Tensor:
+    """The first held-out digits, from the start again if need be, (number, 3, 32, 32)."""
+    _, pictures = open_datasets("digits", None, 32, only_evaluate=True)
+    return torch.stack([pictures[index % 360][0] for index in range(number)])
+
+
+@contextlib.contextmanager
+def quiet(wanted: bool) -> Iterator[None]:
+    """Without the lines of the scripts, which in any case must not go to standard output."""
+    with contextlib.redirect_stdout(sys.stderr if not wanted else io.StringIO()):
+        if not wanted:
+            yield
+            return
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
