@@ -1,0 +1,255 @@
+"""Compare the course of a run with the facts of the logs that the UVC release publishes.
+
+    python uvc/compare_logs.py RUN --against deit-tiny
+    python uvc/compare_logs.py RUN --against deit-small-stage2 --plot course.png
+
+RUN is the folder of a run (with log.jsonl), that file, or a text log in the form of the published ones. A run is judged
+by its mechanism, not by the single numbers of the curve: what is checked is listed by name. The last line says how many
+of the checks hold.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.cache import write_atomic
+from common.cli import make_parser
+from uvc.published_logs import STAGE1, STAGE2_BEST, STAGE2_TOP1, PublishedLog
+
+STAGE2 = "deit-small-stage2"
+
+
+class LogError(ValueError):
+    """A log that cannot be compared; the message names it and says what is missing."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What a run's log says after an epoch; None where it does not say. ``epoch`` counts from 1."""
+
+    epoch: int
+    top1_percent: float
+    loss: float | None = None
+    kept_percent: float | None = None
+    expected_percent: float | None = None
+    real_percent: float | None = None
+    blocks: int | None = None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One statement about a run, whether it holds, and what it was judged by."""
+
+    name: str
+    holds: bool
+    found: str
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder with log.jsonl, that file, or a text log")
+    parser.add_argument(
+        "--against", required=True, choices=[*STAGE1, STAGE2], help="published log; the last one is of stage 2"
+    )
+    parser.add_argument("--budget", type=float, help="budget of the run (default: as its log says, else the log's)")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw both courses")
+    return parser.parse_args(argv)
+
+
+def read_run(path: Path) -> tuple[list[Epoch], dict[str, object]]:
+    """Epochs of a run and the arguments it was started with, where its log holds them.
+
+    Raises:
+        LogError: there is no such file, or it holds no epoch.
+    """
+    file = path / "log.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        raise LogError(f"{file}: no such file; name the folder of a run, its log.jsonl, or a text log")
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if file.suffix == ".jsonl":
+        epochs, arguments = _read_jsonl(text)
+    else:
+        epochs, arguments = read_text_log(text), {}
+    if not epochs:
+        raise LogError(f"{file}: it says nothing about any epoch; has the run validated yet?")
+    return epochs, arguments
+
+
+def _read_jsonl(text: str) -> tuple[list[Epoch], dict[str, object]]:
+    epochs: list[Epoch] = []
+    arguments: dict[str, object] = {}
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # half a line, of a run killed while writing it
+        if row.get("event") == "start":
+            arguments = row.get("arguments", {})
+        if row.get("event") == "epoch" and row.get("test_top1_percent") is not None:
+            blocks = row.get("test_blocks_running")
+            epochs.append(
+                Epoch(
+                    row["epoch"] + 1, row["test_top1_percent"], row.get("test_loss"),
+                    row.get("test_kept_parameters_percent"), row.get("test_expected_cost_percent"),
+                    row.get("test_remaining_cost_percent"), None if blocks is None else int(blocks),
+                )
+            )  # fmt: skip
+    return epochs, arguments
+
+
+def read_text_log(text: str) -> list[Epoch]:
+    """Epochs of a log in the published form, in which progress bars may lie between the lines."""
+    epochs: list[Epoch] = []
+    loss = top1 = kept = None
+    epoch = 0
+    pattern = re.compile(
+        r"Valid Loss: (?P<loss>[\d.]+)|Valid Accuracy: (?P<top1>[\d.]+)"
+        r"|\[Validation Sparsity\|Step \d+\|Epoch (?P<epoch>\d+)\]|Parameter size: .*? = (?P<kept>[\d.]+)\s*%"
+        r"|Expectation FLOPs: (?P<expected>[\d.]+)\s*% Real FLOPs: (?P<real>[\d.]+)\s*%"
+    )
+    for found in pattern.finditer(text):
+        if found["loss"]:
+            loss, top1, kept, epoch = float(found["loss"]), None, None, 0
+        elif found["top1"]:
+            top1 = float(found["top1"])
+        elif found["epoch"]:
+            epoch = int(found["epoch"])
+        elif found["kept"]:
+            kept = float(found["kept"])
+        elif top1 is not None and epoch and (not epochs or epochs[-1].epoch != epoch):  # every rank prints them
+            epochs.append(Epoch(epoch, top1, loss, kept, float(found["expected"]), float(found["real"])))
+    return epochs
+
+
+def check_stage1(run: Sequence[Epoch], log: PublishedLog, *, budget: float, warmup_epochs: int) -> list[Check]:
+    """What the published courses have in common, of a run."""
+    warm = [epoch for epoch in run if epoch.epoch <= warmup_epochs]
+    later = [epoch for epoch in run if epoch.epoch > warmup_epochs]
+    checks: list[Check] = []
+
+    def add(name: str, holds: bool, found: str) -> None:
+        checks.append(Check(name, holds, found))
+
+    if warm and all(epoch.kept_percent is not None for epoch in warm):
+        least = min(epoch.kept_percent or 0.0 for epoch in warm)
+        add("nothing is pruned during the warm-up", least == 100, f"at least {least:.2f} % of the mask elements kept")
+    if not later:
+        add("the run went beyond the warm-up", False, f"{len(run)} epochs, {warmup_epochs} of warm-up")
+        return checks
+    real = [epoch.real_percent for epoch in later if epoch.real_percent is not None]
+    if real:
+        add("the cost comes down to the budget", min(real) <= 100 * budget, f"lowest {min(real):.2f} %")
+        settled = abs(real[-1] - 100 * budget) <= 12.5
+        add("the cost ends within one block and a half of the budget", settled, f"last {real[-1]:.2f} %")
+    together = [(e.expected_percent, e.real_percent) for e in later if e.expected_percent and e.real_percent]
+    if together:
+        gap = abs(together[-1][0] - together[-1][1])
+        add("soft and hard cost agree at the end", gap <= 12.5, f"{gap:.2f} points apart")
+    if warm:
+        drop = warm[-1].top1_percent - min(epoch.top1_percent for epoch in later)
+        add("accuracy falls when pruning starts", drop > 0, f"by {drop:.2f} points at the most")
+        low = min(range(len(later)), key=lambda index: later[index].top1_percent)
+        gain = later[-1].top1_percent - later[low].top1_percent
+        add("and recovers afterwards", gain > 0, f"{gain:.2f} points from its lowest")
+    if later[-1].blocks is not None:
+        add("some blocks still run", later[-1].blocks > 0, f"{later[-1].blocks}; {log.final_blocks} in the log")
+    return checks
+
+
+def check_stage2(run: Sequence[Epoch]) -> list[Check]:
+    """What the published fine-tuning shows, of a run."""
+    top1 = [epoch.top1_percent for epoch in run]
+    best = max(top1)
+    return [
+        Check("accuracy rises over the first epochs", len(top1) < 2 or max(top1[1:8]) > top1[0],
+              f"{top1[0]:.2f} % after the first, {max(top1[:8]):.2f} % within eight"),
+        Check("the end is within half a point of the best", best - top1[-1] <= 0.5, f"{best - top1[-1]:.2f} points"),
+    ]  # fmt: skip
+
+
+def print_courses(run: Sequence[Epoch], log: PublishedLog | None) -> None:
+    """Both courses side by side."""
+
+    def cell(value: float | None) -> str:
+        return f"{value:8.2f}" if value is not None else f"{'-':>8}"
+
+    if log is None:
+        print(f"{'validation':>10} {'top-1':>8} {'log':>8}")
+        known = dict(STAGE2_TOP1) | {STAGE2_BEST[0]: STAGE2_BEST[1]}
+        mine = {epoch.epoch: epoch.top1_percent for epoch in run}
+        for number in sorted(set(known) | set(mine)):
+            print(f"{number:>10} {cell(mine.get(number))} {cell(known.get(number))}")
+        return
+    facts = {row.epoch: row for row in log.epochs}
+    print(f"{'':>5} {'top-1 %':^17} {'masks kept %':^17} {'expected cost %':^17} {'real cost %':^17}")
+    print("epoch" + f" {'run':>8} {'log':>8}" * 4)
+    mine = {epoch.epoch: epoch for epoch in run}
+    for number in sorted(set(mine) | set(facts)):
+        own, known = mine.get(number), facts.get(number)
+        names = ("top1_percent", "kept_percent", "expected_percent", "real_percent")
+        print(
+            f"{number:>5} " + " ".join(f"{cell(getattr(own, n, None))} {cell(getattr(known, n, None))}" for n in names)
+        )
+
+
+def draw(run: Sequence[Epoch], log: PublishedLog | None, path: Path) -> None:
+    """Accuracy and remaining cost of the run and of the published log, as a PNG."""
+    import io
+
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2 if log else 1, figsize=(10 if log else 5, 4), squeeze=False, layout="constrained")
+    numbers = [epoch.epoch for epoch in run]
+    if log is None:
+        known = dict(sorted(({**STAGE2_TOP1, STAGE2_BEST[0]: STAGE2_BEST[1]}).items()))
+        courses = [("top-1 (%)", [e.top1_percent for e in run], list(known), list(known.values()))]
+    else:
+        there = [row.epoch for row in log.epochs]
+        courses = [
+            ("top-1 (%)", [e.top1_percent for e in run], there, [row.top1_percent for row in log.epochs]),
+            ("remaining cost (%)", [e.real_percent for e in run], there, [row.real_percent for row in log.epochs]),
+        ]
+    for axis, (label, own, there, published) in zip(axes[0], courses, strict=True):
+        axis.plot(there, published, "o-", color="0.6", markersize=3, label="published log")
+        pairs = [(n, value) for n, value in zip(numbers, own, strict=True) if value is not None]
+        axis.plot([n for n, _ in pairs], [value for _, value in pairs], "o-", markersize=3, label="this run")
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    plt.close(figure)
+    write_atomic(path, buffer.getvalue())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare; the exit status is 1 if a check does not hold."""
+    args = parse_args(argv)
+    try:
+        run, arguments = read_run(args.run)
+    except LogError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    log = STAGE1.get(args.against)
+    print_courses(run, log)
+    if log is None:
+        checks = check_stage2(run)
+    else:
+        budget = args.budget if args.budget is not None else float(str(arguments.get("budget", log.budget)))
+        warmup = int(str(arguments.get("warmup_epochs", log.warmup_epochs)))
+        checks = check_stage1(run, log, budget=budget, warmup_epochs=warmup)
+        print(f"{log.file}: {log.note}")
+    for check in checks:
+        print(f"{'holds ' if check.holds else 'FAILS '} {check.name}: {check.found}")
+    if args.plot:
+        draw(run, log, args.plot)
+        print(f"drawn: {args.plot}")
+    print(f"{sum(check.holds for check in checks)} of {len(checks)} checks hold")
+    return 0 if all(check.holds for check in checks) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
