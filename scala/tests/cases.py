@@ -88,8 +88,7 @@ def split_name(name: str) -> tuple[str, float]:
 def run_network(case: Case, checks: Checks) -> None:
     """A whole network at every width: logits, both logits, features."""
     model = build_network(case)
-    training = case.raw.get("mode") == "train"
-    model.train(training)
+    model.train(case.raw.get("mode") == "train")
     images = read_images(case)
     for ratio in case.raw["ratios"]:
         features = model.forward_features(images, ratio)
@@ -99,7 +98,7 @@ def run_network(case: Case, checks: Checks) -> None:
         else:
             known["features"] = features
         result = model(images, ratio)
-        known |= {"cls": result[0], "dist": result[1]} if training and len(result) == 2 else {"logits": result}
+        known |= {"cls": result[0], "dist": result[1]} if isinstance(result, tuple) else {"logits": result}
         for name in case.outputs:
             kind, at = split_name(name)
             if at == ratio:
@@ -175,7 +174,8 @@ def compare_support(case: Case, checks: Checks, name: str, found: dict[str, int]
 def run_cost(case: Case, checks: Checks) -> None:
     """Cost of every width: the analytic count, and multiply-accumulates equal to those executed."""
     with torch.device("meta"):
-        model: Any = models_scala.FACTORIES[case.build["factory"]](**options(case)).eval()
+        make = models_scala.FACTORIES[name] if (name := case.build.get("factory")) else NETWORKS[case.build["cls"]]
+        model: Any = make(**options(case)).eval()
     checks.equal("params", count_parameters(model), case.raw["params"])
     by_operator = {"conv": "conv", "layer_norm": "layer_norm", "linear": "linear", "matmul": "matmul"}
     for ratio, width, total, active in case.raw["rows"]:
@@ -185,6 +185,8 @@ def run_cost(case: Case, checks: Checks) -> None:
         checks.equal(f"active parameters at {ratio}", model.count_parameters(ratio), active)
     full = CONVENTIONS["fvcore"].by_kind(model.count_ops(1.0))
     for name, value in case.raw.get("flops_by_operator_at_full_width", {}).items():
+        if name not in by_operator:
+            raise NotCovered(f"operator {name} of a cost")
         checks.equal(f"{name} at full width", full[by_operator[name]], value)
     ratio = case.raw["rows"][0][0]
     images = torch.empty(1, 3, *model.patch_embed.img_size, device="meta")
@@ -199,9 +201,11 @@ def run_distillation(case: Case, checks: Checks) -> None:
     }
     build = case.build
 
+    factor = re.search(r"teacher=([\d.]+)\*", case.text)
+
     class Teacher(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
-            return 3 * drawn["teacher"]
+            return (float(factor[1]) if factor else 1.0) * drawn["teacher"]
 
     base = SoftTargetCrossEntropy()
     loss = DistillationLoss(base, Teacher(), build["distillation_type"], build["alpha"], build["tau"])
@@ -248,14 +252,14 @@ def build_criterion(case: Case, settings: dict[str, Any], pixels: int) -> nn.Mod
 def step_batch(case: Case, index: int) -> tuple[Tensor, Tensor]:
     """Pictures and targets of one step."""
     described = case.raw["input"]
-    shape = re.search(r"batch (\d+), size (\d+)", described["images"])
+    shape = re.search(r"batch (\d+), size (\d+), seed=([^,)]+)", described["images"])
     target = re.search(
         r"(?:(softmax)\(([\d.]+)\*)?fill\.array\('(\w+)', (\([\d, ]+\)), seed=([^)]+)\)", described["targets"]
     )
     if not shape or not target:
         raise NotCovered(f"an input described as {described}")
-    seed = reference.evaluate_text(target[5], {"i": index})
-    images = reference.image(int(shape[1]), int(shape[2]), seed)
+    seed, image_seed = (reference.evaluate_text(text, {"i": index}) for text in (target[5], shape[3]))
+    images = reference.image(int(shape[1]), int(shape[2]), image_seed)
     numbers = torch.from_numpy(reference.array(target[3], ast.literal_eval(target[4]), seed))
     return images, (float(target[2]) * numbers).softmax(1) if target[1] else numbers.argmax(1)
 
@@ -263,10 +267,12 @@ def step_batch(case: Case, index: int) -> tuple[Tensor, Tensor]:
 def build_optimizer(model: nn.Module, described: dict[str, Any]) -> torch.optim.Optimizer:
     """The optimiser of a step; AdamW as the command line builds it."""
     if described["kind"] == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=described["lr"], momentum=described.get("momentum", 0.0))
+        given = {name: described[name] for name in ("momentum", "weight_decay", "nesterov") if name in described}
+        return torch.optim.SGD(model.parameters(), lr=described["lr"], **given)
     return cli.build_optimizer(
-        model, opt=described["kind"], lr=described["lr"], weight_decay=described["weight_decay"], eps=described["eps"]
-    )
+        model, opt=described["kind"], lr=described["lr"], weight_decay=described.get("weight_decay", 0.05),
+        eps=described.get("eps", 1e-8), betas=described.get("betas"),
+    )  # fmt: skip
 
 
 def run_step(case: Case, checks: Checks) -> None:
@@ -387,7 +393,7 @@ def run_positions(case: Case, checks: Checks) -> None:
 def run_evaluation(case: Case, checks: Checks) -> None:
     """Loss (mean over batches) and accuracies (mean over pictures); ours averages the loss over pictures, too."""
     model = build_network(case)
-    described, size = case.raw["input"], options(case)["img_size"]
+    described, size = case.raw["input"], options(case).get("img_size", 224)
     images = re.search(r"seed=(\d+)\+i", described["images"])
     labels = re.search(r"fill\.array\('(\w+)', \(n, classes\), seed=(\d+)\+i\)", described["labels"])
     if not images or not labels:
@@ -422,7 +428,8 @@ def run_transform(case: Case, checks: Checks) -> None:
     pixels = np.kron(pixels, np.ones((int(found[6]), int(found[7]), 1), dtype=np.uint8))
     picture = Image.fromarray(pixels[: int(found[8]), : int(found[9])])
     tensor = eval_transform(build["input_size"], crop_ratio=build["eval_crop_ratio"])(picture)
-    step = build["input_size"] // checks.stored[f"{case.name}/grid"].shape[1]
+    points = checks.stored[f"{case.name}/grid"].shape[1]
+    step = 32 if -(-build["input_size"] // 32) == points else build["input_size"] // points  # every 32nd as a rule
     known = {"mean": tensor.mean((1, 2)), "std": tensor.std((1, 2)), "grid": tensor[:, ::step, ::step]}
     for name in case.outputs:
         checks.output(name, known[name], tolerance=1e-3)

@@ -1,5 +1,6 @@
 """The carried reference vectors, through the runner that takes any folder of the format."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,16 @@ def test_a_difference_fails_and_an_unknown_case_is_not_covered(capsys: pytest.Ca
     assert (odd.status, odd.reason) == ("not covered", "no runner for Frobnicator")
     assert runner.main([str(VECTORS), "--only", "draw_[01]"]) == 0
     assert "2 passed" in capsys.readouterr().out
+
+
+def test_other_configurations_of_the_same_formats_run() -> None:
+    """A plain network in training mode on two pictures, a step whose pictures have a seed of their own."""
+    by_name = {case.name: case for case in CASES}
+    plain = by_name["vit"]
+    (result,) = run_cases([replace(plain, raw={**plain.raw, "mode": "train"})], STORED, runner.find_runner)
+    assert result.status == "pass", result.reason
+    step = by_name["step_plain"]
+    described = {**step.raw["input"], "images": "step i: fill.image/array as usual, batch 4, size 32, seed=7+10*i"}
+    other = replace(step, raw={**step.raw, "input": described})
+    assert not runner.step_batch(other, 1)[0].equal(runner.step_batch(step, 1)[0])
+    assert runner.step_batch(other, 1)[1].equal(runner.step_batch(step, 1)[1])
