@@ -208,7 +208,15 @@ class ResumableBatchSampler(Position, Sampler[list[Key]]):
 
 
 class RepeatedSampler(RepeatAugSampler):
-    """timm's repeated augmentation, yielding (index, repeat) so that the repeats of a picture differ on all ranks."""
+    """timm's repeated augmentation, yielding (index, repeat) so that the repeats of a picture differ on all ranks.
+
+    As published, a dataset of fewer than 256 pictures yields nothing; timm's would yield each once.
+    """
+
+    def __init__(self, dataset: Any, *args: Any, **options: Any) -> None:
+        super().__init__(dataset, *args, **options)
+        if len(dataset) < 256:
+            self.num_selected_samples = 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         for position, index in enumerate(super().__iter__()):

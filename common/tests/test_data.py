@@ -17,6 +17,7 @@ from common.data import (
     BadPictureError,
     DataError,
     Loader,
+    RepeatedSampler,
     build_dataset,
     eval_loader,
     eval_transform,
@@ -196,6 +197,7 @@ def test_repeats_of_a_picture_differ_on_all_ranks() -> None:
 def test_too_few_pictures_name_the_flag() -> None:
     with pytest.raises(DataError, match="by 256 and there are 255 to train on: give --no-repeated-aug"):
         train_loader(Numbers(255), batch_size=8, repeated_aug=True)
+    assert list(RepeatedSampler(Numbers(255), num_replicas=1, rank=0)) == []  # as the published sampler
     with pytest.raises(DataError, match=r"has 7 pictures, too few for one batch of 5 on each of 2 .*--batch-size"):
         train_loader(Numbers(7), batch_size=5, rank=0, world_size=2)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
