@@ -81,6 +81,11 @@ def adjust_learning_rate(
     return backbone, reverse
 
 
+def rates_line(backbone: float, reverse: float) -> str:
+    """The published line with which an epoch begins."""
+    return f"## Using lr  {backbone:.7f} for BACKBONE, lr = {reverse:.7f} for RTSM"
+
+
 def training_step(
     batch: tuple[Tensor, Tensor],
     *,

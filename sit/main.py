@@ -30,7 +30,7 @@ from common.data import DataError, Loader
 from common.distributed import World, get_logger, is_main, launch, run, seed_everything
 from common.engine import NonFiniteLoss, train
 from sit import build
-from sit.engine import adjust_learning_rate, evaluate, summary_line
+from sit.engine import adjust_learning_rate, evaluate, rates_line, summary_line
 from sit.meters import Logs
 from sit.models import LVViT
 from sit.parser import parse_args as parse_flags
@@ -119,7 +119,7 @@ def train_model(args: argparse.Namespace, world: World) -> dict[str, float]:
         groups = state.optimizer.param_groups  # pyright: ignore
         rates = adjust_learning_rate(groups, peak, args.min_lr, epoch, args.epochs, warmup=args.linear_warmup)
         logs.begin_epoch()
-        logger.info("## Using lr  %.7f for BACKBONE, lr = %.7f for RTSM", *rates)
+        logger.info(rates_line(*rates))
 
     row = train(
         logs.step, state, batches, world=world, epochs=args.epochs + args.cooldown_epochs, network=network, amp=amp,

@@ -5,6 +5,8 @@ and by the list of ``facts.json`` it comes from. Each reads the rest from the ca
 """
 
 import json
+import math
+import re
 import sys
 import tempfile
 import zlib
@@ -39,12 +41,17 @@ PARTS: dict[str, Callable[..., nn.Module]] = {
     )
 }  # fmt: skip
 FLOAT32 = 1e-6  # relative tolerance of what is computed or stored in float32
+FLOAT32_NETWORK = 1e-4  # of what a network of less than double precision gives, as the vectors' README says
+
+
+def precision(case: Case) -> torch.dtype:
+    return getattr(torch, case.build.get("dtype", "float64"))
 
 
 def build(case: Case) -> nn.Module:
     """The module of a case, filled, in its precision and mode."""
     made = case.build
-    dtype = getattr(torch, made.get("dtype", "float64"))
+    dtype = precision(case)
     if "factory" in made:
         module = reference.build(create_model, case.seed, dtype=dtype, model_name=made["factory"], **made["kwargs"])
     else:
@@ -66,10 +73,11 @@ def batch_norms(module: nn.Module) -> dict[str, Tensor]:
 
 def compare(case: Case, checks: Checks, known: Mapping[str, Any]) -> None:
     """All outputs of a case against what is known by name."""
+    loose = precision(case) != torch.float64 and "tolerance" not in case.raw
     for name in case.outputs:
         if name not in known:
             raise NotCovered(f"output {name}")
-        checks.output(name, known[name])
+        checks.output(name, known[name], tolerance=FLOAT32_NETWORK if loose else None)
 
 
 def run_part(case: Case, checks: Checks) -> None:
@@ -125,6 +133,15 @@ def base_criterion(base: str, smoothing: float | None) -> nn.Module:
     return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
 
 
+def read_labels(text: str, batch: int, classes: int, seed: int) -> Tensor:
+    """Soft targets, the softmax of drawn numbers, or hard ones, ``(3*i) mod K``, as a text says."""
+    if "softmax" in text or "soft targets" in text:
+        stated = re.search(r"seed\s*=\s*(\d+)", text)
+        return drawn("labels", (batch, classes), int(stated.group(1)) if stated else seed).softmax(dim=1)
+    factor = re.search(r"(\d+)\s*\*\s*i\b", text)
+    return torch.arange(batch) * (int(factor.group(1)) if factor else 1) % classes
+
+
 def drawn(name: str, shape: Sequence[int], seed: int) -> Tensor:
     return torch.from_numpy(np.asarray(reference.array(name, shape, seed)))
 
@@ -142,12 +159,9 @@ def run_loss(case: Case, checks: Checks) -> None:
 
     student = logits("student_logits")
     batch, classes = student.shape
-    if "soft" in given["labels"]:
-        labels = drawn("labels", (batch, classes), case.seed).softmax(dim=1)
-    else:
-        labels = torch.tensor([3 * index % classes for index in range(batch)])
-    base = base_criterion(options.pop("base"), options.pop("smoothing"))
-    has_cnn = options.pop("cnn_teacher")
+    labels = read_labels(given["labels"], batch, classes, case.seed)
+    base = base_criterion(options.pop("base"), options.pop("smoothing", None))
+    has_cnn = options.pop("cnn_teacher", False)
     criterion = DistillationLoss(
         base,
         lambda images: (logits("teacher_logits"), tokens("teacher")),
@@ -163,28 +177,36 @@ ROUND_TO_SQUARE = str.maketrans("()", "[]")
 
 def run_step(case: Case, checks: Checks) -> None:
     """One training step with the published groups and rates, parameter by parameter."""
-    made = case.build
-    common_options = made["kwargs"]
+    made, dtype = case.build, precision(case)
 
     def make(role: Mapping[str, Any]) -> nn.Module:
-        model = reference.build(LVViT, role["seed"], distillation_type=role["distillation_type"], **common_options)
+        options = {**made["kwargs"], **{key: value for key, value in role.items() if key not in ("seed", "mode")}}
+        if options["distillation_type"] in (None, "none"):
+            options.pop("conv_distillation", None)  # a teacher has no token for another
+        model = reference.build(LVViT, role["seed"], dtype=dtype, **options)
         return model.train(role["mode"] == "train")
 
     student = make(made["student"])
-    teacher = make(made["teacher"]) if made["teacher"] else None
-    images = torch.as_tensor(case_input(case, "image"))
-    labels = drawn("labels", (len(images), common_options["num_classes"]), case.seed).softmax(dim=1)
+    teacher = make(made["teacher"]) if made.get("teacher") else None
+    images = torch.as_tensor(case_input(case, "image")).to(dtype)
+    labels = read_labels(case.raw["input"]["labels"], len(images), student.num_classes, case.seed)  # pyright: ignore
+    soft = labels.is_floating_point()
     criterion = DistillationLoss(
-        SoftTargetCrossEntropy(), teacher, None, made["student"]["distillation_type"],
+        base_criterion("soft" if soft else "hard", None), teacher, None, made["student"]["distillation_type"],
         made["lambda_token"], made["lambda_logits"], 1.0, made["tau"],
     )  # fmt: skip
     optimizer = torch.optim.AdamW(
         engine.get_param_groups(student, made["weight_decay"]), betas=tuple(made["betas"]), eps=made["eps"]
     )
-    engine.adjust_learning_rate(
+    rates = engine.adjust_learning_rate(
         optimizer.param_groups, made["init_lr"], made["min_lr"], made["epoch"], made["max_epoch"]
     )
-    terms = engine.training_step((images, labels), network=student, criterion=criterion)
+    if "printed" in case.raw:
+        checks.equal("printed", engine.rates_line(*rates), case.raw["printed"])
+    group_rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    for name, rate in case.raw.get("group_lr", {}).items():
+        checks.number(f"rate of {name}", group_rates[name], rate)
+    terms = engine.training_step((images, labels.to(dtype) if soft else labels), network=student, criterion=criterion)
     terms["loss"].backward()
     named = {name: value for name, value in student.named_parameters() if value.requires_grad}
     checks.equal("parameters", list(named), case.raw["parameters"])
@@ -214,13 +236,16 @@ def run_transform(case: Case, checks: Checks) -> None:
     options = case.build["kwargs"]
     if options["is_train"]:
         raise NotCovered("training transforms draw random numbers")
-    text = case.text
-    shape = json.loads("[" + text[text.index("256, (") + 6 : text.index("))")].rstrip(") ") + "]")
-    pixels = np.random.RandomState(case.seed).randint(0, 256, tuple(shape)).astype(np.uint8)
+    noise = re.search(r"RandomState\((\d+)\)\.randint\(0, 256, \(([\d, ]+)\)", case.text)
+    if noise is None:
+        raise NotCovered(f"a picture that is no noise: {case.text}")
+    shape = [int(number) for number in noise.group(2).split(",") if number.strip()]
+    pixels = np.random.RandomState(int(noise.group(1))).randint(0, 256, shape).astype(np.uint8)
     picture = eval_transform(options["input_size"])(Image.fromarray(pixels))
     checks.equal("full_shape", list(picture.shape), case.raw["full_shape"])
-    key = f"{case.name}/sample"
-    stride = options["input_size"] // checks.stored[key].shape[-1]
+    stated = re.search(r"every (\d+)", case.raw.get("what", ""))
+    stored = checks.stored[f"{case.name}/sample"].shape[-1]
+    stride = int(stated.group(1)) if stated else math.ceil(picture.shape[-1] / stored)
     checks.output("sample", picture[:, ::stride, ::stride], tolerance=1e-5)
     moments = torch.stack([picture.double().mean(), picture.double().std()])
     checks.output("mean_std", moments, tolerance=1e-5)
@@ -279,14 +304,13 @@ def fact_get_dpr(fact: Mapping[str, Any], checks: Checks) -> None:
 
 def fact_ra_sampler(fact: Mapping[str, Any], checks: Checks) -> None:
     given = fact["args"]
-    if fact["length"] == 0:  # the published sampler yields nothing, and training dies; here it is refused by name
+    if given["n"] < 256:  # the sampler yields nothing, and published training dies; here the loader refuses by name
         try:
             train_loader(TensorDataset(torch.zeros(given["n"])), batch_size=1, repeated_aug=True)
         except DataError as error:
             checks.equal("advice", "--no-repeated-aug" in str(error), True)
-            return
-        checks.fail("a dataset that gives no batch was accepted")
-        return
+        else:
+            checks.fail("a dataset that gives no batch was accepted")
     sampler = RepeatedSampler(
         range(given["n"]),
         num_replicas=given["replicas"],
@@ -306,12 +330,13 @@ def fact_ra_sampler(fact: Mapping[str, Any], checks: Checks) -> None:
         "crc32_of_json": zlib.crc32(json.dumps(indices).encode()),
     }
     for name, value in known.items():
-        checks.equal(name, value, fact[name])
+        if name in fact:
+            checks.equal(name, value, fact[name])
 
 
 def fact_smoothed_value(fact: Mapping[str, Any], checks: Checks) -> None:
     given = fact["args"]
-    meter = SmoothedValue(given["window"], given.get("fmt"))
+    meter = SmoothedValue(given.get("window", 20), given.get("fmt"))
     for value, count in given["updates"]:
         meter.update(value, count)
     checks.equal("string", str(meter), fact["string"])
@@ -374,11 +399,8 @@ def fact_manifest(fact: Mapping[str, Any], checks: Checks) -> None:
     checks.equal("params_without_rtsm", count_published_parameters(model), fact["params_without_rtsm"])
     trainable = sum(value.numel() for value in model.parameters() if value.requires_grad)
     checks.equal("trainable", trainable, fact["trainable"])
-    if isinstance(fact.get("buffers"), int):
-        checks.equal("buffers", sum(value.numel() for value in model.buffers()), fact["buffers"])
-    elif isinstance(fact.get("buffers"), dict):
-        buffers = {key: list(value.shape) for key, value in model.named_buffers()}
-        checks.equal("buffers", buffers, {key: list(shape) for key, shape in fact["buffers"].items()})
+    if "buffers" in fact:
+        checks.equal("buffers", [name for name, _ in model.named_buffers()], fact["buffers"])
 
 
 FACTS: dict[str, Callable[[Mapping[str, Any], Checks], None]] = {
@@ -397,7 +419,7 @@ def more_cases(folder: Path) -> list[Case]:
             raise CaseError(f"{path} is not valid JSON: {error}") from error
         facts |= content if path.name == "facts.json" else {path.stem: [{"manifest": True, **content}]}
     return [
-        Case(f"{kind}[{index}]", 0, {"fact": "manifest" if fact.get("manifest") else kind}, "", (), {}, fact)
+        Case(f"{kind}[{index}]", 0, {"fact": "manifest" if "manifest" in fact else kind}, "", (), {}, fact)
         for kind, entries in facts.items()
         for index, fact in enumerate(entries if isinstance(entries, list) else [entries])
     ]

@@ -30,6 +30,8 @@ def test_the_runner_finds_what_is_wrong(tmp_path, capsys):
     arrays["loss-frd/losses"][2] *= 1 + 1e-6
     del arrays["student-eval/tokens_1"]
     entries = [dict(case.raw) for case in chosen]
+    step = next(entry for entry in entries if entry["name"] == "step-none")
+    entries.append({**step, "name": "other-step", "outputs": [], "printed": "## Using lr", "group_lr": {"rtsm": 1.0}})
     entries.append({"name": "odd", "build": {"cls": "Frobnicator"}})
     (tmp_path / "cases.json").write_text(json.dumps(entries))
     np.savez(tmp_path / "cases.npz", **arrays)
@@ -37,6 +39,10 @@ def test_the_runner_finds_what_is_wrong(tmp_path, capsys):
     facts["stages"][0]["keeped_patches"][1] += 1
     facts["inat"][0]["samples"][0][1] += 1
     facts["strange"] = [{}]
+    sampler = facts["ra_sampler"][2]
+    facts["ra_sampler"] = [sampler, {**sampler, "num_samples": 764}]
+    manifest = json.loads((VECTORS / "manifest_teacher_lvvit_tiny.json").read_text())
+    (tmp_path / "manifest_x.json").write_text(json.dumps(manifest | {"buffers": manifest["buffers"][1:]}))
     (tmp_path / "facts.json").write_text(json.dumps(facts))
     assert runner.main([str(tmp_path)]) == 1
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
@@ -44,6 +50,11 @@ def test_the_runner_finds_what_is_wrong(tmp_path, capsys):
     assert "FAIL: losses differs" in lines["loss-frd"]
     assert "FAIL: cases.npz has no array student-eval/tokens_1" in lines["student-eval"]
     assert lines["step-none"].endswith("pass")
+    assert "FAIL: printed is" in lines["other-step"]
+    assert "rate of rtsm differs" in lines["other-step"]
+    assert lines["ra_sampler[0]"].endswith("pass")
+    assert "FAIL: num_samples is 765, expected 764" in lines["ra_sampler[1]"]
+    assert "FAIL: buffers is" in lines["manifest_x[0]"]
     assert "not covered: no runner for Frobnicator" in lines["odd"]
     assert "FAIL: keeped_patches is [16, 8, 4], expected [16, 9, 4]" in lines["stages[0]"]
     assert "FAIL: samples" in lines["inat[0]"]
