@@ -96,3 +96,35 @@ def test_what_nobody_can_run_is_named(tmp_path, capsys):
     write_folder(tmp_path, ["performer_a"], rename)
     assert runner.main([str(tmp_path)]) == 0
     assert "not covered: no runner for Frobnicator" in capsys.readouterr().out
+
+
+def test_settings_that_a_case_states_in_words_are_read(tmp_path, capsys):
+    def longer(entry):
+        entry["what"] = entry["what"].replace("T_max=60", "T_max=61")
+
+    write_folder(tmp_path, ["transfer_schedule"], longer)
+    assert runner.main([str(tmp_path)]) == 1
+    assert "lr0 differs" in capsys.readouterr().out
+
+    def sharper(entry):
+        entry["input"] = entry["input"].replace("[1,2,3]", "[1,4,3]")
+
+    write_folder(tmp_path, ["threshold_tiny"], sharper)
+    assert runner.main([str(tmp_path)]) == 1
+    assert "threshold differs" in capsys.readouterr().out
+
+
+def test_a_backbone_alone_is_the_first_stage_of_a_cascade(tmp_path, capsys):
+    """Stage 1 reuses nothing, so its names without their prefix, and its class, make the same case."""
+    prefix = "less_less_token."
+
+    def first_stage(entry):
+        build = entry["build"]
+        build |= {"class": "T2T_ViT", "tokens_type": build["tokens_type"][0]}
+        kept = {name: value for name, value in entry["outputs"].items() if name.startswith(prefix)}
+        entry["outputs"] = {name.removeprefix(prefix): value for name, value in kept.items()}
+
+    write_folder(tmp_path, ["dvt_t2t_small_nn"], first_stage)
+    assert runner.main([str(tmp_path)]) == 1  # weights are drawn by name: other numbers, but every output is compared
+    printed = capsys.readouterr().out
+    assert all(f"{name} differs" in printed for name in ("features", "relation.first", "relation.last"))
