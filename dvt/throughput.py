@@ -7,6 +7,7 @@ and copying pictures is not timed.
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
@@ -170,6 +171,8 @@ def choose_settings(
                 f"--threshold takes the thresholds of the first {exits - 1} exits (the last always answers), got "
                 f"{len(thresholds)} numbers"
             )
+        if any(math.isnan(value) for value in thresholds):
+            raise ValueError("--threshold: nan is not a confidence; give numbers between 0 and 1")
         values = [*thresholds, -NOBODY][:exits]
         chosen["thresholds " + " ".join(f"{value:g}" for value in thresholds)] = torch.tensor(values)
     for budget in budgets:

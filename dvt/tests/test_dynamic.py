@@ -9,6 +9,7 @@ from dvt.dynamic import DynamicClassifier, bucket
 from dvt.exits import EVERYBODY, NOBODY, confidence_and_prediction, find_thresholds, first_exit
 from dvt.models import Cascade
 from dvt.tests.tiny import small_cascade, t2t_cascade
+from dvt.throughput import choose_settings
 
 SHARES = [(0.4, 0.3, 0.3), (0.1, 0.1, 0.8), (0.0, 0.6, 0.4), (0.6, 0.4, 0.0), (0.0, 0.0, 1.0), (1.0, 0.0, 0.0)]
 
@@ -137,3 +138,8 @@ def test_on_a_gpu_compiled_and_not():
         chosen = first_exit(confidence, torch.tensor(classifier.thresholds))
         assert output.exits.tolist() == chosen.tolist()
         torch.testing.assert_close(output.logits.cpu(), logits[chosen, torch.arange(24)], rtol=1e-3, atol=1e-3)
+
+
+def test_a_threshold_that_is_not_a_number_is_refused():
+    with pytest.raises(ValueError, match="nan is not a confidence"):
+        choose_settings([1.0, 2.0, 4.0], thresholds=[float("nan"), 0.5])
