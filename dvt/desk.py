@@ -5,11 +5,7 @@ Thresholds are found on the training digits and judged on the 360 others, as for
 take turns on every batch, so the speed-ups of one run are comparable.
 """
 
-import contextlib
-import hashlib
-import io
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ from torch import Tensor
 
 from common.benchmark import device_name
 from common.cache import cached, source_files
+from common.desk import quiet, sha256_of
 from common.tables import DeskTable
 from dvt import main as training
 from dvt.checkpoints import load_weights, read
@@ -107,16 +104,16 @@ def train_once(
 
     def compute() -> dict[str, object]:
         words = ["--model", MODEL, "--output", str(folder), "--experiment", name, "--device", str(device), *flags]
-        with quiet(not progress), contextlib.redirect_stdout(sys.stderr if progress else io.StringIO()):
+        with quiet(not progress):
             result = training.main(words)
-        return {"sha256": _sha256(weights), "top1_percent": result["exit3_top1"]}
+        return {"sha256": sha256_of(weights), "top1_percent": result["exit3_top1"]}
 
     def kept(again: bool) -> dict[str, object]:
         job = ["training", "dvt", name, str(device)]
         return cached(job, compute, files=source_files("dvt"), force=again)
 
     known = kept(force)
-    if not weights.is_file() or _sha256(weights) != known["sha256"]:
+    if not weights.is_file() or sha256_of(weights) != known["sha256"]:
         known = kept(True)
     if float(str(known["top1_percent"])) < FLOOR:
         raise RuntimeError(f"the desk cascade {method} reached {known['top1_percent']} % on the held-out digits")
@@ -138,17 +135,3 @@ def measure(weights: Path, method: str, device: torch.device) -> list[DynamicRes
     results = measure_dynamic(model, settings, batches, cascade_gflops(model), device=device)
     assert results[0].name == FULL
     return results
-
-
-@contextlib.contextmanager
-def quiet(wanted: bool) -> Iterator[None]:
-    """Without the lines on stderr, where they are not wanted."""
-    if not wanted:
-        yield
-        return
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

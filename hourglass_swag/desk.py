@@ -6,10 +6,8 @@ measured in turns, so that the ratios of one run are comparable.
 """
 
 import contextlib
-import hashlib
 import io
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,6 +17,7 @@ from tqdm import tqdm
 from common.benchmark import compare, device_name
 from common.cache import cached, source_files
 from common.data import build_dataset
+from common.desk import quiet, sha256_of
 from common.flops import OpCounts, gmacs
 from common.tables import DeskTable
 from hourglass_swag import imagenet_1k_eval, train
@@ -126,14 +125,14 @@ def train_once(folder: Path, device: torch.device, *, force: bool, progress: boo
         words = ["-m", "vit_desk", "--data-set", "digits", "--output-dir", str(folder), "--device", str(device)]
         with quiet(not progress):
             row = train.main(words)
-        return {"sha256": _sha256(weights), "top1_percent": row["test_top1_percent"]}
+        return {"sha256": sha256_of(weights), "top1_percent": row["test_top1_percent"]}
 
     def kept(again: bool) -> dict[str, object]:
         job = ["training", "hourglass_swag", "vit_desk", str(device)]
         return cached(job, compute, files=source_files("hourglass_swag"), force=again)
 
     known = kept(force)
-    if not weights.is_file() or _sha256(weights) != known["sha256"]:
+    if not weights.is_file() or sha256_of(weights) != known["sha256"]:
         known = kept(True)
     if float(str(known["top1_percent"])) < 97:
         raise RuntimeError(f"the desk network reached {known['top1_percent']} % on the held-out digits, expected 97 %")
@@ -158,17 +157,3 @@ def count(model: nn.Module, images: Tensor) -> OpCounts:
     if depends_on_data(model):
         return model.count_ops_on(images)  # pyright: ignore[reportCallIssue] - see depends_on_data
     return model.count_ops()  # pyright: ignore[reportCallIssue] - every network of the registry has it
-
-
-@contextlib.contextmanager
-def quiet(wanted: bool) -> Iterator[None]:
-    """Without the lines on stderr, where they are not wanted."""
-    if not wanted:
-        yield
-        return
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -8,11 +8,6 @@ turns on the deployed networks, so that the ratios of one run are comparable.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import io
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +17,7 @@ from tqdm import tqdm
 from common.benchmark import compare, device_name
 from common.cache import cached, source_files
 from common.data import build_dataset, eval_transform
+from common.desk import quiet, sha256_of
 from common.flops import gmacs
 from common.tables import DeskTable
 from sit import main
@@ -158,15 +154,15 @@ def train_once(job: Run, folder: Path, device: torch.device, *, force: bool, pro
     def compute() -> dict[str, object]:
         with quiet(not progress):
             row = main.main([*words_of(job, folder), "--device", str(device)])
-        return {"sha256": _sha256(file), "top1_percent": row["test_acc1"]}
+        return {"sha256": sha256_of(file), "top1_percent": row["test_acc1"]}
 
     def kept(again: bool) -> dict[str, object]:
-        start = _sha256(folder / "teacher" / "checkpoint.pth") if job.taught else ""
+        start = sha256_of(folder / "teacher" / "checkpoint.pth") if job.taught else ""
         question = ["training", "sit", job.name, job.words, start, str(device)]
         return cached(question, compute, files=source_files("sit"), force=again, folder=folder)
 
     known = kept(force)
-    if not file.is_file() or _sha256(file) != known["sha256"]:
+    if not file.is_file() or sha256_of(file) != known["sha256"]:
         known = kept(True)
     top1 = float(str(known["top1_percent"]))
     if job.name == "teacher" and top1 < EXPECTED_PERCENT:
@@ -189,17 +185,3 @@ def held_out(number: int) -> torch.Tensor:
     """The first held-out digits, (number, 3, 32, 32), from the start again if need be."""
     pictures = build_dataset("digits", None, "val", eval_transform(32))
     return torch.stack([pictures[index % 360][0] for index in range(number)])
-
-
-@contextlib.contextmanager
-def quiet(wanted: bool) -> Iterator[None]:
-    """Standard output kept free, which may be JSON; standard error too, where it is not wanted."""
-    with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as stack:
-        if wanted:
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        yield
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -6,11 +6,6 @@ reduction removes the same number of heads and neurons, the weakest, from every 
 number of epochs with the same distillation. Then each network is made physically smaller and timed against the dense.
 """
 
-import contextlib
-import hashlib
-import io
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +15,7 @@ from torch import Tensor
 from common.benchmark import compare, device_name
 from common.cache import cached, source_files
 from common.checkpoint import load_safely, save_atomic
+from common.desk import quiet, sha256_of
 from common.flops import CONVENTIONS
 from common.tables import DeskTable
 from uvc import baselines, joint_train, post_train
@@ -78,7 +74,7 @@ def train_all(folder: Path, device: torch.device, *, force: bool, progress: bool
 
     job = ["training", "uvc", MODEL, str(device)]
     known = cached(job, compute, files=source_files("uvc"), force=force)
-    if any(not (folder / row["file"]).is_file() or row["sha256"] != _sha256(folder / row["file"]) for row in known):
+    if any(not (folder / row["file"]).is_file() or row["sha256"] != sha256_of(folder / row["file"]) for row in known):
         known = cached(job, compute, files=source_files("uvc"), force=True)
     return known
 
@@ -91,7 +87,7 @@ def train_networks(folder: Path, device: torch.device) -> list[dict[str, Any]]:
         file = f"{name}/{MODEL}.pth.tar"
         return {
             "method": method, "setting": setting, "file": file, "top1_percent": metrics["top1_percent"],
-            "sha256": _sha256(folder / file),
+            "sha256": sha256_of(folder / file),
         }  # fmt: skip
 
     rows = [entry("dense", "", "dense", baselines.main(f"{DENSE} {where} --name dense".split()))]
@@ -237,18 +233,3 @@ def held_out(number: int) -> Tensor:
     """The first held-out digits, from the start again if need be, (number, 3, 32, 32)."""
     _, pictures = open_datasets("digits", None, 32, only_evaluate=True)
     return torch.stack([pictures[index % 360][0] for index in range(number)])
-
-
-@contextlib.contextmanager
-def quiet(wanted: bool) -> Iterator[None]:
-    """Without the lines of the scripts, which in any case must not go to standard output."""
-    with contextlib.redirect_stdout(sys.stderr if not wanted else io.StringIO()):
-        if not wanted:
-            yield
-            return
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
