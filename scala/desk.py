@@ -30,7 +30,7 @@ NETWORK = (
     f"--depth {DEPTH} --workers 1"
 )
 RECIPE = (
-    "--batch-size 32 --lr 6e-3 --unscale-lr --warmup-epochs 3 --clip-grad 1 --weight-decay 0.05 "
+    "--batch-size 32 --lr 2e-3 --unscale-lr --warmup-epochs 3 --clip-grad 1 --weight-decay 0.05 "
     "--no-model-ema --no-repeated-aug --aa none --color-jitter 0 --hflip 0 --reprob 0 --mixup 0 --cutmix 0 "
     "--smoothing 0.1 --drop-path 0 --seed 0"
 )
