@@ -206,8 +206,8 @@ def measure(known: list[dict[str, Any]], folder: Path, device: torch.device, *, 
         notes=(
             f"{MODEL}: 6 blocks of 4 heads, width 64, 16 patches of 32x32 pictures; dense trained for {DENSE_EPOCHS} "
             f"epochs on 1,437 digits, evaluated on the 360 others (one picture is 0.28 points). UVC: {STAGE1_EPOCHS} "
-            f"epochs of stage 1 (again with a lower aim where the budget was missed), then {STAGE2_EPOCHS} of stage 2; the "
-            f"others {STAGE1_EPOCHS + STAGE2_EPOCHS} epochs.",
+            f"epochs of stage 1 (again with a lower aim where the budget was missed), then {STAGE2_EPOCHS} of stage 2; "
+            f"the others {STAGE1_EPOCHS + STAGE2_EPOCHS} epochs.",
             "cost_percent is the remaining cost by the paper's rules, to be held against the budget; weights_percent "
             "the share of non-zero weights in the blocks that run. OMP's zeros lie anywhere: a dense kernel multiplies "
             "them all the same, so its cost stays.",
