@@ -24,6 +24,9 @@ COLUMNS = ("fps", "throughput_ips")
 LARGE_BATCH = {"cuda": 256, "cpu": 4}
 """Batch of the throughput column: the paper's on a GPU, one that a processor finishes in seconds there."""
 
+LEDGER_PASSES = {"cpu": (1, 5), "gpu": (3, 20)}
+"""Warm-up and timed passes of each pair when the ledger asks: one pass of a large network takes seconds on a CPU."""
+
 Build = Callable[[Row], tuple[nn.Module, int]]
 """From a row to its network (called under its device; speed does not depend on the weights) and its resolution."""
 
@@ -212,3 +215,14 @@ def as_measured(run: SpeedRun, device: torch.device) -> dict[tuple[str, str], Me
         )
         for record in run.records
     }
+
+
+def speeds_for_ledger(
+    rows: Sequence[Row], build: Build, *, columns: Sequence[str], device: torch.device | str, progress: bool
+) -> dict[tuple[str, str], Measured]:
+    """What an adapter's ``speeds`` answers: rows that share a dense row, each pair in turns, with random weights."""
+    device = torch.device(device)
+    warmup, rounds = LEDGER_PASSES["cpu" if device.type == "cpu" else "gpu"]
+    label = "speed" if progress else None
+    run = measure_rows(rows, build, device=device, columns=columns, warmup=warmup, rounds=rounds, progress=label)
+    return as_measured(run, device)

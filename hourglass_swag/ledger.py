@@ -13,7 +13,7 @@ from common.benchmark import random_images
 from common.cache import FOLDER
 from common.checkpoint import hub_folder
 from common.flops import OpCounts, count_parameters, gmacs
-from common.speeds import as_measured, measure_rows
+from common.speeds import speeds_for_ledger
 from common.tables import DeskTable, Measured, NeedsWeights, NotImplementedYet, Row
 from hourglass_swag import desk as desk_experiment
 from hourglass_swag.models import REGISTRY
@@ -21,10 +21,6 @@ from hourglass_swag.models.ats_vision_transformer import ATSVisionTransformer
 from hourglass_swag.models.weights import TORCHVISION_FILES
 from hourglass_swag.tools.costs import build_network, depends_on_data, noise_image, parse_network
 from hourglass_swag.tools.survivors import sharpen_
-
-PASSES = {"cpu": (1, 5), "gpu": (3, 20)}
-"""Warm-up and timed passes of each pair: one pass of H/14 takes many seconds on a CPU."""
-
 
 IMPLIED_TOKENS = {
     "ats-l16-20": 279,
@@ -103,11 +99,7 @@ def speeds(
     rows: Sequence[Row], *, columns: Sequence[str], device: torch.device | str, progress: bool
 ) -> dict[tuple[str, str], Measured]:
     """Speed of the rows that share a dense row, each pair in turns; random weights, see ``build``."""
-    device = torch.device(device)
-    warmup, rounds = PASSES["cpu" if device.type == "cpu" else "gpu"]
-    label = "speed" if progress else None
-    run = measure_rows(rows, build, device=device, columns=columns, warmup=warmup, rounds=rounds, progress=label)
-    return as_measured(run, device)
+    return speeds_for_ledger(rows, build, columns=columns, device=device, progress=progress)
 
 
 def accuracy(

@@ -13,15 +13,12 @@ from torch import nn
 
 from common.cache import FOLDER
 from common.flops import gmacs
-from common.speeds import as_measured, measure_rows
+from common.speeds import speeds_for_ledger
 from common.tables import DeskTable, Measured, NeedsWeights, Row
 from sit import desk as desk_experiment
 from sit.models import LVViT, count_published_parameters
 from sit.models.lvvit import build_lvvit
 from sit.parser import parse_args
-
-PASSES = {"cpu": (1, 5), "gpu": (3, 20)}
-"""Warm-up and timed passes of each pair."""
 
 
 def build_whole(row: Row) -> LVViT:
@@ -69,11 +66,7 @@ def speeds(
     rows: Sequence[Row], *, columns: Sequence[str], device: torch.device | str, progress: bool
 ) -> dict[tuple[str, str], Measured]:
     """Speed of rows against their teacher, in turns; random weights, the networks as deployed."""
-    device = torch.device(device)
-    warmup, rounds = PASSES["cpu" if device.type == "cpu" else "gpu"]
-    label = "speed" if progress else None
-    run = measure_rows(rows, build, device=device, columns=columns, warmup=warmup, rounds=rounds, progress=label)
-    return as_measured(run, device)
+    return speeds_for_ledger(rows, build, columns=columns, device=device, progress=progress)
 
 
 def accuracy(
