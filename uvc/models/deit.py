@@ -86,6 +86,8 @@ class GatedDeiT(GatedTransformer):
         drop_path_rate: stochastic depth of the last block; it grows linearly with depth.
     """
 
+    block_class: type[Block] = Block
+
     def __init__(
         self,
         *,
@@ -112,7 +114,7 @@ class GatedDeiT(GatedTransformer):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_patches + self.num_prefix_tokens, embed_dim))
         self.register_parameter("dist_token", nn.Parameter(torch.zeros(1, 1, embed_dim)) if distilled else None)
-        make = partial(Block, embed_dim, num_heads, self.hidden_dim, qkv_bias=qkv_bias, norm_eps=norm_eps)
+        make = partial(self.block_class, embed_dim, num_heads, self.hidden_dim, qkv_bias=qkv_bias, norm_eps=norm_eps)
         last = max(depth - 1, 1)
         self.blocks = nn.ModuleList(make(drop_path=drop_path_rate * index / last) for index in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)

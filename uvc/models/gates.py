@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -223,8 +223,8 @@ class GatedTransformer(nn.Module):
         patches = tokens[:, self.num_prefix_tokens :].index_select(1, kept)
         return torch.cat([tokens[:, : self.num_prefix_tokens], patches], dim=1)
 
-    def run_blocks(self, x: Tensor) -> Tensor:
-        """Blocks under their gates, (B, T, D) -> (B, T, D).
+    def run_blocks(self, x: Tensor, *options: Any) -> Tensor:
+        """Blocks under their gates, (B, T, D) -> (B, T, D); each gets ``options`` besides.
 
         Source: the block-skipping gates of the paper. The block's output holds its input, so the run weight scales
         the residual update.
@@ -238,9 +238,9 @@ class GatedTransformer(nn.Module):
                 else:
                     weights = gate_weights(self.block_skip_gating[index], gates.mode, hard=gates.hard, eps=gates.eps)
                     skip, run = weights.unbind()
-                x = run * block(x) + skip * x
+                x = run * block(x, *options) + skip * x
             elif running[index]:
-                x = block(x)
+                x = block(x, *options)
             if summed is not None:
                 summed = summed + x
         return x if summed is None else summed

@@ -1,12 +1,14 @@
-"""DeiT that selects tokens once before its blocks: one of the pruning baselines in UVC's release.
+"""DeiT that selects tokens before its blocks, or there and inside every attention: pruning baselines of UVC's release.
 
 B batch, T tokens, class token included.
 """
 
-import torch
-from torch import Tensor
+from typing import Any
 
-from uvc.models.deit import GatedDeiT
+import torch
+from torch import Tensor, nn
+
+from uvc.models.deit import Attention, Block, GatedDeiT
 
 
 def select_best_tokens(
@@ -35,6 +37,33 @@ def select_best_tokens(
     return tokens * kept[..., None]
 
 
+class SelectingAttention(Attention):
+    """Self-attention whose queries, keys and values see zeros in place of the tokens that its scores leave out."""
+
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True) -> None:
+        super().__init__(dim, num_heads, qkv_bias=qkv_bias)
+        self.gumbel = nn.Linear(dim, 1)
+
+    def forward(self, x: Tensor, tau: float = -1.0, number: int = 197) -> Tensor:
+        """(B, T, D) -> (B, T, D); ``number`` tokens are chosen where ``tau`` is positive."""
+        if tau > 0:
+            x = select_best_tokens(x, self.gumbel(x).squeeze(-1), tau=tau, number=number)
+        return super().forward(x)
+
+
+class SelectingBlock(Block):
+    """Block around ``SelectingAttention``. Its residual stream keeps all tokens."""
+
+    def __init__(self, dim: int, num_heads: int, hidden: int, *, qkv_bias: bool = True, **options: Any) -> None:
+        super().__init__(dim, num_heads, hidden, qkv_bias=qkv_bias, **options)
+        self.attn = SelectingAttention(dim, num_heads, qkv_bias=qkv_bias)
+
+    def forward(self, x: Tensor, tau: float = -1.0, number: int = 197) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        x = x + self.drop_path(self.attn(self.norm1(x), tau, number))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
 class TokenSelectingDeiT(GatedDeiT):
     """DeiT with a linear layer ``gumbel`` that scores all tokens."""
 
@@ -45,4 +74,11 @@ class TokenSelectingDeiT(GatedDeiT):
         x = torch.cat([*prefix, x], dim=1) + self.pos_embed
         if tau > 0:
             x = select_best_tokens(x, self.gumbel(x).squeeze(-1), tau=tau, number=int(ratio))
-        return self.norm(self.run_blocks(x))
+        options = (tau, int(ratio)) if self.block_class is SelectingBlock else ()
+        return self.norm(self.run_blocks(x, *options))
+
+
+class EachLayerSelectingDeiT(TokenSelectingDeiT):
+    """Selects before the blocks and, with scores of its own on the normalised tokens, in every attention anew."""
+
+    block_class = SelectingBlock

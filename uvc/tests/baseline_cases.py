@@ -12,7 +12,7 @@ from common.reference import Case, Checks, NotCovered
 from uvc import baseline_scores as scoring
 from uvc.models.deit import GatedDeiT
 from uvc.models.gates import GatedTransformer, apply_masks_, register_masks
-from uvc.models.token_selection import TokenSelectingDeiT
+from uvc.models.token_selection import EachLayerSelectingDeiT, TokenSelectingDeiT
 from uvc.pruning import blocks_of
 from uvc.tests.model_cases import replay, set_gates
 from uvc.tests.optimizer_cases import compare
@@ -98,10 +98,9 @@ def run_gmp_schedule(case: Case, checks: Checks) -> None:
 
 
 def run_token_selection(case: Case, checks: Checks) -> None:
-    """A network that selects tokens once before its blocks, with and without doing so."""
-    if "_data" in str(case.build.get("factory")):
-        raise NotCovered("token selection inside every attention, whose exact form the text does not say")
-    model = build(case, TokenSelectingDeiT)
+    """A network that selects tokens before its blocks, or in every attention too, with and without doing so."""
+    each_layer = "_data" in str(case.build.get("factory"))
+    model = build(case, EachLayerSelectingDeiT if each_layer else TokenSelectingDeiT)
     with torch.no_grad(), replay(int(case.raw["noise_seed"])):
         images = case.read()
         values = {"logits": model(images), "logits_selected": model(images, case.raw["tau"], case.raw["number"])}

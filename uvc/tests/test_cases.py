@@ -18,8 +18,6 @@ CASES += runner.more_cases(VECTORS)
 def test_reference_vector(case):
     with runner.float64():
         (result,) = run_cases([case], STORED, runner.find_runner)
-    if case.name == "bp_token_each_layer" and result.status == "not covered":
-        pytest.skip(result.reason)
     assert result.status == "pass", result.reason
 
 
