@@ -14,7 +14,7 @@ from uvc.models.deit import GatedDeiT
 from uvc.models.gates import GatedTransformer, apply_masks_, register_masks
 from uvc.models.token_selection import EachLayerSelectingDeiT, TokenSelectingDeiT
 from uvc.pruning import blocks_of
-from uvc.tests.model_cases import replay, set_gates
+from uvc.tests.model_cases import NUMBER, replay, set_gates
 from uvc.tests.optimizer_cases import compare
 
 _SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes", "mlp_ratio", "qkv_bias")
@@ -23,7 +23,7 @@ _SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_clas
 def build(case: Case, make: Any = GatedDeiT) -> GatedTransformer:
     """The network of a case with masks of ones, every block running."""
     options = {key: value for key, value in case.build.items() if key in _SIZES}
-    if found := re.search(r"eps=([\d.e-]+)", str(case.build.get("norm_layer", ""))):
+    if found := re.search(rf"eps=({NUMBER})", str(case.build.get("norm_layer", ""))):
         options["norm_eps"] = float(found[1])
     model = reference.build(make, case.seed, **options)
     assert isinstance(model, GatedTransformer)
@@ -57,11 +57,13 @@ def run_scores(case: Case, checks: Checks) -> None:
 
 
 def taylor_batches(case: Case, classes: int) -> list[tuple[Tensor, Tensor]]:
-    """The batches that the text describes: two images of seed + i, labels i and i + 1 modulo the classes."""
-    found = re.search(r"summed over (\d+) batches", str(case.raw.get("what", "")))
-    number, size = int(found[1]) if found else 3, case.build["img_size"]
+    """The batches that the text describes: images of seed + i, labels i, i + 1 and so on modulo the classes."""
+    what = str(case.raw.get("what", ""))
+    found, images = re.search(r"summed over (\d+) batches", what), re.search(r"fill\.image\((\d+),", what)
+    number, count, size = int(found[1]) if found else 3, int(images[1]) if images else 2, case.build["img_size"]
     return [
-        (reference.image(2, size, case.seed + i), torch.tensor([i % classes, (i + 1) % classes])) for i in range(number)
+        (reference.image(count, size, case.seed + i), torch.tensor([(i + j) % classes for j in range(count)]))
+        for i in range(number)
     ]
 
 
@@ -87,7 +89,7 @@ def run_structured(case: Case, checks: Checks) -> None:
 def run_gmp_schedule(case: Case, checks: Checks) -> None:
     """Sparsity at each event."""
     made = case.build
-    found = re.search(r"final sparsity ([\d.]+\d)", str(case.raw.get("what", "")))
+    found = re.search(rf"final sparsity ({NUMBER})", str(case.raw.get("what", "")))
     if not found:
         raise NotCovered("a text that does not state the final sparsity")
     start, interval, times = made["t_start"], made["delta_t"], made["pruning_times"]

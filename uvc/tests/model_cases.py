@@ -58,6 +58,10 @@ def tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.from_numpy(np.asarray(reference.array(name, shape, seed)))
 
 
+NUMBER = r"\d*\.?\d+(?:e[+-]?\d+)?"
+"""A number in a text; a full stop behind it is not of it."""
+
+
 # Models
 
 _TAKEN = {
@@ -72,6 +76,24 @@ _TAKEN = {
     "qkv_bias",
 }
 _SETTINGS = {"factory", "norm_layer", "drop_rate", "attn_drop_rate", "drop_path_rate", "gumbel_hard", "enable_dist"}
+_T2T_TAKEN = (_TAKEN - {"patch_size"}) | {"token_dim"}
+_T2T_SETTINGS = (_SETTINGS - {"enable_dist"}) | {"tokens_type", "qk_scale"}
+_NEUTRAL = (None, False, 0, "GELU", "GELU()")
+
+
+def options_of(made: dict[str, Any], taken: set[str], settings: set[str]) -> dict[str, Any]:
+    """Arguments of a network out of a build; one that it knows nothing of must be without effect."""
+    strange = sorted(key for key in made.keys() - taken - settings if made[key] not in _NEUTRAL)
+    if strange:
+        raise NotCovered(f"build arguments {', '.join(strange)}")
+    if any(made.get(name) for name in ("drop_rate", "attn_drop_rate")):
+        raise NotCovered("dropout in the backbone")
+    options = {key: value for key, value in made.items() if key in taken}
+    if isinstance(options.get("img_size"), list):
+        options["img_size"] = tuple(options["img_size"])
+    if found := re.search(rf"eps=({NUMBER})", str(made.get("norm_layer", ""))):
+        options["norm_eps"] = float(found[1])
+    return options
 
 
 def build_model(case: Case, *, seed: int | None = None) -> GatedTransformer:
@@ -80,19 +102,12 @@ def build_model(case: Case, *, seed: int | None = None) -> GatedTransformer:
     seed = case.seed if seed is None else seed
     factory = made.pop("factory", None)
     if factory == "T2T_ViT":
-        if made.pop("tokens_type", "performer") != "performer":
+        if made.get("tokens_type", "performer") != "performer":
             raise NotCovered("token stages other than the Performer")
-        model = reference.build(GatedT2TViT, seed, **made)
+        options = options_of(made, _T2T_TAKEN, _T2T_SETTINGS)
+        model = reference.build(GatedT2TViT, seed, scale=made.get("qk_scale"), **options)
     elif factory == "DistilledVisionTransformer":
-        if strange := sorted(made.keys() - _TAKEN - _SETTINGS):
-            raise NotCovered(f"build arguments {', '.join(strange)}")
-        if any(made.get(name) for name in ("drop_rate", "attn_drop_rate")):
-            raise NotCovered("dropout in the backbone")
-        options = {key: value for key, value in made.items() if key in _TAKEN}
-        if isinstance(options.get("img_size"), list):
-            options["img_size"] = tuple(options["img_size"])
-        if found := re.search(r"eps=([\d.e-]+)", str(made.get("norm_layer", ""))):
-            options["norm_eps"] = float(found[1])
+        options = options_of(made, _TAKEN, _SETTINGS)
         model = reference.build(GatedDeiT, seed, distilled=bool(made.get("enable_dist")), **options)
     elif factory in MODELS:
         model = reference.build(create, seed, name=factory)
@@ -149,7 +164,7 @@ def run_model(case: Case, checks: Checks) -> None:
             model.patch_gating.copy_(1.5 * tensor("patch_gating", shape, case.seed))
         settings.patch = "hard" if raw["patch_hard"] else "soft"
     tau, ratio = float(raw.get("tau", -1.0)), float(raw.get("ratio", 0.9))
-    if found := re.search(r"token selection \(tau ([\d.]+), ratio ([\d.]+)\)", what):
+    if found := re.search(rf"token selection \(tau ({NUMBER}), ratio ({NUMBER})\)", what):
         tau, ratio = float(found[1]), float(found[2])
     model.train(train)
     gradients = any(name.startswith("grad") for name in case.outputs)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.reference import read_cases, run_cases
+from common.reference import array, read_cases, run_cases
 from uvc.tests import cases as runner
 
 VECTORS = Path(__file__).parent / "vectors"
@@ -19,6 +19,45 @@ def test_reference_vector(case):
     with runner.float64():
         (result,) = run_cases([case], STORED, runner.find_runner)
     assert result.status == "pass", result.reason
+
+
+def test_texts_are_read_and_not_assumed(tmp_path, capsys):
+    """Other schedules, losses, numbers of one digit and sizes that no text states."""
+    entries, arrays = [], {}
+
+    def add(name, like, what=("", ""), build=None, **values):
+        (case,) = (case for case in CASES if case.name == like)
+        entry = json.loads(json.dumps(dict(case.raw)).replace(*what)) | {"name": name}
+        entry["outputs"] = {f"{name}/{output}": [] for output in values}
+        entries.append(entry | ({"build": build} if build else {}))
+        arrays.update({f"{name}/{output}": np.asarray(value) for output, value in values.items()})
+
+    steps = np.array([0, 1, 2, 3, 4, 5])
+    linear = 1e-3 * np.where(steps < 2, steps / 2, (8 - steps) / 6)
+    linear[0] = 5e-4  # the first step of the warm-up
+    add("stage1_linear", "stage1_iterations", ("cosine with 2", "linear with 2"), lr=linear)
+    add(
+        "stage1_plain", "stage1_iterations", ("KD soft alpha 0.1, ", ""), lr=[5e-4, *STORED["stage1_iterations/lr"][1:]]
+    )
+    add("lagrangian_z", "lagrangian_A", ("z=1.7", "z=2"), zloss=STORED["lagrangian_A/zloss"] / 1.7 * 2)
+    scores = np.sort(array("least", (7,), 7) ** 2)
+    numbers = {"function": "least_s_sum", "s": [0, 2.5, 4]}
+    add(
+        "least_s_sum_few",
+        "least_s_sum",
+        build=numbers,
+        value=[0, scores[:3].sum(), scores[:4].sum()],
+        grad=scores[[0, 3, 4]],
+    )
+    add(
+        "bp_gmp_schedule_one",
+        "bp_gmp_schedule",
+        ("sparsity 0.6", "sparsity 1"),
+        sparsity=STORED["bp_gmp_schedule/sparsity"] / 0.6,
+    )
+    (tmp_path / "cases.json").write_text(json.dumps(entries))
+    np.savez(tmp_path / "cases.npz", **arrays)
+    assert runner.main([str(tmp_path)]) == 0, capsys.readouterr().out
 
 
 def test_a_changed_number_fails_and_other_configurations_are_read(tmp_path, capsys):

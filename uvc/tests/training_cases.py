@@ -17,7 +17,7 @@ from uvc.losses import DistillationLoss
 from uvc.models.gates import GatedTransformer, register_masks
 from uvc.pruning import update_masks_
 from uvc.schedules import selection_tau, warmup_factor, zlr_schedule
-from uvc.tests.model_cases import build_model, replay, tensor
+from uvc.tests.model_cases import NUMBER, build_model, replay, tensor
 from uvc.tests.optimizer_cases import apply_gate_args, compare, settings_of, stated_numbers, trajectory
 from uvc.uvc_optimizer import PrimalDual
 
@@ -26,6 +26,7 @@ NORMS = (
     "patch_embed.proj.weight", "blocks.0.attn.proj.weight", "blocks.1.mlp.fc2.weight", "blocks.1.mlp.fc1.bias",
     "pos_embed", "head.weight",
 )  # fmt: skip
+"""Weights whose norms the trajectories show, where the text names none."""
 
 
 class Fixed(nn.Module):
@@ -67,12 +68,13 @@ def run_schedules(case: Case, checks: Checks) -> None:
             factor = warmup_factor(name, warmup_steps=warmup, total_steps=total)
             values[name] = np.array([factor(step) for step in range(count)])
         elif name == "tau":
-            found = re.search(r"get_tau\(([\d.]+),\s*([\d.]+)", what)
+            found = re.search(rf"get_tau\(({NUMBER}),\s*({NUMBER})", what)
             end, start = (float(found[1]), float(found[2])) if found else (10.0, 0.1)
-            values[name] = np.array([selection_tau(i, count - 1, end=end, start=start) for i in range(count)])
+            values[name] = np.array([selection_tau(i, total, end=end, start=start) for i in range(count)])
         elif name == "eps":
             first = checks.stored[f"{case.name}/eps"][0]
-            values[name] = np.array([first * JointSettings().eps_decay ** i for i in range(count)])
+            decay = float(case.build.get("eps_decay", case.raw.get("eps_decay", JointSettings().eps_decay)))
+            values[name] = np.array([first * decay**i for i in range(count)])
     compare(case, checks, values)
 
 
@@ -90,13 +92,13 @@ def run_stage2_rates(case: Case, checks: Checks) -> None:
     what = str(case.raw.get("what", ""))
 
     def number(pattern: str, default: float) -> float:
-        found = re.search(pattern + r"\s*(?:is\s*|=\s*)?([\d.]+(?:e-?\d+)?)", what)
+        found = re.search(rf"{pattern}\s*(?:is\s*|=\s*)?({NUMBER})", what)
         return float(found[1]) if found else default
 
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=float(case.build["base_lr"]))
     scheduler, _ = cli.build_schedule(
         optimizer, epochs=int(case.build["epochs"]), min_lr=number("min", 1e-5),
-        warmup_epochs=int(number("warm-up", 5)), warmup_lr=number("epochs from", 1e-6),
+        warmup_epochs=0 if "no warm-up" in what else int(number("warm-up", 5)), warmup_lr=number("epochs from", 1e-6),
     )  # fmt: skip
     rates = []
     for epoch in range(len(checks.stored[f"{case.name}/lr"])):
@@ -105,9 +107,11 @@ def run_stage2_rates(case: Case, checks: Checks) -> None:
     compare(case, checks, {"lr": np.array(rates)})
 
 
-def norms(model: GatedTransformer) -> Tensor:
-    """Norms of the weights that the trajectories show."""
-    return torch.stack([model.get_parameter(name).detach().norm() for name in NORMS])
+def norms(model: GatedTransformer, what: str) -> Tensor:
+    """Norms of the weights that the text names."""
+    found = re.search(r"norms of ((?:[\w.]+, )*[\w.]*\w)", what)
+    names = found[1].split(", ") if found else NORMS
+    return torch.stack([model.get_parameter(name).detach().norm() for name in names])
 
 
 def batch_of(case: Case, model: GatedTransformer, seed: int) -> tuple[Tensor, Tensor]:
@@ -123,6 +127,18 @@ def keep(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return images, targets
 
 
+def stated_criterion(case: Case, *, seed_of_teacher: int) -> DistillationLoss:
+    """The loss that the text states, with a teacher of the same configuration, all blocks of which run."""
+    what = str(case.raw["what"])
+    found = re.search(rf"KD (soft|hard)(?: alpha ({NUMBER}))?(?:,? tau ({NUMBER}))?", what)
+    if not found:
+        return DistillationLoss(None)
+    teacher = build_model(case, seed=seed_of_teacher)
+    with torch.no_grad():
+        teacher.block_skip_gating.copy_(torch.tensor([-1.0, 1.0]).expand_as(teacher.block_skip_gating))
+    return DistillationLoss(teacher.eval(), kind=found[1], alpha=float(found[2] or 0.5), tau=float(found[3] or 1.0))
+
+
 def run_stage1(case: Case, checks: Checks) -> None:
     """Epochs of stage 1 by its own hooks, in the order of ``common.engine.train``."""
     what, args = str(case.raw["what"]), case.raw["args"]
@@ -133,15 +149,19 @@ def run_stage1(case: Case, checks: Checks) -> None:
             raise NotCovered(f"a text that lacks {pattern!r}")
         return float(found[1])
 
-    epochs, iterations = int(number(r"(\d+) epochs")), int(number(r"of (\d+) iterations"))
-    lr, decay = number(r"AdamW lr ([\de.-]+)"), number(r"wd ([\d.]+)")
-    alpha = number(r"KD soft alpha ([\d.]+)")
+    epochs, iterations = int(number(r"(\d+) epochs?")), int(number(r"of (\d+) iterations?"))
+    lr, decay = number(rf"AdamW lr ({NUMBER})"), number(rf"wd ({NUMBER})")
+    warm = re.search(r"epochs? (?:\d+(?:-|, | and | to ))*(\d+) (?:is|are) warm-up", what)
+    warmup_lr = re.search(rf"warmup_lr ({NUMBER})", what)
+    patches = int(args.get("enable_patch_gating", 0))
     model = register_masks(build_model(case))
     assert isinstance(model, GatedTransformer)
     apply_gate_args(model, args)
-    teacher = build_model(case, seed=case.seed + 1)
-    with torch.no_grad():
-        teacher.block_skip_gating.copy_(torch.tensor([-1.0, 1.0]).expand_as(teacher.block_skip_gating))
+    if patches == 1:
+        model.add_patch_gates()
+        model.gates.patch = "soft"
+    offset = re.search(r"seed\+(\d+), gates", what)
+    criterion = stated_criterion(case, seed_of_teacher=case.seed + (int(offset[1]) if offset else 1))
     model.train()
     settings = settings_of(
         args, gating_interval=int(number(r"gating_interval (\d+)")),
@@ -150,17 +170,23 @@ def run_stage1(case: Case, checks: Checks) -> None:
     state = PrimalDual(model, settings, seed=None)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=decay)
     total = int(number(r"warm-up steps of (\d+)"))
-    factor = warmup_factor("cosine", warmup_steps=int(number(r"with (\d+) warm-up steps")), total_steps=total)
+    decay_type = re.search(r"(cosine|linear|constant) with", what)
+    factor = warmup_factor(
+        decay_type[1] if decay_type else "cosine", warmup_steps=int(number(r"with (\d+) warm-up steps")),
+        total_steps=total,
+    )  # fmt: skip
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     training = JointTraining(
         model, model, optimizer=optimizer, scheduler=scheduler, primal_dual=state,
-        criterion=DistillationLoss(teacher.eval(), kind="soft", alpha=alpha), mix=keep,
+        criterion=criterion, mix=keep,
         settings=JointSettings(
-            warmup_epochs=int(number(r"epoch (\d+) is warm-up")), warmup_lr=number(r"warmup_lr ([\de.-]+\d)"),
-            zlr_schedule={0: state.zlr}, eps_decay=float(args["eps_decay"]), official=True, log_interval=10**9,
+            warmup_epochs=int(warm[1]) if warm else 0, warmup_lr=float(warmup_lr[1]) if warmup_lr else 1e-4,
+            zlr_schedule={0: state.zlr}, eps_decay=float(args.get("eps_decay", 0.92)), official=True,
+            log_interval=10**9, select_ratio=float(args.get("patch_ratio", 0.9)) if patches == 2 else None,
+            total_steps=epochs * iterations,
         ),
     )  # fmt: skip
-    optimization = Optimization(optimizer, clip_grad=number(r"grad clip ([\d.]+)"))
+    optimization = Optimization(optimizer, clip_grad=number(rf"grad clip ({NUMBER})"))
     rows: dict[str, list[Tensor]] = {}
     resources: list[Tensor] = []
     step_dual = state.step
@@ -186,7 +212,7 @@ def run_stage1(case: Case, checks: Checks) -> None:
                 scheduler.step()
                 training.after_step(StepInfo(epoch, iteration, step, (optimizer.param_groups[0]["lr"],)))
                 now = trajectory(state, resources[-1])
-                now |= {"loss": terms["loss"], "gnorm": gnorm, "lr": torch.tensor(rate), "params": norms(model)}
+                now |= {"loss": terms["loss"], "gnorm": gnorm, "lr": torch.tensor(rate), "params": norms(model, what)}
                 for name, value in now.items():
                     rows.setdefault(name, []).append(value)
     if "draws" in case.raw:
@@ -203,20 +229,20 @@ def run_stage2(case: Case, checks: Checks) -> None:
     model.fix_blocks()
     freeze_structure(model)
     model.train()
-    rate = re.search(r"AdamW ([\de.-]+\d)", what)
-    decay = re.search(r"wd ([\d.]+)", what)
+    rate = re.search(rf"AdamW ({NUMBER})", what)
+    decay = re.search(rf"wd ({NUMBER})", what)
     optimizer = cli.build_optimizer(
         model, lr=float(rate[1]) if rate else 1e-3, weight_decay=float(decay[1]) if decay else 0.05
     )
     tuning = FineTuning(model, model, criterion=DistillationLoss(None), mix=keep)
-    clip = re.search(r"clip ([\d.]+)", what)
+    clip = re.search(rf"clip ({NUMBER})", what)
     optimization = Optimization(optimizer, clip_grad=float(clip[1]) if clip else None)
     losses, shown = [], []
     for iteration in range(len(checks.stored[f"{case.name}/loss"])):
         optimization.zero_grad()
         losses.append(tuning.step(batch_of(case, model, case.seed + iteration), optimization)["loss"])
         optimization.step()
-        shown.append(norms(model))
+        shown.append(norms(model, what))
     tuning.apply_masks()
     found = re.search(r"seed\+(\d+) \(batch (\d+)\)", what)
     offset, size = (int(found[1]), int(found[2])) if found else (9, 3)
