@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from common.cache import write_atomic
 from common.checkpoint import CheckpointError, load_safely, load_strict
-from uvc.models.compact import CompactAttention, CompactBlock, CompactConfig, CompactMlp, CompactViT
+from uvc.models.compact import LANES, CompactAttention, CompactBlock, CompactConfig, CompactMlp, CompactViT, padded
 from uvc.removal import Compressed
 from uvc.structure import Structure
 
@@ -81,8 +81,15 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     return dict(content)
 
 
-def load_compact(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Compressed:
+def load_compact(
+    path: str | os.PathLike[str], *, device: torch.device | str = "cpu", multiple: int = LANES
+) -> Compressed:
     """The network of a file, in evaluation mode, and what it holds of the masked one.
+
+    Args:
+        path: of the weights.
+        device: where the network goes.
+        multiple: see ``padded``; 1 leaves the layers as they are in the file.
 
     Raises:
         CheckpointError: not such a file, or the weights do not fit its description.
@@ -95,7 +102,8 @@ def load_compact(path: str | os.PathLike[str], *, device: torch.device | str = "
     state = load_safely(path)
     network = CompactViT(config).to(next(iter(state.values())).dtype)
     load_strict(network, state, source=path)
-    return Compressed(network.to(device).eval(), structure)
+    network = network.to(device).eval()
+    return Compressed(network if multiple == 1 else padded(network, multiple), structure)
 
 
 # timm
@@ -177,10 +185,11 @@ def _timm_block(block: CompactBlock, config: CompactConfig, norm: Any) -> Block:
         keys, attention = block.attn.keys, block.attn
         values = [head * head_dim + dim for head, kept in enumerate(block.shape.value_dims) for dim in range(kept)]
         rows = [*range(2 * keys), *(2 * keys + value for value in values)]
-        attn.qkv.weight[rows] = attention.qkv.weight[: len(rows)]
+        held = [*range(2 * keys), *(2 * keys + value for value in attention.value_rows)]
+        attn.qkv.weight[rows] = attention.qkv.weight[held]
         if attention.qkv.bias is not None:
-            attn.qkv.bias[rows] = attention.qkv.bias[: len(rows)]
-        attn.proj.weight[:, values] = attention.proj.weight[:, : len(values)]
+            attn.qkv.bias[rows] = attention.qkv.bias[held]
+        attn.proj.weight[:, values] = attention.proj.weight[:, attention.value_rows]
         attn.proj.bias.copy_(attention.proj.bias)
         made.norm1.load_state_dict(block.norm1.state_dict())
     else:

@@ -22,6 +22,7 @@ from uvc import baselines, joint_train, post_train
 from uvc.checkpoints import load_masked
 from uvc.data import open_datasets
 from uvc.loading import save_masked
+from uvc.models.compact import padded
 from uvc.models.gates import GatedTransformer
 from uvc.pruning import update_masks_
 from uvc.removal import compress
@@ -180,7 +181,7 @@ def reduce_uniformly(dense: Path, path: Path, budget: float) -> Path:
 def measure(known: list[dict[str, Any]], folder: Path, device: torch.device, *, progress: bool) -> DeskTable:
     """Costs and speeds of the trained networks, all timed in turns."""
     masked = {f"{row['method']} {row['setting']}".strip(): load_masked(folder / row["file"])[0] for row in known}
-    models = {name: compress(model).network.to(device) for name, model in masked.items()}
+    models = {name: padded(compress(model).network).to(device) for name, model in masked.items()}
     images = held_out(BATCH[device.type]).to(device)
     speeds = compare(
         models, images, baseline="dense", warmup=WARMUP, rounds=ROUNDS, progress="speed" if progress else None

@@ -9,11 +9,12 @@ V kept value dimensions of all heads together, J kept neurons.
 
 Heads may keep different numbers of value dimensions. Fused attention wants them equal, so values are spread from V to
 K x d channels by one ``index_select`` before it and gathered to V after it; what lands in the unused channels is
-never read. The linear layers thus work on V, and only attention itself on K x d.
+never read. The linear layers thus work on V, and only attention itself on K x d. Moving values costs more than it
+saves where the width is small: ``padded`` then gives the layers zeros for what was removed, and nothing moves.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +26,12 @@ from uvc.models.t2t_vit import TokensToToken
 
 TERMS = ("qkv", "scores", "values", "proj", "fc1", "fc2")
 """The six matrix products of a block, in the order of UVC's counter."""
+
+LANES = 16
+"""Layers whose sizes are multiples of this run fastest: on CPUs with AVX-512 and on tensor cores."""
+
+MOVE = 160
+"""Moving a value channel to its head costs about as much as this many multiply-accumulates (Xeon, float32)."""
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -41,12 +48,14 @@ class BlockShape:
         neurons: kept neurons; 0: the MLP branch is a constant.
         multiple: layers are padded by zero rows to multiples of this, which some matrix kernels like better.
         repeats: how often the block's output counts in the sum over all blocks: itself and the skipped ones behind it.
+        full_values: the layers hold d value dimensions for each kept head, zeros for those removed.
     """
 
     value_dims: tuple[int, ...]
     neurons: int
     multiple: int = 1
     repeats: int = 1
+    full_values: bool = False
 
     def __post_init__(self) -> None:
         if any(width < 1 for width in self.value_dims) or self.neurons < 0 or self.multiple < 1:
@@ -60,6 +69,10 @@ class BlockShape:
     def value_width(self) -> int:
         """V, without padding."""
         return sum(self.value_dims)
+
+    def held_values(self, head_dim: int) -> int:
+        """Value channels that the layers hold: V and its padding."""
+        return self.heads * head_dim if self.full_values else round_up(self.value_width, self.multiple)
 
     def macs(self, tokens: int, width: int, head_dim: int) -> dict[str, int]:
         """Multiply-accumulates of the six products for one image, by name (spec of UVC's physical removal).
@@ -171,6 +184,10 @@ class CompactAttention(nn.Module):
         qkv_bias: whether ``qkv`` has a bias.
         scale: of the scores; None for 1/sqrt(d).
         multiple: V is rounded up to a multiple of this by rows whose output nobody reads.
+        full_values: hold K x d value rows instead, those that were removed being zero.
+
+    Attributes:
+        value_rows: which of the value rows hold the kept dimensions, head after head, (V,).
     """
 
     spread: Tensor
@@ -185,18 +202,21 @@ class CompactAttention(nn.Module):
         qkv_bias: bool = True,
         scale: float | None = None,
         multiple: int = 1,
+        full_values: bool = False,
     ) -> None:
         super().__init__()
         if not value_dims or not all(1 <= width <= head_dim for width in value_dims):
             raise ValueError(f"every head keeps 1 to {head_dim} value dimensions, got {list(value_dims)}")
         self.heads, self.head_dim, self.scale = len(value_dims), head_dim, scale
         self.keys = self.heads * head_dim
-        width = round_up(sum(value_dims), multiple)
+        width = BlockShape(tuple(value_dims), 0, multiple, full_values=full_values).held_values(head_dim)
         self.qkv = nn.Linear(dim, 2 * self.keys + width, bias=qkv_bias)
         self.proj = nn.Linear(width, dim)
-        self.full = sum(value_dims) == self.keys == width  # nothing to spread: every head keeps all d
-        self.even = not self.full and len(set(value_dims)) == 1 and width == sum(value_dims)
-        spread, gather = _channels(value_dims, head_dim, width)
+        kept = sum(value_dims)
+        self.full = width == self.keys and (full_values or kept == width)  # nothing to spread
+        self.even = not self.full and len(set(value_dims)) == 1 and width == kept
+        spread, gather = _channels(value_dims, head_dim, max(width, kept))
+        self.value_rows: list[int] = gather[:kept].tolist() if full_values else list(range(kept))
         self.register_buffer("spread", spread, persistent=False)
         self.register_buffer("gather", gather, persistent=False)
 
@@ -268,6 +288,7 @@ class CompactBlock(nn.Module):
                 qkv_bias=config.qkv_bias,
                 scale=config.scale,
                 multiple=shape.multiple,
+                full_values=shape.full_values,
             )
         self.norm2 = nn.LayerNorm(dim, eps=eps) if thinks else nn.Identity()
         self.mlp: nn.Module = Constant(dim)
@@ -374,7 +395,7 @@ class CompactViT(nn.Module):
         tokens, dim = config.tokens, config.embed_dim
         for shape in config.blocks:
             keys, width = shape.heads * config.head_dim, shape.value_width
-            padding = round_up(width, shape.multiple) - width
+            padding = shape.held_values(config.head_dim) - width
             neurons = round_up(shape.neurons, shape.multiple) - shape.neurons
             extra += 2 * padding * dim * tokens + (keys - width) * tokens**2 + 2 * neurons * dim * tokens
         return extra
@@ -392,6 +413,61 @@ class CompactViT(nn.Module):
             return counts + OpCounts(linear=sum(_tokens_to_token_macs(self.tokens_to_token)))
         embedded = config.patches if config.positions is None else len(config.positions)
         return counts + conv2d(1, embedded, config.in_chans, config.embed_dim, config.patch_size)
+
+
+@torch.no_grad()
+def padded(network: CompactViT, multiple: int = LANES) -> CompactViT:
+    """The same function with layers padded by zeros where that makes them faster; for running, not for storing.
+
+    Kept neurons and value channels are rounded up to a multiple; where moving values to their heads would cost more
+    than multiplying zeros, the layers hold all d value dimensions of a head. Outputs agree to rounding.
+
+    Args:
+        network: untouched.
+        multiple: 1 gives the layers their exact sizes.
+
+    Returns:
+        A network on the same device, in the same precision and mode.
+    """
+    config = network.config
+
+    def sizes(shape: BlockShape) -> BlockShape:
+        keys, held = shape.heads * config.head_dim, round_up(shape.value_width, multiple)
+        moved = MOVE * (keys + held) if shape.value_width < keys else 0
+        cheaper = multiple > 1 and 2 * (keys - held) * config.embed_dim < moved
+        return replace(shape, multiple=multiple, full_values=cheaper)
+
+    made = CompactViT(replace(config, blocks=tuple(sizes(shape) for shape in config.blocks)))
+    made.to(network.cls_token).train(network.training)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    rows: dict[str, tuple[list[int], list[int]]] = {}  # of layers whose sizes differ: where rows come from, and go to
+    columns: dict[str, tuple[list[int], list[int]]] = {}
+    for index, (old, new) in enumerate(zip(network.blocks, made.blocks, strict=True)):
+        assert isinstance(old, CompactBlock)
+        assert isinstance(new, CompactBlock)
+        if isinstance(old.attn, CompactAttention) and isinstance(new.attn, CompactAttention):
+            keys = list(range(2 * old.attn.keys))
+            source, target = old.attn.value_rows, new.attn.value_rows
+            columns[f"blocks.{index}.attn.proj"] = source, target
+            rows[f"blocks.{index}.attn.qkv"] = (
+                [*keys, *(len(keys) + row for row in source)], [*keys, *(len(keys) + row for row in target)],
+            )  # fmt: skip
+        if old.shape.neurons:
+            neurons = list(range(old.shape.neurons))
+            rows[f"blocks.{index}.mlp.fc1"] = columns[f"blocks.{index}.mlp.fc2"] = neurons, neurons
+    held = dict(network.named_parameters())
+    for name, parameter in made.named_parameters():
+        layer, kind = name.rpartition(".")[::2]
+        if layer in rows:
+            source, target = rows[layer]
+            parameter.zero_()
+            parameter[target] = held[name][source]
+        elif layer in columns and kind == "weight":
+            source, target = columns[layer]
+            parameter.zero_()
+            parameter[:, target] = held[name][:, source]
+        else:
+            parameter.copy_(held[name])
+    return made
 
 
 def _tokens_to_token_macs(stages: TokensToToken) -> list[int]:

@@ -63,10 +63,13 @@ def test_the_script_in_a_process_of_its_own_with_a_benchmark(checkpoint, tmp_pat
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in lines if "realised" in line] == [
-        "dense", "compact", "compact, multiples of 8"
+        "dense", "compact", "compact, exact sizes", "compact, multiples of 8"
     ]  # fmt: skip
     content = json.loads((tmp_path / "x.json").read_text())
-    assert [row["network"] for row in content["costs"]["speeds"]][1:] == ["compact", "compact, multiples of 8"]
+    assert [row["network"] for row in content["costs"]["speeds"]][2:] == [
+        "compact, exact sizes",
+        "compact, multiples of 8",
+    ]
     assert lines[-1].startswith("remaining ")
 
 

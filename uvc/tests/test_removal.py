@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.flops import count_executed_macs, count_parameters
-from uvc.models.compact import BlockShape, CompactAttention, CompactConfig, Constant
+from uvc.models.compact import BlockShape, CompactAttention, CompactConfig, Constant, padded
 from uvc.models.gates import apply_masks_
 from uvc.pruning import blocks_of
 from uvc.removal import compress
@@ -41,6 +41,17 @@ def test_any_structure_gives_the_same_logits(seed, multiple):
         make_stale_(model, seed)
     compressed = check(model, multiple=multiple)
     assert count_parameters(compressed.network) < count_parameters(model)
+    batch = images(model)
+    with torch.no_grad():
+        want = compressed.network(batch)
+        for size in (1, 16):
+            network = padded(compressed.network, size)
+            assert (network(batch) - want).abs().max() < 1e-12 * want.abs().max()
+            assert count_executed_macs(network, batch[:1]) == network.count_ops().macs + network.padded_macs()
+            assert network.count_ops() == compressed.network.count_ops()
+            exact = zip(padded(network, 1).parameters(), padded(compressed.network, 1).parameters(), strict=True)
+            assert all(torch.equal(one, other) for one, other in exact)
+    assert any(shape.full_values for shape in padded(compressed.network).config.blocks)
 
 
 @pytest.mark.parametrize("patch", ["soft", "hard", "remove"])
