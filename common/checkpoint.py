@@ -339,10 +339,11 @@ def load_safely(path: str | os.PathLike[str], *, map_location: str | torch.devic
     if not path.exists():
         raise CheckpointError(f"{path}: no such file, expected a checkpoint; check the path, or download the file")
     try:
-        finding = _describe(path)
+        safetensors = _is_safetensors(path)  # first: the length that such a file begins with can look like a pickle
+        finding = None if safetensors else _describe(path)
         if finding is not None:
             raise CheckpointError(f"{path}: {finding}; {again}")
-        if path.suffix == ".safetensors" or _is_safetensors(path):
+        if safetensors or path.suffix == ".safetensors":
             from safetensors.torch import load_file  # only where such a file is read
 
             return load_file(path, device=str(map_location))

@@ -211,6 +211,12 @@ def test_reads_safetensors_and_mapped_files(tmp_path: Path) -> None:
     for key in weights:
         assert torch.equal(loaded[key], weights[key])
         assert torch.equal(mapped[key], weights[key])
+    # a header of 0x0380 bytes: its length begins like a pickle's protocol
+    for filler in range(400, 1000):
+        save_file(weights, tmp_path / "b.safetensors", metadata={"note": "x" * filler})
+        if (tmp_path / "b.safetensors").read_bytes()[:2] == b"\x80\x03":
+            break
+    assert torch.equal(load_safely(tmp_path / "b.safetensors")["w"], weights["w"])
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "named.bin").read_bytes()[:-20])
     with pytest.raises(CheckpointError, match=r"cut\.safetensors"):
         load_safely(tmp_path / "cut.safetensors")
