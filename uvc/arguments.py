@@ -77,7 +77,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, train_batch_size: i
     add("--model_type", default="deit_tiny_distilled_patch16_224", metavar="NAME", help="architecture")
     add("--model_path", default=None, metavar="FILE",
         help="checkpoint or URL of the dense network, the teacher too unless --teacher-path names another; "
-        "'pretrained' is the published one of this architecture")  # fmt: skip
+        "'pretrained' is the published one of this architecture, which stage 2 takes where none is named")  # fmt: skip
     add(
         "--img_size",
         type=cli.positive_int,
@@ -298,6 +298,12 @@ def finish(args: argparse.Namespace) -> argparse.Namespace:
         raise SystemExit(
             f"error: --train_batch_size {args.train_batch_size} is no multiple of --gradient_accumulation_steps "
             f"{args.gradient_accumulation_steps}"
+        )
+    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    if mixes and args.train_batch_size // args.gradient_accumulation_steps < 2:
+        raise SystemExit(
+            "error: mixup and CutMix pair pictures: --train_batch_size over --gradient_accumulation_steps must be at "
+            "least 2, or give --mixup 0 --cutmix 0"
         )
     return args
 

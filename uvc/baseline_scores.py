@@ -87,9 +87,9 @@ def _absolute(model: nn.Module) -> Iterator[None]:
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """Class logits in either mode; with two heads those of the class token while training."""
+    """Class logits in either mode; the mean of two heads, so that each of them is scored."""
     output = model(images)
-    return output[0] if isinstance(output, tuple) else output
+    return (output[0] + output[1]) / 2 if isinstance(output, tuple) else output
 
 
 def _gradient(weight: Tensor) -> Tensor:

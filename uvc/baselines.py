@@ -55,7 +55,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--from-scratch", action="store_true",
         help="train masked random weights, as the release does; the scores are those of --model_path all the same",
     )  # fmt: skip
-    return arguments.parse(parser, argv)
+    add(
+        "--data_rate", type=arguments.share, metavar="SHARE",
+        help="train on the first SHARE of each class's pictures (default: 0.2 for gradient-sparsity, as the release "
+        "does, else 1)",
+    )  # fmt: skip
+    args = arguments.parse(parser, argv)
+    if args.data_rate is None:
+        args.data_rate = 0.2 if args.method == "gradient-sparsity" else 1.0
+    return args
 
 
 def load_network(args: argparse.Namespace) -> Masked:
@@ -75,7 +83,7 @@ def load_network(args: argparse.Namespace) -> Masked:
 
 
 def scoring_batches(args: argparse.Namespace, model: GatedTransformer, images: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Training batches up to a number of images, the same on every rank."""
+    """Training batches up to a number of images; each rank has its own, and rank 0's scores are taken."""
     pictures, _ = open_datasets(args.dataset, args.data_dir, image_size(model))
     assert pictures is not None
     device, seen = next(model.parameters()).device, 0
@@ -175,9 +183,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return fine_tune(
         args, masked, world,
         before_step=gradual(args, model) if args.method == "gmp" else None,
-        observe=observe if args.method == "gradient-sparsity" else None,
+        observe=observe if args.method == "gradient-sparsity" else None, data_rate=args.data_rate,
     )  # fmt: skip
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]), expected=(DataError, CheckpointError, NonFiniteLoss, UsageError))
+    run(lambda: main(sys.argv[1:]), expected=(DataError, CheckpointError, NonFiniteLoss, ValueError))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torchvision import transforms
 
 from common.cli import DATASET_NAMES
-from common.data import build_dataset, eval_transform, train_transform
+from common.data import DataError, build_dataset, eval_transform, train_transform
 from common.transforms import Transform
 
 DATASETS = ("imagenet", "cifar10", "cifar100", "digits", "folder", "tar")
@@ -51,6 +53,26 @@ def open_datasets(
     train, test = build_transforms(name, size)
     held_out = build_dataset(name, folder or None, "val", test)
     return None if only_evaluate else build_dataset(name, folder or None, "train", train), held_out
+
+
+def first_of_each_class(pictures: Dataset[Any], share: float) -> Dataset[Any]:
+    """The first ``share`` of each class's pictures, rounded up, in the order of the data set; 1 takes all.
+
+    Raises:
+        DataError: the data set does not tell its labels without opening its pictures.
+    """
+    if share >= 1:
+        return pictures
+    labels = getattr(pictures, "targets", None)
+    labels = getattr(getattr(pictures, "reader", None), "targets", None) if labels is None else labels
+    if labels is None:
+        raise DataError(f"{type(pictures).__name__} does not list its labels, so no share of each class can be taken")
+    numbers = np.asarray(labels)
+    chosen = [np.flatnonzero(numbers == label) for label in np.unique(numbers)]
+    chosen = [places[: math.ceil(share * len(places))] for places in chosen]
+    subset = Subset(pictures, sorted(np.concatenate(chosen).tolist()))
+    subset.classes = getattr(pictures, "classes", None)  # pyright: ignore[reportAttributeAccessIssue] - as others have
+    return subset
 
 
 def build_mix(

@@ -30,6 +30,7 @@ from uvc.losses import DistillationLoss
 from uvc.models.gates import GatedTransformer, count_mask_elements
 from uvc.pruning import group_scores, masked_weights, update_masks_
 from uvc.schedules import selection_tau, zlr_at
+from uvc.structure import Structure
 from uvc.uvc_optimizer import PrimalDual
 
 logger = get_logger(__name__)
@@ -174,6 +175,10 @@ class JointTraining:
         terms = back_propagate(batch, optimization, loss=self.loss, parts=self.settings.parts)
         if self.warming_up:
             self.model.block_skip_gating.grad = None
+        patches = self.model.patch_gating
+        if self.primal_dual.settings.learn_patches and patches is not None and patches.grad is not None:
+            # the optimizer of the weights does not hold it, so that nobody else takes the loss scale of fp16 out
+            patches.grad.div_(optimization.scaler.scale(torch.ones((), device=patches.device)))
         return terms
 
     def loss(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -258,6 +263,10 @@ class JointTraining:
         patches = self.model.patch_gating if state.settings.learn_patches else None
         with torch.no_grad():
             return float(state.cost.ratio(state.s, state.r, group_scores(self.model).heads, run, patches))
+
+    def structure(self) -> Structure:
+        """What survives by the masks and the hard gates. Waits for the device."""
+        return Structure.from_model(self.model, remove_patches=self.primal_dual.settings.learn_patches)
 
     def structure_row(self) -> dict[str, Any]:
         """Per block and as lists: s, r, gates and duals, and what survives. Waits for the device."""

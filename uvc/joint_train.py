@@ -4,7 +4,8 @@
     torchrun --nproc_per_node=8 uvc/joint_train.py --model_type deit_small_patch16_224 --data_dir DIR ...
 
 Writes into OUTPUT_DIR/NAME: <model_type>_<epoch>.pth.tar after each epoch, what post_train.py takes; last.pth, from
-which --resume auto continues exactly; log.jsonl; result.json. run_uvc_train.sh is the published command.
+which --resume auto continues exactly; log.jsonl; structure.png, what of the network is left; result.json.
+run_uvc_train.sh is the published command.
 """
 
 import argparse
@@ -25,10 +26,11 @@ from common.engine import NonFiniteLoss, prepare_network, train
 from common.metrics import Record
 from uvc import arguments
 from uvc.data import build_mix, open_datasets
+from uvc.draw_structure import draw_structure
 from uvc.engine import JointTraining
 from uvc.loading import default_image_size
 from uvc.schedules import warmup_factor
-from uvc.setup import UsageError, build_model, build_primal_dual, build_settings, build_teacher_loss
+from uvc.setup import build_model, build_primal_dual, build_settings, build_teacher_loss
 
 logger = get_logger(__name__)
 
@@ -93,6 +95,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         log_every_steps=args.log_every_steps or args.log_interval, epoch_start=training.epoch_start,
         after_step=training.after_step,
     )  # fmt: skip
+    if folder is not None and is_main():
+        title = f"{args.model_type}, budget {100 * args.budget:g} %: {100 * training.deployed_ratio():.2f} % remain"
+        write_atomic(folder / "structure.png", draw_structure(training.structure(), title=title))
     return finish(
         {name.removeprefix("test_"): value for name, value in row.items() if name.startswith("test_")}, folder
     )
@@ -112,4 +117,4 @@ def finish(metrics: dict[str, Any], folder: Path | None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]), expected=(DataError, CheckpointError, NonFiniteLoss, UsageError))
+    run(lambda: main(sys.argv[1:]), expected=(DataError, CheckpointError, NonFiniteLoss, ValueError))

@@ -25,7 +25,7 @@ from common.distributed import World, get_logger, is_main, launch, run, seed_eve
 from common.engine import NonFiniteLoss, StepInfo, prepare_network, train
 from common.metrics import Record
 from uvc import arguments
-from uvc.data import build_mix, open_datasets
+from uvc.data import build_mix, first_of_each_class, open_datasets
 from uvc.engine import FineTuning
 from uvc.loading import Masked, image_size, load_masked, save_masked
 from uvc.resource import CostModel
@@ -50,7 +50,11 @@ def load_network(args: argparse.Namespace, argv: Sequence[str] | None) -> Masked
     masked = load_masked(args.checkpoint_dir, model_type=args.model_type if given else None, patch_mode=mode)
     if args.img_size not in (None, image_size(masked.model)):
         raise UsageError(f"--img_size {args.img_size}: the file's network takes {image_size(masked.model)} pixels")
+    if not given and args.model_path in (None, arguments.WEIGHTS.get(args.model_type)):
+        args.model_path = arguments.WEIGHTS.get(masked.model_type)  # what "pretrained" meant was of the default name
     args.model_type = masked.model_type
+    if args.model_path is None:
+        args.model_path = arguments.WEIGHTS.get(args.model_type)
     if args.enable_jumping:
         masked.model.gates.jumping = True
     return masked
@@ -76,6 +80,7 @@ def fine_tune(
     before_step: Callable[[int], bool] | None = None,
     observe: Callable[[StepInfo], dict[str, float]] | None = None,
     extra: Mapping[str, Any] | None = None,
+    data_rate: float = 1.0,
 ) -> dict[str, Any]:
     """Train a masked network, or with ``args.eval`` only evaluate it; returns the best accuracy and the cost.
 
@@ -85,7 +90,13 @@ def fine_tune(
         world: from ``launch``.
         before_step, observe: see ``FineTuning``.
         extra: state that belongs to ``before_step``, for exact resume.
+        data_rate: share of each class's training pictures to take.
     """
+    if args.eval and args.resume:
+        raise UsageError(
+            "--eval does not read --resume: give such a file to post_train.py --eval as --checkpoint_dir, which takes "
+            "last.pth and best.pth too"
+        )
     model = masked.model.to(world.device)
     cost = describe(masked)
     pictures, held_out = open_datasets(args.dataset, args.data_dir, image_size(model), only_evaluate=args.eval)
@@ -119,6 +130,7 @@ def fine_tune(
     if args.eval or pictures is None:
         return finish({**test(), **cost}, None)
 
+    pictures = first_of_each_class(pictures, data_rate)
     batches = train_loader(pictures, batch_size=args.train_batch_size, workers=args.num_workers, seed=args.seed)
     rate = cli.scaled_lr(args.learning_rate, batch_size=args.train_batch_size, world_size=world.size)
     optimizer = cli.build_optimizer(
@@ -185,4 +197,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]), expected=(DataError, CheckpointError, NonFiniteLoss, UsageError))
+    run(lambda: main(sys.argv[1:]), expected=(DataError, CheckpointError, NonFiniteLoss, ValueError))

@@ -82,7 +82,10 @@ def measure_step(
     training = JointTraining(
         model, model, optimizer=optimizer, scheduler=scheduler, primal_dual=state,
         criterion=DistillationLoss(teacher, kind="soft", alpha=0.1), settings=JointSettings(warmup_epochs=0),
-        mix=build_mix(1000, mixup=0, cutmix=0, cutmix_minmax=None, prob=0, switch_prob=0, mode="batch", smoothing=0.1),
+        mix=build_mix(
+            model.num_classes, mixup=0, cutmix=0, cutmix_minmax=None, prob=0, switch_prob=0, mode="batch",
+            smoothing=0.1,
+        ),
     )  # fmt: skip
     size = default_image_size(model_type)
     images = torch.randn(batch, 3, size, size, device=device)
@@ -127,4 +130,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    run(lambda: main(sys.argv[1:]), expected=(ValueError,))

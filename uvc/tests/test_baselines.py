@@ -19,6 +19,7 @@ from uvc.baseline_scores import (
     synflow_scores,
     taylor_scores,
 )
+from uvc.data import first_of_each_class, open_datasets
 from uvc.models import create
 from uvc.models.gates import register_masks
 from uvc.models.token_selection import select_best_tokens
@@ -147,7 +148,21 @@ def test_each_command_trains_under_its_masks(method, dense, tmp_path, capsys):
         rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
         row = next(row for row in rows if row["event"] == "epoch")
         assert 0 <= row["train_gradient_zero_percent"] <= row["train_gradient_small_percent"] < 50
+        assert row["train_images"] == 256  # two batches in a fifth of 1,437 digits, as the release trains it
     assert math.isfinite(result["top1_percent"])
+
+
+def test_a_share_of_each_class():
+    pictures, _ = open_datasets("digits", None, 32)
+    fifth = first_of_each_class(pictures, 0.2)
+    labels = [pictures.targets[index] for index in fifth.indices]
+    assert len(fifth) == sum(math.ceil(0.2 * pictures.targets.count(digit)) for digit in range(10))
+    assert [labels.count(digit) for digit in range(10)] == [
+        math.ceil(0.2 * pictures.targets.count(digit)) for digit in range(10)
+    ]
+    assert first_of_each_class(pictures, 1.0) is pictures
+    with pytest.raises(baselines.DataError, match="does not list its labels"):
+        first_of_each_class(torch.utils.data.TensorDataset(torch.zeros(3)), 0.5)
 
 
 def test_without_a_dense_network_random_weights_must_be_asked_for(tmp_path):

@@ -15,11 +15,13 @@ import pytest
 import torch
 
 from common.cache import ROOT
+from common.engine import Optimization
 from common.tests.forks import free_port, run_forked, torchrun_variables
-from uvc import joint_train, post_train
+from uvc import arguments, joint_train, post_train
 from uvc.engine import FineTuning, JointTraining
 from uvc.loading import load_masked
-from uvc.models import create
+from uvc.models import DESK, MODELS, create
+from uvc.models.deit import GatedDeiT
 from uvc.structure import Structure
 from uvc.tests.conftest import OWN
 
@@ -157,6 +159,7 @@ def test_stage1_learns_under_the_budget_and_records_it(found):
     assert last["z_lr"] == 50.0  # later ones win where there are more than epochs
     epoch = rows(found.folder, "epoch")[-1]
     assert epoch["test_remaining_cost_percent"] == pytest.approx(100 * last["remaining"])
+    assert (found.folder / "structure.png").read_bytes().startswith(b"\x89PNG")
     extra = torch.load(found.folder / "last.pth", weights_only=True)["extra"]["uvc"]
     assert extra["s"].tolist() == last["s"]
 
@@ -268,6 +271,30 @@ def test_ranks_keep_equal_variables_and_accumulate(material, tmp_path):
     assert float(first["s"].max()) > 0
 
 
+def test_the_loss_scale_of_fp16_is_taken_out_of_the_patch_gates(found, material, tmp_path, monkeypatch):
+    """No optimizer under the scaler holds them."""
+    seen: list[torch.Tensor] = []
+    original = JointTraining.step
+
+    def step(self: JointTraining, batch: Any, optimization: Optimization) -> Any:
+        state = torch.get_rng_state()
+        for scale in (0.0, 1024.0):
+            torch.set_rng_state(state)
+            optimization.zero_grad()
+            assert self.model.patch_gating is not None
+            self.model.patch_gating.grad = None
+            scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=bool(scale))
+            original(self, batch, Optimization(self.optimizer, scaler=scaler))
+            assert self.model.patch_gating.grad is not None
+            seen.append(self.model.patch_gating.grad.clone())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(JointTraining, "step", step)
+    with pytest.raises(KeyboardInterrupt):
+        joint_train.main(stage1(material, tmp_path, "--mixup", "0", "--cutmix", "0"))
+    torch.testing.assert_close(seen[1], seen[0])
+
+
 def test_official_form(material, tmp_path):
     metrics = joint_train.main(stage1(material, tmp_path, "--official", "--num_epochs", "1", "--warmup_epochs", "0"))
     folder = tmp_path / RUN
@@ -361,6 +388,7 @@ def test_stage1_refuses(words, message):
         (["--budget", "1.5"], "must be above 0 and at most 1"),
         (["--zlr_schedule_list", "a,b"], "numbers separated by commas"),
         (["--train_batch_size", "6", "--gradient_accumulation_steps", "4"], "no multiple"),
+        (["--train_batch_size", "4", "--gradient_accumulation_steps", "4"], "must be at least 2"),
         (["--cutmix-minmax", "0.1"], "takes two shares"),
         (["--enable_pruning", "2"], "must be 0 or 1"),
         (["--model_type", "deit_desk", "--model_path", "pretrained"], "no published dense checkpoint of deit_desk"),
@@ -384,6 +412,26 @@ def test_stage2_refuses(material, found, tmp_path):
         post_train.main([*DIGITS, "--checkpoint_dir", str(found.file)])
     with pytest.raises(Exception, match="takes 32 pixels"):
         post_train.main(stage2(material, tmp_path, found.file, "--img_size", "64"))
+    with pytest.raises(Exception, match="--eval does not read --resume"):
+        post_train.main(stage2(material, tmp_path, found.file, "--eval", "--resume", "auto"))
+
+
+@pytest.mark.parametrize(
+    ("words", "path"),
+    [
+        (["--model_path", "pretrained"], arguments.WEIGHTS["deit_small_patch16_224"]),
+        ([], arguments.WEIGHTS["deit_small_patch16_224"]),
+        (["--model_path", "mine.pth"], "mine.pth"),
+    ],
+)
+def test_the_teacher_of_stage2_is_that_of_the_file(words, path, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "deit_small_patch16_224", (GatedDeiT, {**DESK, "img_size": 16, "depth": 1}))
+    file = tmp_path / "deit_small_patch16_224_30.pth.tar"
+    torch.save(create("deit_small_patch16_224").state_dict(), file)
+    words = [*words, "--checkpoint_dir", str(file)]
+    args = post_train.parse_args(words)
+    assert post_train.load_network(args, words).model_type == args.model_type == "deit_small_patch16_224"
+    assert args.model_path == path
 
 
 def test_a_network_of_which_nothing_runs(found, material, tmp_path, capfd):
