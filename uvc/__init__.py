@@ -1,1 +1,1 @@
-"""Unified Vision Transformer Compression (ICLR 2022)."""
+"""Unified Visual Transformer Compression (ICLR 2022)."""

@@ -47,6 +47,8 @@ def load_masked(
     """
     file = locate(path)
     content = load_safely(file)
+    if Path(file).suffix == ".safetensors" and _is_compact(file):
+        raise CheckpointError(f"{file}: it is a compact network of compress.py; give the masked checkpoint it is from")
     state = select_state(content, STATE_KEYS, source=str(file))
     arguments: dict[str, Any] = {}
     for key in ("args", "uvc"):  # flags of a training state; what stage 1 and 2 write into their results
@@ -109,6 +111,16 @@ def sizes_of(state: Mapping[str, Tensor], name: str, *, source: str = "checkpoin
         "img_size": patch * side, "patch_size": patch, "in_chans": channels, "distilled": distilled,
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
     }  # fmt: skip
+
+
+def _is_compact(file: str | os.PathLike[str]) -> bool:
+    """Whether a safetensors file is one of compress.py."""
+    from uvc.compact_files import read_description  # needed here only, and it brings exporters along
+
+    try:
+        return bool(read_description(file))
+    except CheckpointError:
+        return False
 
 
 def name_in(file: str) -> str:

@@ -29,7 +29,7 @@ class LogError(ValueError):
 
 @dataclass(frozen=True)
 class Epoch:
-    """What a run's log says after an epoch; None where it does not say. ``epoch`` counts from 1."""
+    """What a run's log says after an epoch; None where it does not say. ``epoch`` counts from 1; 0 is before any."""
 
     epoch: int
     top1_percent: float
@@ -122,7 +122,14 @@ def read_text_log(text: str) -> list[Epoch]:
             kept = float(found["kept"])
         elif top1 is not None and epoch and (not epochs or epochs[-1].epoch != epoch):  # every rank prints them
             epochs.append(Epoch(epoch, top1, loss, kept, float(found["expected"]), float(found["real"])))
-    return epochs
+    return epochs or _read_stage2_text(text)
+
+
+def _read_stage2_text(text: str) -> list[Epoch]:
+    """Validations of a text log of stage 2, which states no cost: the first is before training, top-1 a fraction."""
+    found = [float(number) for number in re.findall(r"Valid Accuracy: (\d*\.?\d+)", text)]
+    factor = 100 if found and max(found) <= 1 else 1
+    return [Epoch(number, factor * top1) for number, top1 in enumerate(found)]
 
 
 def check_stage1(run: Sequence[Epoch], log: PublishedLog, *, budget: float, warmup_epochs: int) -> list[Check]:
@@ -162,7 +169,7 @@ def check_stage1(run: Sequence[Epoch], log: PublishedLog, *, budget: float, warm
 
 def check_stage2(run: Sequence[Epoch]) -> list[Check]:
     """What the published fine-tuning shows, of a run."""
-    top1 = [epoch.top1_percent for epoch in run]
+    top1 = [epoch.top1_percent for epoch in run if epoch.epoch > 0] or [epoch.top1_percent for epoch in run]
     best = max(top1)
     return [
         Check("accuracy rises over the first epochs", len(top1) < 2 or max(top1[1:8]) > top1[0],
@@ -240,6 +247,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         budget = args.budget if args.budget is not None else float(str(arguments.get("budget", log.budget)))
         warmup = int(str(arguments.get("warmup_epochs", log.warmup_epochs)))
+        if arguments.get("enable_warmup") is False and not arguments.get("official"):
+            warmup = 0
         checks = check_stage1(run, log, budget=budget, warmup_epochs=warmup)
         print(f"{log.file}: {log.note}")
     for check in checks:

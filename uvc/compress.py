@@ -25,7 +25,7 @@ from common.benchmark import compare, device_name, random_images
 from common.checkpoint import CheckpointError
 from common.distributed import choose_device, run
 from common.flops import CONVENTIONS, count_parameters
-from uvc.checkpoints import load_masked
+from uvc.checkpoints import load_masked, name_in
 from uvc.compact_files import example_images, export_onnx, export_program, load_compact, save_compact, to_timm
 from uvc.models.compact import CompactViT, padded
 from uvc.models.gates import GatedTransformer, apply_masks_
@@ -65,6 +65,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="precision of --benchmark")
     add("--device", default="auto", help="of --benchmark: auto (CUDA if there is one), cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
+    if args.export and not args.export.endswith(".pt2"):
+        parser.error(f"--export {args.export}: the name must end in .pt2, which torch.export.load asks for")
     if args.processor_time and args.device not in ("cpu", "auto"):
         parser.error("--processor-time: a GPU's work does not count as processor time; it goes with --device cpu")
     return args
@@ -126,9 +128,9 @@ def measure(compressed: Compressed, versions: dict[str, CompactViT], args: argpa
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Compress, write, check; returns costs, agreement and speeds."""
     args = parse_args(argv)
-    model, _ = load_masked(args.checkpoint, args.model_type)
+    model, said = load_masked(args.checkpoint, args.model_type)
     apply_masks_(model)
-    name = args.model_type or type(model).__name__
+    name = args.model_type or str(said.get("model_type") or name_in(Path(args.checkpoint).name))
     compressed = compress(model, multiple=args.round_to, drop_patches=args.drop_patches, name=name)
     if not compressed.structure.running:
         print("warning: every block is skipped; nothing but the embedding and the head is left", file=sys.stderr)

@@ -289,7 +289,8 @@ class JointTraining:
         """Log the sparsity lines of the published logs; returns their numbers in percent."""
         kept, size = count_mask_elements(self.model)
         with torch.no_grad():
-            expected = float(self.primal_dual.resource(group_scores(self.model)))
+            sampled = self.settings.official and self.warming_up  # the published lines then show a hard sample
+            expected = float(self.primal_dual.resource(group_scores(self.model), hard=sampled or None))
         remaining, running = self.deployed_ratio(), sum(self.model.runs())
         logger.info("Valid Loss: %.4f\nValid Accuracy: %.3f", metrics["loss"], metrics["top1_percent"])
         logger.info(

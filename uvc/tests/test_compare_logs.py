@@ -90,6 +90,20 @@ def test_stage_2(tmp_path, capsys):
     assert compare_logs.main([str(tmp_path), "--against", "deit-small-stage2"]) == 1
 
 
+def test_a_text_log_of_stage_2_counts_in_shares(tmp_path, capsys):
+    path = tmp_path / "train.log"
+    path.write_text("Valid Accuracy: 0.74238\nValid Loss: 1.0\nValid Accuracy: 0.75578\nValid Accuracy: 0.7633\n")
+    assert compare_logs.main([str(path), "--against", "deit-small-stage2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["0", "74.24", "74.24"]
+    assert lines[3].split() == ["2", "76.33", "76.33"]
+
+
+def test_a_run_without_warm_up(tmp_path):
+    write_run(tmp_path, [(70, 90, 90, 12), (50, 80, 60, 9), (60, 80, 49, 8)], enable_warmup=False, warmup_epochs=5)
+    assert compare_logs.main([str(tmp_path), "--against", "deit-tiny"]) == 0
+
+
 def test_logs_that_say_nothing(tmp_path, capsys):
     with pytest.raises(LogError, match="no such file"):
         read_run(tmp_path)

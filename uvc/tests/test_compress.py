@@ -50,6 +50,7 @@ def test_from_a_published_file_to_every_format(checkpoint, tmp_path, capsys):
     columns = blocks_of(model)[0].attn.proj.get_buffer("mask")[0].view(4, 16)
     assert [columns[head].nonzero().flatten().tolist() for head in kept["heads"]] == kept["dims"]
     assert content["costs"]["remaining_percent"] == facts["remaining_percent"]
+    assert content["config"]["architecture"] == "deit_desk"
     assert (tmp_path / "made" / "small.pt2").stat().st_size > 0
 
 
@@ -119,6 +120,12 @@ def test_a_dense_checkpoint_keeps_everything_and_ours_say_what_they_are(tmp_path
     assert all(block.num_values == 64 for block in compressed.structure.blocks)
 
 
+def test_an_exported_program_must_be_loadable_by_its_name(capsys):
+    with pytest.raises(SystemExit):
+        command.parse_args(["--checkpoint", "a", "--output", "b", "--export", "program.bin"])
+    assert "must end in .pt2" in capsys.readouterr().err
+
+
 def test_checkpoints_that_do_not_fit_are_refused(checkpoint, tmp_path):
     model, _, _ = random_network(1, **SMALL)
     unnamed = tmp_path / "model.pth"
@@ -134,6 +141,9 @@ def test_checkpoints_that_do_not_fit_are_refused(checkpoint, tmp_path):
     save_atomic({"weight": torch.zeros(2)}, unnamed)
     with pytest.raises(CheckpointError, match=r"there is no 'head\.weight' in it"):
         load_masked(unnamed, "deit_desk")
+    save_compact(compress(model), tmp_path / "small")
+    with pytest.raises(CheckpointError, match=r"compact network of compress\.py; give the masked checkpoint"):
+        load_masked(tmp_path / "small.safetensors", "deit_desk")
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):
         load_compact(checkpoint)
     with pytest.raises(CheckpointError, match="no such file"):
