@@ -14,6 +14,7 @@ removes only what a mask switches off as a whole. The last line is top-1 and the
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,6 +142,20 @@ def gradual(args: argparse.Namespace, model: GatedTransformer) -> Callable[[int]
     return before_step
 
 
+def check_gradual(args: argparse.Namespace, steps: int) -> None:
+    """Whether a run of so many steps reaches gmp's last event.
+
+    Raises:
+        UsageError: it does not, and would end above its density.
+    """
+    last = args.t_start + args.pruning_times * args.delta_t
+    if last >= steps:
+        raise UsageError(
+            f"gmp would not reach its density: its last event is before step {last + 1}, the run has {steps} steps. "
+            "Give a smaller --t_start, --delta_t or --pruning_times, or more --epochs"
+        )
+
+
 @torch.no_grad()
 def gradient_sparsity(model: GatedTransformer) -> dict[str, float]:
     """Percent of the kept weights' gradients that are zero, or next to nothing in their layer. Waits for the device."""
@@ -184,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         args, masked, world,
         before_step=gradual(args, model) if args.method == "gmp" else None,
         observe=observe if args.method == "gradient-sparsity" else None, data_rate=args.data_rate,
+        check_length=partial(check_gradual, args) if args.method == "gmp" else None,
     )  # fmt: skip
 
 

@@ -81,6 +81,7 @@ def fine_tune(
     observe: Callable[[StepInfo], dict[str, float]] | None = None,
     extra: Mapping[str, Any] | None = None,
     data_rate: float = 1.0,
+    check_length: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Train a masked network, or with ``args.eval`` only evaluate it; returns the best accuracy and the cost.
 
@@ -91,6 +92,7 @@ def fine_tune(
         before_step, observe: see ``FineTuning``.
         extra: state that belongs to ``before_step``, for exact resume.
         data_rate: share of each class's training pictures to take.
+        check_length: gets the number of steps of the whole run before the first, to refuse one that is too short.
     """
     if args.eval and args.resume:
         raise UsageError(
@@ -132,6 +134,8 @@ def fine_tune(
 
     pictures = first_of_each_class(pictures, data_rate)
     batches = train_loader(pictures, batch_size=args.train_batch_size, workers=args.num_workers, seed=args.seed)
+    if check_length is not None:
+        check_length(len(batches) * args.epochs)
     rate = cli.scaled_lr(args.learning_rate, batch_size=args.train_batch_size, world_size=world.size)
     optimizer = cli.build_optimizer(
         model, opt=args.opt, lr=rate, weight_decay=args.weight_decay, eps=args.opt_eps, betas=args.opt_betas,

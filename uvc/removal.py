@@ -166,7 +166,7 @@ def _copy_positions(network: CompactViT, model: GatedTransformer, structure: Str
     if structure.patches is None:
         network.pos_embed.copy_(table)
     else:
-        kept = torch.tensor(structure.patches, device=table.device)
+        kept = torch.tensor(structure.patches, dtype=torch.long, device=table.device)
         network.pos_embed.copy_(torch.cat([table[:, :prefix], table[:, prefix:].index_select(1, kept)], dim=1))
     if network.config.patch_scale:
         assert model.patch_gating is not None

@@ -152,6 +152,12 @@ def test_each_command_trains_under_its_masks(method, dense, tmp_path, capsys):
     assert math.isfinite(result["top1_percent"])
 
 
+def test_a_run_too_short_for_its_pruning_events_is_refused(dense, tmp_path):
+    words = ["gmp", *FLAGS, "--model_path", str(dense), "--output_dir", str(tmp_path), "--t_start", "5"]
+    with pytest.raises(baselines.UsageError, match="last event is before step 12, the run has 11 steps"):
+        baselines.main([*words, "--delta_t", "2", "--pruning_times", "3"])
+
+
 def test_a_share_of_each_class():
     pictures, _ = open_datasets("digits", None, 32)
     fifth = first_of_each_class(pictures, 0.2)

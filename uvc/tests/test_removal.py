@@ -70,6 +70,13 @@ def test_t2t_vit(patch):
     check(model)
 
 
+def test_no_patch_left():
+    model, _, _ = random_network(1, **SMALL, patch="remove")
+    with torch.no_grad():
+        model.patch_gating.fill_(-1)
+    assert check(model).structure.patches == ()
+
+
 def test_another_scale_is_kept():
     model, _, _ = random_network(3, **T2T, scale=0.25)
     assert check(model).network.config.scale == 0.25
