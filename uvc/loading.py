@@ -48,7 +48,9 @@ def read_state(source: str | os.PathLike[str], *, prefer_ema: bool = False) -> t
 def load_dense(
     model: GatedTransformer, source: str | os.PathLike[str], *, model_type: str, new_head: bool = False
 ) -> None:
-    """Load a dense checkpoint; gates, token scores and masks that it lacks stay as they are.
+    """Load a dense checkpoint; gates and token scores that it lacks stay as they are.
+
+    A file of stage 1 or 2 is taken too, to start again from it: its gates are loaded and its masks multiplied in.
 
     Args:
         model: takes the weights. T2T-ViT's position table is computed, not loaded.
@@ -61,6 +63,14 @@ def load_dense(
     """
     state, _ = read_state(source, prefer_ema=model_type.startswith("t2t"))
     own = model.state_dict()
+    masks = [key for key in state if key.endswith(".mask")]
+    for key in masks:
+        weight = f"{key.removesuffix('.mask')}.weight"
+        mask = state.pop(key)
+        if weight in state and state[weight].shape == mask.shape:
+            state[weight] = state[weight] * mask
+    if masks:
+        logger.info("%s: its masks are multiplied into its weights, and masks start anew", os.fspath(source))
     for key in ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias"):
         if new_head and key in state and key in own and state[key].shape != own[key].shape:
             logger.warning(

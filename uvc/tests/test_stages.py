@@ -181,6 +181,22 @@ def test_the_file_holds_the_architecture_found(found, material):
     assert again["top1_percent"] == found.metrics["top1_percent"]
 
 
+def test_stage1_starts_again_from_a_file_of_its_own(found, material, tmp_path):
+    """Of gates that skip a block, too: the cost is of all blocks, and the masks begin anew."""
+    content = torch.load(found.file, weights_only=True)["model"]
+    content["block_skip_gating"][2] = torch.tensor([1.0, -1.0])
+    torch.save(content, tmp_path / "again.pth")
+    words = stage1(material, tmp_path, "--model_path", str(tmp_path / "again.pth"), "--teacher-path", material.dense)
+    model = joint_train.build_model(joint_train.parse_args(words), 2)
+    assert model.runs() == (True, True, False, True, True, True)
+    weight, mask = content["blocks.1.mlp.fc2.weight"], content["blocks.1.mlp.fc2.mask"]
+    assert not mask.all()
+    assert torch.equal(model.blocks[1].mlp.fc2.weight, weight * mask)
+    assert bool(model.blocks[1].mlp.fc2.mask.all())
+    metrics = joint_train.main([*words, "--num_epochs", "1", "--warmup_epochs", "0"])
+    assert 0 < metrics["remaining_cost_percent"] < 100
+
+
 def kill_at(step: int, stage: type) -> Callable[[], None]:
     """Make a stage kill its process after a step, before that step is saved."""
 
