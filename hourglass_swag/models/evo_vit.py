@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from common import flops
 from common.flops import OpCounts
+from hourglass_swag.models.ops.tokens import take_tokens
 from hourglass_swag.models.vision_transformer import (
     SIZES,
     BlockFactory,
@@ -42,7 +43,7 @@ def count_processed(num_patches: int, prune_ratio: float) -> int:
 
 def easy_gather(x: Tensor, indices: Tensor) -> Tensor:
     """Rows of ``x`` (B, N, C) by ``indices`` (B, K): (B, K, C)."""
-    return x.gather(1, indices[..., None].expand(-1, -1, x.shape[2]))
+    return take_tokens(x, indices)
 
 
 def attend_with_class_row(q: Tensor, k: Tensor, v: Tensor, *, dropout: float = 0.0) -> tuple[Tensor, Tensor]:

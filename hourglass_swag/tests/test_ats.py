@@ -100,6 +100,16 @@ def test_a_layer_drops_the_lowest_token_at_least():
     assert 37 > tokens[2] > tokens[3] > 1
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_few_tokens_may_leave_the_class_token_alone(tokens):
+    """Of two patches the published code drops both; a layer that gets no patch has nothing to choose."""
+    block = build(ATSBlock, 3, **BLOCK, n_ref_tokens=37, drop_tokens=True)
+    x, policy = block(draw("x", tokens, 2, 16))
+    assert policy is None
+    assert len(x) == (2 if tokens == 2 else 1)
+    assert x.isfinite().all()
+
+
 def test_the_paper_s_residual_is_the_input():
     x = draw("x", 37, 1, 16)
     blocks = {

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from common import flops
 from common.flops import OpCounts
+from hourglass_swag.models.ops.tokens import take_tokens
 from hourglass_swag.models.vision_transformer import SelfAttention
 
 EPS = 1e-6
@@ -127,7 +128,7 @@ def inverse_transform_sampling(
 
 def gather_tokens(x: Tensor, positions: Tensor, policy: Tensor | None) -> Tensor:
     """Rows of ``x`` (B, N, C) at ``positions`` (B, U), zero where ``policy`` (B, U, 1) is 0: (B, U, C)."""
-    rows = x.gather(1, positions[..., None].expand(-1, -1, x.shape[2]))
+    rows = take_tokens(x, positions)
     return rows if policy is None else rows * policy
 
 
@@ -211,6 +212,8 @@ class AdaptiveTokenSampler(SelfAttention):
     @torch.no_grad()
     def sample(self, q: Tensor, k: Tensor, v: Tensor, policy: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Positions (B, U) of the sampled tokens and their policy, from queries, keys and values (B, h, N, d)."""
+        if q.shape[2] == 1:  # the class token alone is left
+            return torch.zeros(len(q), 1, dtype=torch.long, device=q.device), None
         logits = (q[:, :, :1] * self.head_dim**-0.5) @ k.transpose(2, 3)  # the class row, (B, h, 1, N)
         row = softmax_with_policy(logits, v.new_ones(len(v), v.shape[2], 1) if policy is None else policy)
         positions, counts = inverse_transform_sampling(*score_assignment_step(row, v), self.n_ref_tokens)

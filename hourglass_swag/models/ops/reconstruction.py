@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from common import flops
 from common.flops import OpCounts
+from hourglass_swag.models.ops.tokens import take_tokens
 
 Normalize = Literal["l2", "l1"]
 MIN_NORM = 1e-12  # smallest divisor of a row of weights
@@ -34,7 +35,7 @@ def naive_unpool(x: Tensor, hard_labels: Tensor) -> Tensor:
     Returns:
         (B, P, C).
     """
-    return x.gather(1, hard_labels[..., None].expand(-1, -1, x.shape[2]))
+    return take_tokens(x, hard_labels)
 
 
 def reconstruction_weights(before: Tensor, after: Tensor, k: int, temperature: float, normalize: Normalize) -> Tensor:
