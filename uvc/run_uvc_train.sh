@@ -9,12 +9,15 @@
 # MODEL     checkpoint of the dense network (default: the published one, downloaded)
 # OUTPUT    where runs go (default: output/uvc)
 # PROCS     processes, one per GPU (default: 2)
+# GPUS      which GPUs, such as 2,3 (default: the first ones)
+# WORKERS   loading processes per process (default: 64)
 set -euo pipefail
 : "${DATA:?usage: DATA=DIR bash uvc/run_uvc_train.sh [flags]; DIR holds train/ and val/}"
+procs=${PROCS:-2}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-exec "${PYTHON:-python3}" -m torch.distributed.run --nproc_per_node "${PROCS:-2}" --master_port "${PORT:-6019}" \
-    "$root/uvc/joint_train.py" --gpu_num "${GPUS:-0,1}" --uvc_train \
+exec "${PYTHON:-python3}" -m torch.distributed.run --nproc_per_node "$procs" --master_port "${PORT:-6019}" \
+    "$root/uvc/joint_train.py" --gpu_num "${GPUS:-$(seq -s, 0 $((procs - 1)))}" --uvc_train \
     --model_type deit_tiny_patch16_224 --model_path "${MODEL:-pretrained}" --data_dir "$DATA" \
     --distillation-type soft --distillation-alpha 0.1 --train_batch_size 512 --num_epochs 30 --eval_every 1000 \
     --flops_with_mhsa 1 --zlr_schedule_list "1,5,9,13,17" --learning_rate 1e-4 --enable_deit 0 --budget 0.5 \
