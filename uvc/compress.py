@@ -172,4 +172,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]), expected=(CheckpointError, ValueError, ModuleNotFoundError))
+    run(lambda: main(sys.argv[1:]), expected=(CheckpointError, ValueError, ModuleNotFoundError, OSError))

@@ -103,4 +103,4 @@ def main(argv: Sequence[str] | None = None) -> Structure:
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]), expected=(CheckpointError, ValueError))
+    run(lambda: main(sys.argv[1:]), expected=(CheckpointError, ValueError, OSError))

@@ -25,7 +25,8 @@ class BlockStructure:
 
     Attributes:
         runs: False where the gate skips the block; the rest then describes its masks all the same.
-        heads: heads of which any output dimension survives, ascending.
+        heads: heads of which any output dimension survives, ascending: its column of ``attn.proj`` and its value row of
+            ``attn.qkv`` are unmasked.
         dims: for each of ``heads``, the surviving dimensions 0..d-1 of its values, ascending. Queries and keys of a
             surviving head keep all d.
         neurons: hidden neurons that are computed: column of ``mlp.fc2`` and row of ``mlp.fc1`` unmasked.
@@ -200,7 +201,9 @@ def _read_block(state: Mapping[str, Tensor], index: int, runs: bool, num_heads: 
             return torch.ones(weight.shape[1 - dim], dtype=torch.bool)
         return (mask != 0).any(dim)
 
-    columns = kept("attn.proj", 0).view(num_heads, -1)  # (H, d)
+    columns = kept("attn.proj", 0)
+    columns = columns & kept("attn.qkv", 1)[2 * len(columns) :]  # a masked row of the values is a constant
+    columns = columns.view(num_heads, -1)  # (H, d)
     heads = _indices(columns.any(1))
     outputs, inputs = kept("mlp.fc2", 0), kept("mlp.fc1", 1)
     return BlockStructure(

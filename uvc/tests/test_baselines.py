@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from common.checkpoint import load_safely, save_atomic
+from common.flops import CONVENTIONS
 from uvc import baselines
 from uvc.baseline_scores import (
     best,
@@ -20,9 +21,11 @@ from uvc.baseline_scores import (
     taylor_scores,
 )
 from uvc.data import first_of_each_class, open_datasets
+from uvc.loading import load_masked
 from uvc.models import create
 from uvc.models.gates import register_masks
 from uvc.models.token_selection import select_best_tokens
+from uvc.removal import compress
 
 SMALL = {"depth": 2, "img_size": 16}
 
@@ -139,6 +142,9 @@ def test_each_command_trains_under_its_masks(method, dense, tmp_path, capsys):
     if method == "structured":
         assert masks["blocks.0.attn.qkv.weight"][:, 0].sum() == 3 * 2 * 16
         assert masks["blocks.1.mlp.fc2.weight"][0].sum() == 64
+        files = (tmp_path / "run" / "deit_desk.pth.tar", dense)
+        real, full = (CONVENTIONS["uvc"].total(compress(load_masked(file).model).network.count_ops()) for file in files)
+        assert result["remaining_cost_percent"] == pytest.approx(100 * real / full, rel=1e-6)
     else:
         kept = sum(mask.sum() for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
         assert kept == pytest.approx(0.4, abs=1e-4)
