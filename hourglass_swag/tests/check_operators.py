@@ -37,6 +37,18 @@ CLUSTERS = (  # R, N, M, D, T, c_q, c_k, padded
     (4, 40, 40, 128, 4, 20, 20, True),
     (2, 33, 33, 96, 2, 16, 16, True),
     (1, 7, 7, 16, 3, 9, 9, True),
+    # few pairs, cluster by cluster
+    (3, 130, 260, 64, 4, 4, 8, False),
+    (3, 130, 259, 32, 4, 4, 8, True),
+    (1, 257, 257, 80, 8, 8, 8, False),
+    # many pairs, tile by tile: a row of its own, tails of tiles and panels, clusters that hold three rows
+    (1, 257, 257, 64, 32, 32, 32, False),
+    (3, 130, 260, 112, 32, 8, 16, False),
+    (3, 130, 259, 96, 32, 8, 16, True),
+    (4, 5, 10, 48, 9, 12, 24, False),
+    (2, 400, 400, 16, 255, 2, 2, False),  # as many rounds as can be counted
+    (2, 30, 30, 16, 256, 6, 6, False),  # one more
+    (1, 600, 600, 16, 768, 2, 2, True),  # more than 256 clusters
 )
 
 
@@ -115,12 +127,12 @@ def check_threads() -> None:
     """Results do not depend on the number of threads."""
     ops, x = operators(), torch.randn(7, 33, 16)
     groups, weights = torch.randint(0, 5, (7, 33)).int(), torch.rand(7, 5)
-    orders = torch.rand(4, 7, 33).argsort(-1), torch.rand(4, 7, 33).argsort(-1)
+    orders = torch.rand(4, 7, 33).argsort(-1), torch.rand(7, 4, 33).argsort(-1).transpose(0, 1)
     results = []
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        attended = ops.attend_in_clusters(x, x, x, *orders, 11, 11, 0.2, False)
-        results.append((ops.weighted_sum(x, groups, weights), attended, ops.sort_rows(x)))
+        attended = [ops.attend_in_clusters(x, x, x, *orders, size, size, 0.2, False) for size in (3, 11)]
+        results.append((ops.weighted_sum(x, groups, weights), *attended, ops.sort_rows(x)))
     torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 

@@ -1,13 +1,17 @@
 // Attention inside SMYRF's clusters on a CPU, in float32: torch.ops.leanvit_ops.{sort_rows, attend_in_clusters}.
 //
 // R rows, N queries and M keys of a row, D channels, T rounds, clusters of c_q queries and c_k keys. The clusters of all
-// rounds are cut from one list over (round, row, rank), so a cluster may hold tokens of two rows. One thread takes a row
-// and, round by round, the clusters that its queries are in; nothing of the size of the gathered tokens is written to
-// memory. Softmax over the keys of all rounds at once is the same as weighting the rounds by their mass:
+// rounds are cut from one list over (round, row, rank), so a cluster may hold tokens of two rows. Softmax over the keys
+// of all rounds at once is the same as weighting the rounds by their mass:
 //
 //     out[n] = sum over rounds t and keys j of n's cluster of exp(s[n, j] - m[n]) v[j]  /  the same sum without v[j]
+//            = sum over keys j of count[n, j] exp(s[n, j] - m[n]) v[j]  /  the same sum without v[j]
 //
-// with m the largest logit so far. Results do not depend on the number of threads.
+// with m the largest logit so far and count the rounds in which n and j share a cluster. One thread takes a row. It goes
+// round by round through the clusters that its queries are in (first form), or, where that meets the same pairs again
+// and again, tile by tile of queries through all keys of the row, and cluster by cluster only to keys of other rows
+// (second form). The sizes alone decide. Neither writes anything of the size of the gathered tokens, or of all pairs, to
+// memory. Results do not depend on the number of threads.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -36,29 +40,27 @@ namespace {
 constexpr int kLanes = 16;  // queries of a block: one lane each
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t IntLanes __attribute__((vector_size(kLanes * sizeof(int32_t))));
+typedef uint32_t BitLanes __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 
 INLINE void load(Lanes& to, const float* from) { std::memcpy(&to, from, sizeof(Lanes)); }
 INLINE void store(float* to, const Lanes& from) { std::memcpy(to, &from, sizeof(Lanes)); }
 
-// exp(x) for x <= 0 to 2 units in the last place; 0 below -87.
-INLINE void exponential(Lanes& x) {
-  const IntLanes tiny = x < -87.0f;
-  const Lanes clamped = tiny ? Lanes{} : x;
-  const Lanes scaled = clamped * 1.44269504088896341f - 0.5f;
-  const IntLanes exponent = __builtin_convertvector(scaled, IntLanes);  // towards zero: the nearest to x / ln 2
-  const Lanes n = __builtin_convertvector(exponent, Lanes);
-  const Lanes r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  Lanes p = Lanes{} + 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const IntLanes bits = (exponent + 127) << 23;
-  Lanes power;
-  std::memcpy(&power, &bits, sizeof(Lanes));
-  x = tiny ? Lanes{} : p * power;
+// 2^x for x <= 0 to 2 units in the last place; 0 below -125.
+INLINE void power_of_two(Lanes& x) {
+  const Lanes shifted = x + 12582912.0f;  // its last bits are the nearest whole number
+  const Lanes r = x - (shifted - 12582912.0f);
+  Lanes p = Lanes{} + 1.3264727e-3f;
+  p = p * r + 9.6715130e-3f;
+  p = p * r + 5.5507336e-2f;
+  p = p * r + 2.4022243e-1f;
+  p = p * r + 6.9314700e-1f;
+  p = p * r + 1.0f;
+  BitLanes exponent, bits;
+  std::memcpy(&exponent, &shifted, sizeof(Lanes));
+  std::memcpy(&bits, &p, sizeof(Lanes));
+  bits += exponent << 23;
+  std::memcpy(&p, &bits, sizeof(Lanes));
+  x = x < -125.0f ? Lanes{} : p;
 }
 
 // 16 x 16 transpose in registers: four rounds of exchanging halves.
@@ -122,12 +124,12 @@ INLINE void attend_block(const Block& block, const float* const* k, const float*
     }
   }
   Lanes kept = before - top, total = {};
-  exponential(kept);  // 0 at first, when before is -inf
+  power_of_two(kept);  // 0 at first, when before is -inf
   for (int64_t j = 0; j < keys; ++j) {
     Lanes p;
     load(p, logits + j * kLanes);
     p -= top;
-    exponential(p);
+    power_of_two(p);
     total += p;
     store(logits + j * kLanes, p);
   }
@@ -158,55 +160,241 @@ INLINE void attend_block(const Block& block, const float* const* k, const float*
   }
 }
 
-struct Problem {
-  const float *q, *k, *v;
-  const int64_t *order_q, *order_k;  // (T, R, N), (T, R, M)
-  float* out;
-  int64_t T, R, N, M, c_q, c_k;
-  bool padded;
-  float scale;
+// Tokens by rank; the list of a round and a row lies in one piece.
+struct Order {
+  const int64_t* data;
+  int64_t round_stride, row_stride;
+  const int64_t* list(int64_t t, int64_t r) const { return data + t * round_stride + r * row_stride; }
 };
 
-// All queries of one row.
+struct Problem {
+  const float *q, *k, *v;
+  Order order_q, order_k;
+  float* out;
+  int64_t T, R, N, M, D, c_q, c_k;
+  bool padded, counts;
+  float scale;  // of logits for powers of two
+};
+
+// Running softmax of the queries of one row.
+struct Sums {
+  std::vector<float> highest, mass;
+  float* out;
+};
+
+// Cluster by cluster: attention of a row to the keys of its clusters; before counting, only to those of other lists.
 template <int D>
-INLINE void attend_row(const Problem& x, int64_t r) {
-  std::vector<float> highest(x.N, -std::numeric_limits<float>::infinity()), mass(x.N, 0.0f);
+INLINE void attend_clusters(const Problem& x, int64_t r, Sums& sums) {
   std::vector<float> logits(x.c_k * kLanes), packed(kLanes * D);
   std::vector<const float*> k(x.c_k), v(x.c_k);
-  float* out = x.out + r * x.N * D;
-  std::fill(out, out + x.N * D, 0.0f);
   for (int64_t t = 0; t < x.T; ++t) {
     // The list runs over all rows and rounds; a padded row has a list of its own, whose last cluster may not be full.
-    const int64_t row = t * x.R + r;
+    const int64_t row = t * x.R + r, own = row * x.M, own_end = own + x.M;
     const int64_t begin = x.padded ? 0 : row * x.N, end = begin + x.N;
+    const int64_t* queries = x.order_q.list(t, r);
     for (int64_t cluster = begin / x.c_q; cluster * x.c_q < end; ++cluster) {
-      const int64_t first_key = cluster * x.c_k;
-      const int64_t keys = x.padded ? std::min(x.c_k, x.M - first_key) : x.c_k;
-      for (int64_t j = 0; j < keys; ++j) {
-        const int64_t place = x.padded ? row * x.M + first_key + j : first_key + j;  // in order_k
-        const int64_t token = (place / x.M % x.R) * x.M + x.order_k[place];
-        k[j] = x.k + token * D;
-        v[j] = x.v + token * D;
+      const int64_t first_key = x.padded ? own + cluster * x.c_k : cluster * x.c_k;
+      const int64_t last_key = x.padded ? std::min(first_key + x.c_k, own_end) : first_key + x.c_k;
+      int64_t keys = 0;
+      for (int64_t place = first_key; place < last_key;) {
+        const int64_t list = place / x.M, list_end = std::min((list + 1) * x.M, last_key);
+        if (x.counts && list == row) {
+          place = list_end;
+          continue;
+        }
+        const int64_t* tokens = x.order_k.list(list / x.R, list % x.R) - list * x.M;
+        const int64_t offset = list % x.R * x.M;
+        for (; place < list_end; ++place, ++keys) {
+          k[keys] = x.k + (offset + tokens[place]) * D;
+          v[keys] = x.v + (offset + tokens[place]) * D;
+        }
       }
+      if (keys == 0) continue;
       const int64_t last = std::min((cluster + 1) * x.c_q, end);
       for (int64_t first = std::max(cluster * x.c_q, begin); first < last; first += kLanes) {
         Block block;
         block.used = static_cast<int>(std::min<int64_t>(kLanes, last - first));
         for (int i = 0; i < kLanes; ++i) {
-          const bool used = i < block.used;
-          const int64_t token = x.order_q[row * x.N + first - begin + (used ? i : 0)];
+          const int64_t token = queries[first - begin + (i < block.used ? i : 0)];
           block.query[i] = token;
           block.q[i] = x.q + (r * x.N + token) * D;
-          block.sum[i] = out + token * D;
+          block.sum[i] = sums.out + token * D;
         }
-        attend_block<D>(block, k.data(), v.data(), keys, x.scale, highest.data(), mass.data(), logits.data(),
+        attend_block<D>(block, k.data(), v.data(), keys, x.scale, sums.highest.data(), sums.mass.data(), logits.data(),
                         packed.data());
       }
     }
   }
+}
+
+// The counting form.
+constexpr int kTile = 24, kRows = 12;  // queries at once; of them, in registers
+constexpr int kBlock = 64;             // keys that are counted at once
+constexpr int kPanel = 2 * kLanes;     // keys whose logits, or channels whose sums are in registers
+constexpr int kSpan = 128;             // keys whose values are summed at once: long sums lose digits
+constexpr int kNone = 255;             // no cluster's number; more rounds would overflow a count
+typedef uint8_t Bytes __attribute__((vector_size(kBlock)));
+
+INLINE int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+// Calls f(token, number of its cluster) for a list that may begin inside a cluster.
+template <class F>
+INLINE void number_clusters(const int64_t* tokens, int64_t count, int64_t begin, int64_t size, const F& f) {
+  int number = 0;
+  for (int64_t first = -(begin % size); first < count; first += size, ++number) {
+    const int64_t last = std::min(first + size, count);
+    for (int64_t i = std::max<int64_t>(first, 0); i < last; ++i) f(tokens[i], number);
+  }
+}
+
+// c[i][j] = or += sum over `depth` of a[i][.] b[.][j], for kRows rows of c and kVectors vectors of each.
+template <int kVectors, bool kAdd>
+INLINE void multiply(const float* a, int64_t stride_a, const float* b, int64_t stride_b, int64_t depth, float* c,
+                     int64_t stride_c, int rows = kRows) {
+  Lanes sum[kRows][kVectors] = {};
+  for (int64_t l = 0; l < depth; ++l) {
+    Lanes from[kVectors];
+    for (int j = 0; j < kVectors; ++j) load(from[j], b + l * stride_b + j * kLanes);
+#pragma GCC unroll 12
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) sum[i][j] += from[j] * a[i * stride_a + l];
+    }
+  }
+  for (int i = 0; i < kRows && i < rows; ++i) {
+    for (int j = 0; j < kVectors; ++j) {
+      Lanes before = {};
+      if (kAdd) load(before, c + i * stride_c + j * kLanes);
+      store(c + i * stride_c + j * kLanes, before + sum[i][j]);
+    }
+  }
+}
+
+// Of kRows queries and all keys, the rounds in which they share a cluster; `own` and `numbers` as in attend_counts.
+INLINE void count_rounds(const uint32_t* own, const uint8_t* numbers, int64_t T, int64_t width, uint8_t* counts) {
+  for (int64_t j = 0; j < width; j += kBlock) {
+    Bytes count[kRows] = {};
+    for (int64_t t = 0; t < T; ++t) {
+      Bytes of_keys;
+      std::memcpy(&of_keys, numbers + t * width + j, kBlock);
+#pragma GCC unroll 12
+      for (int i = 0; i < kRows; ++i) {
+        const Bytes of_query = reinterpret_cast<Bytes>(BitLanes{} + own[i * T + t]);
+        count[i] = of_keys == of_query ? count[i] + 1 : count[i];
+      }
+    }
+    for (int i = 0; i < kRows; ++i) std::memcpy(counts + i * width + j, &count[i], kBlock);
+  }
+}
+
+// Logits of a query to weights: counts times powers of two; the highest logit that counts, and the sum of the weights.
+INLINE void weigh(const uint8_t* counts, int64_t width, float* logits, float& highest, float& total) {
+  constexpr int kVectors = kBlock / kLanes;
+  Lanes top = Lanes{} + highest, sum = {};
+  for (int64_t j = 0; j < width; j += kBlock) {
+    BitLanes count;
+    std::memcpy(&count, counts + j, kBlock);
+    for (int b = 0; b < kVectors; ++b, count >>= 8) {
+      Lanes s;
+      load(s, logits + j + b * kLanes);
+      s = (count & 255) != 0 ? s : top;  // one condition at a time: GCC takes their conjunction lane by lane
+      top = s > top ? s : top;
+    }
+  }
+  for (int i = 0; i < kLanes; ++i) highest = std::max(highest, top[i]);
+  for (int64_t j = 0; j < width; j += kBlock) {
+    BitLanes count;
+    std::memcpy(&count, counts + j, kBlock);
+    for (int b = 0; b < kVectors; ++b, count >>= 8) {
+      Lanes p;
+      load(p, logits + j + b * kLanes);
+      p -= highest;
+      power_of_two(p);
+      const IntLanes times = reinterpret_cast<IntLanes>(count & 255);
+      p = times != 0 ? p * __builtin_convertvector(times, Lanes) : Lanes{};
+      sum += p;
+      store(logits + j + b * kLanes, p);
+    }
+  }
+  total = 0.0f;
+  for (int i = 0; i < kLanes; ++i) total += sum[i];
+}
+
+// Tile by tile of queries: attention of a row to its own keys, weighted by the rounds in which they share a cluster.
+FOR_EACH_CPU void attend_counts(const Problem& x, int64_t r, Sums& sums) {
+  const int64_t N = x.N, M = x.M, T = x.T, D = x.D, width = round_up(M, kBlock), panels = round_up(M, kPanel) / kPanel;
+  const float *k = x.k + r * M * D, *v = x.v + r * M * D;
+  // Numbers of queries' clusters, (N, T), four times each, to be compared with four vectors of keys at once; those of
+  // keys, (T, M), in an order that makes byte b of 16 counts, seen as 32 bits, the count of vector b of the block.
+  std::vector<uint32_t> clusters_q(round_up(N, kTile) * T);
+  std::vector<uint8_t> clusters_k(T * width, kNone), counts(kTile * width);
+  for (int64_t t = 0; t < T; ++t) {
+    const int64_t list = x.padded ? 0 : t * x.R + r;
+    number_clusters(x.order_q.list(t, r), N, list * N, x.c_q,
+                    [&](int64_t n, int number) { clusters_q[n * T + t] = number * 0x01010101u; });
+    number_clusters(x.order_k.list(t, r), M, list * M, x.c_k, [&](int64_t m, int number) {
+      clusters_k[t * width + m / kBlock * kBlock + m % kLanes * 4 + m / kLanes % 4] = static_cast<uint8_t>(number);
+    });
+  }
+  std::vector<float> packed(panels * D * kPanel), q(kTile * D), logits(kTile * width);
+  for (int64_t j = 0; j < panels * kPanel; j += kLanes) {  // (panel, channel, key)
+    float* to = packed.data() + j / kPanel * D * kPanel + j % kPanel;
+    for (int64_t chunk = 0; chunk < D; chunk += kLanes) {
+      Lanes tile[kLanes];
+      for (int i = 0; i < kLanes; ++i) load(tile[i], k + std::min(j + i, M - 1) * D + chunk);
+      transpose(tile);
+      for (int i = 0; i < kLanes; ++i) store(to + (chunk + i) * kPanel, tile[i]);
+    }
+  }
+  for (int64_t first = 0; first < N; first += kTile) {
+    const int used = static_cast<int>(std::min<int64_t>(kTile, N - first));
+    for (int64_t i = 0; i < used * D; ++i) q[i] = x.q[(r * N + first) * D + i] * x.scale;
+    for (int i = 0; i < used; i += kRows) {
+      count_rounds(&clusters_q[(first + i) * T], clusters_k.data(), T, width, &counts[i * width]);
+    }
+    for (int64_t j = 0; j < panels; ++j) {
+      for (int i = 0; i < used; i += kRows) {
+        multiply<2, false>(&q[i * D], D, &packed[j * D * kPanel], kPanel, D, &logits[i * width + j * kPanel], width);
+      }
+    }
+    for (int i = 0; i < used; ++i) {
+      const int64_t n = first + i;
+      Lanes kept = Lanes{} + sums.highest[n];
+      float total;
+      weigh(&counts[i * width], width, &logits[i * width], sums.highest[n], total);
+      kept -= sums.highest[n];
+      power_of_two(kept);
+      sums.mass[n] = sums.mass[n] * kept[0] + total;
+      for (int64_t c = 0; c < D; ++c) sums.out[n * D + c] *= kept[0];
+    }
+    for (int64_t j = 0; j < M; j += kSpan) {
+      const int64_t depth = std::min<int64_t>(kSpan, M - j);
+      for (int64_t c = 0; c < D; c += kPanel) {
+        for (int i = 0; i < used; i += kRows) {
+          const float *p = &logits[i * width + j], *value = v + j * D + c;
+          float* out = sums.out + (first + i) * D + c;
+          if (D - c < kPanel) {
+            multiply<1, true>(p, width, value, D, depth, out, D, used - i);
+          } else {
+            multiply<2, true>(p, width, value, D, depth, out, D, used - i);
+          }
+        }
+      }
+    }
+  }
+}
+
+// All queries of one row.
+template <int D>
+INLINE void attend_row(const Problem& x, int64_t r) {
+  Sums sums{std::vector<float>(x.N, -std::numeric_limits<float>::infinity()), std::vector<float>(x.N, 0.0f),
+            x.out + r * x.N * D};
+  std::fill(sums.out, sums.out + x.N * D, 0.0f);
+  if (!x.counts || !x.padded) attend_clusters<D>(x, r, sums);
+  if (x.counts) attend_counts(x, r, sums);
   for (int64_t n = 0; n < x.N; ++n) {
-    const float factor = 1.0f / mass[n];
-    for (int c = 0; c < D; ++c) out[n * D + c] *= factor;
+    const float factor = 1.0f / sums.mass[n];
+    for (int c = 0; c < D; ++c) sums.out[n * D + c] *= factor;
   }
 }
 
@@ -230,10 +418,9 @@ Row row_of_width(int64_t D) {
 }
 
 at::Tensor attend_in_clusters(const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_,
-                              const at::Tensor& order_q_, const at::Tensor& order_k_, int64_t c_q, int64_t c_k,
+                              const at::Tensor& order_q, const at::Tensor& order_k, int64_t c_q, int64_t c_k,
                               double scale, bool padded) {
   const at::Tensor q = q_.contiguous(), k = k_.contiguous(), v = v_.contiguous();
-  const at::Tensor order_q = order_q_.contiguous(), order_k = order_k_.contiguous();
   TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && order_q.dim() == 3 && order_k.dim() == 3,
               "attend_in_clusters: q, k, v must be (rows, tokens, channels), orders (rounds, rows, tokens)");
   const int64_t R = q.size(0), N = q.size(1), D = q.size(2), M = k.size(1), T = order_q.size(0);
@@ -252,9 +439,17 @@ at::Tensor attend_in_clusters(const at::Tensor& q_, const at::Tensor& k_, const 
                             : T * R * N % c_q == 0 && T * R * M % c_k == 0 && T * R * N / c_q == T * R * M / c_k;
   TORCH_CHECK(c_q > 0 && c_k > 0 && whole, "attend_in_clusters: clusters of ", c_q, " and ", c_k, " do not fit");
   at::Tensor out = at::empty({R, N, D}, q.options());
+  // The first form computes T c_k pairs per query, the second M and those with other rows. M / c_k < 5 / 6 T also means
+  // that a row has less than kNone clusters.
+  const bool counts = T <= kNone && 5 * T * c_k > 6 * M;
+  const auto lists = [](const at::Tensor& order) {
+    return Order{order.const_data_ptr<int64_t>(), order.stride(0), order.stride(1)};
+  };
+  const at::Tensor lists_q = order_q.stride(2) == 1 ? order_q : order_q.contiguous();
+  const at::Tensor lists_k = order_k.stride(2) == 1 ? order_k : order_k.contiguous();
   const Problem problem{q.const_data_ptr<float>(), k.const_data_ptr<float>(), v.const_data_ptr<float>(),
-                        order_q.const_data_ptr<int64_t>(), order_k.const_data_ptr<int64_t>(),
-                        out.mutable_data_ptr<float>(), T, R, N, M, c_q, c_k, padded, static_cast<float>(scale)};
+                        lists(lists_q), lists(lists_k), out.mutable_data_ptr<float>(), T, R, N, M, D, c_q, c_k, padded,
+                        counts, static_cast<float>(scale * 1.4426950408889634)};
   const Row attend = row_of_width(D);
   at::parallel_for(0, R, 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) attend(problem, r);
