@@ -11,6 +11,7 @@ from common.flops import CONVENTIONS, count_executed_macs
 from common.reference import fill_
 from hourglass_swag.models import create
 from hourglass_swag.models.ops.smyrf import attn
+from hourglass_swag.models.ops import library
 from hourglass_swag.models.ops.smyrf.attn import SmyrfAttention, attend_in_clusters, dense
 from hourglass_swag.models.ops.smyrf.smyrf_attn import SmyrfMultiheadAttention
 from hourglass_swag.models.ops.smyrf.utils import XBOXPLUS
@@ -235,3 +236,11 @@ def test_cluster_sizes_that_fit_no_batch_or_only_some_are_told_at_once():
             warnings.simplefilter("error")
             create("smyrf_vit_desk", **sizes, smyrf_k_cluster_size=8)
             create("smyrf_vit_desk", **sizes | {"smyrf_q_cluster_size": 7}, smyrf_k_cluster_size=7, smyrf_padded=True)
+
+
+def test_only_wide_vectors_take_the_compiled_attention(monkeypatch):
+    monkeypatch.setattr(library, "load", lambda: {"attend_in_clusters": frozenset({"cpu"}), "sort_rows": {"cpu"}})
+    for capability, served in (("AVX512", True), ("AVX2", False), ("DEFAULT", False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda answer=capability: answer)
+        assert library.serves(torch.device("cpu"), "attend_in_clusters") is served
+        assert library.serves(torch.device("cpu"), "sort_rows")

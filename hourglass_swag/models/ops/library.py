@@ -64,6 +64,10 @@ def load() -> dict[str, frozenset[str]]:
     }
 
 
+WIDE = frozenset({"attend_in_clusters"})
+"""Operators written for vectors of 64 bytes: with narrower ones the plain form is faster on a CPU."""
+
+
 def serves(device: torch.device, operator: str) -> bool:
     """Whether tensors on ``device`` go through this compiled operator."""
     return _allowed and _serves(device.type, operator)
@@ -72,6 +76,8 @@ def serves(device: torch.device, operator: str) -> bool:
 @torch.compiler.assume_constant_result
 def _serves(device_type: str, operator: str) -> bool:
     kinds = load().get(operator, frozenset())
+    if operator in WIDE and device_type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
     if device_type == "cuda" and kinds and operator == "ada_cluster" and "cuda" not in kinds:
         _warn_without_cuda()
     return device_type in kinds
