@@ -10,8 +10,8 @@ from torch import Tensor
 from common.flops import CONVENTIONS, count_executed_macs
 from common.reference import fill_
 from hourglass_swag.models import create
-from hourglass_swag.models.ops.smyrf import attn
 from hourglass_swag.models.ops import library
+from hourglass_swag.models.ops.smyrf import attn
 from hourglass_swag.models.ops.smyrf.attn import SmyrfAttention, attend_in_clusters, dense
 from hourglass_swag.models.ops.smyrf.smyrf_attn import SmyrfMultiheadAttention
 from hourglass_swag.models.ops.smyrf.utils import XBOXPLUS
