@@ -27,10 +27,10 @@ from common.distributed import choose_device, run
 from common.flops import CONVENTIONS, count_parameters
 from uvc.checkpoints import load_masked, name_in
 from uvc.compact_files import example_images, export_onnx, export_program, load_compact, save_compact, to_timm
+from uvc.cost_model import CostModel
 from uvc.models.compact import CompactViT, padded
 from uvc.models.gates import GatedTransformer, apply_masks_
 from uvc.removal import Compressed, compress, dense_config
-from uvc.resource import CostModel
 
 AGREEMENT = 1e-4
 """Largest difference of float32 logits, relative to the largest, that still counts as rounding."""

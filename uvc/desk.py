@@ -20,13 +20,13 @@ from common.flops import CONVENTIONS
 from common.tables import DeskTable
 from uvc import baselines, joint_train, post_train
 from uvc.checkpoints import load_masked
+from uvc.cost_model import CostModel
 from uvc.data import open_datasets
 from uvc.loading import save_masked
 from uvc.models.compact import padded
 from uvc.models.gates import GatedTransformer
 from uvc.pruning import update_masks_
 from uvc.removal import compress
-from uvc.resource import CostModel
 from uvc.structure import Structure
 
 MODEL = "deit_desk8"

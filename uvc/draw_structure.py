@@ -82,7 +82,7 @@ def load_structure(file: str, model_type: str = "") -> tuple[Structure, float | 
         content = read_description(file)
         percent = content.get("costs", {}).get("remaining_percent")
         return Structure.from_dict(content["structure"]), percent
-    from uvc.resource import CostModel
+    from uvc.cost_model import CostModel
 
     model, _ = load_masked(file, model_type)
     structure = Structure.from_model(model)

@@ -13,10 +13,10 @@ from common.checkpoint import hub_folder
 from common.flops import count_parameters
 from common.tables import DeskTable, Measured, NeedsCompute, NeedsWeights, Row
 from uvc import desk as desk_experiment
+from uvc.cost_model import CostModel
 from uvc.models import create
 from uvc.models.compact import BlockShape, CompactConfig, CompactViT
 from uvc.models.gates import GatedTransformer
-from uvc.resource import CostModel
 
 PAPER_GMACS = 4.6
 """DeiT-Small's cost as the paper's README rounds it: its GMACs are the remaining share times this."""

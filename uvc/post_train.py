@@ -25,10 +25,10 @@ from common.distributed import World, get_logger, is_main, launch, run, seed_eve
 from common.engine import NonFiniteLoss, StepInfo, prepare_network, train
 from common.metrics import Record
 from uvc import arguments
+from uvc.cost_model import CostModel
 from uvc.data import build_mix, first_of_each_class, open_datasets
 from uvc.engine import FineTuning
 from uvc.loading import Masked, image_size, load_masked, save_masked
-from uvc.resource import CostModel
 from uvc.setup import UsageError, build_teacher_loss
 from uvc.structure import Structure
 

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uvc.cost_model import CostModel, ProjectedCostModel, clamp_closed
 from uvc.models.gates import GatedTransformer, gate_weights
 from uvc.pruning import GroupScores, group_scores, least_sum, proximal_step_, removal
-from uvc.resource import CostModel, ProjectedCostModel, clamp_closed
 
 INITIAL_DUAL = 1e-3
 JUST_BELOW = 1 + 1e-8

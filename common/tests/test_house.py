@@ -5,6 +5,7 @@ import importlib
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,13 @@ def imported(path: Path) -> Iterator[str]:
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("package", PAPERS)
+def test_no_module_hides_one_of_the_standard_library(package):
+    """A script's own folder comes first on the path."""
+    names = {path.stem for path in (ROOT / package).glob("*.py")} | {path.name for path in (ROOT / package).glob("*/")}
+    assert not names & sys.stdlib_module_names
 
 
 def test_imports_point_one_way() -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from common.reference import Case, Checks, NotCovered
+from uvc.cost_model import CostModel, ProjectedCostModel
 from uvc.models.gates import GatedTransformer, count_mask_elements, register_masks
 from uvc.pruning import blocks_of, group_scores, least_sum, proximal_step_, prune_weights_, removal, update_masks_
-from uvc.resource import CostModel, ProjectedCostModel
 from uvc.tests.model_cases import NUMBER, build_model, mac_rows, replay, tensor
 from uvc.uvc_optimizer import PrimalDual, PrimalDualSettings
 

@@ -10,8 +10,8 @@ from common.cache import ROOT
 from common.flops import CONVENTIONS
 from common.tables import NeedsCompute, NeedsWeights, load_tables
 from uvc import desk, ledger
+from uvc.cost_model import CostModel
 from uvc.models import create
-from uvc.resource import CostModel
 from uvc.structure import Structure
 
 ROWS = {row.id: row for table in load_tables("uvc", root=ROOT) for row in table.rows if not row.cited}

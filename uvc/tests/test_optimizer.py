@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from common.tables import load_tables
+from uvc.cost_model import CostModel, clamp_closed
 from uvc.losses import DistillationLoss
 from uvc.models import create
 from uvc.models.gates import register_masks
 from uvc.pruning import ceil_straight_through, group_scores, least_sum, masked_weights, update_masks_
-from uvc.resource import CostModel, clamp_closed
 from uvc.structure import Structure
 from uvc.tests.model_cases import float64
 from uvc.uvc_optimizer import PrimalDual, PrimalDualSettings, build_variable_optimizer

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from common.flops import CONVENTIONS, count_executed_macs
+from uvc.cost_model import CostModel
 from uvc.models.compact import TERMS
 from uvc.pruning import group_scores, update_masks_
 from uvc.removal import compress
-from uvc.resource import CostModel
 from uvc.tests.random_structures import random_network
 
 NETWORKS = {
