@@ -90,21 +90,17 @@ def _masked_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _fold_constant_values(state: dict[str, Tensor], depth: int) -> None:
-    """Value dimensions whose row of ``qkv`` is masked: their bias goes into ``proj``'s, their column is masked."""
+    """Value dimensions whose row of ``qkv`` is masked: their bias goes into that of ``proj``."""
     for prefix in (f"blocks.{index}.attn." for index in range(depth)):
         mask = state.get(f"{prefix}qkv.mask")
         if mask is None:
             continue
         width = mask.shape[1]
-        dead = (mask[2 * width :] == 0).all(1)  # (D,)
-        if not bool(dead.any()):
-            continue
+        dead = (mask[2 * width :] == 0).all(1)  # (D,); ``Structure`` leaves these out
         bias = state.get(f"{prefix}qkv.bias")
-        if bias is not None:
+        if bias is not None and bool(dead.any()):
             constant = state[f"{prefix}proj.weight"] @ (bias[2 * width :] * dead)
             state[f"{prefix}proj.bias"] = state[f"{prefix}proj.bias"] + constant
-        columns = state.get(f"{prefix}proj.mask", torch.ones_like(state[f"{prefix}proj.weight"]))
-        state[f"{prefix}proj.mask"] = columns * ~dead
 
 
 def _config(model: GatedTransformer, structure: Structure, multiple: int, name: str) -> CompactConfig:
