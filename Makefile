@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PAPER ?=
 ARGS ?=
 OUT ?= report/gpu
-PART ?=
+BUDGET_S ?= 480
 # Threads that wait must not spin: on a machine shared with anything else, spinning made small networks 50 times slower.
 export OMP_WAIT_POLICY ?= passive
 
@@ -46,8 +46,8 @@ docs: install  ## render the tables inside the READMEs from tables/ and results/
 bench: install  ## speed of each method against its dense backbone on this machine
 	$(PY) -m common.reproduce $(PAPER) --columns fps,throughput_ips $(ARGS)
 
-gpu:  ## on a GPU machine, with its own interpreter: GPU tests and speed rows, one JSON per part in OUT
-	PYTHONPATH=. $(PYTHON) -m common.gpu --output $(OUT) $(if $(PART),--part $(PART)) $(ARGS)
+gpu:  ## on a GPU machine, with its own interpreter: GPU tests and speed rows within BUDGET_S, one JSON file in OUT
+	PYTHONPATH=. $(PYTHON) -m common.gpu --output $(OUT) --budget-s $(BUDGET_S) $(ARGS)
 
 clean:  ## remove what the commands above made, except results/
 	rm -rf $(VENV) .cache report build *.egg-info .pytest_cache .ruff_cache

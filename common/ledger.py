@@ -579,7 +579,8 @@ def _best(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
     def rank(record: Record) -> tuple[bool, bool, bool, str]:
         assert record.origin is not None
         accelerator = record.origin.device.get("type") != "cpu"
-        return (accelerator, record.dtype == "float32", not record.compiled, record.origin.created)
+        eager = not record.compiled and not record.cuda_graph
+        return (accelerator, record.dtype == "float32", eager, record.origin.created)
 
     best: dict[tuple[str, str], Record] = {}
     for record in records:

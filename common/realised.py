@@ -16,7 +16,7 @@ def latest(records: Sequence[Record]) -> list[Record]:
     for record in records:  # oldest first
         if record.ratio is not None and record.reference_row is not None and record.origin is not None:
             device = (record.origin.device.get("name"), record.origin.device.get("timing"))
-            key = (record.table, record.row, record.column, device, record.dtype, record.compiled, record.batch_size)
+            key = (record.table, record.row, record.column, device, record.dtype, record.compiled, record.cuda_graph, record.batch_size)
             found[key] = record
     return list(found.values())
 
@@ -50,7 +50,7 @@ def markdown_realised(ledger: Ledger, paper: str, *, root: Path = ROOT) -> str:
         ratio = promised(ledger, rows[key], rows[dense])
         if ratio is None or record.ratio is None or record.origin is None:
             continue
-        row, how = rows[key], ", compiled" if record.compiled else ""
+        row, how = rows[key], ", compiled" if record.compiled else ", CUDA graph" if record.cuda_graph else ""
         spread = "" if record.spread_percent is None else f"{record.spread_percent:.1f} %"
         timing = f", {record.origin.device['timing']}" if "timing" in record.origin.device else ""
         cells = [

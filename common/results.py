@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ class Origin:
     """what the job did not get to"""
     tests: Mapping[str, Any] | None = None
     """``status`` and ``summary`` of a part that ran tests and measured nothing"""
+    programs: Mapping[str, Any] = field(default_factory=dict)
+    """``paper/program`` -> what a benchmark whose speeds are not rows of a table wrote"""
     path: Path | None = None
 
     @property
@@ -77,6 +79,8 @@ class Record:
     batch_size: int = 1
     resolution: int | None = None
     compiled: bool = False
+    cuda_graph: bool = False
+    """the pass was captured as a CUDA graph and replayed"""
     rounds: int | None = None
     spread_percent: float | None = None
     peak_memory_mb: float | None = None
@@ -100,12 +104,15 @@ _RECORD_TYPES: Mapping[str, tuple[type, ...]] = {
     "batch_size": (int,),
     "resolution": (int, type(None)),
     "compiled": (bool,),
+    "cuda_graph": (bool,),
     "rounds": (int, type(None)),
     "spread_percent": (float, int, type(None)),
     "peak_memory_mb": (float, int, type(None)),
 }
+_OPTIONAL_RECORD_KEYS = {"cuda_graph"}
+"""keys that files written earlier lack"""
 _FILE_KEYS = {"format", "created", "commit", "device", "command", "records"}
-_OPTIONAL_KEYS = {"part", "left_out", "tests"}
+_OPTIONAL_KEYS = {"part", "left_out", "tests", "programs"}
 
 
 def write_records(path: Path, records: Sequence[Record], origin: Origin) -> None:
@@ -116,7 +123,7 @@ def write_records(path: Path, records: Sequence[Record], origin: Origin) -> None
     """
     content = {
         "format": FORMAT,
-        **{key: value for key, value in asdict(origin).items() if key != "path" and (key != "tests" or value)},
+        **{key: value for key, value in asdict(origin).items() if key != "path" and (key not in ("tests", "programs") or value)},
         "records": [record.as_dict() for record in records],
     }
     text = json.dumps(content, indent=1) + "\n"
@@ -156,7 +163,8 @@ def parse_records(text: str, *, where: str) -> list[Record]:
 def _parse_record(entry: Any, where: str, origin: Origin) -> Record:
     if not isinstance(entry, dict):
         raise RecordError(f"{where}: expected an object, got {entry!r}")
-    _check_keys(entry, set(_RECORD_TYPES), set(), where)
+    _check_keys(entry, set(_RECORD_TYPES) - _OPTIONAL_RECORD_KEYS, _OPTIONAL_RECORD_KEYS, where)
+    entry = {"cuda_graph": False, **entry}
     for key, types in _RECORD_TYPES.items():
         value = entry[key]
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
@@ -262,8 +270,11 @@ def add(file: Path, *, force: bool = False, root: Path = ROOT) -> list[Path]:
     assert origin is not None
     contents: dict[Path, str] = {}
     for paper in sorted({record.paper for record in records}):
+        data = json.loads(text)
         own = [record.as_dict() for record in records if record.paper == paper]
-        content = json.dumps({**json.loads(text), "records": own}, indent=1) + "\n"
+        if "programs" in data:
+            data["programs"] = {k: v for k, v in data["programs"].items() if k.split("/")[0] == paper}
+        content = json.dumps({**data, "records": own}, indent=1) + "\n"
         part = origin.part or hashlib.sha256(content.encode()).hexdigest()[:8]
         name = "-".join(_slug(word) for word in (str(origin.device["name"]), origin.created[:10], part))
         contents[root / paper / "results" / f"{name}.json"] = content

@@ -9,8 +9,9 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -120,6 +121,115 @@ def measure_rows(
             speed, resolution = next(entry for entry in measured if entry[0].throughput_ips == middle)
             run.records.append(_record(known[key], column, PairedSpeed(speed, 1.0, None), resolution, None, None))
     return run
+
+
+def measure_together(
+    rows: Sequence[Row],
+    build: Build,
+    *,
+    device: torch.device,
+    column: str,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 1,
+    mode: str = "eager",
+    warmup: int = 3,
+    rounds: int = 10,
+    limit_s: float | None = None,
+    clock: Clock = time.perf_counter,
+    root: Path = ROOT,
+) -> SpeedRun:
+    """Measure rows that share a dense row in one rotation with it: for a device that holds all their networks at once.
+
+    A network that cannot be built or run in this mode is left out with its error, and the others go on: what is
+    measured on a rented machine must not be lost to one row.
+
+    Args:
+        rows: rows of one paper, with one dense row.
+        mode: ``eager``; ``compiled`` (torch.compile); ``graph``, a pass captured once as a CUDA graph and replayed.
+        limit_s: time for building, warm-up and rounds.
+        build, device, column, dtype, batch_size, warmup, rounds, clock, root: as in ``measure_rows``.
+    """
+    known = {row.key: row for table in load_tables(rows[0].paper, root=root) for row in table.rows}
+    dense = known[rows[0].dense or rows[0].key]
+    run, models, resolution = SpeedRun(), {}, 0
+    started = clock()
+    images: torch.Tensor | None = None
+    for row in [dense, *(row for row in rows if row.key != dense.key)]:
+        if limit_s is not None and models and clock() - started > 0.7 * limit_s:
+            run.left_out.append(f"{row.key} {column} {mode}: the time limit was near")
+            continue
+        try:
+            with torch.device(device):
+                model, side = build(row)
+            if images is None:
+                resolution = side
+                images = random_images(batch_size, side, device, dtype)
+            elif side != resolution:
+                raise ValueError(f"resolution {side} is not the {resolution} of {dense.key}")
+            model = model.to(device=device, dtype=dtype).eval()
+            with torch.inference_mode():
+                model(images)
+                if mode == "compiled":
+                    model = torch.compile(model)
+                elif mode == "graph":
+                    model = GraphReplay(model, images)
+                model(images)
+        except Exception as error:  # whatever one network raises, the others are measured
+            text = (str(error).strip() or type(error).__name__).splitlines()[0]
+            run.left_out.append(f"{row.key} {column} {mode}: {type(error).__name__}: {text}")
+            if row is dense:
+                return run
+            continue
+        models[row.key] = model
+    assert images is not None
+    speeds = compare(
+        models,
+        images,
+        baseline=dense.key,
+        warmup=warmup,
+        rounds=rounds,
+        limit_s=None if limit_s is None else limit_s - (clock() - started),
+        clock=clock,
+    )
+    for key, paired in speeds.items():
+        reference = None if key == dense.key else dense
+        if reference is None and column not in dense.published:
+            continue
+        record = _record(known[key], column, paired, resolution, reference, reference and speeds[dense.key].speed)
+        run.records.append(replace(record, cuda_graph=mode == "graph"))
+    return run
+
+
+class GraphReplay(nn.Module):
+    """One captured pass of a network, replayed: what is left when the launches cost nothing.
+
+    Args:
+        model: network in evaluation mode whose pass never waits for the host.
+        images: batch of the shape that will be given, on a CUDA device.
+
+    Raises:
+        RuntimeError: torch's, if the pass cannot be captured.
+    """
+
+    def __init__(self, model: nn.Module, images: torch.Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self._images = images.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side), torch.no_grad():
+            for _ in range(3):
+                model(self._images)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(self._graph):
+            self._output = model(self._images)
+
+    def forward(self, images: torch.Tensor) -> Any:
+        """The output's memory is written again by the next pass."""
+        self._images.copy_(images)
+        self._graph.replay()
+        return self._output
 
 
 class _Bench:
