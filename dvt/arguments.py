@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from common import cli
+from common.run import cli
 from dvt.evaluation import PICTURES, SEARCH_PICTURES
 from dvt.models import MODELS
 

@@ -12,7 +12,7 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torchvision import transforms
 
-from common.transforms import accept_zero_bits, eval_transform, train_transform
+from common.data.transforms import accept_zero_bits, eval_transform, train_transform
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -55,7 +55,7 @@ def make_train_transform(
     Args:
         no_aug: only resize the shorter side to ``size`` and crop the centre.
         views: 0, or at least 2 for :class:`AugmentedViews`.
-        others: as in :func:`common.transforms.train_transform`.
+        others: as in :func:`common.data.transforms.train_transform`.
     """
     if no_aug:
         mode = "bilinear" if interpolation == "random" else interpolation

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.benchmark import compare, describe_device, random_images
-from common.cache import write_atomic
-from common.cli import count, positive_int
-from common.distributed import LaunchError, choose_device
-from common.results import current_commit, now
+from common.ledger.results import current_commit, now
+from common.measure.benchmark import compare, describe_device, random_images
+from common.run.cache import write_atomic
+from common.run.cli import count, positive_int
+from common.run.distributed import LaunchError, choose_device
 from dvt.dynamic import DynamicClassifier, DynamicOutput
 from dvt.evaluation import cascade_gflops
 from dvt.exits import BUDGETS, NOBODY, confidence_and_prediction, exit_shares, find_thresholds

@@ -1,7 +1,7 @@
 """Reading checkpoints of DVT: packed ones, as published, and training files, ours and official ones.
 
 The published format is a dictionary of five entries (``PACKED_KEYS``). Nothing in a file is run; see
-:mod:`common.checkpoint`.
+:mod:`common.run.checkpoint`.
 """
 
 import os
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.checkpoint import CheckpointError, TrainingState, load_safely, load_strict, locate, select_state
-from common.distributed import get_logger, main_process_first
+from common.run.checkpoint import CheckpointError, TrainingState, load_safely, load_strict, locate, select_state
+from common.run.distributed import get_logger, main_process_first
 from dvt.models import EXITS
 
 logger = get_logger(__name__)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torchvision import transforms
 
-from common.checkpoint import CheckpointError, load_strict
-from common.transforms import Transform
+from common.data.transforms import Transform
+from common.run.checkpoint import CheckpointError, load_strict
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 """Of T2T-ViT's transfer script."""

@@ -18,10 +18,10 @@ from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossE
 from timm.loss.jsd import JsdCrossEntropy
 from torch import Tensor, nn
 
-from common.checkpoint import Progress
-from common.distributed import broadcast_buffers, reduce_sums, unwrap
-from common.engine import autocast
-from common.metrics import ProgressLine
+from common.run.checkpoint import Progress
+from common.run.distributed import broadcast_buffers, reduce_sums, unwrap
+from common.run.engine import autocast
+from common.run.metrics import ProgressLine
 from dvt.models import EXITS, Cascade
 
 

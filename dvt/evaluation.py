@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from common.data import DataError, build_dataset, eval_loader, eval_transform, train_transform
-from common.datasets import DEIT_NAMES
-from common.flops import gmacs
-from common.metrics import ProgressLine
+from common.data.datasets import DEIT_NAMES
+from common.data.loaders import DataError, build_dataset, eval_loader, eval_transform, train_transform
+from common.measure.flops import gmacs
+from common.run.metrics import ProgressLine
 from dvt import cifar
 from dvt.exits import (
     Outcome,
@@ -131,7 +131,7 @@ def open_pictures(
     """One split of a data set as the evaluation of DVT sees it.
 
     Args:
-        dataset: ``imagenet``, ``cifar10``, ``cifar100``, ``digits``, or any name of ``common.data.build_dataset``.
+        dataset: ``imagenet``, ``cifar10``, ``cifar100``, ``digits``, or any name of ``build_dataset``.
         root: its folder; not needed for the digits.
         split: ``train`` or ``val``.
         size: side of the pictures in pixels.

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from common.cache import FOLDER
-from common.checkpoint import hub_folder
-from common.flops import count_parameters, gmacs
-from common.tables import DeskTable, Measured, NeedsWeights, Row
+from common.ledger.tables import DeskTable, Measured, NeedsWeights, Row
+from common.measure.flops import count_parameters, gmacs
+from common.run.cache import FOLDER
+from common.run.checkpoint import hub_folder
 from dvt.models import MODELS, STAGE_NAMES, Backbone, Cascade, create_model
 
 CONVENTION = "fvcore"

@@ -21,12 +21,12 @@ import yaml
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
-from common import cli
-from common.cache import write_atomic
-from common.checkpoint import CheckpointError, CheckpointManager, TrainingState, plain
-from common.data import DataError
-from common.distributed import get_logger, is_main, launch, run, seed_everything
-from common.engine import NonFiniteLoss, prepare_network, train
+from common.data.loaders import DataError
+from common.run import cli
+from common.run.cache import write_atomic
+from common.run.checkpoint import CheckpointError, CheckpointManager, TrainingState, plain
+from common.run.distributed import get_logger, is_main, launch, run, seed_everything
+from common.run.engine import NonFiniteLoss, prepare_network, train
 from dvt import arguments
 from dvt.checkpoints import load_weights, read, resume
 from dvt.engine import evaluate_exits

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import cli
-from common.checkpoint import CheckpointError, save_atomic
-from common.data import DataError, default_num_classes
-from common.distributed import LaunchError, choose_device, get_logger
+from common.data.loaders import DataError, default_num_classes
+from common.run import cli
+from common.run.checkpoint import CheckpointError, save_atomic
+from common.run.distributed import LaunchError, choose_device, get_logger
 from dvt.checkpoints import load_weights, read
 from dvt.evaluation import (
     PICTURES,

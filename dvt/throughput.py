@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.benchmark import describe_device, synchronize
-from common.cache import write_atomic
-from common.metrics import ProgressLine
-from common.results import current_commit, now
+from common.ledger.results import current_commit, now
+from common.measure.benchmark import describe_device, synchronize
+from common.run.cache import write_atomic
+from common.run.metrics import ProgressLine
 from dvt.dynamic import DynamicClassifier
 from dvt.evaluation import Scores, check_targets
 from dvt.exits import NOBODY, check_budget, pick_budget, thresholds_for_budget

@@ -15,12 +15,12 @@ from timm.data.mixup import Mixup
 from timm.optim import param_groups_weight_decay  # pyright: ignore[reportPrivateImportUsage] - timm's documented entry
 from torch import nn
 
-from common import cli
-from common.cache import write_atomic
-from common.checkpoint import TrainingState
-from common.data import build_dataset, eval_loader, eval_transform, train_loader
-from common.distributed import get_logger
-from common.metrics import Record
+from common.data.loaders import build_dataset, eval_loader, eval_transform, train_loader
+from common.run import cli
+from common.run.cache import write_atomic
+from common.run.checkpoint import TrainingState
+from common.run.distributed import get_logger
+from common.run.metrics import Record
 from dvt.augmentation import IMAGENET_MEAN, IMAGENET_STD, make_erasing, make_train_transform
 from dvt.checkpoints import load_weights, read
 from dvt.engine import CascadeStep, build_criterion

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from common import cli
-from common.checkpoint import (
+from common.data.loaders import DataError, build_dataset, default_num_classes, eval_loader, train_loader
+from common.run import cli
+from common.run.checkpoint import (
     CheckpointError,
     CheckpointManager,
     TrainingState,
@@ -29,10 +30,9 @@ from common.checkpoint import (
     save_atomic,
     select_state,
 )
-from common.data import DataError, build_dataset, default_num_classes, eval_loader, train_loader
-from common.distributed import get_logger, is_main, launch, run, seed_everything
-from common.engine import NonFiniteLoss, prepare_network, train
-from common.metrics import Record
+from common.run.distributed import get_logger, is_main, launch, run, seed_everything
+from common.run.engine import NonFiniteLoss, prepare_network, train
+from common.run.metrics import Record
 from dvt import cifar
 from dvt.checkpoints import WEIGHT_KEYS, read
 from dvt.engine import CascadeStep, evaluate_exits

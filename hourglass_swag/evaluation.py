@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import Compose
 
-from common.data import DataError, eval_transform
-from common.distributed import World, reduce_sums
-from common.engine import autocast
+from common.data.loaders import DataError, eval_transform
+from common.run.distributed import World, reduce_sums
+from common.run.engine import autocast
 
 
 def swag_eval_transform(resolution: int) -> Compose:

@@ -20,12 +20,12 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from common.benchmark import describe_device
-from common.cache import write_atomic
-from common.checkpoint import CheckpointError
-from common.data import DataError, build_dataset, eval_loader
-from common.distributed import World, get_logger, launch, main_process_first, run
-from common.engine import amp_dtype
+from common.data.loaders import DataError, build_dataset, eval_loader
+from common.measure.benchmark import describe_device
+from common.run.cache import write_atomic
+from common.run.checkpoint import CheckpointError
+from common.run.distributed import World, get_logger, launch, main_process_first, run
+from common.run.engine import amp_dtype
 from hourglass_swag.evaluation import evaluate, swag_eval_transform
 from hourglass_swag.models import create
 from hourglass_swag.models.ops.smyrf.attn import ClusterSizeError

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.benchmark import random_images
-from common.cache import FOLDER
-from common.checkpoint import hub_folder
-from common.flops import OpCounts, count_parameters, gmacs
-from common.speeds import speeds_for_ledger
-from common.tables import DeskTable, Measured, NeedsWeights, NotImplementedYet, Row
+from common.ledger.speeds import speeds_for_ledger
+from common.ledger.tables import DeskTable, Measured, NeedsWeights, NotImplementedYet, Row
+from common.measure.benchmark import random_images
+from common.measure.flops import OpCounts, count_parameters, gmacs
+from common.run.cache import FOLDER
+from common.run.checkpoint import hub_folder
 from hourglass_swag import desk as desk_experiment
 from hourglass_swag.models import REGISTRY
 from hourglass_swag.models.ats_vision_transformer import ATSVisionTransformer

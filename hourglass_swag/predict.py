@@ -23,9 +23,9 @@ import torch  # noqa: E402 - from here on, modules found through the line above
 from PIL import Image, UnidentifiedImageError  # noqa: E402
 from torch import nn  # noqa: E402
 
-from common.checkpoint import CheckpointError  # noqa: E402
-from common.data import DataError  # noqa: E402
-from common.distributed import LaunchError, choose_device  # noqa: E402
+from common.data.loaders import DataError  # noqa: E402
+from common.run.checkpoint import CheckpointError  # noqa: E402
+from common.run.distributed import LaunchError, choose_device  # noqa: E402
 from hourglass_swag.evaluation import transform_image  # noqa: E402
 from hourglass_swag.models import IMAGENET_CLASSES, create  # noqa: E402
 from hourglass_swag.tools.parser import (  # noqa: E402

@@ -20,12 +20,12 @@ from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossE
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from common import cli
-from common.checkpoint import CheckpointError, CheckpointManager, TrainingState, save_atomic
-from common.data import DataError, build_dataset, eval_loader, train_loader, train_transform
-from common.distributed import get_logger, is_main, launch, run, seed_everything
-from common.engine import NonFiniteLoss, evaluate, prepare_network, train
-from common.metrics import Record
+from common.data.loaders import DataError, build_dataset, eval_loader, train_loader, train_transform
+from common.run import cli
+from common.run.checkpoint import CheckpointError, CheckpointManager, TrainingState, save_atomic
+from common.run.distributed import get_logger, is_main, launch, run, seed_everything
+from common.run.engine import NonFiniteLoss, evaluate, prepare_network, train
+from common.run.metrics import Record
 from hourglass_swag.evaluation import swag_eval_transform
 from hourglass_swag.models import create
 from hourglass_swag.tools.parser import model_choices

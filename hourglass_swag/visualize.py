@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from common.checkpoint import CheckpointError
-from common.data import BadPictureError, DataError, load_picture
-from common.distributed import LaunchError, choose_device
+from common.data.loaders import BadPictureError, DataError, load_picture
+from common.run.checkpoint import CheckpointError
+from common.run.distributed import LaunchError, choose_device
 from hourglass_swag.evaluation import transform_image
 from hourglass_swag.models import create
 from hourglass_swag.predict import trained_resolution

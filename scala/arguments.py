@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from common import cli
+from common.run import cli
 from scala.engine_scala import TRANSFER_TYPES
 from scala.losses import CE_TYPES, DISTILLATION_TYPES, TOKENS, TRANSFER_KINDS
 

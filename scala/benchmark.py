@@ -3,7 +3,7 @@
     python scala/benchmark.py --model deit_small_distilled_patch16_224_scala --ratios 0.25 0.5 0.75 1.0
     python scala/benchmark.py --device cpu --processor-time --batch-size 4 --output slices.json
 
-Three networks take turns round by round (common.benchmark): *timm*, its own class built at width r D with random
+Three networks take turns round by round (common.measure): *timm*, its own class built at width r D with random
 weights; *stand-alone*, what export.py writes, loaded into timm's class; *in place*, the slice inside the full network.
 Ratios are of times in the same rounds: 1 is as fast, 1.05 takes 5 % longer. --output writes everything as JSON.
 The last line printed is the largest ratio of in place over stand-alone.
@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from common import cli
-from common.benchmark import NotEnoughMemory, compare, describe_device, random_images
-from common.cache import write_atomic
-from common.distributed import choose_device, run
+from common.measure.benchmark import NotEnoughMemory, compare, describe_device, random_images
+from common.run import cli
+from common.run.cache import write_atomic
+from common.run.distributed import choose_device, run
 from scala.engine_scala import AtRatio
 from scala.models_scala import MODELS, create
 from scala.standalone import describe, standalone_state

@@ -13,9 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.data import Dataset
 
-from common import cli
-from common.checkpoint import CheckpointError, load_safely, load_strict, locate, select_state
-from common.data import (
+from common.data.loaders import (
     DataError,
     build_dataset,
     default_num_classes,
@@ -24,7 +22,9 @@ from common.data import (
     train_loader,
     train_transform,
 )
-from common.distributed import get_logger, main_process_first
+from common.run import cli
+from common.run.checkpoint import CheckpointError, load_safely, load_strict, locate, select_state
+from common.run.distributed import get_logger, main_process_first
 from scala import models_mobilenet, models_scala, models_uniformer
 from scala.arguments import DEFAULTS
 from scala.conv_layers import batch_norms, calibrate_

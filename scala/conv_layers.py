@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.distributed import get_world_size, reduce_sums
-from common.flops import OpCounts
+from common.measure.flops import OpCounts
+from common.run.distributed import get_world_size, reduce_sums
 from scala.slicing import SliceRule, sliced_size
 
 

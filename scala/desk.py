@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from common.tables import DeskTable
+from common.ledger.tables import DeskTable
 from scala import main_scala
 from scala.models_scala import VisionTransformer_scala, create
 from scala.sweep import costs

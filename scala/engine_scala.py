@@ -5,7 +5,7 @@ in training mode with its own drop-path masks, and updates once with the sum of 
 
     largest l  ->  w3 from the upper half  ->  w2 from the lower half  ->  smallest s
 
-The loop around it is ``common.engine``'s. Legend: t epoch of the schedule, W warm-up epochs, E epochs.
+The loop around it is ``common.run.engine``'s. Legend: t epoch of the schedule, W warm-up epochs, E epochs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.engine import Optimization, evaluate
+from common.run.engine import Optimization, evaluate
 from scala.losses import WidthLosses
 from scala.slicing import WidthGrid
 
@@ -46,7 +46,7 @@ def draw_widths(grid: WidthGrid) -> tuple[float, float]:
 
 @dataclass
 class ScaleCoordination:
-    """The training step, for ``common.engine.train(..., own_backward=True)``.
+    """The training step, for ``common.run.engine.train(..., own_backward=True)``.
 
     Args:
         network: called with (images, ratio); under DistributedDataParallel if there are several ranks.
@@ -256,5 +256,5 @@ class AtRatio(nn.Module):
 def evaluate_width(
     model: nn.Module, loader: Iterable[Any], ratio: float, *, device: torch.device, amp: str = "none", **options: Any
 ) -> dict[str, float]:
-    """Accuracy at one width; see ``common.engine.evaluate``. Each picture counts once, in ``loss`` too."""
+    """Accuracy at one width; see ``common.run.engine.evaluate``. Each picture counts once, in ``loss`` too."""
     return evaluate(AtRatio(model, ratio), loader, device=device, amp=amp, **options)

@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import cli
-from common.benchmark import random_images
-from common.cache import write_atomic
-from common.checkpoint import CheckpointError
-from common.distributed import get_logger, run
-from common.flops import count_parameters, gmacs
+from common.measure.benchmark import random_images
+from common.measure.flops import count_parameters, gmacs
+from common.run import cli
+from common.run.cache import write_atomic
+from common.run.checkpoint import CheckpointError
+from common.run.distributed import get_logger, run
 from scala.engine_scala import AtRatio
 from scala.loading import load_trained
 from scala.standalone import describe, load_standalone, save_standalone, standalone_state

@@ -29,7 +29,7 @@ from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from common.checkpoint import CheckpointError, load_safely, load_strict, locate, select_state
+from common.run.checkpoint import CheckpointError, load_safely, load_strict, locate, select_state
 from scala.losses import transfer_loss
 from scala.models_scala import DistilledVisionTransformer_scala, VisionTransformer_scala
 from scala.slicing import SlicedLayerNorm, SlicedLinear, SliceRule

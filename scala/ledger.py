@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.cache import ROOT
-from common.tables import DeskTable, Measured, NeedsData, NeedsWeights, Row, load_tables
+from common.ledger.tables import DeskTable, Measured, NeedsData, NeedsWeights, Row, load_tables
+from common.run.cache import ROOT
 from scala import building, linear_probe, main_scala
 from scala import desk as desk_experiment
 from scala.sweep import costs as costs_of_width

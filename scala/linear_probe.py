@@ -22,10 +22,8 @@ import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch.utils.data import Dataset
 
-from common import cli
-from common.cache import write_atomic
-from common.checkpoint import CheckpointError, CheckpointManager, TrainingState
-from common.data import (
+from common.data.datasets import SkipBadPictures
+from common.data.loaders import (
     DataError,
     build_dataset,
     eval_loader,
@@ -34,11 +32,13 @@ from common.data import (
     train_loader,
     train_transform,
 )
-from common.datasets import SkipBadPictures
-from common.distributed import get_logger, launch, run, seed_everything
-from common.engine import NonFiniteLoss, evaluate, prepare_network, train
-from common.flops import gmacs
-from common.metrics import Record
+from common.measure.flops import gmacs
+from common.run import cli
+from common.run.cache import write_atomic
+from common.run.checkpoint import CheckpointError, CheckpointManager, TrainingState
+from common.run.distributed import get_logger, launch, run, seed_everything
+from common.run.engine import NonFiniteLoss, evaluate, prepare_network, train
+from common.run.metrics import Record
 from scala.loading import Trained, load_trained
 from scala.main_scala import allow_widths
 from scala.probing import (

@@ -18,8 +18,8 @@ import scala.features
 import scala.models_mobilenet
 import scala.models_scala
 import scala.models_uniformer  # noqa: F401 - the four register their networks with timm
-from common.checkpoint import CheckpointError, load_safely, load_strict, locate, select_state
-from common.distributed import get_logger, main_process_first
+from common.run.checkpoint import CheckpointError, load_safely, load_strict, locate, select_state
+from common.run.distributed import get_logger, main_process_first
 from scala.slicing import WidthGrid, make_grid
 
 logger = get_logger(__name__)

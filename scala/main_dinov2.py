@@ -23,12 +23,19 @@ from timm.data.mixup import Mixup
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
 
-from common import cli
-from common.checkpoint import CheckpointError, CheckpointManager, TrainingState, save_atomic
-from common.data import DataError, build_dataset, eval_loader, eval_transform, train_loader, train_transform
-from common.distributed import World, get_logger, is_main, launch, reduce_sums, run, seed_everything
-from common.engine import NonFiniteLoss, autocast, prepare_network, train
-from common.metrics import Record
+from common.data.loaders import (
+    DataError,
+    build_dataset,
+    eval_loader,
+    eval_transform,
+    train_loader,
+    train_transform,
+)
+from common.run import cli
+from common.run.checkpoint import CheckpointError, CheckpointManager, TrainingState, save_atomic
+from common.run.distributed import World, get_logger, is_main, launch, reduce_sums, run, seed_everything
+from common.run.engine import NonFiniteLoss, autocast, prepare_network, train
+from common.run.metrics import Record
 from scala.engine_scala import TRANSFER_TYPES, ScaleCoordination
 from scala.features import FeatureLosses, FeatureStudent, FeatureWeights, build_student, load_teacher
 from scala.main_scala import allow_widths

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from timm.utils.model_ema import ModelEmaV3
 
-from common import cli
-from common.checkpoint import CheckpointError, CheckpointManager, TrainingState, load_safely
-from common.data import DataError, eval_loader, train_loader
-from common.distributed import World, get_logger, launch, run, seed_everything
-from common.engine import NonFiniteLoss, prepare_network, train
-from common.flops import count_parameters
+from common.data.loaders import DataError, eval_loader, train_loader
+from common.measure.flops import count_parameters
+from common.run import cli
+from common.run.checkpoint import CheckpointError, CheckpointManager, TrainingState, load_safely
+from common.run.distributed import World, get_logger, launch, run, seed_everything
+from common.run.engine import NonFiniteLoss, prepare_network, train
 from scala import arguments, building, sweep
 from scala.building import SettingError
 from scala.engine_scala import LaggingSchedule, ScaleCoordination, evaluate_width

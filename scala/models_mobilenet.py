@@ -18,7 +18,7 @@ from timm.layers import DropPath  # pyright: ignore[reportPrivateImportUsage] - 
 from timm.models import register_model
 from torch import Tensor, nn
 
-from common.flops import OpCounts
+from common.measure.flops import OpCounts
 from scala.conv_layers import ChannelConv2d, SlicedBatchNorm2d
 from scala.slicing import SlicedLinear, SliceRule, count_active_parameters, make_grid, sliced_size
 

@@ -24,8 +24,8 @@ from timm.models.vision_transformer import get_init_weights_vit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import flops
-from common.flops import OpCounts
+from common.measure import flops
+from common.measure.flops import OpCounts
 from scala.slicing import (
     PUBLISHED_RULE,
     SlicedConv2d,

@@ -22,8 +22,8 @@ from timm.layers.weight_init import trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
 
-from common import flops
-from common.flops import OpCounts
+from common.measure import flops
+from common.measure.flops import OpCounts
 from scala.conv_layers import ChannelConv2d, SlicedBatchNorm2d
 from scala.models_scala import Block
 from scala.slicing import (

@@ -114,7 +114,7 @@ def every_width(ratios: Sequence[float]) -> Callable[[], list[float]]:
 
 @dataclass
 class ProbeStep:
-    """Cross entropy of the probe at the widths of a step, for ``common.engine.train``.
+    """Cross entropy of the probe at the widths of a step, for ``common.run.engine.train``.
 
     Args:
         features: the frozen network.

@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.cache import write_atomic
-from common.metrics import Record
+from common.run.cache import write_atomic
+from common.run.metrics import Record
 from scala.engine_scala import SLIM_PASSES
 
 TERMS = ("loss", "loss_full", *(f"loss_{name}{ce}" for name in SLIM_PASSES for ce in ("", "_ce")))
 
 
 class ScalaRecord(Record):
-    """``common.metrics.Record`` that also keeps ``log.txt``, made anew from the rows at every write.
+    """``common.run.metrics.Record`` that also keeps ``log.txt``, made anew from the rows at every write.
 
     Each line is a JSON object: per epoch ``train_lr``, ``train_loss``, ``train_loss_full``, ``train_loss_3q``, ...,
     ``test_loss``, ``test_acc1``, ``test_acc5``, ``epoch``, ``n_parameters``; per width of the final evaluation

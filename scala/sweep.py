@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from common.cache import write_atomic
-from common.distributed import get_logger, is_main
-from common.flops import gmacs
-from common.report import Figure, Series, draw, markdown_table
+from common.ledger.report import Figure, Series, draw, markdown_table
+from common.measure.flops import gmacs
+from common.run.cache import write_atomic
+from common.run.distributed import get_logger, is_main
 from scala.engine_scala import evaluate_width
 
 logger = get_logger(__name__)
@@ -26,7 +26,7 @@ def sweep(
 
     Args:
         model: a sliced network, the bare module.
-        loader: the pictures, as ``common.data.eval_loader`` gives them.
+        loader: the pictures, as ``common.data.loaders.eval_loader`` gives them.
         ratios: valid widths, at least one.
 
     Returns:

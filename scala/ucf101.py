@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from common.data import BadPictureError, DataError, load_picture
+from common.data.loaders import BadPictureError, DataError, load_picture
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 ANIMATED = (".gif", ".webp", ".tif", ".tiff", ".apng", ".png")

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.checkpoint import CheckpointError, list_key_differences
-from common.distributed import get_logger
+from common.run.checkpoint import CheckpointError, list_key_differences
+from common.run.distributed import get_logger
 
 logger = get_logger(__name__)
 

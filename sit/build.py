@@ -17,11 +17,19 @@ from timm.models._factory import create_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from common import cli
-from common.checkpoint import load_strict
-from common.data import Loader, build_dataset, eval_loader, eval_transform, num_classes, train_loader, train_transform
-from common.distributed import World, get_logger
-from common.engine import amp_dtype, prepare_network
+from common.data.loaders import (
+    Loader,
+    build_dataset,
+    eval_loader,
+    eval_transform,
+    num_classes,
+    train_loader,
+    train_transform,
+)
+from common.run import cli
+from common.run.checkpoint import load_strict
+from common.run.distributed import World, get_logger
+from common.run.engine import amp_dtype, prepare_network
 from sit.engine import get_param_groups, store_for_autocast, training_step
 from sit.losses import DistillationLoss
 from sit.models import SIZES, LVViT

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common.benchmark import compare, device_name
-from common.cache import cached, source_files
-from common.data import build_dataset, eval_transform
-from common.desk import quiet, sha256_of
-from common.flops import gmacs
-from common.tables import DeskTable
+from common.data.loaders import build_dataset, eval_transform
+from common.ledger.desk import quiet, sha256_of
+from common.ledger.tables import DeskTable
+from common.measure.benchmark import compare, device_name
+from common.measure.flops import gmacs
+from common.run.cache import cached, source_files
 from sit import main
 from sit.models import LVViT
 from sit.models.lvvit import build_lvvit

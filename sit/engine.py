@@ -1,6 +1,6 @@
 """One training step of SiT, its parameter groups, its two learning rates, and the precision of its teacher.
 
-The loop of epochs, precision, clipping, averaging and checkpoints are ``common.engine``'s.
+The loop of epochs, precision, clipping, averaging and checkpoints are ``common.run.engine``'s.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.distributed import reduce_sums
-from common.engine import evaluate as evaluate_pictures
+from common.run.distributed import reduce_sums
+from common.run.engine import evaluate as evaluate_pictures
 from sit.losses import DistillationLoss
 
 RTSM_FACTOR = 5.0
@@ -140,7 +140,7 @@ class _BatchLosses:
 
 
 def evaluate(data_loader: Iterable[Any], model: nn.Module, device: torch.device, **options: Any) -> dict[str, float]:
-    """Accuracy and loss over the pictures of all ranks; see ``common.engine.evaluate``, whose options are taken.
+    """Accuracy and loss over the pictures of all ranks; see ``common.run.engine.evaluate``, whose options are taken.
 
     Returns:
         That function's result under the published names too: ``acc1``, ``acc5`` in percent, and ``loss``, which is the

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common.benchmark import random_images
-from common.checkpoint import CheckpointError
-from common.cli import make_parser, positive_int
+from common.measure.benchmark import random_images
+from common.run.checkpoint import CheckpointError
+from common.run.cli import make_parser, positive_int
 from sit.losses import TYPES
 from sit.models import SIZES, LVViT
 from sit.models.weights import load_for_evaluation, read_weights

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from timm.utils.model_ema import ModelEmaV3
 
-from common.benchmark import describe_device
-from common.cache import write_atomic
-from common.checkpoint import CheckpointError, CheckpointManager, TrainingState
-from common.data import DataError, Loader
-from common.distributed import World, get_logger, is_main, launch, run, seed_everything
-from common.engine import NonFiniteLoss, train
+from common.data.loaders import DataError, Loader
+from common.measure.benchmark import describe_device
+from common.run.cache import write_atomic
+from common.run.checkpoint import CheckpointError, CheckpointManager, TrainingState
+from common.run.distributed import World, get_logger, is_main, launch, run, seed_everything
+from common.run.engine import NonFiniteLoss, train
 from sit import build
 from sit.engine import adjust_learning_rate, evaluate, rates_line, summary_line
 from sit.meters import Logs
@@ -144,7 +144,7 @@ def run_with(args: argparse.Namespace) -> dict[str, float]:
 
 
 EXPECTED = (DataError, CheckpointError, NonFiniteLoss, build.FlagError)
-"""Errors whose message says all; see ``common.distributed.run``."""
+"""Errors whose message says all; see ``common.run.distributed.run``."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:

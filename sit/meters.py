@@ -1,4 +1,4 @@
-"""What a training run prints and keeps in the published forms, next to the record of ``common.metrics``.
+"""What a training run prints and keeps in the published forms, next to the record of ``common.run.metrics``.
 
 The meters show the median of the last values and the mean of all; ``log.txt`` has one JSON object per epoch.
 """
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.cache import write_atomic
-from common.distributed import is_main
-from common.engine import StepInfo
-from common.metrics import Record
+from common.run.cache import write_atomic
+from common.run.distributed import is_main
+from common.run.engine import StepInfo
+from common.run.metrics import Record
 
 
 class SmoothedValue:

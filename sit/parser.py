@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from common import cli
+from common.run import cli
 from sit.losses import TYPES
 from sit.models import SIZES
 

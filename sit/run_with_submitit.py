@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import cli
+from common.run import cli
 from sit import main as program
 from sit.parser import get_args_parser
 

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import results
-from common.benchmark import (
+from common.ledger import results
+from common.ledger.tables import Row, load_tables
+from common.measure.benchmark import (
     BenchmarkError,
     Clock,
     PairedSpeed,
@@ -37,12 +38,11 @@ from common.benchmark import (
     random_images,
     synchronize,
 )
-from common.cache import ROOT
-from common.cli import make_parser, positive_float, positive_int
-from common.distributed import LaunchError, choose_device
-from common.engine import autocast
-from common.flops import gmacs
-from common.tables import Row, load_tables
+from common.measure.flops import gmacs
+from common.run.cache import ROOT
+from common.run.cli import make_parser, positive_float, positive_int
+from common.run.distributed import LaunchError, choose_device
+from common.run.engine import autocast
 from sit.engine import get_param_groups, store_for_autocast, training_step
 from sit.losses import DistillationLoss
 from sit.models import SIZES, LVViT
@@ -311,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             print(f"{name}: {answers[name]:.2f}x by LeViT's protocol", flush=True)
     if args.output:
         described = describe_device(device)
-        if args.processor_time:  # as common/gpu.py describes it
+        if args.processor_time:  # as common/ledger/gpu.py describes it
             described |= {"threads": 1, "timing": "processor time, 1 thread"}
         words = ["FILE" if word == str(args.output) else word for word in (sys.argv[1:] if argv is None else argv)]
         command = shlex.join(["python", "sit/speed_test.py", *words])

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.checkpoint import CheckpointError
-from common.cli import make_parser
+from common.run.checkpoint import CheckpointError
+from common.run.cli import make_parser
 from sit.models.weights import read_weights, strip, summarise
 
 

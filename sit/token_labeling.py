@@ -27,8 +27,8 @@ from torch.utils.data import Dataset
 from torchvision.ops import roi_align
 from torchvision.transforms import RandomHorizontalFlip
 
-from common.checkpoint import CheckpointError, load_safely
-from common.data import DataError
+from common.data.loaders import DataError
+from common.run.checkpoint import CheckpointError, load_safely
 from sit.models import LVViT
 
 Box = tuple[int, int, int, int]

@@ -23,9 +23,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from common.checkpoint import CheckpointError
-from common.cli import make_parser, positive_int
-from common.data import DataError, eval_transform, load_picture
+from common.data.loaders import DataError, eval_transform, load_picture
+from common.run.checkpoint import CheckpointError
+from common.run.cli import make_parser, positive_int
 from sit.models import SIZES, LVViT, TokenSlimmingModule
 from sit.models.lvvit import build_lvvit
 from sit.models.weights import load_for_evaluation, read_weights

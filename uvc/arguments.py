@@ -7,8 +7,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from common import cli
-from common.distributed import get_logger
+from common.run import cli
+from common.run.distributed import get_logger
 from uvc.data import DATASETS
 from uvc.losses import DISTILLATION_TYPES
 from uvc.schedules import DECAYS

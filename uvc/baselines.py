@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import cli
-from common.checkpoint import CheckpointError
-from common.data import DataError, num_classes, train_loader
-from common.distributed import World, get_logger, get_rank, launch, run, seed_everything
-from common.engine import NonFiniteLoss, StepInfo
+from common.data.loaders import DataError, num_classes, train_loader
+from common.run import cli
+from common.run.checkpoint import CheckpointError
+from common.run.distributed import World, get_logger, get_rank, launch, run, seed_everything
+from common.run.engine import NonFiniteLoss, StepInfo
 from uvc import arguments, baseline_scores, checkpoints
 from uvc.data import open_datasets
 from uvc.loading import Masked, default_image_size, freeze_structure, image_size

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from common.checkpoint import CheckpointError, load_safely, load_strict, locate, select_state
+from common.run.checkpoint import CheckpointError, load_safely, load_strict, locate, select_state
 from uvc.models import MODELS, create
 from uvc.models.gates import GatedTransformer, register_masks
 

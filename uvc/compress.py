@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from common import cli
-from common.benchmark import compare, device_name, random_images
-from common.checkpoint import CheckpointError
-from common.distributed import choose_device, run
-from common.flops import CONVENTIONS, count_parameters
+from common.measure.benchmark import compare, device_name, random_images
+from common.measure.flops import CONVENTIONS, count_parameters
+from common.run import cli
+from common.run.checkpoint import CheckpointError
+from common.run.distributed import choose_device, run
 from uvc.checkpoints import load_masked, name_in
 from uvc.compact_files import example_images, export_onnx, export_program, load_compact, save_compact, to_timm
 from uvc.cost_model import CostModel

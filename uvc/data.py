@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision import transforms
 
-from common.cli import DATASET_NAMES
-from common.data import DataError, build_dataset, eval_transform, train_transform
-from common.transforms import Transform
+from common.data.loaders import DataError, build_dataset, eval_transform, train_transform
+from common.data.transforms import Transform
+from common.run.cli import DATASET_NAMES
 
 DATASETS = ("imagenet", "cifar10", "cifar100", "digits", "folder", "tar")
 HALF = (0.5, 0.5, 0.5)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.benchmark import compare, device_name
-from common.cache import cached, source_files
-from common.checkpoint import load_safely, save_atomic
-from common.desk import quiet, sha256_of
-from common.flops import CONVENTIONS
-from common.tables import DeskTable
+from common.ledger.desk import quiet, sha256_of
+from common.ledger.tables import DeskTable
+from common.measure.benchmark import compare, device_name
+from common.measure.flops import CONVENTIONS
+from common.run.cache import cached, source_files
+from common.run.checkpoint import load_safely, save_atomic
 from uvc import baselines, joint_train, post_train
 from uvc.checkpoints import load_masked
 from uvc.cost_model import CostModel

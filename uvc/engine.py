@@ -2,7 +2,7 @@
 
 *Unified Visual Transformer Compression*, ICLR 2022. ``JointTraining`` (stage 1) learns weights, pruning numbers and
 gates together; ``FineTuning`` (stage 2) trains the weights of the architecture found. Their methods are the hooks of
-``common.engine.train``.
+``common.run.engine.train``.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common.cache import write_atomic
-from common.distributed import World, get_logger, get_world_size, is_main
-from common.engine import Optimization, StepInfo, evaluate
-from common.metrics import Record
+from common.run.cache import write_atomic
+from common.run.distributed import World, get_logger, get_world_size, is_main
+from common.run.engine import Optimization, StepInfo, evaluate
+from common.run.metrics import Record
 from uvc.data import Mix
 from uvc.loading import save_masked
 from uvc.losses import DistillationLoss

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from common.cache import write_atomic
-from common.checkpoint import CheckpointError, CheckpointManager, TrainingState
-from common.data import DataError, eval_loader, num_classes, train_loader
-from common.distributed import World, get_logger, is_main, launch, run, seed_everything
-from common.engine import NonFiniteLoss, prepare_network, train
-from common.metrics import Record
+from common.data.loaders import DataError, eval_loader, num_classes, train_loader
+from common.run.cache import write_atomic
+from common.run.checkpoint import CheckpointError, CheckpointManager, TrainingState
+from common.run.distributed import World, get_logger, is_main, launch, run, seed_everything
+from common.run.engine import NonFiniteLoss, prepare_network, train
+from common.run.metrics import Record
 from uvc import arguments
 from uvc.data import build_mix, open_datasets
 from uvc.draw_structure import draw_structure

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from common.cache import FOLDER
-from common.checkpoint import hub_folder
-from common.flops import count_parameters
-from common.tables import DeskTable, Measured, NeedsCompute, NeedsWeights, Row
+from common.ledger.tables import DeskTable, Measured, NeedsCompute, NeedsWeights, Row
+from common.measure.flops import count_parameters
+from common.run.cache import FOLDER
+from common.run.checkpoint import hub_folder
 from uvc import desk as desk_experiment
 from uvc.cost_model import CostModel
 from uvc.models import create

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from common.checkpoint import CheckpointError, load_safely, load_strict, locate, save_atomic, select_state
-from common.distributed import get_logger, main_process_first
+from common.run.checkpoint import CheckpointError, load_safely, load_strict, locate, save_atomic, select_state
+from common.run.distributed import get_logger, main_process_first
 from uvc import checkpoints
 from uvc.models import MODELS
 from uvc.models.gates import GatedTransformer, PatchMode, apply_masks_

@@ -17,13 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import cli
-from common.cache import write_atomic
-from common.checkpoint import CheckpointError, CheckpointManager, TrainingState
-from common.data import DataError, eval_loader, num_classes, train_loader
-from common.distributed import World, get_logger, is_main, launch, run, seed_everything
-from common.engine import NonFiniteLoss, StepInfo, prepare_network, train
-from common.metrics import Record
+from common.data.loaders import DataError, eval_loader, num_classes, train_loader
+from common.run import cli
+from common.run.cache import write_atomic
+from common.run.checkpoint import CheckpointError, CheckpointManager, TrainingState
+from common.run.distributed import World, get_logger, is_main, launch, run, seed_everything
+from common.run.engine import NonFiniteLoss, StepInfo, prepare_network, train
+from common.run.metrics import Record
 from uvc import arguments
 from uvc.cost_model import CostModel
 from uvc.data import build_mix, first_of_each_class, open_datasets

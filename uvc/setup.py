@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from common.distributed import get_logger
+from common.run.distributed import get_logger
 from uvc.engine import JointSettings
 from uvc.loading import freeze_idle, load_dense
 from uvc.losses import DistillationLoss

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from common import cli
-from common.benchmark import device_name, synchronize
-from common.distributed import World, choose_device, run
-from common.engine import Optimization, autocast
+from common.measure.benchmark import device_name, synchronize
+from common.run import cli
+from common.run.distributed import World, choose_device, run
+from common.run.engine import Optimization, autocast
 from uvc.data import build_mix
 from uvc.engine import JointSettings, JointTraining
 from uvc.loading import default_image_size, freeze_idle

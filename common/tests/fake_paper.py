@@ -89,7 +89,7 @@ published = {gmacs = 6.5, top1_percent = 78.8}
 """
 
 ADAPTER = """
-from common.tables import DeskTable, Measured, NeedsWeights, NotImplementedYet
+from common.ledger.tables import DeskTable, Measured, NeedsWeights, NotImplementedYet
 
 CALLS = []
 COSTS = {"dense": 10.04, "half": 4.96, "slip": 4.02}

@@ -18,7 +18,14 @@ from typing import Any
 import cloudpickle
 import torch
 
-PRELOADED = ["torch", "timm.utils.model_ema", "common.cli", "common.data", "common.engine", "common.tests.jobs"]
+PRELOADED = [
+    "torch",
+    "timm.utils.model_ema",
+    "common.run.cli",
+    "common.data.loaders",
+    "common.run.engine",
+    "common.tests.jobs",
+]
 LAUNCH_VARIABLES = [
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"),
     *("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_LOCALID", "SLURM_NODELIST", "SLURM_NPROCS", "SLURM_NTASKS"),

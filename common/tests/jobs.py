@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from common.checkpoint import CheckpointManager, TrainingState
-from common.cli import add_runtime_args, build_optimizer, build_schedule, make_parser
-from common.data import eval_loader, train_loader
-from common.distributed import World, launch, reduce_sums, run, seed_everything
-from common.engine import StepInfo, evaluate, make_scaler, prepare_network, train
-from common.metrics import Record
+from common.data.loaders import eval_loader, train_loader
+from common.run.checkpoint import CheckpointManager, TrainingState
+from common.run.cli import add_runtime_args, build_optimizer, build_schedule, make_parser
+from common.run.distributed import World, launch, reduce_sums, run, seed_everything
+from common.run.engine import StepInfo, evaluate, make_scaler, prepare_network, train
+from common.run.metrics import Record
 
 EPOCHS = 3
 
@@ -176,7 +176,7 @@ def training(
 
 def arm_save(number: int) -> None:
     """Die in the middle of the ``number``-th checkpoint: half of its bytes are written, under the temporary name."""
-    import common.checkpoint as module
+    import common.run.checkpoint as module
 
     original, calls = torch.save, iter(range(1, 1000))
 

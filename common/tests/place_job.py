@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from common.distributed import launch, reduce_sums, run
+from common.run.distributed import launch, reduce_sums, run
 
 
 def main() -> None:

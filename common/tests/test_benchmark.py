@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common import benchmark
-from common.benchmark import (
+from common.measure import benchmark
+from common.measure.benchmark import (
     NotEnoughMemory,
     compare,
     describe_device,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from common import cache
-from common.cache import cached, digest, report_skipped, source_files, write_atomic
+from common.run import cache
+from common.run.cache import cached, digest, report_skipped, source_files, write_atomic
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from common.checkpoint import (
+from common.run.checkpoint import (
     CheckpointError,
     CheckpointManager,
     TrainingState,

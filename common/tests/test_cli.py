@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from common import cli
-from common.cli import build_optimizer, build_schedule, make_parser, scaled_lr
+from common.run import cli
+from common.run.cli import build_optimizer, build_schedule, make_parser, scaled_lr
 
 GROUPS: tuple[Callable[..., None], ...] = (
     cli.add_data_args,

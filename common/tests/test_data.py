@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
-from common.data import (
+from common.data.loaders import (
     BadPictureError,
     DataError,
     Loader,

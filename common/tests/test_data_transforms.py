@@ -10,8 +10,8 @@ from timm.data.auto_augment import AugmentOp, posterize
 from torchvision import transforms
 from torchvision.transforms import functional as F
 
-from common.data import eval_transform, seeded, train_transform
-from common.transforms import posterize_any
+from common.data.loaders import eval_transform, seeded, train_transform
+from common.data.transforms import posterize_any
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

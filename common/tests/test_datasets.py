@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.data import (
+from common.data.loaders import (
     BadPictureError,
     DataError,
     build_dataset,

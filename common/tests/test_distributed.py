@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from common import distributed
-from common.distributed import LaunchError, choose_device, first_host, launch, reduce_sums, run, shutdown
+from common.run import distributed
+from common.run.distributed import LaunchError, choose_device, first_host, launch, reduce_sums, run, shutdown
 from common.tests.forks import LAUNCH_VARIABLES, free_port, run_forked, torchrun_variables
 
 

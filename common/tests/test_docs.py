@@ -2,8 +2,8 @@
 
 import pytest
 
-from common import docs
-from common.docs import DocsError, main, render_all, stale
+from common.ledger import docs
+from common.ledger.docs import DocsError, main, render_all, stale
 from common.tests.fake_paper import TABLE, importable, record, write_paper, write_records
 
 README = """# Fake

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from common.checkpoint import CheckpointManager, TrainingState, load_safely
-from common.data import eval_loader, train_loader
-from common.distributed import World, launch, run
-from common.engine import (
+from common.data.loaders import eval_loader, train_loader
+from common.run.checkpoint import CheckpointManager, TrainingState, load_safely
+from common.run.distributed import World, launch, run
+from common.run.engine import (
     MOST_PENDING,
     NonFiniteLoss,
     Optimization,
@@ -34,7 +34,7 @@ from common.engine import (
     to_device,
     train,
 )
-from common.metrics import Means, Record
+from common.run.metrics import Means, Record
 from common.tests.forks import run_forked, torchrun_variables
 from common.tests.jobs import Pictures, tiny_model, training
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import flops
-from common.flops import CONVENTIONS, KINDS, OpCounts, count_executed_macs, count_parameters, gmacs
+from common.measure import flops
+from common.measure.flops import CONVENTIONS, KINDS, OpCounts, count_executed_macs, count_parameters, gmacs
 
 
 class Function(nn.Module):

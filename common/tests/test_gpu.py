@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import gpu
-from common.cache import ROOT
-from common.results import add, load_records, parse_records
+from common.ledger import gpu
+from common.ledger.results import add, load_records, parse_records
+from common.ledger.speeds import measure_together
+from common.run.cache import ROOT
 
 TABLE = """
 paper = "shrinkpaper"
@@ -57,12 +58,14 @@ published = {fps = 20.0}
 """
 LEDGER = """
 from torch import nn
-from common.tables import NotImplementedYet
+from common.ledger.tables import NotImplementedYet
 WIDTHS = {"dense": 64, "small": 4}
 def build(row):
     if row.id not in WIDTHS:
         raise NotImplementedYet(row.id)
     return nn.Conv2d(3, WIDTHS[row.id], 3), 16
+def speeds(rows, *, columns, device, progress):
+    return {}
 """
 GPU_TEST = """
 import pytest
@@ -91,24 +94,33 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         del sys.modules[name]
 
 
-def run_part(part: gpu.Part, root: Path, limit_s: float = 60) -> int:
-    cpu = torch.device("cpu")
-    return gpu.run_part(part, output=root / "out", device=cpu, limit_s=limit_s, rounds=2, batch_size=2, root=root)
+def run(root: Path, *words: str) -> int:
+    argv = ["--output", str(root / "out"), "--device", "cpu", "--rounds", "2", "-b", "2", *words]
+    return gpu.main(argv, root)
 
 
-def test_the_parts_are_the_tests_then_each_group_of_rows_in_each_precision(root: Path) -> None:
-    parts = gpu.plan(root)
-    assert [part.label for part in parts] == [
-        "part1-tests",
-        "part2-shrinkpaper-main-dense-float32",
-        "part3-shrinkpaper-main-dense-bfloat16",
+def read(root: Path) -> dict:
+    return json.loads((root / "out/gpu.json").read_text())
+
+
+def test_the_steps_are_the_tests_then_each_way_of_each_group_of_rows(root: Path) -> None:
+    steps = gpu.plan(root)
+    assert [step.name for step in steps] == [
+        "tests",
+        "shrinkpaper-main-dense-throughput_ips-bfloat16",
+        "shrinkpaper-main-dense-fps-bfloat16",
+        "shrinkpaper-main-dense-fps-bfloat16-graph",
+        "shrinkpaper-main-dense-throughput_ips-float32",
+        "shrinkpaper-main-dense-fps-float32",
+        "shrinkpaper-main-dense-fps-bfloat16-compiled",
     ]
-    assert [[row.id for row in part.rows] for part in parts] == [[], ["small"], ["small"]]
+    assert [[row.id for row in step.rows] for step in steps] == [[], *[["small"]] * 6]
+    assert len(gpu.plan(root, together=False)) == 5
 
 
-def test_a_paper_without_an_adapter_has_no_parts(root: Path) -> None:
+def test_a_paper_without_an_adapter_has_no_steps(root: Path) -> None:
     (root / "shrinkpaper/ledger.py").unlink()
-    assert [part.label for part in gpu.plan(root)] == ["part1-tests"]
+    assert [step.name for step in gpu.plan(root)] == ["tests"]
 
 
 def test_a_broken_adapter_is_not_taken_for_a_missing_one(root: Path) -> None:
@@ -117,9 +129,9 @@ def test_a_broken_adapter_is_not_taken_for_a_missing_one(root: Path) -> None:
         gpu.plan(root)
 
 
-def test_a_part_writes_records_that_can_be_filed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_part(gpu.plan(root)[1], root) == 0
-    path = root / "out/part2-shrinkpaper-main-dense-float32.json"
+def test_one_file_holds_records_that_can_be_filed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(root, "--only", "*float32") == 0
+    path = root / "out/gpu.json"
     records = parse_records(path.read_text(), where=str(path))
     assert {(record.row, record.column) for record in records} == {
         (row, column) for row in ("dense", "small") for column in ("fps", "throughput_ips")
@@ -129,26 +141,49 @@ def test_a_part_writes_records_that_can_be_filed(root: Path, capsys: pytest.Capt
     assert small.reference_row == "main/dense"
     assert (small.batch_size, small.dtype, small.resolution) == (2, "float32", 16)
     assert small.origin is not None
-    assert small.origin.part == "part2-shrinkpaper-main-dense-float32"
-    words = "--part 2 --rounds 2 --columns fps throughput_ips --output DIR --device cpu -b 2"
+    assert small.origin.part == "gpu"
+    words = "--output DIR --device cpu --rounds 2 -b 2 --only *float32"
     assert small.origin.command == f"python -m common.gpu {words}"
     assert "main/small fps: " in capsys.readouterr().out
     assert add(path, root=root)[0].parent == root / "shrinkpaper/results"
     assert len(load_records("shrinkpaper", root=root)) == 4
 
 
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_rows_that_share_a_dense_row_take_turns(root: Path, mode: str) -> None:
+    (step,) = [step for step in gpu.plan(root) if step.name.endswith("fps-float32")]
+    adapter = gpu.find_adapter("shrinkpaper")
+    options = {"device": torch.device("cpu"), "column": "fps", "mode": mode, "rounds": 2, "root": root}
+    run = measure_together(step.rows, adapter.build, **options)
+    assert [(record.row, record.ratio is None) for record in run.records] == [("dense", True), ("small", False)]
+    assert {record.compiled for record in run.records} == {mode == "compiled"}
+
+
+def test_a_network_that_fails_leaves_the_others(root: Path) -> None:
+    (step,) = [step for step in gpu.plan(root) if step.name.endswith("fps-float32")]
+
+    def build(row):
+        if row.id == "small":
+            raise RuntimeError("this one does not run")
+        return torch.nn.Conv2d(3, 2, 3), 16
+
+    run = measure_together(step.rows, build, device=torch.device("cpu"), column="fps", rounds=2, root=root)
+    assert [record.row for record in run.records] == ["dense"]
+    assert run.left_out == ["main/small fps eager: RuntimeError: this one does not run"]
+
+
 def test_processor_time_counts_what_one_thread_computes(root: Path) -> None:
-    cpu, threads = torch.device("cpu"), torch.get_num_threads()
-    options = {"limit_s": 60, "rounds": 2, "batch_size": None, "columns": ["fps"], "processor_time": True}
-    assert gpu.run_part(gpu.plan(root)[1], output=root / "out", device=cpu, root=root, **options) == 0
-    assert torch.get_num_threads() == threads  # main, not run_part, sets it
-    path = root / "out/part2-shrinkpaper-main-dense-float32.json"
-    small, dense = parse_records(path.read_text(), where=str(path))
-    assert small.ratio is not None
-    assert dense.value > 0
-    assert small.origin is not None
-    assert small.origin.command.endswith("--device cpu --processor-time")
-    assert small.origin.device["timing"] == "processor time, 1 thread"
+    threads = torch.get_num_threads()
+    try:
+        assert run(root, "--only", "*fps-float32", "--processor-time") == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+    dense, small = sorted(read(root)["records"], key=lambda record: record["row"])
+    assert small["ratio"] is not None
+    assert dense["value"] > 0
+    assert read(root)["command"].endswith("--processor-time")
+    assert read(root)["device"]["timing"] == "processor time, 1 thread"
 
 
 def test_processor_time_is_refused_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,31 +192,44 @@ def test_processor_time_is_refused_on_a_gpu(capsys: pytest.CaptureFixture[str]) 
     assert "--processor-time: a GPU's work does not count" in capsys.readouterr().err
 
 
-def test_what_the_limit_leaves_out_is_said(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_part(gpu.plan(root)[2], root, limit_s=-1) == 1
-    content = json.loads((root / "out/part3-shrinkpaper-main-dense-bfloat16.json").read_text())
-    assert content["records"] == []
-    assert content["left_out"] == [f"main/small {column}: the time limit was near" for column in gpu.COLUMNS]
-    assert "left out: main/small throughput_ips" in capsys.readouterr().out
+def test_what_the_budget_leaves_out_is_said(root: Path) -> None:
+    assert run(root, "--only", "*bfloat16", "--budget-s", "0.001") == 0
+    assert read(root)["records"] == []
+    assert read(root)["left_out"] == [
+        f"shrinkpaper-main-main-dense-{column}-bfloat16: the budget of 0.001 s was spent"
+        for column in ("throughput_ips", "fps")
+    ]
 
 
-def test_a_part_runs_in_its_precision(root: Path) -> None:
-    assert run_part(gpu.plan(root)[2], root) == 0
-    content = json.loads((root / "out/part3-shrinkpaper-main-dense-bfloat16.json").read_text())
-    assert {record["dtype"] for record in content["records"]} == {"bfloat16"}
+def test_a_step_runs_in_its_precision(root: Path) -> None:
+    assert run(root, "--only", "*bfloat16") == 0
+    assert {record["dtype"] for record in read(root)["records"]} == {"bfloat16"}
 
 
-def test_the_tests_part_runs_only_marked_tests(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tests, *_) = gpu.plan(root)
-    assert run_part(tests, root) == 0
-    content = json.loads((root / "out/part1-tests.json").read_text())
+def test_programs_put_what_they_write_into_the_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "shrinkpaper/speed.py").write_text("import sys; open(sys.argv[1], 'w').write('[1]')")
+    (root / "shrinkpaper/broken.py").write_text("raise SystemExit('it broke')")
+    programs = {f"shrinkpaper/{name}": f"{root}/shrinkpaper/{name}.py {{output}}" for name in ("speed", "broken")}
+    monkeypatch.setattr(gpu, "PROGRAMS", programs)
+    steps = [step for step in gpu.plan(root) if step.program]
+    origin = gpu.results.Origin(gpu.results.now(), "abc", gpu.describe_device("cpu"), "command")
+    job = gpu.Job(root / "out/gpu.json", origin)
+    options = {"device": torch.device("cpu"), "limit_s": 60, "rounds": 2, "batch_size": 2, "root": root}
+    assert [gpu.run_step(step, job, **options) for step in steps] == [True, False]
+    assert read(root)["programs"] == {"shrinkpaper/speed": [1]}
+    assert read(root)["left_out"] == ["shrinkpaper/broken: it broke"]
+
+
+def test_the_tests_step_runs_only_marked_tests(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(root, "--only", "tests") == 0
+    content = read(root)
     assert content["tests"]["status"] == 0
     assert "1 passed" in content["tests"]["summary"]
-    assert add(root / "out/part1-tests.json", root=root) == []
+    assert add(root / "out/gpu.json", root=root) == []
     (root / "shrinkpaper/tests/test_kernel.py").write_text(GPU_TEST.format(outcome=False))
-    assert run_part(tests, root) == 1
+    assert run(root, "--only", "tests") == 1
     assert "1 failed" in capsys.readouterr().out
-    assert json.loads((root / "out/part1-tests.json").read_text())["tests"]["status"] == 1
+    assert read(root)["tests"]["status"] == 1
 
 
 def test_tests_that_all_skip_or_run_too_long_do_not_pass(root: Path) -> None:
@@ -215,7 +263,6 @@ def test_wrong_flags(words: list[str], message: str, capsys: pytest.CaptureFixtu
     assert message in capsys.readouterr().err
 
 
-def test_a_part_that_does_not_exist(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(gpu, "plan", lambda: [gpu.Part(1, "tests")])
-    assert gpu.main(["--output", "x", "--part", "7", "--device", "cpu"]) == 2
-    assert "there is no part 7; there are 1 to 1" in capsys.readouterr().err
+def test_a_step_that_does_not_exist(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(root, "--only", "nothing*") == 2
+    assert "no step matches ['nothing*']; --list names the 5 steps" in capsys.readouterr().err

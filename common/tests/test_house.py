@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from common.cache import ROOT
-from common.tables import load_tables
+from common.ledger.tables import load_tables
+from common.run.cache import ROOT
 
 PAPERS = ("scala", "hourglass_swag", "dvt", "sit", "uvc")
 
@@ -60,7 +60,9 @@ def test_models_see_neither_parser_nor_loop() -> None:
             if "examples" in path.parts:  # scripts of a package that can be installed by itself
                 continue
             text = path.read_text()
-            assert not re.search(r"^\s*(import|from) (argparse|common\.(engine|data|cli))\b", text, re.MULTILINE), path
+            assert not re.search(
+                r"^\s*(import|from) (argparse|common\.(run.engine|data|run.cli))\b", text, re.MULTILINE
+            ), path
 
 
 def test_no_machine_and_no_registry_is_written_down() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from common.metrics import Means, ProgressLine, Record, clock_text
+from common.run.metrics import Means, ProgressLine, Record, clock_text
 
 
 class Clock:
@@ -84,7 +84,7 @@ def test_terminal_bar_shows_rate_time_left_and_terms() -> None:
 
 
 def test_progress_is_for_rank_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.metrics.is_main", lambda: False)
+    monkeypatch.setattr("common.run.metrics.is_main", lambda: False)
     out, clock = io.StringIO(), Clock()
     with ProgressLine("test", 3, file=out, clock=clock) as line:
         clock.now = 100.0
@@ -133,7 +133,7 @@ def test_record_without_a_file_keeps_nothing(tmp_path: Path, monkeypatch: pytest
     record = Record(None)
     record.rewind(0, 0)
     record.write("epoch", {"epoch": 0})
-    monkeypatch.setattr("common.metrics.is_main", lambda: False)
+    monkeypatch.setattr("common.run.metrics.is_main", lambda: False)
     Record(tmp_path / "log.jsonl").write("epoch", {"epoch": 0})
     assert list(tmp_path.iterdir()) == []
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.reference import (
+from common.tests.reference import (
     Case,
     CaseError,
     Checks,

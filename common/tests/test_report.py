@@ -6,8 +6,8 @@ from decimal import Decimal
 
 import pytest
 
-from common.ledger import Entry, Ledger, Request, build, run_desk
-from common.report import (
+from common.ledger.compare import Entry, Ledger, Request, build, run_desk
+from common.ledger.report import (
     WIDTH,
     Figure,
     Series,
@@ -24,7 +24,7 @@ from common.report import (
     to_text,
     write_report,
 )
-from common.tables import load_tables
+from common.ledger.tables import load_tables
 from common.tests.fake_paper import importable, write_paper
 
 
@@ -136,7 +136,7 @@ def test_the_summary_counts_every_value(filled):
 
 
 def test_failures_are_in_the_report(filled):
-    from common.ledger import Failure
+    from common.ledger.compare import Failure
 
     broken = Ledger(tables=filled.tables, entries=filled.entries, failures=[Failure("p", "t", "r", "<boom>")])
     assert "p/t/r: <boom>" in to_markdown(broken)

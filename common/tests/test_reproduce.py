@@ -8,10 +8,11 @@ from decimal import Decimal
 
 import pytest
 
-from common import cache, ledger
-from common.ledger import KEYS, Request, _listing, build, half_unit, run_desk
-from common.reproduce import main, parse_columns, resolve_device
-from common.tables import load_tables
+from common.ledger import compare as ledger
+from common.ledger.compare import KEYS, Request, _listing, build, half_unit, run_desk
+from common.ledger.reproduce import main, parse_columns, resolve_device
+from common.ledger.tables import load_tables
+from common.run import cache
 from common.tests.fake_paper import ADAPTER, TABLE, importable, record, write_paper, write_records
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from common import results
-from common.results import Origin, Record, RecordError, add, load_records, parse_records, write_records
+from common.ledger import results
+from common.ledger.results import Origin, Record, RecordError, add, load_records, parse_records, write_records
 
 TABLE = """
 paper = "shrink"
@@ -87,7 +87,7 @@ def test_the_keys_of_a_file_are_those_agreed_on(file: Path) -> None:
     assert set(data) == {"format", "created", "commit", "device", "command", "part", "left_out", "records"}
     assert set(data["records"][0]) == {
         *("paper", "table", "row", "column", "value", "reference_row", "reference_value", "ratio", "dtype"),
-        *("batch_size", "resolution", "compiled", "rounds", "spread_percent", "peak_memory_mb"),
+        *("batch_size", "resolution", "compiled", "rounds", "spread_percent", "peak_memory_mb", "cuda_graph"),
     }
 
 

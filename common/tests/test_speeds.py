@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common import speeds
-from common.benchmark import NotEnoughMemory
-from common.speeds import as_measured, measure_rows
-from common.tables import NotImplementedYet, Row, load_tables
+from common.ledger import speeds
+from common.ledger.speeds import as_measured, measure_rows
+from common.ledger.tables import NotImplementedYet, Row, load_tables
+from common.measure.benchmark import NotEnoughMemory
 
 TABLE = """
 paper = "shrink"

@@ -4,8 +4,8 @@ from decimal import Decimal
 
 import pytest
 
-from common.flops import CONVENTIONS
-from common.tables import DeskTable, TableError, column, load_table, load_tables, papers
+from common.ledger.tables import DeskTable, TableError, column, load_table, load_tables, papers
+from common.measure.flops import CONVENTIONS
 from common.tests.fake_paper import TABLE, write_paper
 
 

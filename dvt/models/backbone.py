@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common import flops
-from common.flops import OpCounts
+from common.measure import flops
+from common.measure.flops import OpCounts
 from dvt.models.reuse import FEATURE_CHANNELS, RELATION_RATIO, TokenResize, reuse_relations
 from dvt.models.transformer_block import Block, Norm, drop_path_rates
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from common.flops import OpCounts
+from common.measure.flops import OpCounts
 from dvt.models.backbone import Backbone, StageOutput
 
 STAGE_NAMES = ("less_less_token", "less_token", "normal_token")

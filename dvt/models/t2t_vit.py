@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import flops
-from common.flops import OpCounts
+from common.measure import flops
+from common.measure.flops import OpCounts
 from dvt.models.backbone import Backbone
 from dvt.models.token_performer import Token_performer
 from dvt.models.token_transformer import Token_transformer

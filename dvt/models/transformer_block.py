@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
-from common import flops
-from common.flops import OpCounts
+from common.measure import flops
+from common.measure.flops import OpCounts
 from dvt.models.reuse import FEATURE_CHANNELS, FEATURE_HIDDEN, reuse_features
 
 Norm = Callable[[int], nn.Module]

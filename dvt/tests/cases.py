@@ -18,9 +18,10 @@ from timm.data.mixup import mixup_target
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from common import cli, reference
-from common.flops import count_parameters
-from common.reference import Case, CaseError, Checks, NotCovered, Runner
+from common.measure.flops import count_parameters
+from common.run import cli
+from common.tests import reference
+from common.tests.reference import Case, CaseError, Checks, NotCovered, Runner
 from dvt import cifar, exits
 from dvt.engine import build_criterion, exit_logits, summed_loss
 from dvt.models import STAGE_NAMES, Cascade, StageOutput, T2T_ViT, VisionTransformer, create_model, make_cascade

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.reference import read_cases, run_cases
+from common.tests.reference import read_cases, run_cases
 from dvt.tests import cases as runner
 
 VECTORS = Path(__file__).parent / "vectors"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common import cache
+from common.run import cache
 from dvt import desk, models
 from dvt.dynamic import DynamicClassifier
 from dvt.models import Cascade, create_model

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.checkpoint import CheckpointError
+from common.run.checkpoint import CheckpointError
 from dvt import inference
 from dvt.checkpoints import PACKED_KEYS, read_packed
 from dvt.evaluation import cascade_gflops, held_out_loader

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common.cache import ROOT
-from common.tables import NeedsWeights, load_tables
+from common.ledger.tables import NeedsWeights, load_tables
+from common.run.cache import ROOT
 from dvt import ledger
 from dvt.models import create_model
 from dvt.tests.miniature import write_imagenet

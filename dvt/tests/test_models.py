@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.flops import CONVENTIONS, count_executed_macs, count_parameters, gmacs
-from common.reference import array, image
+from common.measure.flops import CONVENTIONS, count_executed_macs, count_parameters, gmacs
+from common.tests.reference import array, image
 from dvt.models import MODELS, SUFFIXES, Cascade, T2T_ViT, VisionTransformer, create_model, make_cascade
 from dvt.models.backbone import Backbone
 from dvt.models.reuse import grid_overlap, resize_grid, resize_relations, token_overlap

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset
 
-from common.checkpoint import CheckpointError, save_atomic
-from common.data import DataError
+from common.data.loaders import DataError
+from common.run.checkpoint import CheckpointError, save_atomic
 from dvt import benchmark, cifar, models, pack, visualize
 from dvt.checkpoints import PACKED_KEYS, read
 from dvt.evaluation import (

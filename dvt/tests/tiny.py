@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.reference import fill_
+from common.tests.reference import fill_
 from dvt.models import Cascade, T2T_ViT, VisionTransformer, make_cascade
 
 T2T_GRIDS = [{"tokens_type": f"performer{suffix}"} for suffix in ("_less_less_token", "_less_token", "")]

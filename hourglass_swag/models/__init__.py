@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.checkpoint import CheckpointError
+from common.run.checkpoint import CheckpointError
 from hourglass_swag.models.act_vision_transformer import ActViTDesk, ActViTH14, ActViTL16
 from hourglass_swag.models.ats_vision_transformer import ATSViTDesk, ATSViTH14, ATSViTL16
 from hourglass_swag.models.evit import EViTB16, EViTDesk, EViTH14, EViTL16

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.flops import OpCounts, evaluating
+from common.measure.flops import OpCounts, evaluating
 from hourglass_swag.models.ops.ACT.ada_clustering_attention import AdaClusteringAttention, ClustersUnknown
 from hourglass_swag.models.ops.ACT.attention_layer import AdaMultiheadAttention
 from hourglass_swag.models.plug_in import NEVER, plugged_in

@@ -19,8 +19,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from common import flops
-from common.flops import OpCounts
+from common.measure import flops
+from common.measure.flops import OpCounts
 from hourglass_swag.models.ops.ats import AdaptiveTokenSampler, gather_tokens
 from hourglass_swag.models.vision_transformer import SIZES, Encoder, EncoderBlock, VisionTransformer, count_layer
 

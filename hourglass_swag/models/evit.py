@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import flops
-from common.flops import OpCounts
+from common.measure import flops
+from common.measure.flops import OpCounts
 from hourglass_swag.models.ops.mean_attention import has_kernel, mean_attention
 from hourglass_swag.models.vision_transformer import SIZES, EncoderBlock, SelfAttention, VisionTransformer
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import flops
-from common.flops import OpCounts
+from common.measure import flops
+from common.measure.flops import OpCounts
 from hourglass_swag.models.ops.cluster import TokenClusteringBlock
 from hourglass_swag.models.vision_transformer import SIZES, VisionTransformer, count_layer
 

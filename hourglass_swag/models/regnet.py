@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import flops
-from common.flops import OpCounts
+from common.measure import flops
+from common.measure.flops import OpCounts
 from hourglass_swag.models.weights import convert_torchvision_regnet
 
 

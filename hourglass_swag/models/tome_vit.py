@@ -7,7 +7,7 @@ parameters, so any checkpoint of the backbone fits. ``model.r`` may be changed a
 from collections.abc import Callable
 from typing import Any, cast
 
-from common.flops import CUSTOM_OPERATORS
+from common.measure.flops import CUSTOM_OPERATORS
 from hourglass_swag.models.ops.tome import ops, parse_r, patch
 from hourglass_swag.models.vision_transformer import VisionTransformer, ViTDesk, ViTH14, ViTL16
 

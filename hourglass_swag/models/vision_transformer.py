@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import flops
-from common.flops import OpCounts
+from common.measure import flops
+from common.measure.flops import OpCounts
 from hourglass_swag.models.weights import POSITION_KEY, convert_torchvision, resize_position_embedding
 
 LAYER_NORM_EPS = 1e-6

@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from common import reference
-from common.flops import CONVENTIONS, count_executed_macs, count_parameters
-from common.reference import Case, Checks, NotCovered, Runner
+from common.measure.flops import CONVENTIONS, count_executed_macs, count_parameters
+from common.tests import reference
+from common.tests.reference import Case, Checks, NotCovered, Runner
 from hourglass_swag import evaluation
 from hourglass_swag.models import ats_vision_transformer, evit, hourglass_vit, regnet, vision_transformer
 from hourglass_swag.models.ops import ats

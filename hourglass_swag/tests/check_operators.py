@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.library import opcheck
 
-from common.flops import count_executed_macs
-from common.reference import fill_
+from common.measure.flops import count_executed_macs
+from common.tests.reference import fill_
 from hourglass_swag.models.act_vision_transformer import ActVisionTransformer
 from hourglass_swag.models.ops import library
 from hourglass_swag.models.ops.ACT.extensions import plain

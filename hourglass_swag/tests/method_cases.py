@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import reference
-from common.flops import CONVENTIONS, count_executed_macs, count_parameters
-from common.reference import Case, CaseError, Checks, NotCovered, Runner
+from common.measure.flops import CONVENTIONS, count_executed_macs, count_parameters
+from common.tests import reference
+from common.tests.reference import Case, CaseError, Checks, NotCovered, Runner
 from hourglass_swag.models import REGISTRY, act_vision_transformer, create, evo_vit, smyrf_vision_transformer
 from hourglass_swag.models.ops.ACT.ada_clustering_attention import (
     AdaClusteringAttention,

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common.flops import CONVENTIONS, count_executed_macs
-from common.reference import array, build, image
-from common.tables import NeedsWeights, load_tables
+from common.ledger.tables import NeedsWeights, load_tables
+from common.measure.flops import CONVENTIONS, count_executed_macs
+from common.tests.reference import array, build, image
 from hourglass_swag import ledger, models
 from hourglass_swag.models import ats_vision_trainsformer
 from hourglass_swag.models.ats_vision_transformer import ATSBlock, ATSVisionTransformer, ATSViTB16

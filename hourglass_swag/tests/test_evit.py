@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from common.flops import CONVENTIONS, count_executed_macs
-from common.reference import array, build, image
+from common.measure.flops import CONVENTIONS, count_executed_macs
+from common.tests.reference import array, build, image
 from hourglass_swag import models
 from hourglass_swag.models import evit
 from hourglass_swag.models.evit import EViT, EViTEncoderBlock, TokenSelection, attend_and_score, complement_idx

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.flops import CONVENTIONS, count_executed_macs
-from common.reference import fill_
+from common.measure.flops import CONVENTIONS, count_executed_macs
+from common.tests.reference import fill_
 from hourglass_swag.models import create
 from hourglass_swag.models.evo_vit import EvoEncoderBlock, EvoViT, attend_with_class_row, count_processed, easy_gather
 from hourglass_swag.models.vision_transformer import VisionTransformer

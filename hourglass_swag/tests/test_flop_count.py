@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.flops import CONVENTIONS, count_executed_macs
+from common.measure.flops import CONVENTIONS, count_executed_macs
 from hourglass_swag.models.hourglass_vit import HourglassViT, HourglassViTL16
 from hourglass_swag.models.ops.cluster import TokenClusteringBlock
 from hourglass_swag.models.vision_transformer import VisionTransformer, ViTL16

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from common.reference import fill_
+from common.tests.reference import fill_
 from hourglass_swag import hubconf, models
 
 FOLDER = Path(__file__).resolve().parents[1]

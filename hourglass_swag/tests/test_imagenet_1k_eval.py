@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.reference import build
+from common.tests.reference import build
 from hourglass_swag import imagenet_1k_eval
 from hourglass_swag.evaluation import AverageMeter, ProgressMeter, accuracy, make_meters
 from hourglass_swag.models.vision_transformer import ViTDesk

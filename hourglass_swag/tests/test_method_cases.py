@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.reference import read_cases, run_cases
+from common.tests.reference import read_cases, run_cases
 from hourglass_swag.tests import cases as runner
 from hourglass_swag.tests.method_cases import more_cases
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from common.flops import CONVENTIONS, count_executed_macs, count_parameters
-from common.reference import array, build, fill_, image
+from common.measure.flops import CONVENTIONS, count_executed_macs, count_parameters
+from common.tests.reference import array, build, fill_, image
 from hourglass_swag import models
 from hourglass_swag.models.hourglass_vit import (
     HourglassViT,

@@ -15,9 +15,9 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from common.cache import ROOT
-from common.data import DataError
-from common.reference import build
+from common.data.loaders import DataError
+from common.run.cache import ROOT
+from common.tests.reference import build
 from hourglass_swag import models, predict
 from hourglass_swag.evaluation import transform_image
 from hourglass_swag.models.vision_transformer import VisionTransformer, ViTDesk

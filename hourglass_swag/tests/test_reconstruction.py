@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.reference import array
+from common.tests.reference import array
 from hourglass_swag.models.ops import reconstuction
 from hourglass_swag.models.ops.reconstruction import (
     NaiveUnpooling,

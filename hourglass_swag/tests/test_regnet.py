@@ -7,8 +7,8 @@ import pytest
 import torch
 import torchvision
 
-from common.flops import CONVENTIONS, count_executed_macs, count_parameters
-from common.reference import build, fill_, image
+from common.measure.flops import CONVENTIONS, count_executed_macs, count_parameters
+from common.tests.reference import build, fill_, image
 from hourglass_swag import models
 from hourglass_swag.models import weights
 from hourglass_swag.models.regnet import AnyNet, AnyNetParams, BlockType, RegNet, RegNetParams, StemType

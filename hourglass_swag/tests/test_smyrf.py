@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.flops import CONVENTIONS, count_executed_macs
-from common.reference import fill_
+from common.measure.flops import CONVENTIONS, count_executed_macs
+from common.tests.reference import fill_
 from hourglass_swag.models import create
 from hourglass_swag.models.ops import library
 from hourglass_swag.models.ops.smyrf import attn

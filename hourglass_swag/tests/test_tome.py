@@ -13,8 +13,8 @@ from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common.flops import CONVENTIONS, count_executed_macs
-from common.reference import array, build, image
+from common.measure.flops import CONVENTIONS, count_executed_macs
+from common.tests.reference import array, build, image
 from hourglass_swag import models
 from hourglass_swag.models.evit import EViT
 from hourglass_swag.models.hourglass_vit import HourglassViT

@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from common.reference import array, build, image
+from common.tests.reference import array, build, image
 from hourglass_swag.models.ops.tome import merge, ops, patch
 from hourglass_swag.models.vision_transformer import VisionTransformer
 

@@ -8,7 +8,7 @@ import torch
 from timm.models import vision_transformer as timm_models
 from torch import nn
 
-from common.reference import array, fill_
+from common.tests.reference import array, fill_
 from hourglass_swag.models.ops.tome import patch
 
 SMALL: dict[str, Any] = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -9,8 +9,8 @@ import torch
 import torchvision
 from torch import nn
 
-from common.checkpoint import CheckpointError
-from common.reference import array, build, fill_, image
+from common.run.checkpoint import CheckpointError
+from common.tests.reference import array, build, fill_, image
 from hourglass_swag import models
 from hourglass_swag.models import weights
 from hourglass_swag.models.hourglass_vit import HourglassViT

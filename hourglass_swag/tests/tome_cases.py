@@ -11,9 +11,9 @@ from timm.models import deit
 from timm.models import vision_transformer as timm_models
 from torch import Tensor, nn
 
-from common import reference
-from common.flops import CONVENTIONS, count_executed_macs
-from common.reference import Case, Checks, NotCovered, Runner
+from common.measure.flops import CONVENTIONS, count_executed_macs
+from common.tests import reference
+from common.tests.reference import Case, Checks, NotCovered, Runner
 from hourglass_swag.models import vision_transformer
 from hourglass_swag.models.ops.tome import make_visualization, merge, parse_r, patch
 from hourglass_swag.tools.flop_count import flop_count

@@ -9,8 +9,8 @@ from functools import cache
 import torch
 from torch import nn
 
-from common.flops import count_parameters, gmacs
-from common.tables import Row, load_tables
+from common.ledger.tables import Row, load_tables
+from common.measure.flops import count_parameters, gmacs
 from hourglass_swag.models import create, names
 from hourglass_swag.models.hourglass_vit import HourglassViT
 from hourglass_swag.models.ops.cluster import TokenClusteringBlock

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common.flops import CONVENTIONS, OpCounts, check_countable, no_fastpath, unwrap
+from common.measure.flops import CONVENTIONS, OpCounts, check_countable, no_fastpath, unwrap
 from hourglass_swag.models.ats_vision_transformer import ATSBlock
 from hourglass_swag.models.evo_vit import EvoEncoderBlock
 from hourglass_swag.models.ops.ACT.ada_clustering_attention import AdaClusteringAttention

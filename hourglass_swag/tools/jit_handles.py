@@ -6,7 +6,7 @@ facts by keyword (``name`` of the counter key, ``equation`` of an einsum). The r
 A multiply-accumulate is one. The names are those of the published tool, whose handles received traced values in place
 of shapes.
 
-Source: the convention ``swag`` of ``common.flops``; the two agree, see ``hourglass_swag/tests/test_flop_count.py``.
+Source: the convention ``swag`` of ``common.measure.flops``; the two agree, see ``tests/test_flop_count.py``.
 """
 
 import math

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common import results
-from common.benchmark import (
+from common.ledger import results
+from common.measure.benchmark import (
     BenchmarkError,
     PairedSpeed,
     available_memory_bytes,

@@ -20,11 +20,12 @@ from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from common import cli, reference
-from common.data import RepeatedSampler, eval_transform
-from common.engine import Optimization
-from common.flops import CONVENTIONS, OpCounts, count_executed_macs, count_parameters
-from common.reference import Case, Checks, NotCovered, Runner
+from common.data.loaders import RepeatedSampler, eval_transform
+from common.measure.flops import CONVENTIONS, OpCounts, count_executed_macs, count_parameters
+from common.run import cli
+from common.run.engine import Optimization
+from common.tests import reference
+from common.tests.reference import Case, Checks, NotCovered, Runner
 from scala import models_scala
 from scala.engine_scala import AtRatio, CosineCurve, LaggingSchedule, ScaleCoordination, draw_widths, evaluate_width
 from scala.losses import TOKENS, DistillationLoss, ScalaLosses
@@ -473,7 +474,7 @@ def find_runner(case: Case) -> Runner:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; see ``common.reference.main``."""
+    """Command line; see ``common.tests.reference.main``."""
     return reference.main(find_runner, argv, program="python -m scala.tests.cases")
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.flops import count_executed_macs, gmacs
+from common.measure.flops import count_executed_macs, gmacs
 from scala import export, main_scala
 from scala.building import SettingError
 from scala.conv_layers import SlicedBatchNorm2d, batch_norms, calibrate_

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from common.reference import Case, read_cases, run_cases
+from common.tests.reference import Case, read_cases, run_cases
 from scala.tests import cases as runner
 
 VECTORS = Path(__file__).parent / "vectors"

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from common.checkpoint import CheckpointError, load_strict, save_atomic
+from common.run.checkpoint import CheckpointError, load_strict, save_atomic
 from scala import benchmark, export
 from scala.export import ExportError
 from scala.models_mobilenet import MobileNetV2_scala

@@ -13,8 +13,8 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from common.checkpoint import CheckpointError, save_atomic
-from common.engine import Optimization
+from common.run.checkpoint import CheckpointError, save_atomic
+from common.run.engine import Optimization
 from scala import export, main_dinov2
 from scala.engine_scala import ScaleCoordination
 from scala.features import (

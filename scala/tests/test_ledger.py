@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.cache import ROOT
-from common.checkpoint import save_atomic
-from common.flops import count_executed_macs
-from common.tables import NeedsData, NeedsWeights, load_tables
+from common.ledger.tables import NeedsData, NeedsWeights, load_tables
+from common.measure.flops import count_executed_macs
+from common.run.cache import ROOT
+from common.run.checkpoint import save_atomic
 from scala import ledger, main_scala
 from scala.engine_scala import AtRatio
 from scala.models_scala import create

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common.checkpoint import save_atomic
-from common.data import BadPictureError, DataError
+from common.data.loaders import BadPictureError, DataError
+from common.run.checkpoint import save_atomic
 from scala import linear_probe
 from scala.linear_probe import ProbeError
 from scala.models_mobilenet import MobileNetV2_scala

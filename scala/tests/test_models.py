@@ -9,8 +9,8 @@ import timm
 import torch
 from torch import nn
 
-from common.flops import count_executed_macs, count_parameters
-from common.reference import build, image
+from common.measure.flops import count_executed_macs, count_parameters
+from common.tests.reference import build, image
 from scala import models_scala
 from scala.engine_scala import AtRatio
 from scala.models_scala import MODELS, DistilledVisionTransformer_scala, VisionTransformer_scala, create

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from common.cache import ROOT
-from common.tables import load_tables
+from common.ledger.tables import load_tables
+from common.run.cache import ROOT
 from scala import building, main_scala
 
 

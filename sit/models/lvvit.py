@@ -21,8 +21,8 @@ from timm.models._registry import register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import flops
-from common.flops import OpCounts
+from common.measure import flops
+from common.measure.flops import OpCounts
 from sit.models.slimming import (
     Mlp,
     ReverseTSM,

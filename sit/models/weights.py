@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.checkpoint import (
+from common.run.checkpoint import (
     CheckpointError,
     list_key_differences,
     load_safely,
@@ -26,7 +26,7 @@ from common.checkpoint import (
     save_atomic,
     select_state,
 )
-from common.distributed import get_logger, main_process_first
+from common.run.distributed import get_logger, main_process_first
 from sit.models.lvvit import SIZES, LVViT, build_lvvit
 
 logger = get_logger(__name__)

@@ -22,12 +22,12 @@ from timm.models._factory import create_model
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from common import reference
-from common.checkpoint import list_key_differences
-from common.cli import dataset_name, scaled_lr
-from common.data import DataError, RepeatedSampler, build_dataset, eval_transform, train_loader
-from common.flops import count_parameters
-from common.reference import Case, CaseError, Checks, NotCovered, Runner
+from common.data.loaders import DataError, RepeatedSampler, build_dataset, eval_transform, train_loader
+from common.measure.flops import count_parameters
+from common.run.checkpoint import list_key_differences
+from common.run.cli import dataset_name, scaled_lr
+from common.tests import reference
+from common.tests.reference import Case, CaseError, Checks, NotCovered, Runner
 from sit import engine, models
 from sit.losses import DistillationLoss
 from sit.meters import MetricLogger, SmoothedValue

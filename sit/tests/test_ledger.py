@@ -7,10 +7,10 @@ import pytest
 import torch
 from timm.models._factory import create_model
 
-from common.cache import ROOT
-from common.ledger import Request, build
-from common.reference import fill_
-from common.tables import NeedsWeights, load_tables
+from common.ledger.compare import Request, build
+from common.ledger.tables import NeedsWeights, load_tables
+from common.run.cache import ROOT
+from common.tests.reference import fill_
 from sit import ledger
 from sit.tests.tools import miniature_imagenet
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from timm.models._factory import create_model
 
-from common.checkpoint import CheckpointError
-from common.data import DataError
+from common.data.loaders import DataError
+from common.run.checkpoint import CheckpointError
 from common.tests.forks import run_forked
 from common.tests.jobs import digest
 from sit import build, main

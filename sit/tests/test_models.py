@@ -7,8 +7,8 @@ import torch
 from timm.models._factory import create_model
 from torch import nn
 
-from common.flops import CONVENTIONS, count_executed_macs
-from common.reference import fill_
+from common.measure.flops import CONVENTIONS, count_executed_macs
+from common.tests.reference import fill_
 from sit.models import SIZES, LVViT, PatchEmbed4CG, ReverseTSM, TokenSlimmingModule, slim_tokens
 from sit.models.slimming import layer_tokens, slimming_blocks, stage_tokens
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from timm.models._factory import create_model
 
-from common.data import DataError
+from common.data.loaders import DataError
 from sit import main, token_labeling
 from sit.tests.tools import SMALL, miniature_imagenet
 from sit.token_labeling import DenseNetwork, draw_box, make_step, mix_box, token_targets

@@ -6,9 +6,9 @@ import pytest
 import torch
 from timm.models._factory import create_model
 
-from common.cache import ROOT
-from common.checkpoint import CheckpointError
-from common.reference import fill_
+from common.run.cache import ROOT
+from common.run.checkpoint import CheckpointError
+from common.tests.reference import fill_
 from sit import export, hubconf, strip
 from sit.models import SIZES
 

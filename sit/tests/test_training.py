@@ -7,7 +7,7 @@ import torch
 from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from torch import nn
 
-from common.engine import StepInfo, autocast
+from common.run.engine import StepInfo, autocast
 from sit.engine import adjust_learning_rate, get_param_groups, store_for_autocast
 from sit.losses import DistillationLoss, logit_loss, token_loss
 from sit.meters import Logs, PublishedRecord

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from timm.models._factory import create_model
 
-from common.reference import fill_
+from common.tests.reference import fill_
 from sit import visualize
 from sit.models import LVViT
 from sit.models.lvvit import build_lvvit

@@ -7,8 +7,8 @@ import pytest
 import torch
 from timm.models._factory import create_model
 
-from common.checkpoint import CheckpointError
-from common.reference import fill_
+from common.run.checkpoint import CheckpointError
+from common.tests.reference import fill_
 from sit.models import LVViT
 from sit.models.weights import (
     WeightsFile,

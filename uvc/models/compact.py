@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.flops import OpCounts, conv2d
+from common.measure.flops import OpCounts, conv2d
 from uvc.models.t2t_vit import TokensToToken
 
 TERMS = ("qkv", "scores", "values", "proj", "fc1", "fc2")

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import reference
-from common.reference import Case, Checks, NotCovered
+from common.tests import reference
+from common.tests.reference import Case, Checks, NotCovered
 from uvc import baseline_scores as scoring
 from uvc.models.deit import GatedDeiT
 from uvc.models.gates import GatedTransformer, apply_masks_, register_masks

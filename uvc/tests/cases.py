@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from common import reference
-from common.flops import count_parameters
-from common.reference import Case, CaseError, Checks, NotCovered, Runner
+from common.measure.flops import count_parameters
+from common.tests import reference
+from common.tests.reference import Case, CaseError, Checks, NotCovered, Runner
 from uvc.models import create
 from uvc.models.gates import register_masks
 from uvc.tests import baseline_cases, model_cases, optimizer_cases, removal_cases, training_cases

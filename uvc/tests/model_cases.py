@@ -10,8 +10,8 @@ import torch
 from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from torch import Tensor
 
-from common import reference
-from common.reference import Case, Checks, NotCovered
+from common.tests import reference
+from common.tests.reference import Case, Checks, NotCovered
 from uvc.models import MODELS, create
 from uvc.models.deit import GatedDeiT
 from uvc.models.gates import GatedTransformer

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.reference import Case, Checks, NotCovered
+from common.tests.reference import Case, Checks, NotCovered
 from uvc.cost_model import CostModel, ProjectedCostModel
 from uvc.models.gates import GatedTransformer, count_mask_elements, register_masks
 from uvc.pruning import blocks_of, group_scores, least_sum, proximal_step_, prune_weights_, removal, update_masks_

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from common.reference import fill_
+from common.tests.reference import fill_
 from uvc.models import create
 from uvc.models.gates import GatedTransformer, register_masks
 from uvc.pruning import blocks_of, update_masks_

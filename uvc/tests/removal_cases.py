@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from common.reference import Case, Checks
+from common.tests.reference import Case, Checks
 from uvc.models.gates import GatedTransformer, register_masks
 from uvc.pruning import blocks_of, update_masks_
 from uvc.removal import compress

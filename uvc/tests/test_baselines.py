@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from common.checkpoint import load_safely, save_atomic
-from common.flops import CONVENTIONS
+from common.measure.flops import CONVENTIONS
+from common.run.checkpoint import load_safely, save_atomic
 from uvc import baselines
 from uvc.baseline_scores import (
     best,

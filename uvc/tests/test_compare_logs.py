@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from common.checkpoint import save_atomic
+from common.run.checkpoint import save_atomic
 from uvc import compare_logs, draw_structure
 from uvc.compact_files import save_compact
 from uvc.compare_logs import Epoch, LogError, check_stage1, read_run, read_text_log

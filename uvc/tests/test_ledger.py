@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.cache import ROOT
-from common.flops import CONVENTIONS
-from common.tables import NeedsCompute, NeedsWeights, load_tables
+from common.ledger.tables import NeedsCompute, NeedsWeights, load_tables
+from common.measure.flops import CONVENTIONS
+from common.run.cache import ROOT
 from uvc import desk, ledger
 from uvc.cost_model import CostModel
 from uvc.models import create
@@ -83,7 +83,7 @@ def test_uniform_reduction_takes_the_same_from_every_block(tmp_path: Path):
 
 
 def test_the_structure_within_the_budget_is_chosen(tmp_path: Path):
-    from common.checkpoint import save_atomic
+    from common.run.checkpoint import save_atomic
 
     for epoch, cost, top1 in ((1, 100, 99), (2, 49, 80), (3, 50, 85), (4, 51, 90)):
         metrics = {"remaining_cost_percent": float(cost), "top1_percent": float(top1)}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.flops import count_executed_macs
+from common.measure.flops import count_executed_macs
 from uvc.models import MODELS, create
 from uvc.models.gates import apply_masks_, gate_weights, gumbel_softmax, register_masks, select_tokens
 from uvc.tests.model_cases import float64

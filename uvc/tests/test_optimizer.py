@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from common.tables import load_tables
+from common.ledger.tables import load_tables
 from uvc.cost_model import CostModel, clamp_closed
 from uvc.losses import DistillationLoss
 from uvc.models import create

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.flops import CONVENTIONS, count_executed_macs
+from common.measure.flops import CONVENTIONS, count_executed_macs
 from uvc.cost_model import CostModel
 from uvc.models.compact import TERMS
 from uvc.pruning import group_scores, update_masks_

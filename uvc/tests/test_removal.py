@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.flops import count_executed_macs, count_parameters
+from common.measure.flops import count_executed_macs, count_parameters
 from uvc.models.compact import BlockShape, CompactAttention, CompactConfig, Constant, padded
 from uvc.models.gates import apply_masks_
 from uvc.pruning import blocks_of

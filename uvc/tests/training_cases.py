@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import cli
-from common.distributed import World
-from common.engine import Optimization, StepInfo
-from common.reference import Case, Checks, NotCovered, image
+from common.run import cli
+from common.run.distributed import World
+from common.run.engine import Optimization, StepInfo
+from common.tests.reference import Case, Checks, NotCovered, image
 from uvc.engine import FineTuning, JointSettings, JointTraining
 from uvc.loading import freeze_structure
 from uvc.losses import DistillationLoss
@@ -140,7 +140,7 @@ def stated_criterion(case: Case, *, seed_of_teacher: int) -> DistillationLoss:
 
 
 def run_stage1(case: Case, checks: Checks) -> None:
-    """Epochs of stage 1 by its own hooks, in the order of ``common.engine.train``."""
+    """Epochs of stage 1 by its own hooks, in the order of ``common.run.engine.train``."""
     what, args = str(case.raw["what"]), case.raw["args"]
 
     def number(pattern: str) -> float:

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import flops
-from common.flops import OpCounts
+from common.measure import flops
+from common.measure.flops import OpCounts
 from hourglass_swag.models.ops.tokens import take_tokens
 from hourglass_swag.models.vision_transformer import SelfAttention
 

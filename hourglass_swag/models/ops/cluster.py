@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import flops
-from common.flops import OpCounts
+from common.measure import flops
+from common.measure.flops import OpCounts
 
 MASK_DISTANCE = 1e16  # added to the squared distance outside the window
 MIN_WEIGHT = 1e-16  # smallest divisor of a weighted average

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.flops import CUSTOM_OPERATORS
+from common.measure.flops import CUSTOM_OPERATORS
 
 NAMESPACE = "leanvit_ops"
 OPERATORS = ("ada_cluster", "weighted_sum", "broadcast", "sort_rows", "attend_in_clusters")

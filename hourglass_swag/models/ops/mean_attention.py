@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.flops import CUSTOM_OPERATORS
+from common.measure.flops import CUSTOM_OPERATORS
 
 DTYPES = (torch.float16, torch.bfloat16)  # in float32 the repeated product costs more than the map
 HAS_TRITON = find_spec("triton") is not None

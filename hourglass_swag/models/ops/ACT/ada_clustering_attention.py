@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import flops
-from common.flops import OpCounts
+from common.measure import flops
+from common.measure.flops import OpCounts
 from hourglass_swag.models.ops import library
 from hourglass_swag.models.ops.ACT.extensions import broadcast_, count_groups, number_groups, plain, weighted_sum_
 from hourglass_swag.models.ops.projections import draw_projections

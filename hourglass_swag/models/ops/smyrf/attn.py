@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import flops
-from common.flops import OpCounts
+from common.measure import flops
+from common.measure.flops import OpCounts
 from hourglass_swag.models.ops import library
 from hourglass_swag.models.ops.projections import draw_projections
 from hourglass_swag.models.ops.smyrf.utils import EXTRA_CHANNELS, lsh_clustering

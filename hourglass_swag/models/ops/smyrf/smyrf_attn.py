@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from common import flops
-from common.flops import OpCounts
+from common.measure import flops
+from common.measure.flops import OpCounts
 from hourglass_swag.models.ops.ACT.attention_layer import check_plain, project, split_heads
 from hourglass_swag.models.ops.smyrf.attn import SmyrfAttention
 

@@ -22,7 +22,7 @@ from timm.scheduler import create_scheduler_v2  # pyright: ignore[reportPrivateI
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from common.engine import AMP_MODES
+from common.run.engine import AMP_MODES
 
 DATASET_NAMES = {
     "IMNET": "imagenet",
@@ -117,7 +117,7 @@ def amp_mode(text: str) -> str:
 
 
 def dataset_name(text: str) -> str:
-    """DeiT's names (``IMNET``, ``INAT``, ...) to those of ``common.data``, which pass as they are."""
+    """DeiT's names (``IMNET``, ``INAT``, ...) to those of ``common.data.loaders``, which pass as they are."""
     return DATASET_NAMES.get(text, text)
 
 

@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.checkpoint import CheckpointManager, TrainingState
-from common.distributed import World, broadcast_buffers, get_logger, reduce_sums, wrap_for_training
-from common.metrics import Means, ProgressLine, Record
+from common.run.checkpoint import CheckpointManager, TrainingState
+from common.run.distributed import World, broadcast_buffers, get_logger, reduce_sums, wrap_for_training
+from common.run.metrics import Means, ProgressLine, Record
 
 logger = get_logger(__name__)
 
@@ -333,7 +333,9 @@ def train(
     if save_every_steps is not None and (save_every_steps < 1 or manager is None):
         raise ValueError("--save-every-steps must be at least 1 and needs --output-dir")
     if save_every_steps is not None and not hasattr(loader, "load_state_dict"):
-        raise ValueError("saving within an epoch needs a loader that can start there, such as common.data.train_loader")
+        raise ValueError(
+            "saving within an epoch needs a loader that can start there, such as common.data.loaders.train_loader"
+        )
     loop = _Loop(
         step=step,
         state=state,

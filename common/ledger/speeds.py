@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.benchmark import Clock, NotEnoughMemory, PairedSpeed, Speed, compare, device_name, random_images
-from common.cache import ROOT
-from common.results import Record
-from common.tables import Measured, Row, Unavailable, load_tables
+from common.ledger.results import Record
+from common.ledger.tables import Measured, Row, Unavailable, load_tables
+from common.measure.benchmark import Clock, NotEnoughMemory, PairedSpeed, Speed, compare, device_name, random_images
+from common.run.cache import ROOT
 
 COLUMNS = ("fps", "throughput_ips")
 LARGE_BATCH = {"cuda": 256, "cpu": 4}

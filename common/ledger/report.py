@@ -23,9 +23,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.cache import cached, write_atomic
-from common.ledger import KEYS, STATUSES, Entry, Ledger
-from common.tables import DeskTable, Row, Table, column
+from common.ledger.compare import KEYS, STATUSES, Entry, Ledger
+from common.ledger.tables import DeskTable, Row, Table, column
+from common.run.cache import cached, write_atomic
 
 WIDTH = 140
 """Columns of the text form."""
@@ -260,7 +260,7 @@ def _text_desk(paper: str, desk: DeskTable) -> str:
 
 
 def to_json(ledger: Ledger) -> str:
-    """A list of objects with the keys ``common.ledger.KEYS``."""
+    """A list of objects with the keys ``common.ledger.compare.KEYS``."""
     return json.dumps([entry.as_dict() for entry in ledger.entries], indent=1, ensure_ascii=False) + "\n"
 
 

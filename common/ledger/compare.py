@@ -7,7 +7,7 @@ A paper takes part by a module ``<paper>/ledger.py``, found by name at run time,
     accuracy(row, *, data, weights, device, progress) -> {column: Measured}
     desk(*, folder, device, force, progress) -> DeskTable      the paper's experiment on small real pictures
 
-Each may raise a subclass of ``common.tables.Unavailable``. A paper without such a module is not implemented yet.
+Each may raise a subclass of ``common.ledger.tables.Unavailable``. A paper without such a module is not implemented yet.
 """
 
 import hashlib
@@ -24,9 +24,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.cache import ROOT, cached, source_files
-from common.results import Record, load_records
-from common.tables import (
+from common.ledger.results import Record, load_records
+from common.ledger.tables import (
     DeskTable,
     Measured,
     NotImplementedYet,
@@ -35,6 +34,7 @@ from common.tables import (
     Unavailable,
     column,
 )
+from common.run.cache import ROOT, cached, source_files
 
 STATUSES: Mapping[str, str] = {
     "reproduced": "equal when rounded to the published digits, or within the stated tolerance",
@@ -628,6 +628,6 @@ def _listing(folder: Path | None) -> list[Any] | None:
 
 def _device_name(device: str) -> str:
     """Name of a device for the cache, so that a result of one machine is not taken for another's."""
-    from common.benchmark import device_name  # imports torch, which not every run needs
+    from common.measure.benchmark import device_name  # imports torch, which not every run needs
 
     return device_name(device)

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from common.distributed import get_world_size, is_main, reduce_sums
+from common.run.distributed import get_world_size, is_main, reduce_sums
 
 FIRST_LINE_S = 2.0
 BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"

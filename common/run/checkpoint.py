@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from common.distributed import (
+from common.run.distributed import (
     gather_objects,
     get_logger,
     get_rank,
@@ -212,7 +212,7 @@ def _safe_globals() -> list[Any]:
         float,
         (_Dtype, "numpy.dtype"),
         (_NdarrayType, "numpy.ndarray"),
-        (_Array, "common.checkpoint._Array"),  # so that its content may be filled in
+        (_Array, "common.run.checkpoint._Array"),  # so that its content may be filled in
     ]
     for module in ("pathlib", "pathlib._local"):
         for name in ("PosixPath", "PurePosixPath"):

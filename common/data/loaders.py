@@ -2,8 +2,8 @@
 
 The randomness of a training picture is a function of (seed, epoch, index, repeat) alone, so augmentation is the same
 for any number of workers, and a run stopped in the middle of an epoch goes on with exactly the batches that were left.
-Evaluation hands out every picture exactly once over all ranks. Datasets by name are in ``common.datasets``, transforms
-in ``common.transforms``; this module passes their public names on.
+Evaluation hands out every picture exactly once over all ranks. Datasets by name are in ``common.data.datasets``,
+transforms in ``common.data.transforms``; this module passes their public names on.
 
     loader = train_loader(dataset, batch_size=64, workers=4, seed=0)
     loader.set_epoch(epoch)                 # once per epoch; a resumed position within this epoch stays
@@ -34,7 +34,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from common.datasets import (
+from common.data.datasets import (
     BadPictureError,
     DataError,
     Digits,
@@ -44,7 +44,7 @@ from common.datasets import (
     load_picture,
     num_classes,
 )
-from common.transforms import eval_transform, train_transform
+from common.data.transforms import eval_transform, train_transform
 
 __all__ = [
     "BadPictureError",

@@ -371,8 +371,8 @@ class _MacCounter(TorchDispatchMode):
                 return result
             if _SUSPICIOUS.search(name) and not _HARMLESS.match(name):
                 raise ValueError(
-                    f"cannot count {func}: its name suggests matrix products, but common/flops.py has no rule for it; "
-                    "add one to _COUNTERS (or to _HARMLESS if it holds no matrix product)"
+                    f"cannot count {func}: its name suggests matrix products, but common/measure/flops.py has no rule "
+                    "for it; add one to _COUNTERS (or to _HARMLESS if it holds no matrix product)"
                 )
         result = func(*args, **kwargs)
         if counter is not None:

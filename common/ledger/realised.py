@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.cache import ROOT
-from common.ledger import Ledger
-from common.report import markdown_table
-from common.results import Record, load_records
-from common.tables import Row
+from common.ledger.compare import Ledger
+from common.ledger.report import markdown_table
+from common.ledger.results import Record, load_records
+from common.ledger.tables import Row
+from common.run.cache import ROOT
 
 
 def latest(records: Sequence[Record]) -> list[Record]:
@@ -16,7 +16,16 @@ def latest(records: Sequence[Record]) -> list[Record]:
     for record in records:  # oldest first
         if record.ratio is not None and record.reference_row is not None and record.origin is not None:
             device = (record.origin.device.get("name"), record.origin.device.get("timing"))
-            key = (record.table, record.row, record.column, device, record.dtype, record.compiled, record.cuda_graph, record.batch_size)
+            key = (
+                record.table,
+                record.row,
+                record.column,
+                device,
+                record.dtype,
+                record.compiled,
+                record.cuda_graph,
+                record.batch_size,
+            )
             found[key] = record
     return list(found.values())
 

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from common.flops import evaluating
+from common.measure.flops import evaluating
 
 Clock = Callable[[], float]
 """Seconds since any fixed moment; tests inject their own."""

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 """The checkout: the folder that holds ``common`` and the papers."""
 
 FOLDER = ROOT / ".cache" / "leanvit"

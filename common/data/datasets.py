@@ -24,7 +24,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
-from common.transforms import Transform
+from common.data.transforms import Transform
 
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "img_val", "validation", "valid")}
 NUM_CLASSES = {"imagenet": 1000, "inat18": 8142, "inat19": 1010, "cifar10": 10, "cifar100": 100, "digits": 10}
@@ -63,8 +63,8 @@ def build_dataset(
             (``IMNET``, ``CIFAR`` for CIFAR-100, ``INAT``, ``INAT19``) are understood.
         split: ``train`` or ``val``; for timm's names whatever split the dataset has.
         on_bad_image: ``raise`` stops at the first picture that cannot be decoded; ``skip`` yields None in its place,
-            which the loaders of ``common.data`` leave out and count. ``hfids/`` and ``tfds/`` decode in their own
-            libraries, where a bad picture stops the run in any case.
+            which the loaders of ``common.data.loaders`` leave out and count. ``hfids/`` and ``tfds/`` decode in
+            their own libraries, where a bad picture stops the run in any case.
         download: let CIFAR and timm's names fetch what ``root`` lacks.
         inat_category: level of the taxonomy that makes the classes of ``inat18`` and ``inat19``.
         batch_size, seed: passed on to streams, which shuffle and count by them.

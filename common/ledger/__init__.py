@@ -1,0 +1,1 @@
+"""The published tables, what was recorded, how the two compare, and the report. Only entry points import it."""

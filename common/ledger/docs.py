@@ -1,0 +1,176 @@
+"""Render the tables inside the READMEs from ``tables/`` and ``results/``, so that no number there is typed.
+
+    python -m common.docs             # rewrite README.md and <paper>/README.md
+    python -m common.docs --check     # change nothing; exit status 1 names the files that are stale
+
+Everything between a marker and ``<!-- end -->`` is replaced:
+
+    <!-- table: hourglass_swag/hourglass -->    a published table, published beside reproduced and recorded
+    <!-- ledger -->                             the shortened ledger: values by status, one line per table
+    <!-- plot: hourglass_swag-all-methods -->   a figure, written to docs/plots/
+    <!-- realised: hourglass_swag -->           recorded speed-ups beside what the counted costs promise
+
+Costs are computed (cached); speeds and accuracies come from ``results/`` alone, so the text does not depend on the
+machine that renders it.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from common.ledger.compare import Ledger, Request, build
+from common.ledger.realised import markdown_realised
+from common.ledger.report import Figure, draw, figures, markdown_of, markdown_summary
+from common.ledger.tables import TableError, load_tables, papers
+from common.run.cache import ROOT, write_atomic
+
+MARKER = re.compile(r"^<!-- (?P<kind>table|ledger|plot|realised)(?:: (?P<name>\S+))? -->$", re.MULTILINE)
+END = "<!-- end -->"
+
+
+class DocsError(ValueError):
+    """A marker that cannot be rendered; the message names file and line."""
+
+
+class Renderer:
+    """Text for each marker; the ledger is worked out when the first marker asks for it."""
+
+    def __init__(self, root: Path = ROOT) -> None:
+        self.root = root
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """Every table, with costs computed and everything else from ``results/``.
+
+        Raises:
+            DocsError: if a row failed.
+        """
+        ledger = build(load_tables(root=self.root), Request(root=self.root))
+        if ledger.failures:
+            raise DocsError("the ledger has errors: " + "; ".join(str(failure) for failure in ledger.failures))
+        return ledger
+
+    @cached_property
+    def figures(self) -> Mapping[str, Figure]:
+        """Every figure by its key."""
+        return {figure.key: figure for figure in figures(self.ledger)}
+
+    def plot_path(self, key: str) -> Path:
+        """Where a figure is kept for the READMEs."""
+        return self.root / "docs" / "plots" / f"{key}.png"
+
+    def render(self, text: str, path: Path) -> str:
+        """The text of a file with everything between markers renewed.
+
+        Raises:
+            DocsError: if a marker names nothing that exists, or has no end.
+        """
+        parts: list[str] = []
+        position = 0
+        for marker in MARKER.finditer(text):
+            where = f"{path.relative_to(self.root)}:{text.count(chr(10), 0, marker.start()) + 1}"
+            if marker.start() < position:
+                raise DocsError(f"{where}: the marker before this one has no {END}")
+            end = text.find(f"\n{END}", marker.end())
+            if end < 0:
+                raise DocsError(f"{where}: the marker has no {END}")
+            makers: dict[str, Callable[[str, Path], str]] = {
+                "table": self._table,
+                "ledger": self._summary,
+                "plot": self._plot,
+                "realised": self._realised,
+            }
+            try:
+                content = makers[marker["kind"]](marker["name"] or "", path)
+            except KeyError as error:
+                raise DocsError(f"{where}: {error.args[0]}") from error
+            parts += [text[position : marker.end()], "\n", content]
+            position = end
+        return "".join([*parts, text[position:]])
+
+    def _table(self, name: str, path: Path) -> str:
+        tables = {f"{table.paper}/{table.name}": table for table in self.ledger.tables}
+        if name not in tables:
+            raise KeyError(f"there is no table {name!r}; the tables are {', '.join(tables)}")
+        return markdown_of(self.ledger, tables[name])
+
+    def _summary(self, name: str, path: Path) -> str:
+        return markdown_summary(self.ledger)
+
+    def _plot(self, name: str, path: Path) -> str:
+        if name not in self.figures:
+            raise KeyError(f"there is no figure {name!r}; the figures are {', '.join(self.figures)}")
+        link = os.path.relpath(self.plot_path(name), path.parent)
+        return f"![{self.figures[name].title}]({link})"
+
+    def _realised(self, name: str, path: Path) -> str:
+        return markdown_realised(self.ledger, name, root=self.root)
+
+
+def readmes(root: Path = ROOT) -> list[Path]:
+    """The files that may hold markers: the root's README and each paper's."""
+    return [path for path in (root / "README.md", *(root / p / "README.md" for p in papers(root))) if path.exists()]
+
+
+def stale(root: Path = ROOT) -> list[Path]:
+    """Files whose text is not what rendering gives, and figures that are missing.
+
+    Raises:
+        DocsError: if a file cannot be rendered.
+    """
+    renderer = Renderer(root)
+    found: list[Path] = []
+    for path in readmes(root):
+        text = path.read_text(encoding="utf-8")
+        if renderer.render(text, path) != text:
+            found.append(path)
+        found += [renderer.plot_path(key) for key in _plots(text) if not renderer.plot_path(key).exists()]
+    return found
+
+
+def render_all(root: Path = ROOT) -> list[Path]:
+    """Rewrite what is stale, and every figure in use; returns the READMEs that changed.
+
+    Raises:
+        DocsError: if a file cannot be rendered; then nothing is written.
+    """
+    renderer = Renderer(root)
+    texts = {path: path.read_text(encoding="utf-8") for path in readmes(root)}
+    renewed = {path: renderer.render(text, path) for path, text in texts.items()}
+    for key in dict.fromkeys(key for text in texts.values() for key in _plots(text)):
+        write_atomic(renderer.plot_path(key), *draw(renderer.figures[key], "png"))
+    changed = [path for path in texts if renewed[path] != texts[path]]
+    for path in changed:
+        write_atomic(path, renewed[path])
+    return changed
+
+
+def _plots(text: str) -> list[str]:
+    """Keys of the figures that a file shows."""
+    return [marker["name"] for marker in MARKER.finditer(text) if marker["kind"] == "plot"]
+
+
+def main(argv: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m common.docs", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a file is stale")
+    args = parser.parse_args(argv)
+    try:
+        files = stale(root) if args.check else render_all(root)
+    except (DocsError, TableError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for path in files:
+        print(f"{'stale' if args.check else 'rendered'}: {path.relative_to(root)}")
+    if args.check and files:
+        print("make docs renders them", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

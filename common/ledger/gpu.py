@@ -1,0 +1,375 @@
+"""What can only be done on a machine with a GPU: one command, one file, in order of worth, within a time.
+
+    make gpu OUT=DIR BUDGET_S=480
+    python -m common.gpu --output DIR --only 'hourglass_swag*'   # some of the steps; --list says which there are
+
+Needs an interpreter with torch 2.11 or newer, torchvision, timm, pytest and tqdm, and PYTHONPATH=. ; nothing is
+installed, nothing is downloaded. First come the tests marked ``gpu``. Then the rows that have a speed, all those that
+share a dense row in turns with it: in bfloat16 a large batch, a batch of one, the same captured as a CUDA graph and
+compiled; then in float32 as published. DIR/gpu.json holds what is done so far, complete at any moment; what there was
+no time for is listed in it. ``python -m common.results add DIR/gpu.json`` files it in a checkout.
+"""
+
+import argparse
+import fnmatch
+import importlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from common.ledger import results
+from common.ledger.speeds import COLUMNS, LARGE_BATCH, SpeedRun, measure_rows, measure_together
+from common.ledger.tables import Row, Unavailable, load_tables, papers
+from common.measure.benchmark import describe_device, device_name, synchronize
+from common.run.cache import ROOT
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BATCH = 64
+"""Batch of the throughput on a GPU: large enough to fill it, small enough for every row of ViT-H/14."""
+TEST_MARK = re.compile(r"\bmark\.gpu\b")
+TESTS_LIMIT_S = 100
+WAYS = (
+    ("bfloat16", "throughput_ips", "eager"),
+    ("bfloat16", "fps", "eager"),
+    ("bfloat16", "fps", "graph"),
+    ("float32", "throughput_ips", "eager"),
+    ("float32", "fps", "eager"),
+    ("bfloat16", "fps", "compiled"),
+)
+"""Precision, column and way of running, in order of worth."""
+PROGRAMS = {
+    "scala/benchmark": "-m scala.benchmark --dtype bfloat16 --batch-size 256 --device {device} --output {output}",
+    "dvt/benchmark": "-m dvt.benchmark -b 64 256 --dtype bfloat16 --device {device} --output {output}",
+}
+"""Benchmarks of papers whose speeds are not rows of a table: name -> words; each writes one JSON file."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One piece of the job: the tests, a program, or the rows of one dense row in one way."""
+
+    name: str
+    rows: tuple[Row, ...] = ()
+    dtype: str = "float32"
+    column: str = ""
+    mode: str = "eager"
+    program: str = ""
+
+
+@dataclass
+class Job:
+    """What has been done so far, and the file that holds it."""
+
+    path: Path
+    origin: results.Origin
+    records: list[results.Record] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    programs: dict[str, Any] = field(default_factory=dict)
+
+    def write(self) -> None:
+        """Write the file anew: a job that is killed later keeps this much."""
+        origin = replace(self.origin, left_out=tuple(self.left_out), programs=self.programs)
+        results.write_records(self.path, self.records, origin)
+
+
+def plan(root: Path = ROOT, *, together: bool = True) -> list[Step]:
+    """All steps in order of worth: the tests; then way by way, dense row by dense row.
+
+    A paper takes part once its adapter ``<paper>/ledger.py`` has ``build(row) -> (network, resolution)``. With
+    ``together`` (a GPU), rows of all tables of a paper that share a dense row are one step; else each table has its
+    own, in eager mode only.
+    """
+    steps = [Step("tests")]
+    groups: dict[str, list[Row]] = {}
+    for paper in papers(root):
+        if (adapter := find_adapter(paper)) is None:
+            continue
+        tables = load_tables(paper, root=root)
+        dense = {row.dense for table in tables for row in table.rows if row.dense}
+        for table in tables:
+            for row in table.rows:
+                has_speed = bool(set(row.published) & set(COLUMNS)) or bool(row.dense)
+                if has_speed and not row.cited and row.key not in dense and can_build(adapter, row):
+                    key = (row.dense or row.key).replace("/", "-")
+                    groups.setdefault(f"{paper}-{'' if together else table.name + '-'}{key}", []).append(row)
+    for number, (dtype, column, mode) in enumerate(WAYS):
+        if not together and mode != "eager":
+            continue
+        steps += [
+            Step(f"{name}-{column}-{dtype}{'' if mode == 'eager' else '-' + mode}", tuple(rows), dtype, column, mode)
+            for name, rows in groups.items()
+        ]
+        if together and number == 1:
+            steps += [Step(name, program=words) for name, words in PROGRAMS.items() if (root / f"{name}.py").is_file()]
+    return steps
+
+
+def find_adapter(paper: str) -> ModuleType | None:
+    """The paper's adapter; None if the paper has none yet, or one that builds no rows for timing."""
+    try:
+        adapter = importlib.import_module(f"{paper}.ledger")
+    except ModuleNotFoundError as error:
+        if error.name not in (paper, f"{paper}.ledger"):
+            raise
+        return None
+    return adapter if hasattr(adapter, "build") and hasattr(adapter, "speeds") else None
+
+
+def can_build(adapter: ModuleType, row: Row) -> bool:
+    """Whether the row's network is implemented: it is built on the meta device, where that costs nothing."""
+    try:
+        with torch.device("meta"):
+            adapter.build(row)
+    except Unavailable:
+        return False
+    return True
+
+
+def run_tests(limit_s: float, root: Path = ROOT) -> tuple[int, str]:
+    """Run the tests marked ``gpu``; only files that hold such a test are collected, so that nothing else is imported.
+
+    Returns:
+        pytest's exit status (1 also if there is no such test, or none of them ran) and the end of its output.
+    """
+    files = [path for path in sorted(root.glob("*/tests/**/test_*.py")) if TEST_MARK.search(path.read_text("utf-8"))]
+    if not files:
+        return 1, "no test is marked gpu"
+    words = ["-q", "-rs", "--durations=8", "-m", "gpu", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *words, *map(str, files)]
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=limit_s, check=False)
+    except subprocess.TimeoutExpired as error:
+        text = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
+        return 124, f"{text}\nstopped after {limit_s:.0f} s"
+    text = done.stdout + done.stderr
+    status = done.returncode if " passed" in text or done.returncode else 1
+    return status, text
+
+
+def matmul_tflops(device: torch.device, size: int = 8192, passes: int = 20) -> float:
+    """Rate of a bfloat16 matrix product of random data: what this device can reach at most, in 1e12 operations/s."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        torch.matmul(a, b)
+    synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(passes):
+        torch.matmul(a, b)
+    synchronize(device)
+    return 2 * size**3 * passes / (time.perf_counter() - begin) / 1e12
+
+
+def read_clocks() -> dict[str, str]:
+    """Clocks, power and temperature as the driver tells them; empty where it does not."""
+    if (program := shutil.which("nvidia-smi")) is None:
+        return {}
+    keys = ["clocks.sm", "clocks.mem", "power.draw", "temperature.gpu"]
+    query = [program, f"--query-gpu={','.join(keys)}", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    words = answer.stdout.strip().split("\n")[0].split(", ")
+    return dict(zip(keys, words, strict=True)) if answer.returncode == 0 and len(words) == len(keys) else {}
+
+
+def run_program(words: str, device: torch.device, limit_s: float) -> Any:
+    """What a benchmark program writes.
+
+    Raises:
+        RuntimeError: with its last line, if it fails or takes too long.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "output.json"
+        command = [sys.executable, *words.format(device=device, output=output).split()]
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"stopped after {limit_s:.0f} s") from error
+        if done.returncode or not output.exists():
+            raise RuntimeError(["no output", *(done.stdout + done.stderr).strip().splitlines()][-1])
+        return json.loads(output.read_text("utf-8"))
+
+
+def run_step(
+    step: Step,
+    job: Job,
+    *,
+    device: torch.device,
+    limit_s: float,
+    rounds: int,
+    batch_size: int | None,
+    processor_time: bool = False,
+    root: Path = ROOT,
+) -> bool:
+    """Do one step and write what it brought to the file; whether it brought something, tests without a failure."""
+    begin = time.perf_counter()
+    run = SpeedRun()
+    good = True
+    if step.program:
+        try:
+            job.programs[step.name] = run_program(step.program, device, limit_s)
+        except RuntimeError as error:
+            run.left_out.append(f"{step.name}: {error}")
+            good = False
+    elif not step.rows:
+        status, text = run_tests(min(limit_s, TESTS_LIMIT_S), root)
+        print(text)
+        summary = next((line for line in reversed(text.splitlines()) if line.strip()), "")
+        job.origin = replace(job.origin, tests={"status": status, "summary": summary})
+        good = status == 0
+    else:
+        adapter = find_adapter(step.rows[0].paper)
+        assert adapter is not None
+        clock = time.process_time if processor_time else time.perf_counter
+        if device.type == "cuda":
+            run = measure_together(
+                step.rows,
+                adapter.build,
+                device=device,
+                column=step.column,
+                dtype=DTYPES[step.dtype],
+                batch_size=1 if step.column == "fps" else batch_size or BATCH,
+                mode=step.mode,
+                rounds=rounds,
+                limit_s=limit_s,
+                root=root,
+            )
+            torch.cuda.empty_cache()
+        else:
+            run = measure_rows(
+                step.rows,
+                adapter.build,
+                device=device,
+                columns=[step.column],
+                dtype=DTYPES[step.dtype],
+                batch_size=batch_size,
+                rounds=rounds,
+                limit_s=limit_s,
+                progress=step.name,
+                clock=clock,
+                root=root,
+            )
+        good = bool(run.records)
+    job.records += run.records
+    job.left_out += run.left_out
+    job.write()
+    for record in run.records:
+        ratio = "" if record.ratio is None else f", {record.ratio:.3f} x {record.reference_row}"
+        spread = "" if record.spread_percent is None else f", spread {record.spread_percent:.1f} %"
+        print(
+            f"{record.table}/{record.row} {record.column}: {record.value:.2f} im/s at batch {record.batch_size}"
+            f"{ratio}{spread}"
+        )
+    for reason in run.left_out:
+        print(f"left out: {reason}")
+    print(f"{step.name}: {time.perf_counter() - begin:.0f} s", flush=True)
+    return good
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m common.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the file gpu.json")
+    parser.add_argument(
+        "--only", nargs="+", metavar="PATTERN", help="only steps whose name matches one of these (default: all)"
+    )
+    parser.add_argument("--list", action="store_true", help="print the steps and end")
+    parser.add_argument(
+        "--budget-s", type=float, default=480, help="seconds for everything: no step starts later (default: 480)"
+    )
+    parser.add_argument("--rounds", type=int, default=10, help="timed passes of each network (default: 10)")
+    parser.add_argument(
+        "-b",
+        "--batch-size",
+        type=int,
+        help=f"batch of the throughput (default: {BATCH} on a GPU, {LARGE_BATCH['cpu']} on a CPU)",
+    )
+    parser.add_argument("--name", default="gpu", help="names the file, and the records once they are filed")
+    parser.add_argument(
+        "--device", default="cuda", help="cuda or cuda:N; cpu tries the job out where there is no GPU (default: cuda)"
+    )
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="with --device cpu: count the time that one thread computes instead of the time that passes, for a "
+        "machine that has other work to do",
+    )
+    args = parser.parse_args(argv)
+    if args.processor_time and torch.device(args.device).type != "cpu":
+        parser.error("--processor-time: a GPU's work does not count as processor time; it goes with --device cpu")
+    if args.output is None and not args.list:
+        parser.error("--output DIR is missing: the folder for the JSON file")
+    for flag, value in (("--rounds", args.rounds), ("--batch-size", args.batch_size), ("--budget-s", args.budget_s)):
+        if value is not None and value <= 0:
+            parser.error(f"{flag} must be positive, got {value}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    """Entry point; exit status 2 without the device that was asked for, 1 if a step failed."""
+    begin = time.perf_counter()
+    args = parse_args(argv)
+    device = torch.device(args.device)
+    steps = plan(root, together=device.type == "cuda")
+    chosen = [step for step in steps if any(fnmatch.fnmatch(step.name, only) for only in args.only or ["*"])]
+    if not chosen:
+        print(f"no step matches {args.only}; --list names the {len(steps)} steps", file=sys.stderr)
+        return 2
+    if args.list:
+        for step in chosen:
+            print(f"{step.name} {' '.join(row.id for row in step.rows)}".rstrip())
+        return 0
+    if args.processor_time:
+        torch.set_num_threads(1)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print(
+            "this machine has no CUDA device that torch can use; run this on one that has, or see --device cpu",
+            file=sys.stderr,
+        )
+        return 2
+    print(f"{device_name(device)}, torch {torch.__version__}: {len(chosen)} of {len(steps)} steps", flush=True)
+    described: Mapping[str, Any] = describe_device(device)
+    if device.type == "cuda":
+        described = {**described, "matmul_tflops_bfloat16": round(matmul_tflops(device), 1), "clocks": read_clocks()}
+    if args.processor_time:
+        described = {**described, "threads": 1, "timing": "processor time, 1 thread"}
+    words = " ".join(sys.argv[1:] if argv is None else argv)
+    command = f"python -m common.gpu {words}".replace(str(args.output), "DIR")
+    origin = results.Origin(results.now(), results.current_commit(root), described, command, part=args.name)
+    job = Job(args.output / f"{args.name}.json", origin)
+    failed = []
+    for step in chosen:
+        left_s = args.budget_s - (time.perf_counter() - begin)
+        if left_s < 5:
+            job.left_out.append(f"{step.name}: the budget of {args.budget_s:g} s was spent")
+        elif not run_step(
+            step,
+            job,
+            device=device,
+            limit_s=left_s,
+            rounds=args.rounds,
+            batch_size=args.batch_size,
+            processor_time=args.processor_time,
+            root=root,
+        ):
+            failed.append(step.name)
+    job.write()
+    print(f"{time.perf_counter() - begin:.0f} s, {len(job.records)} records in {job.path}")
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

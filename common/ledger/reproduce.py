@@ -1,0 +1,168 @@
+"""The main job: every published value against the one that comes out here.
+
+    python -m common.reproduce                                       # all papers: costs, recorded speeds
+    python -m common.reproduce hourglass_swag --table hourglass
+    python -m common.reproduce hourglass_swag --row hourglass-l16-12-23x23 --columns gmacs,throughput_ips
+    python -m common.reproduce hourglass_swag --data /data/imagenet --format json --output ledger.json
+
+Costs need no data, no weights and no GPU. Accuracies need ``--data``; speeds are measured where there is a GPU, or
+when ``--columns`` names one. The exit status is 1 if a row failed, 2 if the command line makes no sense.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.ledger.compare import Ledger, Request, build, run_desk, select
+from common.ledger.report import FORMATS, legend, to_text, write_report
+from common.ledger.tables import TableError, column, load_tables, papers
+from common.run import cache
+
+
+def parse_args(argv: Sequence[str] | None = None, *, root: Path = cache.ROOT) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        SystemExit: if a paper or format does not exist.
+    """
+    parser = argparse.ArgumentParser(prog="python -m common.reproduce", description=(__doc__ or "").splitlines()[0])
+    known = ", ".join(papers(root))
+    parser.add_argument("papers", metavar="PAPER", nargs="*", help=f"papers to reproduce: {known} (default: all)")
+    parser.add_argument("--table", metavar="T", help="only this table, e.g. hourglass")
+    parser.add_argument("--row", metavar="R", help="only this row, e.g. hourglass-l16-12-23x23")
+    parser.add_argument(
+        "--columns",
+        metavar="C,C,...",
+        help="only these columns, e.g. gmacs,params_m,fps,throughput_ips,top1_percent; naming a speed column measures "
+        "it here, on the CPU too (default: all columns, speeds measured only on a GPU)",
+    )
+    parser.add_argument("--data", metavar="DIR", type=Path, help="root of ImageNet-1K, to evaluate accuracies")
+    parser.add_argument(
+        "--weights", metavar="DIR", type=Path, help="folder of published checkpoints (default: torch's hub cache)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--format", choices=sorted(FORMATS), default="text", help="form of the output (default: text)")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="write to this file instead of the screen")
+    parser.add_argument("--desk", action="store_true", help="also run each paper's experiment at desk size")
+    parser.add_argument(
+        "--report", metavar="DIR", type=Path, help="also write report.md, index.html, ledger.json, ledger.csv and plots"
+    )
+    parser.add_argument("--force", action="store_true", help="compute again what the local cache holds")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    args = parser.parse_args(argv)
+    for name in args.papers:
+        if name not in papers(root):
+            parser.error(f"there is no paper {name!r}; the papers are {known}")
+    for option in ("data", "weights"):
+        folder = getattr(args, option)
+        if folder is not None and not folder.is_dir():
+            parser.error(f"--{option}: there is no folder {folder}")
+    return args
+
+
+def parse_columns(text: str | None, published: Sequence[str], everywhere: Sequence[str]) -> frozenset[str] | None:
+    """Names of a comma-separated list; None for all.
+
+    Args:
+        text: the list.
+        published: columns of the chosen tables.
+        everywhere: columns of all tables.
+
+    Raises:
+        ValueError: if a column does not exist, or the chosen tables publish none of them; the message lists what there
+            is.
+    """
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in everywhere:
+            raise ValueError(f"--columns: there is no column {name!r}; the columns are {', '.join(everywhere)}")
+    if not set(names) & set(published):
+        raise ValueError(f"--columns: the chosen tables publish none of these; they publish {', '.join(published)}")
+    return frozenset(names)
+
+
+def resolve_device(name: str) -> str:
+    """``auto`` becomes cuda where there is one, else cpu.
+
+    Raises:
+        ValueError: if the device does not exist here.
+    """
+    import torch  # slow to import, and a wrong command line should be answered at once
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return name
+
+
+def main(argv: Sequence[str] | None = None, *, root: Path = cache.ROOT) -> int:
+    """Entry point."""
+    args = parse_args(argv, root=root)
+    try:
+        everything = load_tables(root=root)
+        chosen = [table for table in everything if not args.papers or table.paper in args.papers]
+        tables = select(chosen, table=args.table, row=args.row)
+        published, everywhere = (
+            list(dict.fromkeys(name for table in group for name in table.columns)) for group in (tables, everything)
+        )
+        columns = parse_columns(args.columns, published, everywhere)
+        device = resolve_device(args.device)
+    except (TableError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    named = columns is not None and any(column(name).kind == "speed" for name in columns)
+    request = Request(
+        columns=columns,
+        data=args.data,
+        weights=args.weights,
+        device=device,
+        measure_speed=named or device.startswith("cuda"),
+        force=args.force,
+        quiet=args.quiet,
+        root=root,
+    )
+    cache.skipped.clear()
+    ledger = build(tables, request, all_tables=everything)
+    if args.desk:
+        run_desk(dict.fromkeys(table.paper for table in tables), request, ledger)
+    show(ledger, args)
+    return 1 if ledger.failures else 0
+
+
+def show(ledger: Ledger, args: argparse.Namespace) -> None:
+    """Print or write the ledger in the form asked for; totals and errors come last."""
+    if args.format == "text":
+        asked = bool(args.papers or args.table or args.row)
+        text = to_text(ledger, collapse=not asked)
+    else:
+        text = FORMATS[args.format](ledger)
+    screen = sys.stdout if args.format == "text" or args.output else sys.stderr
+    if args.output:
+        cache.write_atomic(args.output, text)
+        print(legend(ledger))
+        print(f"Written: {args.output}")
+    else:
+        print(text, end="", flush=True)
+    if args.report:
+        files = write_report(ledger, args.report, quiet=args.quiet)
+        print(f"Report: {args.report / 'index.html'} and {len(files) - 1} other files in {args.report}", file=screen)
+    if reused := cache.report_skipped():
+        print(reused, file=screen)
+    for failure in ledger.failures:
+        print(f"ERROR {failure}", file=sys.stderr)
+    counts = ledger.counts()
+    totals = ", ".join(f"{count} {status}" for status, count in counts.items())
+    errors = f", {len(ledger.failures)} errors" if ledger.failures else ""
+    print(f"{sum(counts.values())} published values: {totals}{errors}", file=screen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,363 @@
+"""Measurements made elsewhere: record files, and the command that files them.
+
+    python -m common.results add FILE [FILE ...]     # check, and put under <paper>/results/
+    python -m common.results list [PAPER ...]
+
+A record file (JSON) says what was measured, on which device, with which versions, by which command, from which commit.
+``make gpu`` writes one per part, ``hourglass_swag/get_flops_fps.py --output`` one per run. The ledger shows filed
+values as ``recorded``, so a file is checked strictly before it is filed.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from common.ledger.tables import COLUMNS, TableError, load_tables, papers
+from common.run.cache import ROOT, write_atomic
+
+FORMAT = 1
+
+
+class RecordError(ValueError):
+    """A record file that cannot be used; the message names file, record and key."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the records of a file come from."""
+
+    created: str
+    """date and time, ISO 8601"""
+    commit: str
+    device: Mapping[str, Any]
+    """``common.measure.benchmark.describe_device``: name, driver, versions"""
+    command: str
+    part: str = ""
+    """which part of a longer job; names the file"""
+    left_out: Sequence[str] = ()
+    """what the job did not get to"""
+    tests: Mapping[str, Any] | None = None
+    """``status`` and ``summary`` of a part that ran tests and measured nothing"""
+    programs: Mapping[str, Any] = field(default_factory=dict)
+    """``paper/program`` -> what a benchmark whose speeds are not rows of a table wrote"""
+    path: Path | None = None
+
+    @property
+    def text(self) -> str:
+        """One line for the ledger: device, versions, commit, date."""
+        words = [str(self.device.get("name", "unknown device")), f"torch {self.device.get('torch', '?')}"]
+        if driver := self.device.get("driver"):
+            words.append(f"driver {driver}")
+        return ", ".join([*words, f"commit {self.commit[:12]}", self.created[:10]])
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measured number of one row."""
+
+    paper: str
+    table: str
+    row: str
+    column: str
+    value: float
+    reference_row: str | None = None
+    """the dense row (``table/row`` or a row of the same table) that it was measured against, round by round"""
+    reference_value: float | None = None
+    ratio: float | None = None
+    """median of the ratios of single rounds"""
+    dtype: str = "float32"
+    batch_size: int = 1
+    resolution: int | None = None
+    compiled: bool = False
+    rounds: int | None = None
+    spread_percent: float | None = None
+    peak_memory_mb: float | None = None
+    cuda_graph: bool = False
+    """the pass was captured as a CUDA graph and replayed"""
+    origin: Origin | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a file holds about it."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "origin"}
+
+
+_RECORD_TYPES: Mapping[str, tuple[type, ...]] = {
+    "paper": (str,),
+    "table": (str,),
+    "row": (str,),
+    "column": (str,),
+    "value": (float, int),
+    "reference_row": (str, type(None)),
+    "reference_value": (float, int, type(None)),
+    "ratio": (float, int, type(None)),
+    "dtype": (str,),
+    "batch_size": (int,),
+    "resolution": (int, type(None)),
+    "compiled": (bool,),
+    "cuda_graph": (bool,),
+    "rounds": (int, type(None)),
+    "spread_percent": (float, int, type(None)),
+    "peak_memory_mb": (float, int, type(None)),
+}
+_OPTIONAL_RECORD_KEYS = {"cuda_graph"}
+"""keys that files written earlier lack"""
+_FILE_KEYS = {"format", "created", "commit", "device", "command", "records"}
+_OPTIONAL_KEYS = {"part", "left_out", "tests", "programs"}
+
+
+def write_records(path: Path, records: Sequence[Record], origin: Origin) -> None:
+    """Write a record file atomically: the file is either complete or not there.
+
+    Raises:
+        RecordError: if the file would not be valid.
+    """
+    content = {
+        "format": FORMAT,
+        **{
+            key: value
+            for key, value in asdict(origin).items()
+            if key != "path" and (key not in ("tests", "programs") or value)
+        },
+        "records": [record.as_dict() for record in records],
+    }
+    text = json.dumps(content, indent=1) + "\n"
+    parse_records(text, where=str(path))
+    write_atomic(path, text)
+
+
+def parse_records(text: str, *, where: str) -> list[Record]:
+    """Records of a file's content, checked except for the names of tables and rows.
+
+    Raises:
+        RecordError: if anything is missing, unknown or of the wrong type.
+    """
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RecordError(f"{where}: not valid JSON: {error}") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise RecordError(f"{where}: not a record file of format {FORMAT} (found {found!r})")
+    _check_keys(data, _FILE_KEYS, _OPTIONAL_KEYS, where)
+    for key in ("created", "commit", "command"):
+        if not isinstance(data[key], str) or not data[key]:
+            raise RecordError(f"{where}: {key}: expected text, got {data[key]!r}")
+    try:
+        datetime.fromisoformat(data["created"])
+    except ValueError as error:
+        raise RecordError(f"{where}: created: expected an ISO date, got {data['created']!r}") from error
+    if not isinstance(data["device"], dict) or not {"name", "type", "torch"} <= set(data["device"]):
+        raise RecordError(f"{where}: device: expected an object with at least name, type and torch")
+    if not isinstance(data["records"], list):
+        raise RecordError(f"{where}: records: expected a list")
+    origin = Origin(**{key: data[key] for key in (_FILE_KEYS | _OPTIONAL_KEYS) & set(data) - {"format", "records"}})
+    return [_parse_record(entry, f"{where}: record {index}", origin) for index, entry in enumerate(data["records"])]
+
+
+def _parse_record(entry: Any, where: str, origin: Origin) -> Record:
+    if not isinstance(entry, dict):
+        raise RecordError(f"{where}: expected an object, got {entry!r}")
+    _check_keys(entry, set(_RECORD_TYPES) - _OPTIONAL_RECORD_KEYS, _OPTIONAL_RECORD_KEYS, where)
+    entry = {"cuda_graph": False, **entry}
+    for key, types in _RECORD_TYPES.items():
+        value = entry[key]
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            names = " or ".join(kind.__name__ for kind in types)
+            raise RecordError(f"{where}: {key}: expected {names}, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RecordError(f"{where}: {key}: expected a finite number, got {value!r}")
+    for key in ("value", "reference_value", "ratio", "batch_size"):
+        if entry[key] is not None and entry[key] <= 0:
+            raise RecordError(f"{where}: {key}: expected a positive number, got {entry[key]!r}")
+    return Record(**entry, origin=origin)
+
+
+def _check_keys(data: Mapping[str, Any], required: set[str], optional: set[str], where: str) -> None:
+    if missing := sorted(required - set(data)):
+        raise RecordError(f"{where}: missing keys {missing}")
+    if unknown := sorted(set(data) - required - optional):
+        raise RecordError(f"{where}: unknown keys {unknown}; the keys are {sorted(required | optional)}")
+
+
+def check_rows(records: Sequence[Record], *, where: str, root: Path = ROOT) -> None:
+    """Every record must belong to a row that exists: to a value it publishes, or to a speed-up over its dense row.
+
+    Raises:
+        RecordError: naming the record and the nearest thing that exists.
+    """
+    known = papers(root)
+    tables = {}
+    for paper in {record.paper for record in records}:
+        if paper not in known:
+            raise RecordError(f"{where}: there is no paper {paper!r}; the papers are {list(known)}")
+        try:
+            tables[paper] = {table.name: table for table in load_tables(paper, root=root)}
+        except TableError as error:
+            raise RecordError(f"{where}: cannot read the tables of {paper}: {error}") from error
+    for index, record in enumerate(records):
+        here = f"{where}: record {index}"
+        table = tables[record.paper].get(record.table)
+        if table is None:
+            raise RecordError(
+                f"{here}: {record.paper} has no table {record.table!r}; the tables are {sorted(tables[record.paper])}"
+            )
+        rows = {row.id: row for row in table.rows}
+        if record.row not in rows:
+            raise RecordError(f"{here}: table {record.table!r} has no row {record.row!r}; the rows are {sorted(rows)}")
+        known_column = COLUMNS.get(record.column)
+        is_speed = known_column is not None and known_column.kind == "speed"
+        is_speedup = is_speed and bool(rows[record.row].dense) and record.ratio is not None
+        if record.column not in rows[record.row].published and not is_speedup:
+            raise RecordError(
+                f"{here}: row {record.row!r} publishes no {record.column!r}; it publishes "
+                f"{sorted(rows[record.row].published)}"
+            )
+        if record.reference_row is not None:
+            key = record.reference_row if "/" in record.reference_row else f"{record.table}/{record.reference_row}"
+            if key not in {row.key for other in tables[record.paper].values() for row in other.rows}:
+                raise RecordError(f"{here}: reference_row: {record.paper} has no row {key!r}")
+
+
+def load_records(paper: str, *, root: Path = ROOT) -> list[Record]:
+    """All filed records of a paper, oldest first; each knows its file by ``record.origin.path``.
+
+    Raises:
+        RecordError: if a filed file is damaged.
+    """
+    records: list[Record] = []
+    for path in sorted((root / paper / "results").glob("*.json")):
+        where = f"{paper}/results/{path.name}"
+        for record in parse_records(path.read_text(encoding="utf-8"), where=where):
+            if record.paper != paper:
+                raise RecordError(f"{where}: holds a record of {record.paper!r}")
+            assert record.origin is not None
+            origin = Origin(**{**_shallow(record.origin), "path": path})
+            records.append(Record(**record.as_dict(), origin=origin))
+    return sorted(records, key=lambda record: record.origin.created if record.origin else "")
+
+
+def _shallow(origin: Origin) -> dict[str, Any]:
+    return {field.name: getattr(origin, field.name) for field in fields(origin)}
+
+
+def add(file: Path, *, force: bool = False, root: Path = ROOT) -> list[Path]:
+    """Check a record file and file it, split by paper.
+
+    Returns:
+        The files written, under ``<paper>/results/``; none for a file that only tells how tests went.
+
+    Raises:
+        RecordError: if the file is not valid, or a file of that name is there already and differs (``force`` replaces
+            it).
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"{file}: cannot be read: {error}") from error
+    records = parse_records(text, where=str(file))
+    if not records and json.loads(text).get("tests"):
+        return []
+    if not records:
+        raise RecordError(f"{file}: holds no records, so there is nothing to file")
+    check_rows(records, where=str(file), root=root)
+    origin = records[0].origin
+    assert origin is not None
+    contents: dict[Path, str] = {}
+    for paper in sorted({record.paper for record in records}):
+        data = json.loads(text)
+        own = [record.as_dict() for record in records if record.paper == paper]
+        if "programs" in data:
+            data["programs"] = {k: v for k, v in data["programs"].items() if k.split("/")[0] == paper}
+        content = json.dumps({**data, "records": own}, indent=1) + "\n"
+        part = origin.part or hashlib.sha256(content.encode()).hexdigest()[:8]
+        name = "-".join(_slug(word) for word in (str(origin.device["name"]), origin.created[:10], part))
+        contents[root / paper / "results" / f"{name}.json"] = content
+    if not force:
+        for path, content in contents.items():
+            if path.exists() and path.read_text(encoding="utf-8") != content:
+                raise RecordError(
+                    f"{path.relative_to(root)} exists already with other content; --force replaces it, or give the "
+                    f"measurement another 'part' in {file}"
+                )
+    for path, content in contents.items():
+        write_atomic(path, content)
+    return list(contents)
+
+
+def current_commit(root: Path = ROOT) -> str:
+    """The commit of this checkout, with ``-dirty`` if files differ from it.
+
+    Where there is no git history (a copied working tree), the environment variable COMMIT is asked; else "unknown".
+    """
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        status = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("COMMIT", "") or "unknown"
+    return head.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
+
+
+def now() -> str:
+    """Date and time for ``created``, to the second, UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m common.results", description="File measurements made elsewhere.")
+    commands = parser.add_subparsers(dest="action", required=True)
+    adding = commands.add_parser("add", help="check record files and put them under <paper>/results/")
+    adding.add_argument("files", metavar="FILE", nargs="+", type=Path, help="record file (JSON)")
+    adding.add_argument("--force", action="store_true", help="replace a filed record of the same name")
+    listing = commands.add_parser("list", help="what is filed")
+    listing.add_argument("papers", metavar="PAPER", nargs="*", help="papers to list (default: all)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; the exit status is 2 if a file was refused."""
+    args = parse_args(argv)
+    try:
+        if args.action == "add":
+            for file in args.files:
+                filed = add(file, force=args.force)
+                for path in filed:
+                    print(f"{file} -> {path.relative_to(ROOT)}")
+                if not filed:
+                    print(f"{file}: tests only, nothing to file")
+        else:
+            for paper in args.papers or papers():
+                for record in load_records(paper):
+                    assert record.origin is not None
+                    ratio = "" if record.ratio is None else f", {record.ratio:.3f} x {record.reference_row}"
+                    print(
+                        f"{paper} {record.table}/{record.row} {record.column} {record.value:.5g}{ratio} "
+                        f"({record.dtype}, batch {record.batch_size}; {record.origin.text})"
+                    )
+    except RecordError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

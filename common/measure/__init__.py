@@ -1,0 +1,1 @@
+"""Operations by counting convention, speed and memory of a network. Imports ``run`` alone."""

@@ -1,0 +1,1 @@
+"""How a program runs: flags, process group, training loop, checkpoints, logs. Imports no other room."""
