@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.ledger.cache import cached, source_files
 from common.ledger.desk import quiet, sha256_of
 from common.ledger.tables import DeskTable
 from common.measure.benchmark import device_name
-from common.run.cache import cached, source_files
 from dvt import main as training
 from dvt.checkpoints import load_weights, read
 from dvt.evaluation import cascade_gflops, collect_scores, held_out_loader, search_loader, search_thresholds

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from common.ledger.cache import FOLDER
 from common.ledger.tables import DeskTable, Measured, NeedsWeights, Row
 from common.measure.flops import count_parameters, gmacs
-from common.run.cache import FOLDER
 from common.run.checkpoint import hub_folder
 from dvt.models import MODELS, STAGE_NAMES, Backbone, Cascade, create_model
 

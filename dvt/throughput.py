@@ -19,7 +19,7 @@ from torch import Tensor
 
 from common.ledger.results import current_commit, now
 from common.measure.benchmark import describe_device, synchronize
-from common.run.cache import write_atomic
+from common.run.files import write_atomic
 from common.run.metrics import ProgressLine
 from dvt.dynamic import DynamicClassifier
 from dvt.evaluation import Scores, check_targets

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.data.loaders import build_dataset
+from common.ledger.cache import cached, source_files
 from common.ledger.desk import quiet, sha256_of
 from common.ledger.tables import DeskTable
 from common.measure.benchmark import compare, device_name
 from common.measure.flops import OpCounts, gmacs
-from common.run.cache import cached, source_files
 from hourglass_swag import imagenet_1k_eval, train
 from hourglass_swag.evaluation import swag_eval_transform
 from hourglass_swag.tools.costs import build_network, depends_on_data, parse_network

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.ledger.cache import FOLDER
 from common.ledger.speeds import speeds_for_ledger
 from common.ledger.tables import DeskTable, Measured, NeedsWeights, NotImplementedYet, Row
 from common.measure.benchmark import random_images
 from common.measure.flops import OpCounts, count_parameters, gmacs
-from common.run.cache import FOLDER
 from common.run.checkpoint import hub_folder
 from hourglass_swag import desk as desk_experiment
 from hourglass_swag.models import REGISTRY

@@ -24,8 +24,8 @@ import torch
 
 from common.measure.benchmark import NotEnoughMemory, compare, describe_device, random_images
 from common.run import cli
-from common.run.cache import write_atomic
 from common.run.distributed import choose_device, run
+from common.run.files import write_atomic
 from scala.engine_scala import AtRatio
 from scala.models_scala import MODELS, create
 from scala.standalone import describe, standalone_state

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from common.measure.benchmark import random_images
 from common.measure.flops import count_parameters, gmacs
 from common.run import cli
-from common.run.cache import write_atomic
 from common.run.checkpoint import CheckpointError
 from common.run.distributed import get_logger, run
+from common.run.files import write_atomic
 from scala.engine_scala import AtRatio
 from scala.loading import load_trained
 from scala.standalone import describe, load_standalone, save_standalone, standalone_state

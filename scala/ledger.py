@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from common.ledger.tables import DeskTable, Measured, NeedsData, NeedsWeights, Row, load_tables
-from common.run.cache import ROOT
+from common.run.files import ROOT
 from scala import building, linear_probe, main_scala
 from scala import desk as desk_experiment
 from scala.sweep import costs as costs_of_width

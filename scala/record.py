@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.run.cache import write_atomic
+from common.run.files import write_atomic
 from common.run.metrics import Record
 from scala.engine_scala import SLIM_PASSES
 

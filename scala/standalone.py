@@ -25,8 +25,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from common.run.cache import write_atomic
 from common.run.checkpoint import CheckpointError, load_strict
+from common.run.files import write_atomic
 from scala.conv_layers import SlicedBatchNorm2d
 from scala.engine_scala import AtRatio
 from scala.models_mobilenet import MobileNetV2_scala

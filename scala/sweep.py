@@ -9,8 +9,8 @@ import torch
 
 from common.ledger.report import Figure, Series, draw, markdown_table
 from common.measure.flops import gmacs
-from common.run.cache import write_atomic
 from common.run.distributed import get_logger, is_main
+from common.run.files import write_atomic
 from scala.engine_scala import evaluate_width
 
 logger = get_logger(__name__)

@@ -15,11 +15,11 @@ import torch
 from tqdm import tqdm
 
 from common.data.loaders import build_dataset, eval_transform
+from common.ledger.cache import cached, source_files
 from common.ledger.desk import quiet, sha256_of
 from common.ledger.tables import DeskTable
 from common.measure.benchmark import compare, device_name
 from common.measure.flops import gmacs
-from common.run.cache import cached, source_files
 from sit import main
 from sit.models import LVViT
 from sit.models.lvvit import build_lvvit

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.ledger.cache import FOLDER
 from common.ledger.speeds import speeds_for_ledger
 from common.ledger.tables import DeskTable, Measured, NeedsWeights, Row
 from common.measure.flops import gmacs
-from common.run.cache import FOLDER
 from sit import desk as desk_experiment
 from sit.models import LVViT, count_published_parameters
 from sit.models.lvvit import build_lvvit

@@ -25,10 +25,10 @@ from timm.utils.model_ema import ModelEmaV3
 
 from common.data.loaders import DataError, Loader
 from common.measure.benchmark import describe_device
-from common.run.cache import write_atomic
 from common.run.checkpoint import CheckpointError, CheckpointManager, TrainingState
 from common.run.distributed import World, get_logger, is_main, launch, run, seed_everything
 from common.run.engine import NonFiniteLoss, train
+from common.run.files import write_atomic
 from sit import build
 from sit.engine import adjust_learning_rate, evaluate, rates_line, summary_line
 from sit.meters import Logs

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.run.cache import write_atomic
 from common.run.distributed import is_main
 from common.run.engine import StepInfo
+from common.run.files import write_atomic
 from common.run.metrics import Record
 
 

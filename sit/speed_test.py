@@ -39,10 +39,10 @@ from common.measure.benchmark import (
     synchronize,
 )
 from common.measure.flops import gmacs
-from common.run.cache import ROOT
 from common.run.cli import make_parser, positive_float, positive_int
 from common.run.distributed import LaunchError, choose_device
 from common.run.engine import autocast
+from common.run.files import ROOT
 from sit.engine import get_param_groups, store_for_autocast, training_step
 from sit.losses import DistillationLoss
 from sit.models import SIZES, LVViT

@@ -21,8 +21,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from common.run.cache import write_atomic
 from common.run.checkpoint import CheckpointError, load_safely, load_strict
+from common.run.files import write_atomic
 from uvc.models.compact import LANES, CompactAttention, CompactBlock, CompactConfig, CompactMlp, CompactViT, padded
 from uvc.removal import Compressed
 from uvc.structure import Structure

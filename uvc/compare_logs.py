@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.run.cache import write_atomic
 from common.run.cli import make_parser
+from common.run.files import write_atomic
 from uvc.published_logs import STAGE1, STAGE2_BEST, STAGE2_TOP1, PublishedLog
 
 STAGE2 = "deit-small-stage2"

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.ledger.cache import cached, source_files
 from common.ledger.desk import quiet, sha256_of
 from common.ledger.tables import DeskTable
 from common.measure.benchmark import compare, device_name
 from common.measure.flops import CONVENTIONS
-from common.run.cache import cached, source_files
 from common.run.checkpoint import load_safely, save_atomic
 from uvc import baselines, joint_train, post_train
 from uvc.checkpoints import load_masked

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.run.cache import write_atomic
 from common.run.checkpoint import CheckpointError
 from common.run.cli import make_parser
 from common.run.distributed import run
+from common.run.files import write_atomic
 from uvc.checkpoints import load_masked
 from uvc.compact_files import read_description
 from uvc.structure import Structure

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common.run.cache import write_atomic
 from common.run.distributed import World, get_logger, get_world_size, is_main
 from common.run.engine import Optimization, StepInfo, evaluate
+from common.run.files import write_atomic
 from common.run.metrics import Record
 from uvc.data import Mix
 from uvc.loading import save_masked

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from common.data.loaders import DataError, eval_loader, num_classes, train_loader
-from common.run.cache import write_atomic
 from common.run.checkpoint import CheckpointError, CheckpointManager, TrainingState
 from common.run.distributed import World, get_logger, is_main, launch, run, seed_everything
 from common.run.engine import NonFiniteLoss, prepare_network, train
+from common.run.files import write_atomic
 from common.run.metrics import Record
 from uvc import arguments
 from uvc.data import build_mix, open_datasets

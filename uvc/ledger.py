@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from common.ledger.cache import FOLDER
 from common.ledger.tables import DeskTable, Measured, NeedsCompute, NeedsWeights, Row
 from common.measure.flops import count_parameters
-from common.run.cache import FOLDER
 from common.run.checkpoint import hub_folder
 from uvc import desk as desk_experiment
 from uvc.cost_model import CostModel

@@ -24,6 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from common.ledger.cache import cached, source_files
 from common.ledger.results import Record, load_records
 from common.ledger.tables import (
     DeskTable,
@@ -34,7 +35,7 @@ from common.ledger.tables import (
     Unavailable,
     column,
 )
-from common.run.cache import ROOT, cached, source_files
+from common.run.files import ROOT
 
 STATUSES: Mapping[str, str] = {
     "reproduced": "equal when rounded to the published digits, or within the stated tolerance",

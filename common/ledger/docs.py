@@ -26,7 +26,7 @@ from common.ledger.compare import Ledger, Request, build
 from common.ledger.realised import markdown_realised
 from common.ledger.report import Figure, draw, figures, markdown_of, markdown_summary
 from common.ledger.tables import TableError, load_tables, papers
-from common.run.cache import ROOT, write_atomic
+from common.run.files import ROOT, write_atomic
 
 MARKER = re.compile(r"^<!-- (?P<kind>table|ledger|plot|realised)(?:: (?P<name>\S+))? -->$", re.MULTILINE)
 END = "<!-- end -->"

@@ -32,7 +32,7 @@ from common.ledger import results
 from common.ledger.speeds import COLUMNS, LARGE_BATCH, SpeedRun, measure_rows, measure_together
 from common.ledger.tables import Row, Unavailable, load_tables, papers
 from common.measure.benchmark import describe_device, device_name, synchronize
-from common.run.cache import ROOT
+from common.run.files import ROOT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BATCH = 64

@@ -7,7 +7,7 @@ from common.ledger.compare import Ledger
 from common.ledger.report import markdown_table
 from common.ledger.results import Record, load_records
 from common.ledger.tables import Row
-from common.run.cache import ROOT
+from common.run.files import ROOT
 
 
 def latest(records: Sequence[Record]) -> list[Record]:

@@ -23,9 +23,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from common.ledger.cache import cached
 from common.ledger.compare import KEYS, STATUSES, Entry, Ledger
 from common.ledger.tables import DeskTable, Row, Table, column
-from common.run.cache import cached, write_atomic
+from common.run.files import write_atomic
 
 WIDTH = 140
 """Columns of the text form."""

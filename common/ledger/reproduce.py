@@ -14,13 +14,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.ledger import cache
 from common.ledger.compare import Ledger, Request, build, run_desk, select
 from common.ledger.report import FORMATS, legend, to_text, write_report
 from common.ledger.tables import TableError, column, load_tables, papers
-from common.run import cache
+from common.run.files import ROOT, write_atomic
 
 
-def parse_args(argv: Sequence[str] | None = None, *, root: Path = cache.ROOT) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None, *, root: Path = ROOT) -> argparse.Namespace:
     """Read the command line.
 
     Raises:
@@ -103,7 +104,7 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def main(argv: Sequence[str] | None = None, *, root: Path = cache.ROOT) -> int:
+def main(argv: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
     """Entry point."""
     args = parse_args(argv, root=root)
     try:
@@ -146,7 +147,7 @@ def show(ledger: Ledger, args: argparse.Namespace) -> None:
         text = FORMATS[args.format](ledger)
     screen = sys.stdout if args.format == "text" or args.output else sys.stderr
     if args.output:
-        cache.write_atomic(args.output, text)
+        write_atomic(args.output, text)
         print(legend(ledger))
         print(f"Written: {args.output}")
     else:

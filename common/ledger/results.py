@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from common.ledger.tables import COLUMNS, TableError, load_tables, papers
-from common.run.cache import ROOT, write_atomic
+from common.run.files import ROOT, write_atomic
 
 FORMAT = 1
 

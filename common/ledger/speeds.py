@@ -19,7 +19,7 @@ from torch import nn
 from common.ledger.results import Record
 from common.ledger.tables import Measured, Row, Unavailable, load_tables
 from common.measure.benchmark import Clock, NotEnoughMemory, PairedSpeed, Speed, compare, device_name, random_images
-from common.run.cache import ROOT
+from common.run.files import ROOT
 
 COLUMNS = ("fps", "throughput_ips")
 LARGE_BATCH = {"cuda": 256, "cpu": 4}

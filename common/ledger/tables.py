@@ -14,7 +14,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
-from common.run.cache import ROOT
+from common.run.files import ROOT
 
 Kind = Literal["cost", "speed", "accuracy"]
 NEEDS = ("data", "weights", "compute")

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from common.run import cache
-from common.run.cache import cached, digest, report_skipped, source_files, write_atomic
+from common.ledger import cache
+from common.ledger.cache import cached, digest, report_skipped, source_files
+from common.run import files
+from common.run.files import write_atomic
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +103,7 @@ def test_an_atomic_write_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatc
     def fail(source, target):
         raise OSError("disk full")
 
-    monkeypatch.setattr(cache.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write_atomic(path, "new")
     assert path.read_text() == "old"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common.run.cache import ROOT
+from common.run.files import ROOT
 
 IMAGES = ("docker/Dockerfile.cpu", "docker/Dockerfile.cuda")
 

@@ -14,7 +14,7 @@ import torch
 from common.ledger import gpu
 from common.ledger.results import add, load_records, parse_records
 from common.ledger.speeds import measure_together
-from common.run.cache import ROOT
+from common.run.files import ROOT
 
 TABLE = """
 paper = "shrinkpaper"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from common.ledger.tables import load_tables
-from common.run.cache import ROOT
+from common.run.files import ROOT
 
 PAPERS = ("scala", "hourglass_swag", "dvt", "sit", "uvc")
 

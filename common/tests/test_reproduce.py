@@ -8,11 +8,12 @@ from decimal import Decimal
 
 import pytest
 
+from common.ledger import cache
 from common.ledger import compare as ledger
 from common.ledger.compare import KEYS, Request, _listing, build, half_unit, run_desk
 from common.ledger.reproduce import main, parse_columns, resolve_device
 from common.ledger.tables import load_tables
-from common.run import cache
+from common.run.files import ROOT
 from common.tests.fake_paper import ADAPTER, TABLE, importable, record, write_paper, write_records
 
 
@@ -323,7 +324,7 @@ def test_no_cost_differs_without_a_reason(real):
 
 
 def test_the_cache_folder_is_inside_the_checkout():
-    assert cache.FOLDER.is_relative_to(cache.ROOT)
+    assert cache.FOLDER.is_relative_to(ROOT)
 
 
 def test_a_picture_that_changes_makes_another_state_of_the_folder(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.run import cache
+from common.ledger import cache
 from dvt import desk, models
 from dvt.dynamic import DynamicClassifier
 from dvt.models import Cascade, create_model

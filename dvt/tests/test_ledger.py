@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.ledger.tables import NeedsWeights, load_tables
-from common.run.cache import ROOT
+from common.run.files import ROOT
 from dvt import ledger
 from dvt.models import create_model
 from dvt.tests.miniature import write_imagenet

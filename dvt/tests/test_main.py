@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 
-from common.run.cache import ROOT
 from common.run.checkpoint import CheckpointError
+from common.run.files import ROOT
 from common.tests.forks import Ended, free_port, run_forked
 from dvt import main
 from dvt.models import create_model

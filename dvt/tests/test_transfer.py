@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.data import Subset
 
-from common.run.cache import ROOT
 from common.run.checkpoint import CheckpointError
+from common.run.files import ROOT
 from dvt import cifar, models, transfer_learning
 from dvt.models import create_model
 from dvt.tests.tiny import SMALL_GRIDS, small_cascade, t2t_cascade

@@ -12,8 +12,8 @@ import torch
 from common.ledger.results import parse_records
 from common.ledger.tables import load_tables
 from common.measure.benchmark import BenchmarkError
-from common.run.cache import ROOT
 from common.run.checkpoint import CheckpointError
+from common.run.files import ROOT
 from hourglass_swag import get_flops_fps
 from hourglass_swag.tools import speed
 from hourglass_swag.tools.costs import build_network, count_costs, parse_network, published_row

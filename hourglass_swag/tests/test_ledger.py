@@ -11,7 +11,7 @@ from PIL import Image
 from common.data.loaders import DataError
 from common.ledger.tables import NeedsWeights, NotImplementedYet, load_tables
 from common.measure.flops import CONVENTIONS, count_executed_macs
-from common.run.cache import ROOT
+from common.run.files import ROOT
 from hourglass_swag import ledger
 from hourglass_swag.models import REGISTRY, Entry
 from hourglass_swag.models.vision_transformer import VisionTransformer

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.run.cache import ROOT
+from common.run.files import ROOT
 
 OPS = ROOT / "hourglass_swag" / "models" / "ops"
 TESTS = Path(__file__).parent

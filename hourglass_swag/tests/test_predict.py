@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from common.data.loaders import DataError
-from common.run.cache import ROOT
+from common.run.files import ROOT
 from common.tests.reference import build
 from hourglass_swag import models, predict
 from hourglass_swag.evaluation import transform_image

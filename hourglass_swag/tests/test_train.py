@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.run.cache import ROOT
+from common.run.files import ROOT
 from hourglass_swag import imagenet_1k_eval, train
 
 FLAGS = ["-m", "vit_desk", "--data-set", "digits", "--device", "cpu", "--batch-size", "400", "--warmup-epochs", "0"]

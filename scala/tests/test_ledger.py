@@ -9,8 +9,8 @@ import torch
 
 from common.ledger.tables import NeedsData, NeedsWeights, load_tables
 from common.measure.flops import count_executed_macs
-from common.run.cache import ROOT
 from common.run.checkpoint import save_atomic
+from common.run.files import ROOT
 from scala import ledger, main_scala
 from scala.engine_scala import AtRatio
 from scala.models_scala import create

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 
-from common.run.cache import ROOT
+from common.run.files import ROOT
 from common.tests.forks import free_port
 from scala import main_scala
 from scala.building import SettingError

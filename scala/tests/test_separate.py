@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from common.ledger.tables import load_tables
-from common.run.cache import ROOT
+from common.run.files import ROOT
 from scala import building, main_scala
 
 

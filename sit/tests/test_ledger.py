@@ -9,7 +9,7 @@ from timm.models._factory import create_model
 
 from common.ledger.compare import Request, build
 from common.ledger.tables import NeedsWeights, load_tables
-from common.run.cache import ROOT
+from common.run.files import ROOT
 from common.tests.reference import fill_
 from sit import ledger
 from sit.tests.tools import miniature_imagenet

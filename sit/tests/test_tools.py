@@ -6,8 +6,8 @@ import pytest
 import torch
 from timm.models._factory import create_model
 
-from common.run.cache import ROOT
 from common.run.checkpoint import CheckpointError
+from common.run.files import ROOT
 from common.tests.reference import fill_
 from sit import export, hubconf, strip
 from sit.models import SIZES

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.run.cache import ROOT
+from common.run.files import ROOT
 
 SMALL = [
     "--model", "sit_lvvit_desk", "--teacher-model", "sit_lvvit_desk", "--input-size", "32", "--batch-size", "4",

@@ -9,8 +9,8 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from common.run.cache import ROOT
 from common.run.checkpoint import CheckpointError, load_safely, save_atomic
+from common.run.files import ROOT
 from uvc import compress as command
 from uvc.checkpoints import load_masked
 from uvc.compact_files import example_images, load_compact, save_compact, to_timm

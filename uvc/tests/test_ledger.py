@@ -8,7 +8,7 @@ import torch
 
 from common.ledger.tables import NeedsCompute, NeedsWeights, load_tables
 from common.measure.flops import CONVENTIONS
-from common.run.cache import ROOT
+from common.run.files import ROOT
 from uvc import desk, ledger
 from uvc.cost_model import CostModel
 from uvc.models import create

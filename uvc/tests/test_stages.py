@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from common.run.cache import ROOT
 from common.run.engine import Optimization
+from common.run.files import ROOT
 from common.tests.forks import free_port, run_forked, torchrun_variables
 from uvc import arguments, joint_train, post_train
 from uvc.engine import FineTuning, JointTraining
