@@ -63,7 +63,7 @@ def test_sums_shapes_and_forgotten_outputs_are_compared(tmp_path, capsys):
         outputs["extra"] = outputs["x"]
 
     write_folder(tmp_path, ["block_t2t_7to10"], change)
-    assert runner.main([str(tmp_path)]) == 0  # an output this code does not know is not covered, and says so
+    assert runner.main([str(tmp_path)]) == 1  # an output this code does not know is not covered, and says so
     assert "not covered: output extra" in capsys.readouterr().out
 
     def change_two(entry):
@@ -94,7 +94,7 @@ def test_what_nobody_can_run_is_named(tmp_path, capsys):
         entry["build"] = {"class": "Frobnicator"}
 
     write_folder(tmp_path, ["performer_a"], rename)
-    assert runner.main([str(tmp_path)]) == 0
+    assert runner.main([str(tmp_path)]) == 1
     assert "not covered: no runner for Frobnicator" in capsys.readouterr().out
 
 

@@ -67,10 +67,12 @@ class EncoderLayer(nn.Module):
 class ViTEmbeddings(nn.Module):
     """Patches, class token and positions."""
 
-    def __init__(self, img_size: int, patch_size: int, dim: int, dropout: float) -> None:
+    def __init__(self, img_size: int | tuple[int, int], patch_size: int, dim: int, dropout: float) -> None:
         super().__init__()
         self.patch_embeddings = nn.Conv2d(3, dim, patch_size, patch_size)
-        self.position_embeddings = nn.Parameter(torch.zeros(1, (img_size // patch_size) ** 2 + 1, dim))
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        patches = (height // patch_size) * (width // patch_size)
+        self.position_embeddings = nn.Parameter(torch.zeros(1, patches + 1, dim))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.dropout = nn.Dropout(dropout)
 
@@ -111,7 +113,8 @@ class PlainViT(nn.Module):
     """A network of the ViT-* family.
 
     Args:
-        img_size, patch_size: sides in pixels.
+        img_size: side of the input, or (height, width), in pixels.
+        patch_size: side of a patch in pixels.
         hidden_size, num_layers, num_heads, mlp_dim: of the encoder, see ``VIT_SIZES``.
         num_classes: outputs.
         dropout: after embeddings and twice in each MLP, while training.
@@ -120,7 +123,7 @@ class PlainViT(nn.Module):
     def __init__(
         self,
         *,
-        img_size: int = 224,
+        img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
         hidden_size: int = 768,
         num_layers: int = 12,

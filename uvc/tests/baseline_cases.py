@@ -14,7 +14,7 @@ from uvc.models.deit import GatedDeiT
 from uvc.models.gates import GatedTransformer, apply_masks_, register_masks
 from uvc.models.token_selection import EachLayerSelectingDeiT, TokenSelectingDeiT
 from uvc.pruning import blocks_of
-from uvc.tests.model_cases import NUMBER, replay, set_gates
+from uvc.tests.model_cases import NUMBER, images_of, replay, set_gates
 from uvc.tests.optimizer_cases import compare
 
 _SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes", "mlp_ratio", "qkv_bias")
@@ -23,6 +23,8 @@ _SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_clas
 def build(case: Case, make: Any = GatedDeiT) -> GatedTransformer:
     """The network of a case with masks of ones, every block running."""
     options = {key: value for key, value in case.build.items() if key in _SIZES}
+    if isinstance(options.get("img_size"), list):
+        options["img_size"] = tuple(options["img_size"])
     if found := re.search(rf"eps=({NUMBER})", str(case.build.get("norm_layer", ""))):
         options["norm_eps"] = float(found[1])
     model = reference.build(make, case.seed, **options)
@@ -52,7 +54,7 @@ def run_scores(case: Case, checks: Checks) -> None:
     values |= {f"bits:{name}.weight_mask": np.packbits(mask.numpy().ravel()) for name, mask in masks.items()}
     if "logits" in case.outputs:
         with torch.no_grad():
-            values["logits"] = model.eval()(case.read())
+            values["logits"] = model.eval()(images_of(case))
     compare(case, checks, values)
 
 
@@ -72,7 +74,7 @@ def run_structured(case: Case, checks: Checks) -> None:
     model = build(case).train()
     found = re.search(r"labels \(([\d, ]+)\)", str(case.raw.get("what", "")))
     labels = torch.tensor([int(text) for text in found[1].split(",")] if found else [1, 3])
-    heads, neurons, loss = scoring.structured_scores(model, case.read(), labels)
+    heads, neurons, loss = scoring.structured_scores(model, images_of(case), labels)
     kept = scoring.best(heads, case.raw["atten_density"]), scoring.best(neurons, case.raw["mlp_density"])
     scoring.set_structured_masks_(model, *kept)
     blocks = blocks_of(model)
@@ -82,7 +84,7 @@ def run_structured(case: Case, checks: Checks) -> None:
     }
     apply_masks_(model)
     with torch.no_grad():
-        logits = model.eval()(case.read())
+        logits = model.eval()(images_of(case))
     compare(case, checks, {"loss": loss, "head_scores": heads, "neuron_scores": neurons, "logits": logits, **rows})
 
 
@@ -104,6 +106,6 @@ def run_token_selection(case: Case, checks: Checks) -> None:
     each_layer = "_data" in str(case.build.get("factory"))
     model = build(case, EachLayerSelectingDeiT if each_layer else TokenSelectingDeiT)
     with torch.no_grad(), replay(int(case.raw["noise_seed"])):
-        images = case.read()
+        images = images_of(case)
         values = {"logits": model(images), "logits_selected": model(images, case.raw["tau"], case.raw["number"])}
     compare(case, checks, values)

@@ -86,7 +86,7 @@ def find_runner(case: Case) -> Runner:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 1 if any case fails."""
+    """Exit status 1 if any case fails or is not covered."""
     with float64():
         return reference.main(find_runner, argv, program="python -m uvc.tests.cases", more_cases=more_cases)
 

@@ -58,6 +58,11 @@ def tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.from_numpy(np.asarray(reference.array(name, shape, seed)))
 
 
+def images_of(case: Case) -> Tensor:
+    """The images that the text of a case draws, by ``fill.image`` or ``fill.array``."""
+    return torch.as_tensor(case.read())
+
+
 NUMBER = r"\d*\.?\d+(?:e[+-]?\d+)?"
 """A number in a text; a full stop behind it is not of it."""
 
@@ -142,7 +147,7 @@ def draw_rows(draws: list[tuple[int, ...]]) -> np.ndarray:
 def run_model(case: Case, checks: Checks) -> None:
     """A forward pass in the gate, patch and token mode that the case's name and text say."""
     model, raw, what = build_model(case), case.raw, str(case.raw.get("what", ""))
-    images = case.read()
+    images = images_of(case)
     t2t = isinstance(model, GatedT2TViT)
     settings = model.gates
     train = bool(re.search(r"train(ing)? (mode|forward)", what)) or case.name.endswith("_train")
@@ -210,14 +215,15 @@ def run_plain_vit(case: Case, checks: Checks) -> None:
             raise NotCovered(f"a ViT-* whose text lacks {pattern!r}")
         return int(found[1])
 
+    images = images_of(case)
     classes = checks.stored[f"{case.name}/logits"].shape[-1]
     model = reference.build(
-        PlainViT, case.seed, img_size=number(r"image (\d+)"), patch_size=number(r"patch (\d+)"),
+        PlainViT, case.seed, img_size=tuple(images.shape[-2:]), patch_size=number(r"patch (\d+)"),
         hidden_size=number(r"hidden (\d+)"), num_layers=number(r"(\d+) layers?"), num_heads=number(r"(\d+) heads?"),
         mlp_dim=number(r"mlp (\d+)"), num_classes=classes,
     )  # fmt: skip
     with torch.no_grad():
-        logits, attention = model(case.read())
+        logits, attention = model(images)
     for name in case.outputs:
         found = re.fullmatch(r"attn_(last|\d+)", name)
         if name != "logits" and not found:

@@ -7,7 +7,7 @@ from common.tests.reference import Case, Checks
 from uvc.models.gates import GatedTransformer, register_masks
 from uvc.pruning import blocks_of, update_masks_
 from uvc.removal import compress
-from uvc.tests.model_cases import build_model
+from uvc.tests.model_cases import build_model, images_of
 from uvc.tests.optimizer_cases import compare, stated_numbers
 
 
@@ -39,5 +39,5 @@ def run_compress(case: Case, checks: Checks) -> None:
     ]
     dims = torch.cat([torch.tensor(sizes), fc1.sum(1, keepdim=True)], dim=1)
     with torch.no_grad():
-        logits = compressed.network(case.read())
+        logits = compressed.network(images_of(case))
     compare(case, checks, {"logits": logits, "dims": dims, "proj_mask": proj, "fc1_mask": fc1, "fc2_mask": fc2})

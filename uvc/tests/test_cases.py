@@ -76,6 +76,19 @@ def test_a_changed_number_fails_and_other_configurations_are_read(tmp_path, caps
         {"name": "frobnicate", "build": {}, "outputs": {}},
     ]  # fmt: skip
     arrays["model_Z_patch_hard/logits"] = np.zeros((3, 3))
+    wide = model | {"img_size": [16, 24]}
+    for name, text in (
+        ("model_wide", "fill.array('image-16x24', (2, 3, 16, 24), seed)"),
+        ("compress_wide", "fill.image(2, (16, 24), seed)"),
+        ("bp_magnitude_wide", "fill.image(2, (16, 24), seed)"),
+        ("vit_plain_wide", "fill.array('image-16x24', (2, 3, 16, 24), seed)"),
+    ):
+        what = "hidden 8, 1 layers, 2 heads, mlp 16, patch 8"
+        outputs = {f"{name}/logits": [2, 3]}
+        entries.append(
+            {"name": name, "build": wide, "seed": 5, "what": what, "input": text, "density": 1, "outputs": outputs}
+        )
+        arrays[f"{name}/logits"] = np.zeros((2, 3))
     (tmp_path / "cases.json").write_text(json.dumps(entries))
     np.savez(tmp_path / "cases.npz", **arrays)
     (tmp_path / "manifest_deit_tiny_patch16_224.json").write_text('{"params": 1, "mask_elements": 2, "cls_token": [1]}')
@@ -84,6 +97,8 @@ def test_a_changed_number_fails_and_other_configurations_are_read(tmp_path, caps
     assert lines["resource_A_1_gumbel_soft"].endswith("pass")
     assert "FAIL: z differs by" in lines["optimizer_softl0"]
     assert "FAIL: logits differs by" in lines["model_Z_patch_hard"]  # the shape is right, the zeros are not
+    for name in ("model_wide", "compress_wide", "bp_magnitude_wide", "vit_plain_wide"):
+        assert "FAIL: logits differs by" in lines[name]
     assert "not covered: output odd of scores_Z" in lines["scores_Z"]
     assert "not covered: no runner for frobnicate" in lines["frobnicate"]
     assert "params is 5717681, expected 1" in lines["manifest_deit_tiny_patch16_224"]

@@ -119,7 +119,7 @@ def batch_of(case: Case, model: GatedTransformer, seed: int) -> tuple[Tensor, Te
     found = re.search(r"batch(?:es)? of (\d+)", str(case.raw.get("what", "")))
     size = int(case.raw.get("batch", found[1] if found else 2))
     targets = tensor("targets", (size, model.num_classes), seed).softmax(-1)
-    return image(size, int(case.build["img_size"]), seed), targets
+    return image(size, case.build["img_size"], seed), targets
 
 
 def keep(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,5 +247,5 @@ def run_stage2(case: Case, checks: Checks) -> None:
     found = re.search(r"seed\+(\d+) \(batch (\d+)\)", what)
     offset, size = (int(found[1]), int(found[2])) if found else (9, 3)
     with torch.no_grad():
-        logits = model.eval()(image(size, int(case.build["img_size"]), case.seed + offset))
+        logits = model.eval()(image(size, case.build["img_size"], case.seed + offset))
     compare(case, checks, {"loss": torch.stack(losses), "params": torch.stack(shown), "final_logits": logits})
