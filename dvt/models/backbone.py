@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from common.layers import init_linear
 from common.measure import flops
 from common.measure.flops import OpCounts
 from dvt.models.reuse import FEATURE_CHANNELS, RELATION_RATIO, TokenResize, reuse_relations
@@ -117,7 +118,7 @@ class Backbone(nn.Module):
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         if pos_embed.requires_grad:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        self.apply(_init_weights)
+        self.apply(init_linear)
 
     @property
     def embed(self) -> Any:
@@ -213,11 +214,3 @@ class Backbone(nn.Module):
             counts += flops.matmul(channels, source, padded, source)
             counts += flops.matmul(channels, tokens, padded, source)
         return counts
-
-
-def _init_weights(module: nn.Module) -> None:
-    """Linear layers: truncated normal of deviation 0.02, bias 0; the rest keeps PyTorch's defaults."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

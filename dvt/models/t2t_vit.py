@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.layers import Performer, sinusoid_table
 from common.measure import flops
 from common.measure.flops import OpCounts
 from dvt.models.backbone import Backbone
-from dvt.models.token_performer import Token_performer
 from dvt.models.token_transformer import Token_transformer
-from dvt.models.transformer_block import get_sinusoid_encoding
 
 
 class Split(NamedTuple):
@@ -43,7 +42,7 @@ The last one is ours: Table 1 of the paper has a row with 4x4 tokens at 0.21 G, 
 This one covers 224 pixels exactly, and the network then costs 0.213 G."""
 
 ENCODERS: dict[str, Callable[[int, int], nn.Module]] = {
-    "performer": lambda dim, width: Token_performer(dim, width, kernel_ratio=0.5),
+    "performer": Performer,
     "transformer": lambda dim, width: Token_transformer(dim, width, num_heads=1, mlp_ratio=1.0),
 }
 
@@ -121,8 +120,28 @@ class T2T_module(nn.Module):
         """Operations for one picture."""
         counts: Any = OpCounts()
         for side, encoder in zip(self.sides, (self.attention1, self.attention2), strict=False):
-            counts += encoder.count_ops(side**2)  # pyright: ignore[reportCallIssue] - both encoders have it
+            counts += count_encoder(encoder, side**2)
         return counts + flops.linear(self.sides[2] ** 2, self.project.in_features, self.project.out_features)
+
+
+def count_encoder(encoder: nn.Module, tokens: int) -> OpCounts:
+    """Operations of a token encoder for one picture of ``tokens`` tokens."""
+    if isinstance(encoder, Token_transformer):
+        return encoder.count_ops(tokens)
+    assert isinstance(encoder, Performer)
+    dim, e, m = encoder.kqv.in_features, encoder.width, encoder.features
+    return (
+        flops.layer_norm(tokens * dim)
+        + flops.linear(tokens, dim, 3 * e)
+        + 2 * flops.matmul(1, tokens, m, e)  # the features of keys and queries
+        + flops.elementwise("exp", 2 * tokens * m)
+        + flops.matmul(1, tokens, 1, m)  # the denominator
+        + 2 * flops.matmul(1, tokens, m, e)  # the summary, and what the queries take from it
+        + flops.linear(tokens, e, e)
+        + flops.layer_norm(tokens * e)
+        + 2 * flops.linear(tokens, e, e)
+        + flops.gelu(tokens * e)
+    )
 
 
 def soft_split(maps: Tensor, split: Split) -> Tensor:
@@ -167,7 +186,7 @@ class T2T_ViT(Backbone):
         **options: Any,
     ) -> None:
         embed = T2T_module(img_size, tokens_type, in_chans, embed_dim, token_dim)
-        table = get_sinusoid_encoding(embed.num_patches + 1, embed_dim).to(torch.get_default_device())
+        table = sinusoid_table(embed.num_patches + 1, embed_dim).to(torch.get_default_device())
         super().__init__(
             embed=("tokens_to_token", embed),
             grid=math.isqrt(embed.num_patches),

@@ -7,7 +7,6 @@ Shapes: B batch, N tokens without the class token, D width, H heads, d = D / H.
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers.drop import DropPath
@@ -18,19 +17,6 @@ from common.measure.flops import OpCounts
 from dvt.models.reuse import FEATURE_CHANNELS, FEATURE_HIDDEN, reuse_features
 
 Norm = Callable[[int], nn.Module]
-
-
-def get_sinusoid_encoding(positions: int, width: int) -> Tensor:
-    """Fixed position table: sin (even channels) and cos (odd ones) of ``p / 10000^(2 (j // 2) / width)``.
-
-    Returns:
-        (1, positions, width), computed in float64, stored in float32.
-    """
-    channels = np.arange(width)
-    angles = np.arange(positions)[:, None] / np.power(10000, 2 * (channels // 2) / width)
-    angles[:, 0::2] = np.sin(angles[:, 0::2])
-    angles[:, 1::2] = np.cos(angles[:, 1::2])
-    return torch.from_numpy(angles.astype(np.float32))[None]
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:

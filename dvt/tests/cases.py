@@ -18,6 +18,7 @@ from timm.data.mixup import mixup_target
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
+from common.layers import Performer, sinusoid_table
 from common.measure.flops import count_parameters
 from common.run import cli
 from common.tests import reference
@@ -28,9 +29,8 @@ from dvt.models import STAGE_NAMES, Cascade, StageOutput, T2T_ViT, VisionTransfo
 from dvt.models.backbone import Backbone
 from dvt.models.reuse import resize_grid, reuse_relations, token_overlap
 from dvt.models.t2t_vit import T2T_module
-from dvt.models.token_performer import Token_performer
 from dvt.models.token_transformer import Token_transformer
-from dvt.models.transformer_block import Block, drop_path_rates, get_sinusoid_encoding
+from dvt.models.transformer_block import Block, drop_path_rates
 
 RELATIVE, ABSOLUTE = 1e-9, 1e-10
 """Tolerance in float64, element by element."""
@@ -106,7 +106,7 @@ def run_sinusoid(case: Case, checks: Checks) -> None:
     check_known(
         case,
         checks,
-        {f"{n}x{d}": get_sinusoid_encoding(n, d) for n, d in case.build["rows"]},
+        {f"{n}x{d}": sinusoid_table(n, d) for n, d in case.build["rows"]},
         tolerance=0,
     )
 
@@ -119,14 +119,14 @@ def run_drop_path(case: Case, checks: Checks) -> None:
 
 @torch.no_grad()
 def run_performer(case: Case, checks: Checks) -> None:
-    module = Token_performer(**options(case, "dim", "in_dim", "kernel_ratio"))
+    module = Performer(case.build["dim"], case.build["in_dim"], **options(case, "kernel_ratio"))
     fill(module, case.seed)
     known: dict[str, Any] = {"y": module(draw(case, "x"))}
     for name in case.outputs:
         if name.startswith("prm_exp"):
             names = case.names()
             text = reference.find_expression(case.text[case.text.index(name) :], names)
-            known[name] = module.prm_exp(torch.from_numpy(reference.evaluate_text(text, names)))
+            known[name] = module.positive_features(torch.from_numpy(reference.evaluate_text(text, names)))
     check_known(case, checks, known)
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.layers import Performer
 from common.measure.flops import CONVENTIONS, count_executed_macs, count_parameters, gmacs
 from common.tests.reference import array, image
 from dvt.models import MODELS, SUFFIXES, Cascade, T2T_ViT, VisionTransformer, create_model, make_cascade
 from dvt.models.backbone import Backbone
 from dvt.models.reuse import grid_overlap, resize_grid, resize_relations, token_overlap
 from dvt.models.t2t_vit import Split, soft_split
-from dvt.models.token_performer import Token_performer
 from dvt.models.transformer_block import Block
 
 VECTORS = Path(__file__).parent / "vectors"
@@ -134,7 +134,7 @@ def test_soft_splits_are_the_same_with_and_without_gradient(split):
 
 def test_drop_path_and_both_dropouts_of_the_performer_are_on_in_training():
     torch.manual_seed(0)
-    performer = Token_performer(6, 4)
+    performer = Performer(6, 4)
     x = torch.randn(2, 9, 6)
     assert not torch.equal(performer(x), performer(x))
     performer.eval()
@@ -148,12 +148,14 @@ def test_drop_path_and_both_dropouts_of_the_performer_are_on_in_training():
 
 
 def test_the_performer_stays_finite_in_half_precision():
-    performer = Token_performer(8, 4).eval()
+    performer = Performer(8, 4).eval()
     x = 30 * torch.from_numpy(array("x", (1, 9, 8))).float()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert performer(x).isfinite().all()
         seen = []
-        performer.prm_exp = lambda value: seen.append(value.dtype) or Token_performer.prm_exp(performer, value)
+        performer.positive_features = lambda value: (
+            seen.append(value.dtype) or Performer.positive_features(performer, value)
+        )
         performer(x)
     assert seen == [torch.float32, torch.float32]
 
@@ -198,9 +200,9 @@ def rounded_by_fvcore(stage: Backbone) -> int:
     total = 0
     encoders = getattr(stage.embed, "attention1", None), getattr(stage.embed, "attention2", None)
     for encoder, side in zip(encoders, getattr(stage.embed, "sides", ()), strict=False):
-        if not isinstance(encoder, Token_performer):
+        if not isinstance(encoder, Performer):
             continue
-        product, sums = side**2 * encoder.in_dim * encoder.m, side**2 * encoder.m
+        product, sums = side**2 * encoder.width * encoder.features, side**2 * encoder.features
         for count, times in ((product, 3), (sums, 1)):  # a batched product is counted exactly
             total += times * (int(float(f"{2 * count:.3e}") // 2) - count)
     return total

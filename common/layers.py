@@ -1,0 +1,93 @@
+"""Layers that the networks of more than one paper share.
+
+Papers: T2T-ViT, arXiv:2101.11986; random features: Performer, arXiv:2009.14794.
+
+Shapes: B batch, T tokens, e width inside, m random features.
+"""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+EPSILON = 1e-8
+"""Added to the denominator of linear attention."""
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """The precision of the operands inside, on the device of ``x``; the meta device knows no autocast."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+class Performer(nn.Module):
+    """T2T-ViT's token encoder: attention whose cost is linear in the tokens, then an MLP of the same width.
+
+    Its skip connection starts at the values, as input and output differ in width.
+
+    Args:
+        dim: width of the input.
+        width: e, width of the output.
+        kernel_ratio: m as a share of e.
+        dropout: of the attention and of the MLP, on in training whatever the network's dropout is.
+    """
+
+    def __init__(self, dim: int, width: int, *, kernel_ratio: float = 0.5, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.width = width
+        self.features = int(width * kernel_ratio)
+        self.w = nn.Parameter(torch.empty(self.features, width), requires_grad=False)
+        nn.init.orthogonal_(self.w).mul_(math.sqrt(self.features))
+        self.kqv = nn.Linear(dim, 3 * width)
+        self.dp = nn.Dropout(dropout)
+        self.proj = nn.Linear(width, width)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.Dropout(dropout))
+
+    def positive_features(self, x: Tensor) -> Tensor:
+        """Positive random features ``exp(x w^T - |x|^2 / 2) / sqrt(m)``: (B, T, e) -> (B, T, m)."""
+        norms = x.square().sum(dim=-1, keepdim=True) / 2
+        return torch.exp(x @ self.w.to(x.dtype).T - norms) / math.sqrt(self.features)
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Linear attention of normalised tokens, (B, T, dim) -> (B, T, e).
+
+        From the features on in float32 at least, also under autocast and in a half-precision network: exp() reaches
+        e^(m / 2), which float16 cannot hold, and neither can it the sums over the tokens.
+        """
+        k, q, v = self.kqv(x).split(self.width, dim=-1)  # in this order in the published weights
+        exact = torch.promote_types(v.dtype, torch.float32)
+        with without_autocast(x):
+            k, q = self.positive_features(k.to(exact)), self.positive_features(q.to(exact))  # (B, T, m)
+            denominator = q @ k.sum(dim=1)[..., None] + EPSILON  # (B, T, 1)
+            summary = k.transpose(1, 2) @ v.to(exact)  # (B, m, e)
+            attended = (q @ summary / denominator).to(v.dtype)
+        return v + self.dp(self.proj(attended))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, dim) -> (B, T, e)."""
+        x = self.attend(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def sinusoid_table(positions: int, width: int) -> Tensor:
+    """Fixed position table: sin (even channels) and cos (odd ones) of ``p / 10000^(2 (j // 2) / width)``.
+
+    Returns:
+        (1, positions, width), computed in float64, stored in float32, as published.
+    """
+    channels = np.arange(width)
+    angles = np.arange(positions)[:, None] / np.power(10000, 2 * (channels // 2) / width)
+    table = np.where(channels % 2 == 0, np.sin(angles), np.cos(angles))
+    return torch.from_numpy(table.astype(np.float32))[None]
+
+
+def init_linear(module: nn.Module) -> None:
+    """For ``Module.apply``: weights of linear layers truncated normal of deviation 0.02, biases 0; the rest stays."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
