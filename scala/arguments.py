@@ -4,9 +4,10 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from common.losses import DISTILLATION_TYPES
 from common.run import cli
 from scala.engine_scala import TRANSFER_TYPES
-from scala.losses import CE_TYPES, DISTILLATION_TYPES, TOKENS, TRANSFER_KINDS
+from scala.losses import CE_TYPES, TOKENS, TRANSFER_KINDS
 
 DEFAULTS = {"smallest_ratio": 0.25, "largest_ratio": 1.0, "granularity": 0.03125}
 """Of the slicing bound and the granularity, where neither a flag nor the checkpoint's own arguments say them."""

@@ -22,6 +22,7 @@ from common.data.loaders import (
     train_loader,
     train_transform,
 )
+from common.losses import DistillationLoss
 from common.run import cli
 from common.run.checkpoint import CheckpointError, load_safely, load_strict, locate, select_state
 from common.run.distributed import get_logger, main_process_first
@@ -29,7 +30,7 @@ from scala import models_mobilenet, models_scala, models_uniformer
 from scala.arguments import DEFAULTS
 from scala.conv_layers import batch_norms, calibrate_
 from scala.engine_scala import CosineCurve
-from scala.losses import TOKENS, CosubLoss, DistillationLoss, ScalaLosses
+from scala.losses import TOKENS, CosubLoss, ScalaLosses
 from scala.slicing import WidthGrid, check_sampling, make_grid
 from scala.weights import load_for_finetuning
 

@@ -17,67 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-DISTILLATION_TYPES = ("none", "soft", "hard")
-"""How an external teacher supervises the largest width."""
+from common.losses import divergence
+
 TRANSFER_KINDS = ("soft", "hard")
 """How a width teaches a narrower one: by its distribution or by its prediction."""
 CE_TYPES = ("one_hot", "teacher")
 """Targets of the slim widths' cross entropy: the labels, or the predictions of the largest width's class head."""
 TOKENS = {"cls_token": 0, "dist_token": 1}
 """Which of a distilled network's two heads carries the transfer, by the names of ``--token_type``."""
-
-
-class DistillationLoss(nn.Module):
-    """DeiT's loss: labels for the class head and an external teacher for the distillation head.
-
-    Args:
-        base: criterion of the class head, called with (logits, targets).
-        teacher: called with the pictures; None only for kind ``none``.
-        kind: ``none``, ``soft`` (temperature ``tau``) or ``hard`` (the teacher's prediction).
-        alpha: weight of the teacher's term.
-
-    Source: DeiT, arXiv:2012.12877, Eqs. 2 and 3; the soft term is divided by B C, as in its code.
-    """
-
-    def __init__(self, base: nn.Module, teacher: nn.Module | None, kind: str, alpha: float, tau: float) -> None:
-        super().__init__()
-        if kind not in DISTILLATION_TYPES:
-            raise ValueError(f"the kind of distillation must be one of {', '.join(DISTILLATION_TYPES)}, got {kind!r}")
-        if kind != "none" and teacher is None:
-            raise ValueError(f"{kind} distillation needs a teacher")
-        self.base, self.kind, self.alpha, self.tau = base, kind, alpha, tau
-        self._teacher = (teacher,)  # not a submodule: its weights are not part of any state
-
-    def forward(self, images: Tensor, outputs: Any, targets: Tensor) -> Tensor:
-        """Scalar loss.
-
-        Args:
-            images: (B, 3, height, width), for the teacher.
-            outputs: logits (B, C), or the pair of a distilled network.
-            targets: (B,) or (B, C), whatever ``base`` takes.
-
-        Raises:
-            ValueError: distillation of a network with one head.
-        """
-        logits, distilled = outputs if isinstance(outputs, tuple) else (outputs, None)
-        loss = self.base(logits, targets)
-        if self.kind == "none":
-            return loss
-        if distilled is None:
-            raise ValueError(
-                "distillation needs a network with a distillation head, a *_distilled_* model in training mode; "
-                "this one gives a single output"
-            )
-        (teacher,) = self._teacher
-        assert teacher is not None
-        with torch.no_grad():
-            taught = teacher(images)
-        if self.kind == "hard":
-            term = F.cross_entropy(distilled, taught.argmax(dim=1))
-        else:
-            student, target = (F.log_softmax(z / self.tau, dim=1) for z in (distilled, taught))
-            term = F.kl_div(student, target, reduction="sum", log_target=True) * self.tau**2 / distilled.numel()
-        return (1 - self.alpha) * loss + self.alpha * term
 
 
 def transfer_loss(student: Tensor, teacher: Tensor, kind: str = "soft") -> Tensor:
@@ -95,7 +42,7 @@ def transfer_loss(student: Tensor, teacher: Tensor, kind: str = "soft") -> Tenso
     teacher = teacher.detach()
     if kind == "hard":
         return F.cross_entropy(student, teacher.argmax(dim=1))
-    return F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
+    return divergence(student, teacher)
 
 
 def cosub_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -118,7 +65,7 @@ def cosub_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class CosubLoss(nn.Module):
-    """:func:`cosub_loss` of the class head, with the signature of :class:`DistillationLoss`."""
+    """:func:`cosub_loss` of the class head, with the signature of ``common.losses.DistillationLoss``."""
 
     def forward(self, images: Tensor, outputs: Any, targets: Tensor) -> Tensor:
         del images

@@ -21,6 +21,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from common.data.loaders import RepeatedSampler, eval_transform
+from common.losses import DistillationLoss
 from common.measure.flops import CONVENTIONS, OpCounts, count_executed_macs, count_parameters
 from common.run import cli
 from common.run.engine import Optimization
@@ -28,7 +29,7 @@ from common.tests import reference
 from common.tests.reference import Case, Checks, NotCovered, Runner
 from scala import models_scala
 from scala.engine_scala import AtRatio, CosineCurve, LaggingSchedule, ScaleCoordination, draw_widths, evaluate_width
-from scala.losses import TOKENS, DistillationLoss, ScalaLosses
+from scala.losses import TOKENS, ScalaLosses
 from scala.models_scala import DistilledVisionTransformer_scala, VisionTransformer_scala
 from scala.slicing import make_grid
 from scala.weights import load_for_finetuning

@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from common.losses import DistillationLoss
 from common.run.distributed import launch, shutdown
 from common.run.engine import Optimization, prepare_network
 from common.tests.forks import run_forked, torchrun_variables
 from common.tests.reference import array, build, image
 from scala.engine_scala import CosineCurve, LaggingSchedule, ScaleCoordination, draw_widths, to_multi_hot
-from scala.losses import CosubLoss, DistillationLoss, ScalaLosses, cosub_loss, transfer_loss
+from scala.losses import CosubLoss, ScalaLosses, cosub_loss, transfer_loss
 from scala.models_scala import DistilledVisionTransformer_scala, VisionTransformer_scala
 from scala.slicing import WidthGrid, make_grid
 
