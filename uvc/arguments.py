@@ -10,7 +10,6 @@ from typing import Any
 from common.run import cli
 from common.run.distributed import get_logger
 from uvc.data import DATASETS
-from uvc.losses import DISTILLATION_TYPES
 from uvc.schedules import DECAYS
 
 logger = get_logger(__name__)
@@ -144,7 +143,7 @@ def add_teacher_arguments(parser: argparse.ArgumentParser, *, kind: str) -> None
     add = Group(parser, "distillation")
     add("--teacher-model", default="", metavar="NAME", help="architecture of the teacher; none is --model_type")
     add("--teacher-path", default="", metavar="FILE", help="its checkpoint; none is --model_path")
-    add("--distillation-type", default=kind, choices=DISTILLATION_TYPES, help="what is learned from the teacher")
+    add("--distillation-type", default=kind, choices=("none", "soft", "hard"), help="what is learned from the teacher")
     add("--distillation-alpha", type=cli.fraction, default=0.5, help="weight of the distillation in the loss")
     add("--distillation-tau", type=cli.positive_float, default=1.0, help="temperature; soft only")
 

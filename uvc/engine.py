@@ -20,13 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from common.losses import DistillationLoss
 from common.run.distributed import World, get_logger, get_world_size, is_main
 from common.run.engine import Optimization, StepInfo, evaluate
 from common.run.files import write_atomic
 from common.run.metrics import Record
 from uvc.data import Mix
 from uvc.loading import save_masked
-from uvc.losses import DistillationLoss
+from uvc.losses import patch_penalty
 from uvc.models.gates import GatedTransformer, count_mask_elements
 from uvc.pruning import group_scores, masked_weights, update_masks_
 from uvc.schedules import selection_tau, zlr_at
@@ -191,9 +192,9 @@ class JointTraining:
         else:
             tau = selection_tau(self.steps, settings.total_steps)
             outputs, distilled = self.network(images, tau, settings.select_ratio)
-        terms = self.criterion(outputs, distilled, targets, taught)
+        terms = self.criterion.terms(outputs, distilled, targets, taught)
         if settings.patch_l1_weight and self.model.patch_gating is not None:
-            terms["patches"] = settings.patch_l1_weight * self.model.patch_gating.sigmoid().sum()
+            terms["patches"] = patch_penalty(self.model.patch_gating, settings.patch_l1_weight)
             terms["loss"] = terms["loss"] + terms["patches"]
         gates = self.model.block_skip_gating
         if self.warming_up and gates.requires_grad:  # ranks wait for a gradient of every parameter
@@ -410,7 +411,7 @@ class FineTuning:
         images, targets = self.mix(images, targets)
         taught = self.criterion.teach(images)
         outputs, distilled = self.network(images)
-        return self.criterion(outputs, distilled, targets, taught)
+        return self.criterion.terms(outputs, distilled, targets, taught)
 
     def after_step(self, info: StepInfo) -> dict[str, float]:
         """Counts steps."""

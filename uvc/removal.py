@@ -132,7 +132,7 @@ def _config(model: GatedTransformer, structure: Structure, multiple: int, name: 
         "patches": model.num_patches,
         "qkv_bias": block.attn.qkv.bias is not None,
         "norm_eps": model.norm.eps,  # pyright: ignore[reportAttributeAccessIssue]
-        "scale": block.attn.scale,
+        "scale": block.scale,
         "distilled": model.num_prefix_tokens == 2,
         "positions": positions,
         "drop_tokens": structure.patches is not None,
@@ -144,7 +144,7 @@ def _config(model: GatedTransformer, structure: Structure, multiple: int, name: 
         stages = model.tokens_to_token
         channels = stages.attention1.kqv.in_features // 49
         size = {"image_size": (model.img_size, model.img_size), "patch_size": 0, "in_chans": channels}
-        return CompactConfig(**shared, **size, token_dim=stages.attention1.emb)
+        return CompactConfig(**shared, **size, token_dim=stages.attention1.width)
     embed: Any = model.patch_embed
     size = {"image_size": tuple(embed.img_size), "patch_size": embed.patch_size[0]}
     return CompactConfig(**shared, **size, in_chans=embed.proj.in_channels)

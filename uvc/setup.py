@@ -6,10 +6,11 @@ import argparse
 
 import torch
 
+from common.losses import DistillationLoss
 from common.run.distributed import get_logger
 from uvc.engine import JointSettings
 from uvc.loading import freeze_idle, load_dense
-from uvc.losses import DistillationLoss
+from uvc.losses import objective
 from uvc.models import create
 from uvc.models.gates import GatedTransformer, register_masks
 from uvc.schedules import zlr_schedule
@@ -149,4 +150,4 @@ def build_teacher_loss(args: argparse.Namespace, classes: int, device: torch.dev
         teacher.fix_blocks((True,) * len(teacher.blocks))
         teacher.to(device).eval().requires_grad_(False)
     kind = args.distillation_type if teacher is not None else "none"
-    return DistillationLoss(teacher, kind=kind, alpha=args.distillation_alpha, tau=args.distillation_tau)
+    return objective(teacher, kind=kind, alpha=args.distillation_alpha, tau=args.distillation_tau)

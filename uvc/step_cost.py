@@ -23,7 +23,7 @@ from common.run.engine import Optimization, autocast
 from uvc.data import build_mix
 from uvc.engine import JointSettings, JointTraining
 from uvc.loading import default_image_size, freeze_idle
-from uvc.losses import DistillationLoss
+from uvc.losses import objective
 from uvc.models import create
 from uvc.models.gates import register_masks
 from uvc.schedules import warmup_factor
@@ -81,7 +81,7 @@ def measure_step(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_factor("constant", warmup_steps=0, total_steps=1))
     training = JointTraining(
         model, model, optimizer=optimizer, scheduler=scheduler, primal_dual=state,
-        criterion=DistillationLoss(teacher, kind="soft", alpha=0.1), settings=JointSettings(warmup_epochs=0),
+        criterion=objective(teacher, kind="soft", alpha=0.1), settings=JointSettings(warmup_epochs=0),
         mix=build_mix(
             model.num_classes, mixup=0, cutmix=0, cutmix_minmax=None, prob=0, switch_prob=0, mode="batch",
             smoothing=0.1,

@@ -474,7 +474,7 @@ def _tokens_to_token_macs(stages: TokensToToken) -> list[int]:
     """What T2T's embedding really multiplies: two Performers and the projection, which UVC's counter leaves out."""
     macs = [stages.grids[2] ** 2 * stages.project.weight.numel()]
     for performer, side in zip((stages.attention1, stages.attention2), stages.grids, strict=False):
-        tokens, e, m = side**2, performer.emb, performer.features
+        tokens, e, m = side**2, performer.width, performer.features
         layers = performer.kqv.weight.numel() + 3 * e * e  # projections of the attention and of the MLP
         macs.append(tokens * (layers + 2 * e * m + m + 2 * e * m))
     return macs

@@ -11,43 +11,22 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, PatchEmbed, trunc_normal_  # pyright: ignore[reportPrivateImportUsage]
+from timm.layers import PatchEmbed, trunc_normal_  # pyright: ignore[reportPrivateImportUsage]
+from timm.models import vision_transformer
 from torch import Tensor, nn
 
+from common.layers import init_linear
 from uvc.models.gates import GatedTransformer, select_tokens
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with one matrix for q, k and v.
+class Block(vision_transformer.Block):
+    """timm's pre-norm block, with the idle gates of its halves.
 
     Args:
-        dim: width D.
-        num_heads: H; divides D.
-        qkv_bias: whether that matrix has a bias.
-        scale: of the scores; None for d ** -0.5.
+        dim: width D. num_heads: H; divides D. hidden: M.
+        qkv_bias, norm_eps, drop_path: of the block.
+        scale: of attention scores; None for d ** -0.5.
     """
-
-    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True, scale: float | None = None) -> None:
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"the width must be a multiple of the number of heads, got {dim} and {num_heads}")
-        self.num_heads = num_heads
-        self.scale = scale
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        batch, tokens, dim = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, d) each
-        x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        return self.proj(x.transpose(1, 2).reshape(batch, tokens, dim))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block, with the idle gates of its halves."""
 
     def __init__(
         self,
@@ -60,19 +39,21 @@ class Block(nn.Module):
         norm_eps: float = 1e-6,
         drop_path: float = 0.0,
     ) -> None:
-        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"the width must be a multiple of the number of heads, got {dim} and {num_heads}")
+        super().__init__(
+            dim,
+            num_heads,
+            mlp_ratio=(hidden + 0.5) / dim,  # the product is rounded down
+            qkv_bias=qkv_bias,
+            drop_path=drop_path,
+            norm_layer=partial(nn.LayerNorm, eps=norm_eps),  # pyright: ignore[reportArgumentType] - makes a layer
+        )
         self.attn_skip_gating = nn.Parameter(torch.tensor([-1.0, 1.0]))
         self.mlp_skip_gating = nn.Parameter(torch.tensor([-1.0, 1.0]))
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, scale=scale)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = Mlp(dim, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        self.scale = scale
+        if scale is not None:
+            self.attn.scale, self.attn.fused_attn = scale, False  # the fused form has its own scale
 
 
 class GatedDeiT(GatedTransformer):
@@ -123,7 +104,7 @@ class GatedDeiT(GatedTransformer):
         for token in (self.cls_token, self.pos_embed, self.dist_token):
             if token is not None:
                 trunc_normal_(token, std=0.02)
-        self.apply(_init_weights)
+        self.apply(init_linear)
         self.gumbel = nn.Linear(embed_dim, 1)  # scores of patches; keeps torch's initial values
 
     def forward_features(self, images: Tensor, tau: float = -1.0, ratio: float = 0.9) -> Tensor:
@@ -161,10 +142,3 @@ class GatedDeiT(GatedTransformer):
     def no_weight_decay(self) -> set[str]:
         """Names that stage 2 does not decay."""
         return {"pos_embed", "cls_token", "dist_token"}
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -1,72 +1,27 @@
 """T2T-ViT (arXiv:2101.11986) with Performer tokens-to-token modules, and UVC's gates on its blocks and patches.
 
-B batch, N patches, T tokens of a stage, D width, e width of the tokens-to-token stages, m random features.
+B batch, N patches, T tokens, D width, e width of the tokens-to-token stages, m random features.
 """
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uvc.models.deit import Block, _init_weights
+from common.layers import Performer, init_linear, sinusoid_table
+from uvc.models.deit import Block
 from uvc.models.gates import GatedTransformer, select_tokens
 
-FEATURES_PER_CHANNEL = 0.5
-"""Random features m of a Performer per channel of its output: 32 for 64."""
 STAGES = ((7, 4, 2), (3, 2, 1), (3, 2, 1))
 """Kernel, stride and padding of the three soft splits."""
 
 
-class Performer(nn.Module):
-    """Linear attention with random positive features, and an MLP of the same width.
-
-    Args:
-        dim: input width; the residual starts from v, so it may differ from ``emb``.
-        emb: output width e.
-    """
-
-    def __init__(self, dim: int, emb: int, *, dropout: float = 0.1) -> None:
-        super().__init__()
-        self.emb, self.features = emb, int(emb * FEATURES_PER_CHANNEL)
-        self.kqv = nn.Linear(dim, 3 * emb)
-        self.dp = nn.Dropout(dropout)
-        self.proj = nn.Linear(emb, emb)
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(emb)
-        self.mlp = nn.Sequential(nn.Linear(emb, emb), nn.GELU(), nn.Linear(emb, emb), nn.Dropout(dropout))
-        self.w = nn.Parameter(torch.empty(self.features, emb), requires_grad=False)
-        if not self.w.is_meta:
-            nn.init.orthogonal_(self.w)
-            with torch.no_grad():
-                self.w.mul_(math.sqrt(self.features))
-
-    def positive_features(self, x: Tensor) -> Tensor:
-        """exp(w x - |x|^2 / 2) / sqrt(m), (B, T, e) -> (B, T, m)."""
-        exponent = F.linear(x, self.w) - x.square().sum(-1, keepdim=True) / 2
-        return exponent.exp() / math.sqrt(self.features)
-
-    def attend(self, x: Tensor) -> Tensor:
-        """(B, T, dim) -> (B, T, e)."""
-        k, q, v = self.kqv(x).split(self.emb, dim=-1)
-        k, q = self.positive_features(k), self.positive_features(q)  # (B, T, m)
-        weight = q @ k.sum(1)[..., None]  # (B, T, 1)
-        y = q @ (k.transpose(1, 2) @ v) / (weight + 1e-8)
-        return v + self.dp(self.proj(y))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, dim) -> (B, T, e)."""
-        x = self.attend(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-    def macs(self, tokens: int) -> int:
-        """Of one image, by the published counter (whose last terms are its own)."""
-        dim, e, m, t = self.kqv.in_features, self.emb, self.features, tokens
-        features = 2 * (t * e + e * t * e)
-        return dim * t * 3 * e + features + t * m + 2 * t * e * m + t * e**2 + t * e * e + e**3
+def performer_macs(performer: Performer, tokens: int) -> int:
+    """Multiply-accumulates of one image by the published counter (whose last terms are its own)."""
+    dim, e, m, t = performer.kqv.in_features, performer.width, performer.features, tokens
+    features = 2 * (t * e + e * t * e)
+    return dim * t * 3 * e + features + t * m + 2 * t * e * m + t * e**2 + t * e * e + e**3
 
 
 class TokensToToken(nn.Module):
@@ -95,14 +50,6 @@ class TokensToToken(nn.Module):
             if attention is not None:
                 x = attention(x).transpose(1, 2).reshape(len(x), -1, side, side)
         return self.project(x)
-
-
-def sinusoid_table(positions: int, width: int) -> Tensor:
-    """Fixed position embedding (1, positions, width): sines at even channels, cosines at odd ones."""
-    channel = np.arange(width)
-    angles = np.arange(positions)[:, None] / np.power(10000, 2 * (channel // 2) / width)
-    table = np.where(channel % 2 == 0, np.sin(angles), np.cos(angles))
-    return torch.from_numpy(table)[None].to(torch.get_default_dtype())
 
 
 class GatedT2TViT(GatedTransformer):
@@ -140,7 +87,7 @@ class GatedT2TViT(GatedTransformer):
         self.tokens_to_token = TokensToToken(img_size, in_chans, token_dim, embed_dim)
         self.num_patches = self.tokens_to_token.num_patches
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        table = sinusoid_table(self.num_patches + 1, embed_dim).to(self.cls_token.device)
+        table = sinusoid_table(self.num_patches + 1, embed_dim).to(self.cls_token)
         self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, self.hidden_dim, qkv_bias=qkv_bias, scale=scale, norm_eps=norm_eps)
@@ -149,7 +96,7 @@ class GatedT2TViT(GatedTransformer):
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.head = nn.Linear(embed_dim, num_classes)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
-        self.apply(_init_weights)
+        self.apply(init_linear)
 
     def add_token_scores(self) -> None:
         """Add the linear layer that scores patches for selection by image; the published network has none."""
@@ -177,7 +124,7 @@ class GatedT2TViT(GatedTransformer):
         """The two Performers; the published counter leaves the projection out."""
         stages = self.tokens_to_token
         first, second, _ = stages.grids
-        return batch * (stages.attention1.macs(first**2) + stages.attention2.macs(second**2))
+        return batch * (performer_macs(stages.attention1, first**2) + performer_macs(stages.attention2, second**2))
 
     def no_weight_decay(self) -> set[str]:
         """Names that stage 2 does not decay."""

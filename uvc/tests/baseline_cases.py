@@ -12,10 +12,10 @@ from common.tests.reference import Case, Checks, NotCovered
 from uvc import baseline_scores as scoring
 from uvc.models.deit import GatedDeiT
 from uvc.models.gates import GatedTransformer, apply_masks_, register_masks
-from uvc.models.token_selection import EachLayerSelectingDeiT, TokenSelectingDeiT
 from uvc.pruning import blocks_of
 from uvc.tests.model_cases import NUMBER, images_of, replay, set_gates
 from uvc.tests.optimizer_cases import compare
+from uvc.tests.token_selection import EachLayerSelectingDeiT, TokenSelectingDeiT
 
 _SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes", "mlp_ratio", "qkv_bias")
 

@@ -16,7 +16,7 @@ from uvc.models import MODELS, create
 from uvc.models.deit import GatedDeiT
 from uvc.models.gates import GatedTransformer
 from uvc.models.t2t_vit import GatedT2TViT
-from uvc.models.vit import PlainViT
+from uvc.tests.plain_vit import PlainViT
 
 
 @contextlib.contextmanager

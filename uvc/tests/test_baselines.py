@@ -24,8 +24,8 @@ from uvc.data import first_of_each_class, open_datasets
 from uvc.loading import load_masked
 from uvc.models import create
 from uvc.models.gates import register_masks
-from uvc.models.token_selection import select_best_tokens
 from uvc.removal import compress
+from uvc.tests.token_selection import select_best_tokens
 
 SMALL = {"depth": 2, "img_size": 16}
 

@@ -156,3 +156,14 @@ def test_other_input_sizes(size):
     assert model.num_patches == shape[0] * shape[1] // 16
     with pytest.raises(Exception, match="32"):
         model(torch.zeros(1, 3, 32, 32))
+
+
+def test_performer_tokens_keep_to_half_precision():
+    """Sums over thousands of tokens and e^16 do not fit float16: the stage computes them in float32."""
+    stage = create("t2t_vit_7").tokens_to_token.eval()
+    images = 4 * torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        exact = stage(images)
+        half = stage.half()(images.half())
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.float(), exact, rtol=0, atol=0.02 * exact.abs().max().item())

@@ -7,7 +7,7 @@ import torch
 
 from common.ledger.tables import load_tables
 from uvc.cost_model import CostModel, clamp_closed
-from uvc.losses import DistillationLoss
+from uvc.losses import objective
 from uvc.models import create
 from uvc.models.gates import register_masks
 from uvc.pruning import ceil_straight_through, group_scores, least_sum, masked_weights, update_masks_
@@ -238,4 +238,4 @@ def test_what_cannot_be():
     for words, message in (({"kind": "soft"}, "needs a teacher"), ({"kind": "other"}, "must be one of"),
                            ({"alpha": 2.0}, "from 0 to 1"), ({"tau": 0.0}, "must be positive")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            DistillationLoss(None, **words)
+            objective(None, **words)

@@ -7,13 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.losses import DistillationLoss
 from common.run import cli
 from common.run.distributed import World
 from common.run.engine import Optimization, StepInfo
 from common.tests.reference import Case, Checks, NotCovered, image
 from uvc.engine import FineTuning, JointSettings, JointTraining
 from uvc.loading import freeze_structure
-from uvc.losses import DistillationLoss
+from uvc.losses import objective
 from uvc.models.gates import GatedTransformer, register_masks
 from uvc.pruning import update_masks_
 from uvc.schedules import selection_tau, warmup_factor, zlr_schedule
@@ -48,10 +49,8 @@ def run_distillation(case: Case, checks: Checks) -> None:
     out.requires_grad_()
     distilled.requires_grad_()
     raw = case.raw
-    criterion = DistillationLoss(
-        Fixed(taught), kind=raw["type"], alpha=float(raw["alpha"]), tau=float(raw.get("tau", 1.0))
-    )
-    loss = criterion(out, distilled, targets, criterion.teach(out))["loss"]
+    criterion = objective(Fixed(taught), kind=raw["type"], alpha=float(raw["alpha"]), tau=float(raw.get("tau", 1.0)))
+    loss = criterion.terms(out, distilled, targets, criterion.teach(out))["loss"]
     grads = torch.autograd.grad(loss, [out, distilled], allow_unused=True)
     grad_out, grad_kd = (torch.zeros(shape) if grad is None else grad for grad in grads)
     compare(case, checks, {"loss": loss, "grad_out": grad_out, "grad_kd": grad_kd})
@@ -132,11 +131,11 @@ def stated_criterion(case: Case, *, seed_of_teacher: int) -> DistillationLoss:
     what = str(case.raw["what"])
     found = re.search(rf"KD (soft|hard)(?: alpha ({NUMBER}))?(?:,? tau ({NUMBER}))?", what)
     if not found:
-        return DistillationLoss(None)
+        return objective(None)
     teacher = build_model(case, seed=seed_of_teacher)
     with torch.no_grad():
         teacher.block_skip_gating.copy_(torch.tensor([-1.0, 1.0]).expand_as(teacher.block_skip_gating))
-    return DistillationLoss(teacher.eval(), kind=found[1], alpha=float(found[2] or 0.5), tau=float(found[3] or 1.0))
+    return objective(teacher.eval(), kind=found[1], alpha=float(found[2] or 0.5), tau=float(found[3] or 1.0))
 
 
 def run_stage1(case: Case, checks: Checks) -> None:
@@ -234,7 +233,7 @@ def run_stage2(case: Case, checks: Checks) -> None:
     optimizer = cli.build_optimizer(
         model, lr=float(rate[1]) if rate else 1e-3, weight_decay=float(decay[1]) if decay else 0.05
     )
-    tuning = FineTuning(model, model, criterion=DistillationLoss(None), mix=keep)
+    tuning = FineTuning(model, model, criterion=objective(None), mix=keep)
     clip = re.search(rf"clip ({NUMBER})", what)
     optimization = Optimization(optimizer, clip_grad=float(clip[1]) if clip else None)
     losses, shown = [], []

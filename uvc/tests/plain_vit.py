@@ -1,7 +1,7 @@
 """The older ViT-* family of the release (separate q, k and v; published JAX names): forward pass only.
 
-It has no gates, so neither stage of UVC runs with it; ``uvc.models.create`` refuses it by name. Kept for comparing
-outputs. B batch, T tokens, D width, H heads.
+It has no gates, so neither stage of UVC runs with it; ``uvc.models.create`` refuses it by name. The reference vectors
+compare its outputs. B batch, T tokens, D width, H heads.
 """
 
 from __future__ import annotations
@@ -9,14 +9,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-VIT_SIZES: dict[str, dict[str, int]] = {
-    "ViT-B_16": {"patch_size": 16, "hidden_size": 768, "num_layers": 12, "num_heads": 12, "mlp_dim": 3072},
-    "ViT-B_32": {"patch_size": 32, "hidden_size": 768, "num_layers": 12, "num_heads": 12, "mlp_dim": 3072},
-    "ViT-L_16": {"patch_size": 16, "hidden_size": 1024, "num_layers": 24, "num_heads": 16, "mlp_dim": 4096},
-    "ViT-L_32": {"patch_size": 32, "hidden_size": 1024, "num_layers": 24, "num_heads": 16, "mlp_dim": 4096},
-    "ViT-H_14": {"patch_size": 14, "hidden_size": 1280, "num_layers": 32, "num_heads": 16, "mlp_dim": 5120},
-}
 
 
 class SeparateAttention(nn.Module):
@@ -115,7 +107,7 @@ class PlainViT(nn.Module):
     Args:
         img_size: side of the input, or (height, width), in pixels.
         patch_size: side of a patch in pixels.
-        hidden_size, num_layers, num_heads, mlp_dim: of the encoder, see ``VIT_SIZES``.
+        hidden_size, num_layers, num_heads, mlp_dim: of the encoder.
         num_classes: outputs.
         dropout: after embeddings and twice in each MLP, while training.
     """

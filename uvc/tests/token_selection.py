@@ -1,4 +1,6 @@
-"""DeiT that selects tokens before its blocks, or there and inside every attention: pruning baselines of UVC's release.
+"""DeiT that selects tokens before its blocks, or there and inside every attention: networks of UVC's release.
+
+No program here trains them; the reference vectors compare their outputs.
 
 B batch, T tokens, class token included.
 """
@@ -6,9 +8,10 @@ B batch, T tokens, class token included.
 from typing import Any
 
 import torch
+from timm.layers import Attention  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
-from uvc.models.deit import Attention, Block, GatedDeiT
+from uvc.models.deit import Block, GatedDeiT
 
 
 def select_best_tokens(
@@ -60,8 +63,8 @@ class SelectingBlock(Block):
 
     def forward(self, x: Tensor, tau: float = -1.0, number: int = 197) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        x = x + self.drop_path(self.attn(self.norm1(x), tau, number))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path1(self.attn(self.norm1(x), tau, number))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
 class TokenSelectingDeiT(GatedDeiT):
