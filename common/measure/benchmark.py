@@ -99,17 +99,17 @@ def random_images(
     Returns:
         (batch, 3, size, size), a photograph's range: pixels in [0, 1] before normalisation.
     """
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(values, device="cpu").view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     images = torch.empty(batch, 3, size, size, device=device, dtype=dtype)
     for index in range(batch):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-        pixels = torch.zeros(1, 3, size, size)
+        pixels = torch.zeros(1, 3, size, size, device="cpu")  # also inside ``with torch.device("cuda")``
         cells, weight = 2, 1.0
         while cells < size:
-            noise = torch.rand(1, 3, cells, cells, generator=generator) - 0.5
+            noise = torch.rand(1, 3, cells, cells, generator=generator, device="cpu") - 0.5
             pixels += weight * F.interpolate(noise, size=(size, size), mode="bilinear", align_corners=False)
             cells, weight = cells * 4, weight * 0.6
-        pixels += 0.05 * (torch.rand(1, 3, size, size, generator=generator) - 0.5)
+        pixels += 0.05 * (torch.rand(1, 3, size, size, generator=generator, device="cpu") - 0.5)
         pixels = (pixels - pixels.amin()) / (pixels.amax() - pixels.amin()).clamp_min(1e-6)
         images[index] = ((pixels - mean) / std)[0].to(device=device, dtype=dtype)
     return images
@@ -189,6 +189,10 @@ def compare(
     peaks: dict[str, float] = dict.fromkeys(names, 0.0)
     warm = warmup
     started = clock()
+    together = _resident_bytes(models.values(), device) / MIB
+    others = 0.0  # what the process holds on the device besides these models
+    if device.type == "cuda":
+        others = max(torch.cuda.memory_allocated(device) / MIB - together, 0.0)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         stack.enter_context(_explain_out_of_memory(images))
@@ -211,14 +215,13 @@ def compare(
             if late or done + 1 == warm + rounds:
                 break
     weights = {name: _resident_bytes([model], device) / MIB for name, model in models.items()}
-    together = _resident_bytes(models.values(), device) / MIB
     timed = {name: times[warm:] or times[-1:] for name, times in seconds.items()}
     return {
         name: PairedSpeed(
             speed=_summarise(
                 timed[name],
                 images,
-                peak_memory_mb=peaks[name] - together + weights[name] if device.type == "cuda" else None,
+                peak_memory_mb=peaks[name] - others - together + weights[name] if device.type == "cuda" else None,
                 compiled=hasattr(model, "_orig_mod"),
             ),
             speedup=statistics.median(ratios := [a / b for a, b in zip(timed[baseline], timed[name], strict=True)]),
