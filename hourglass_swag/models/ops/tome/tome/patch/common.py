@@ -9,6 +9,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+try:
+    from common.measure.attention import attention
+except ImportError:  # this package may be installed by itself
+    attention = None
+
 from .. import ops
 from ..merge import bipartite_soft_matching, key_bias, merge_source, merge_wavg
 from ..utils import R, parse_r
@@ -118,6 +123,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, dropout: float 
 
     Source: arXiv:2210.09461, Eq. 1.
     """
+    if size is not None and attention is not None and q.is_cuda:
+        return attention(q, k, v, size[..., 0].log(), dropout=dropout)
     bias = None if size is None else key_bias(size, q.dtype)
     return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
 
