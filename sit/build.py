@@ -1,6 +1,6 @@
 """From flags to the objects of a run: student, teachers, criterion, loaders, optimiser.
 
-Everything that a wrong flag could spoil is checked here, before the first picture is read.
+Everything that a wrong flag could spoil is checked here, before the first image is read.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ from common.run import cli
 from common.run.checkpoint import load_strict
 from common.run.distributed import World, get_logger
 from common.run.engine import amp_dtype, prepare_network
+from sit.arguments import network_options
 from sit.engine import get_param_groups, store_for_autocast, training_step
-from sit.losses import DistillationLoss
-from sit.models import SIZES, LVViT
-from sit.models.weights import (
+from sit.loading import (
     WeightsFile,
     check_teacher_fits,
     load_for_evaluation,
     load_for_training,
-    load_teacher,
     read_weights,
 )
+from sit.losses import DistillationLoss
+from sit.models import LVViT
+from sit.sizes import SIZES
 
 logger = get_logger(__name__)
 
@@ -71,13 +72,13 @@ def check_flags(args: argparse.Namespace, world: World) -> None:
             f"--extra-teacher-model {args.extra_teacher_model} needs its weights: --extra-teacher-path FILE"
         )
     if uses_mixup(args) and args.batch_size % 2:
-        raise FlagError(f"mixup and CutMix pair the pictures of a batch: --batch-size {args.batch_size} must be even")
+        raise FlagError(f"mixup and CutMix pair the images of a batch: --batch-size {args.batch_size} must be even")
     if args.token_label_data and (args.batch_size % 2 or uses_mixup(args)):
         raise FlagError("token labeling mixes tokens by itself: give an even --batch-size, --mixup 0 and --cutmix 0")
     peak = peak_rate(args, world)
     if peak < args.min_lr:
         logger.warning(
-            "the scaled rate %.3g (--lr %.3g for %d pictures per step) is below --min-lr %.3g: the rate will rise "
+            "the scaled rate %.3g (--lr %.3g for %d images per step) is below --min-lr %.3g: the rate will rise "
             "over the epochs; raise --lr or lower --min-lr",
             peak, args.lr, args.batch_size * world.size, args.min_lr,
         )  # fmt: skip
@@ -116,10 +117,13 @@ def open_split(args: argparse.Namespace, split: str, transform: Any) -> Dataset[
 
 
 def count_classes(args: argparse.Namespace, dataset: Dataset[Any]) -> int:
-    """--num-classes; else 1000 for IMNET whatever it holds, as published, and the data set's own for the others."""
+    """--num-classes, else those of the data, which is said where they are not the published 1000."""
     if args.num_classes:
         return args.num_classes
-    return 1000 if cli.dataset_name(args.data_set) == "imagenet" else num_classes(dataset)
+    found = num_classes(dataset)
+    if found != 1000:
+        logger.info("classes: %d, those of the data (--num-classes says otherwise)", found)
+    return found
 
 
 def pins(args: argparse.Namespace, world: World) -> bool:
@@ -128,9 +132,9 @@ def pins(args: argparse.Namespace, world: World) -> bool:
 
 
 def build_eval_loader(args: argparse.Namespace, world: World) -> tuple[Loader, int]:
-    """Held-out pictures in batches of 1.5 times the training's, as published, and the number of classes."""
-    picture = eval_transform(args.input_size, crop_ratio=args.eval_crop_ratio)
-    held_out = open_split(args, "val", picture)
+    """Held-out images in batches of 1.5 times the training's, as published, and the number of classes."""
+    image = eval_transform(args.input_size, crop_ratio=args.eval_crop_ratio)
+    held_out = open_split(args, "val", image)
     loader = eval_loader(
         held_out, batch_size=int(1.5 * args.batch_size), workers=args.workers, pin_memory=pins(args, world),
         seed=args.seed,
@@ -152,11 +156,11 @@ def build_train_transform(args: argparse.Namespace) -> Any:
 
 
 def build_train_loader(args: argparse.Namespace, world: World) -> Loader:
-    """Shuffled pictures, repeated and augmented as the flags say; with label maps where token labeling is on."""
+    """Shuffled images, repeated and augmented as the flags say; with label maps where token labeling is on."""
     if args.token_label_data:
-        from sit.token_labeling import LabelledPictures  # only where a teacher is trained this way
+        from sit.token_labeling import LabelledImages  # only where a teacher is trained this way
 
-        dataset: Dataset[Any] = LabelledPictures(
+        dataset: Dataset[Any] = LabelledImages(
             open_split(args, "train", None), args.data_path, args.token_label_data, args.input_size,
             build_train_transform(args),
         )  # fmt: skip
@@ -185,16 +189,6 @@ def build_mixup(args: argparse.Namespace, classes: int) -> Mixup | None:
 # Networks
 
 
-def network_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What --keeping-ratio and --stage-blocks change in a size."""
-    options: dict[str, Any] = {"img_size": args.input_size}
-    if args.keeping_ratio is not None:
-        options["keeping_ratio"] = args.keeping_ratio
-    if args.stage_blocks is not None:
-        options["stage_blocks"] = tuple(args.stage_blocks)
-    return options
-
-
 def make_network(name: str, **options: Any) -> LVViT:
     """A size of ``sit.models``.
 
@@ -215,6 +209,11 @@ def build_student(args: argparse.Namespace, classes: int) -> LVViT:
     options = network_options(args)
     if args.eval and file is not None:
         options |= options_of_another_size(file, args)
+        if not args.num_classes and file.classes not in (None, classes):
+            logger.warning(
+                "the data has %d classes, %s %d: labels are numbers of its classes", classes, file.source, file.classes
+            )
+            classes = file.classes
     model = make_network(
         args.model,
         num_classes=classes,
@@ -256,7 +255,7 @@ def build_teacher(args: argparse.Namespace, student: LVViT, amp: str, device: to
         check_teacher_fits(student, teacher)
     except ValueError as error:
         raise FlagError(str(error)) from error
-    load_teacher(teacher, read_weights(args.teacher_path))
+    load_for_evaluation(teacher, read_weights(args.teacher_path))
     teacher.with_cp = False
     teacher = teacher.to(device).eval().requires_grad_(False)
     store_for_autocast(teacher, amp_dtype(amp, device))
@@ -304,7 +303,7 @@ def build_step(
         from sit.token_labeling import DenseNetwork, make_step  # only where a teacher is trained this way
 
         network = prepare_network(DenseNetwork(model), world, compiled=args.compile)
-        side = model.img_size // model.patch_size
+        side = model.grid[0]
         options = {"smoothing": args.smoothing, "dense_weight": args.dense_weight}
         return network, make_step(network, side, model.num_classes, **options)
     criterion = build_criterion(args, model, amp, world.device)

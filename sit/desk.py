@@ -21,9 +21,9 @@ from common.ledger.tables import DeskTable
 from common.measure.benchmark import compare, device_name
 from common.measure.flops import gmacs
 from sit import main
+from sit.loading import load_for_evaluation, read_weights
 from sit.models import LVViT
 from sit.models.lvvit import build_lvvit
-from sit.models.weights import load_for_evaluation, read_weights
 
 TEACHER_EPOCHS, STUDENT_EPOCHS = 24, 8
 EXPECTED_PERCENT = 90
@@ -116,8 +116,8 @@ def run(folder: Path, *, device: torch.device | str, force: bool, progress: bool
         columns=COLUMNS,
         rows=rows,
         notes=(
-            "sit_lvvit_desk: 8 blocks in four stages, width 64, 8x8 tokens of 32x32 pictures; trained on 1,437 digits "
-            "and evaluated on the 360 others. One picture is 0.28 points, one training each: differences of less than "
+            "sit_lvvit_desk: 8 blocks in four stages, width 64, 8x8 tokens of 32x32 images; trained on 1,437 digits "
+            "and evaluated on the 360 others. One image is 0.28 points, one training each: differences of less than "
             "about a point say nothing.",
             "FRD: feature recalibration distillation, the paper's training; labels alone: the same start, weights of "
             "both distillation terms 0; from scratch: no teacher at all, as many epochs as the teacher had.",
@@ -183,5 +183,5 @@ def deployed(job: Run, folder: Path) -> LVViT:
 
 def held_out(number: int) -> torch.Tensor:
     """The first held-out digits, (number, 3, 32, 32), from the start again if need be."""
-    pictures = build_dataset("digits", None, "val", eval_transform(32))
-    return torch.stack([pictures[index % 360][0] for index in range(number)])
+    images = build_dataset("digits", None, "val", eval_transform(32))
+    return torch.stack([images[index % 360][0] for index in range(number)])

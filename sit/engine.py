@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.run.distributed import reduce_sums
-from common.run.engine import evaluate as evaluate_pictures
+from common.run.engine import evaluate as evaluate_images
 from sit.losses import DistillationLoss
 
 RTSM_FACTOR = 5.0
@@ -93,7 +93,7 @@ def training_step(
     criterion: DistillationLoss,
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
-    """Loss terms of a batch; the teacher sees the same mixed pictures as the student.
+    """Loss terms of a batch; the teacher sees the same mixed images as the student.
 
     Args:
         batch: images (B, 3, height, width), class numbers (B,).
@@ -140,14 +140,14 @@ class _BatchLosses:
 
 
 def evaluate(data_loader: Iterable[Any], model: nn.Module, device: torch.device, **options: Any) -> dict[str, float]:
-    """Accuracy and loss over the pictures of all ranks; see ``common.run.engine.evaluate``, whose options are taken.
+    """Accuracy and loss over the images of all ranks; see ``common.run.engine.evaluate``, whose options are taken.
 
     Returns:
         That function's result under the published names too: ``acc1``, ``acc5`` in percent, and ``loss``, which is the
-        mean over batches, each counted alike; ``picture_loss`` is the mean over pictures.
+        mean over batches, each counted alike; ``picture_loss`` is the mean over images.
     """
     losses = _BatchLosses(data_loader)
-    result = evaluate_pictures(model, losses, device=device, output=losses.output, **options)
+    result = evaluate_images(model, losses, device=device, output=losses.output, **options)
     sums = reduce_sums(losses.sums)
     return {
         **result,

@@ -13,7 +13,7 @@ _CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if _CHECKOUT not in sys.path:
     sys.path.insert(0, _CHECKOUT)
 
-from sit.models.weights import HUB  # noqa: E402 - found through the line above
+from sit.loading import HUB  # noqa: E402 - found through the line above
 
 dependencies = ["torch", "torchvision", "timm"]
 

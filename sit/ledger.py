@@ -16,9 +16,9 @@ from common.ledger.speeds import speeds_for_ledger
 from common.ledger.tables import DeskTable, Measured, NeedsWeights, Row
 from common.measure.flops import gmacs
 from sit import desk as desk_experiment
+from sit.arguments import parse_args
 from sit.models import LVViT, count_published_parameters
 from sit.models.lvvit import build_lvvit
-from sit.parser import parse_args
 
 
 def build_whole(row: Row) -> LVViT:

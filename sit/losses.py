@@ -1,6 +1,6 @@
 """Feature recalibration distillation (FRD): the loss of SiT's training.
 
-Paper: Self-slimmed Vision Transformer, arXiv:2111.12624, section 3.2; an earlier version calls it DKD.
+Paper: Self-slimmed Vision Transformer, arXiv:2111.12624; an earlier version calls it dense knowledge distillation.
 
 Letters: B batch, N tokens of the unslimmed network, C width, K classes, L blocks.
 """
@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TYPES = ("none", "frd")
+from common.losses import distillation_term, divergence
+from sit.sizes import TYPES
 
 Teacher = Callable[[Tensor], object]
 
@@ -29,7 +30,7 @@ def token_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: if the shapes differ.
 
-    Source: SiT, arXiv:2111.12624, section 3.2, token loss of FRD.
+    Source: SiT, arXiv:2111.12624, token loss of Feature Recalibration Distillation (FRD).
     """
     if len(student) != len(teacher):
         raise ValueError(f"the student has tokens of {len(student)} blocks, the teacher of {len(teacher)}")
@@ -41,19 +42,6 @@ def token_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
             )
     terms = [F.mse_loss(own, other) for own, other in zip(student, teacher, strict=True)]
     return torch.stack(terms).mean()
-
-
-def logit_loss(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
-    """tau^2 KL(teacher || student) of softened class probabilities: summed over classes, mean over pictures.
-
-    Args:
-        student, teacher: class logits, (B, K).
-        tau: temperature.
-
-    Source: SiT, section 3.2, logit loss.
-    """
-    own, other = F.log_softmax(student / tau, dim=1), F.log_softmax(teacher / tau, dim=1)
-    return F.kl_div(own, other, reduction="batchmean", log_target=True) * tau**2
 
 
 class Losses(NamedTuple):
@@ -71,15 +59,15 @@ class Losses(NamedTuple):
 
 
 class DistillationLoss(nn.Module):
-    """Cross entropy + token loss + logit loss + cross entropy to a CNN teacher's decision.
+    """Cross entropy + token loss + logit loss (``common.losses.divergence``) + cross entropy to a CNN's decision.
 
     The teachers run once per batch, without gradient, in evaluation mode, under the caller's autocast, and only as far
     as a weight that is not zero asks for. They are no submodules: neither ``train()`` nor a state dict reaches them.
 
     Args:
         base_criterion: loss of class logits and labels.
-        teacher_model: the same network without slimming, from pictures to (logits, L tokens); not needed for ``none``.
-        cnn_teacher: from pictures to logits, or None.
+        teacher_model: the same network without slimming, from images to (logits, L tokens); not needed for ``none``.
+        cnn_teacher: from images to logits, or None.
         distillation_type: ``none`` or ``frd``.
         lambda_token, lambda_logits, lambda_cnn, tau: weights, and temperature of the logit loss.
         weigh_cnn: multiply the last term by ``lambda_cnn``. The published code stores that weight without using it,
@@ -87,6 +75,8 @@ class DistillationLoss(nn.Module):
 
     Raises:
         ValueError: for an unknown type, a missing teacher, or a temperature that is not positive.
+
+    Source: SiT, arXiv:2111.12624, total loss of Feature Recalibration Distillation (FRD).
     """
 
     def __init__(
@@ -131,7 +121,7 @@ class DistillationLoss(nn.Module):
         """Losses of a batch.
 
         Args:
-            inputs: the pictures that the student saw, (B, 3, height, width).
+            inputs: the images that the student saw, (B, 3, height, width).
             outputs: what it returned in training mode: class logits, distillation logits, recovered tokens.
             labels: whatever the base criterion takes.
         """
@@ -145,10 +135,10 @@ class DistillationLoss(nn.Module):
         soft = zero
         if self.lambda_logits:
             assert teacher_logits is not None
-            soft = self.lambda_logits * logit_loss(logits, teacher_logits, self.tau)
+            soft = self.lambda_logits * divergence(logits, teacher_logits, self.tau)
         cnn = zero
         if (cnn_teacher := self._teachers[1]) is not None:
             with torch.no_grad():
-                decision = cnn_teacher(inputs).argmax(dim=1)
-            cnn = self.lambda_cnn * F.cross_entropy(distilled, decision)
+                taught = cnn_teacher(inputs)
+            cnn = self.lambda_cnn * distillation_term(distilled, taught, "hard")
         return Losses(base + token + soft + cnn, base, token, soft, cnn)

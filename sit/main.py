@@ -30,16 +30,16 @@ from common.run.distributed import World, get_logger, is_main, launch, run, seed
 from common.run.engine import NonFiniteLoss, train
 from common.run.files import write_atomic
 from sit import build
+from sit.arguments import parse_args as parse_flags
 from sit.engine import adjust_learning_rate, evaluate, rates_line, summary_line
 from sit.meters import Logs
 from sit.models import LVViT
-from sit.parser import parse_args as parse_flags
 
 logger = get_logger(__name__)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags of a command line; see ``sit.parser``."""
+    """Flags of a command line; see ``sit.arguments``."""
     return parse_flags(argv, __doc__)
 
 
@@ -105,6 +105,9 @@ def train_model(args: argparse.Namespace, world: World) -> dict[str, float]:
     state = make_state(args, model, world)
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
     logger.info("number of params: %d", trained)
+    epochs = args.epochs + args.cooldown_epochs
+    cooldown = f": {args.epochs} and a cooldown of {args.cooldown_epochs} at --min-lr (--cooldown-epochs)"
+    logger.info("training %d epochs%s", epochs, cooldown if args.cooldown_epochs else "")
     folder = Path(args.output_dir) if args.output_dir else None
     manager = CheckpointManager(folder, last="checkpoint.pth", best="best_checkpoint.pth") if folder else None
     if args.resume:
@@ -122,7 +125,7 @@ def train_model(args: argparse.Namespace, world: World) -> dict[str, float]:
         logger.info(rates_line(*rates))
 
     row = train(
-        logs.step, state, batches, world=world, epochs=args.epochs + args.cooldown_epochs, network=network, amp=amp,
+        logs.step, state, batches, world=world, epochs=epochs, network=network, amp=amp,
         clip_grad=args.clip_grad, evaluate_fn=partial(evaluate_both, state, test_batches, world, amp),
         manager=manager, record=logs.record, save_every_steps=args.save_every_steps,
         log_every_steps=args.log_every_steps, epoch_start=epoch_start, after_step=logs.after_step,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common.run import cli
 from sit import main as program
-from sit.parser import get_args_parser
+from sit.arguments import get_args_parser
 
 PUBLISHED_SHARED = Path("/checkpoint")
 """Where the published script expects a folder that every node sees."""

@@ -43,11 +43,11 @@ from common.run.cli import make_parser, positive_float, positive_int
 from common.run.distributed import LaunchError, choose_device
 from common.run.engine import autocast
 from common.run.files import ROOT
+from sit.arguments import parse_args as parse_flags
 from sit.engine import get_param_groups, store_for_autocast, training_step
 from sit.losses import DistillationLoss
 from sit.models import SIZES, LVViT
 from sit.models.lvvit import build_lvvit
-from sit.parser import parse_args as parse_flags
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LEVIT_BATCH = {"cuda": 1024, "cpu": 16}
@@ -64,7 +64,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--training", action="store_true", help="time training steps instead: share of the teacher and of RTSM")
     add("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda or cuda:N (default: auto)")
     add("--batch-size", type=positive_int, metavar="N",
-        help="pictures per pass (default: 256 on a GPU, 1 on a CPU; LeViT's protocol: 1024 and 16)")  # fmt: skip
+        help="images per pass (default: 256 on a GPU, 1 on a CPU; LeViT's protocol: 1024 and 16)")  # fmt: skip
     add("--dtype", default="float32", choices=list(DTYPES), help="precision of the networks (default: float32)")
     add("--compile", action="store_true", help="compile the networks with torch.compile")
     add("--warmup", type=positive_int, default=2, metavar="N", help="untimed rounds (default: 2)")
@@ -280,7 +280,7 @@ def run_training(name: str, args: argparse.Namespace, device: torch.device, cloc
     found = measure_training(name, device, batch=batch, rounds=args.rounds, clock=clock, limit_s=args.limit_s)
     shares = {key: 100 * found[key] / found["step"] for key in ("plain", "teacher", "recovery")}
     print(
-        f"{name}: {found['step']:.1f} ms per training step of {batch} pictures: student {shares['plain']:.0f} %, "
+        f"{name}: {found['step']:.1f} ms per training step of {batch} images: student {shares['plain']:.0f} %, "
         f"teacher {shares['teacher']:.0f} %, reverse modules and their losses {shares['recovery']:.0f} %",
         flush=True,
     )

@@ -13,9 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.run.checkpoint import CheckpointError
 from common.run.cli import make_parser
-from sit.models.weights import read_weights, strip, summarise
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -32,6 +30,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     """Write the file and say what is gone."""
     args = parse_args(argv)
+    from sit.loading import read_weights, strip, summarise
+
     report = strip(read_weights(args.checkpoint, key=args.key), args.output, half=args.half)
     print(f"removed {summarise(report['removed'])}")
     print(f"written to {args.output}: {report['parameters']:,} numbers, {report['bytes'] / 1e6:.1f} MB")
@@ -41,5 +41,5 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
 if __name__ == "__main__":
     try:
         main()
-    except CheckpointError as error:
+    except RuntimeError as error:
         sys.exit(f"error: {error}")

@@ -4,9 +4,9 @@ Paper: All Tokens Matter, arXiv:2104.10858 (LV-ViT), section 3; the published te
 Written from the paper; SiT's own code does not contain it. ``aux_head`` classifies the patch tokens and is trained
 here; everywhere else it is frozen.
 
-Form of the maps: for the picture ``train/CLASS/NAME.jpg`` the file ``DIR/CLASS/NAME.pt``, a tensor (2, k, H, W) of
+Form of the maps: for the image ``train/CLASS/NAME.jpg`` the file ``DIR/CLASS/NAME.pt``, a tensor (2, k, H, W) of
 torch.save: ``[0]`` the scores of the k best classes of each cell, ``[1]`` their numbers, H x W cells over the whole
-picture. A random crop takes its part of the map, a flip flips it; RandAugment's small shifts and rotations leave it.
+image. A random crop takes its part of the map, a flip flips it; RandAugment's small shifts and rotations leave it.
 
 Letters: B batch, C width, K classes, k classes of a cell, S x S patches.
 """
@@ -35,8 +35,8 @@ Box = tuple[int, int, int, int]
 """Rows from, to, columns from, to, in patches."""
 
 
-class LabelledPictures(Dataset[Any]):
-    """Pictures with their label maps and what the random crop took of them.
+class LabelledImages(Dataset[Any]):
+    """Images with their label maps and what the random crop took of them.
 
     Args:
         dataset: class folders, without a transform.
@@ -45,18 +45,16 @@ class LabelledPictures(Dataset[Any]):
         transform: of training, whose first two steps are a random resized crop and perhaps a flip.
 
     Raises:
-        DataError: if the data set has no picture files, or ``maps`` is no folder.
+        DataError: if the data set has no image files, or ``maps`` is no folder.
     """
 
     def __init__(self, dataset: Dataset[Any], root: str | Path, maps: str | Path, size: int, transform: Any) -> None:
         self.samples: list[tuple[str, int]] | None = getattr(dataset, "samples", None)
         if self.samples is None:
-            raise DataError(
-                f"token labeling needs class folders of pictures under {root}, not {type(dataset).__name__}"
-            )
+            raise DataError(f"token labeling needs class folders of images under {root}, not {type(dataset).__name__}")
         self.maps = Path(maps)
         if not self.maps.is_dir():
-            raise DataError(f"--token-label-data {maps}: no such folder; it holds CLASS/NAME.pt for every picture")
+            raise DataError(f"--token-label-data {maps}: no such folder; it holds CLASS/NAME.pt for every image")
         self.dataset = dataset
         self.classes = getattr(dataset, "classes", None)
         self.crop, *rest = transform.transforms
@@ -70,39 +68,39 @@ class LabelledPictures(Dataset[Any]):
         return len(self.dataset)  # pyright: ignore[reportArgumentType]
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
-        """Picture (3, size, size); ``label``, ``scores`` and ``classes`` (k, H, W), ``box`` (left, top, right, bottom
-        as shares of the picture), ``flip``."""
+        """Image (3, size, size); ``label``, ``scores`` and ``classes`` (k, H, W), ``box`` (left, top, right, bottom
+        as shares of the image), ``flip``."""
         assert self.samples is not None
-        picture, label = self.dataset[index]
+        image, label = self.dataset[index]
         scores, classes = self.read_map(Path(self.samples[index][0]))
-        top, left, height, width = self.crop.get_params(picture, self.crop.scale, self.crop.ratio)
+        top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
         box = torch.tensor(
             [
-                left / picture.width,
-                top / picture.height,
-                (left + width) / picture.width,
-                (top + height) / picture.height,
+                left / image.width,
+                top / image.height,
+                (left + width) / image.width,
+                (top + height) / image.height,
             ]
         )
-        picture = picture.crop((left, top, left + width, top + height)).resize(self.crop.size[::-1], resample=3)
+        image = image.crop((left, top, left + width, top + height)).resize(self.crop.size[::-1], resample=3)
         flip = random.random() < self.flip
         if flip:
-            picture = picture.transpose(0)  # left to right
+            image = image.transpose(0)  # left to right
         for step in self.rest:
-            picture = step(picture)
-        return picture, {"label": label, "scores": scores, "classes": classes, "box": box, "flip": flip}
+            image = step(image)
+        return image, {"label": label, "scores": scores, "classes": classes, "box": box, "flip": flip}
 
-    def read_map(self, picture: Path) -> tuple[Tensor, Tensor]:
-        """Scores and class numbers of a picture's cells, (k, H, W) each.
+    def read_map(self, image: Path) -> tuple[Tensor, Tensor]:
+        """Scores and class numbers of an image's cells, (k, H, W) each.
 
         Raises:
             DataError: naming the file.
         """
-        path = self.maps / picture.parent.name / f"{picture.stem}.pt"
+        path = self.maps / image.parent.name / f"{image.stem}.pt"
         try:
             content = load_safely(path)
         except CheckpointError as error:
-            raise DataError(f"label map of {picture}: {error}") from error
+            raise DataError(f"label map of {image}: {error}") from error
         if not isinstance(content, Tensor) or content.ndim != 4 or content.shape[0] != 2:
             shape = tuple(content.shape) if isinstance(content, Tensor) else type(content).__name__
             raise DataError(f"{path}: expected a tensor (2, k, H, W) of scores and class numbers, found {shape}")
@@ -113,7 +111,7 @@ def token_targets(labels: Mapping[str, Tensor], num_classes: int, side: int) -> 
     """Class probabilities of every patch of a batch, (B, side * side, K).
 
     Args:
-        labels: a batch of what :class:`LabelledPictures` gives.
+        labels: a batch of what :class:`LabelledImages` gives.
 
     Source: LV-ViT, arXiv:2104.10858, section 3.2: the cells under the crop, by RoIAlign.
     """
@@ -142,7 +140,7 @@ def draw_box(side: int) -> Box:
 
 
 def mix_box(grid: Tensor, box: Box) -> Tensor:
-    """Swap a region between each picture of a batch and its mirror in the batch's order.
+    """Swap a region between each image of a batch and its mirror in the batch's order.
 
     Args:
         grid: (B, C, S, S); the first two axes may hold anything.
@@ -154,7 +152,7 @@ def mix_box(grid: Tensor, box: Box) -> Tensor:
 
 
 class DenseNetwork(nn.Module):
-    """An LV-ViT that answers for the class token and for every patch, of pictures mixed behind the stem."""
+    """An LV-ViT that answers for the class token and for every patch, of images mixed behind the stem."""
 
     def __init__(self, model: LVViT) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
-"""Which input tokens each slimmed token mixes: the weights of the slimming modules over the picture, one PNG each.
+"""Which input tokens each slimmed token mixes: the weights of the slimming modules over the image, one PNG each.
 
     python sit/visualize.py --model sit_lvvit_small --weights checkpoint.pth photo.jpg
 
 A row per slimming module. First what all its tokens together take from each patch (1 is an equal share), then single
 tokens, chosen to be as different as possible. From the second module on the weights are multiplied back through the
-modules before, so that every map is over the patches of the picture; what attention mixes in between is not in them.
+modules before, so that every map is over the patches of the image; what attention mixes in between is not in them.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 from common.data.loaders import DataError, eval_transform, load_picture
 from common.run.checkpoint import CheckpointError
 from common.run.cli import make_parser, positive_int
+from sit.loading import load_for_evaluation, read_weights
 from sit.models import SIZES, LVViT, TokenSlimmingModule
 from sit.models.lvvit import build_lvvit
-from sit.models.weights import load_for_evaluation, read_weights
 
 PANEL = 168  # pixels of a map's side, at least
 MARGIN, GAP, LINE = 20, 10, 22
 PAPER, INK, FAINT = (255, 255, 255), (24, 24, 27), (96, 96, 104)
-PICTURE_SHARE = 0.35  # how much of the grey picture shines through a map
+IMAGE_SHARE = 0.35  # how much of the grey image shines through a map
 
 
 class SlimmedStage(NamedTuple):
-    """One slimming module on one picture; ``weights`` (M, N) are over the patches of the picture."""
+    """One slimming module on one image; ``weights`` (M, N) are over the patches of the image."""
 
     block: int
     entering: int
@@ -51,7 +51,7 @@ class SlimmedStage(NamedTuple):
 
 @torch.no_grad()
 def trace_mixing(model: LVViT, images: Tensor) -> list[SlimmedStage]:
-    """The mixing weights of every slimming module for one picture (1, 3, height, width), in order.
+    """The mixing weights of every slimming module for one image (1, 3, height, width), in order.
 
     Raises:
         ValueError: if the network does not slim.
@@ -90,33 +90,33 @@ def choose_different(weights: Tensor, number: int) -> list[int]:
 # Drawing
 
 
-def draw_map(picture: Image.Image, values: Tensor, top: float) -> Image.Image:
-    """A map over a picture's patches in colour, the picture shining through in grey.
+def draw_map(image: Image.Image, values: Tensor, top: float) -> Image.Image:
+    """A map over an image's patches in colour, the image shining through in grey.
 
     Args:
-        picture: square.
+        image: square.
         values: (N,), N a square number.
         top: the value that is brightest.
     """
     grid = math.isqrt(len(values))
     shown = Image.fromarray((values / max(top, 1e-12)).clamp(0, 1).reshape(grid, grid).numpy())
-    smooth = np.asarray(shown.resize(picture.size, Image.Resampling.BICUBIC)).clip(0, 1)
+    smooth = np.asarray(shown.resize(image.size, Image.Resampling.BICUBIC)).clip(0, 1)
     colour = colormaps["inferno"](smooth)[..., :3]
-    grey = np.asarray(picture.convert("L"))[..., None] / 255.0
-    mixed = (1 - PICTURE_SHARE) * colour + PICTURE_SHARE * grey
+    grey = np.asarray(image.convert("L"))[..., None] / 255.0
+    mixed = (1 - IMAGE_SHARE) * colour + IMAGE_SHARE * grey
     return Image.fromarray(np.uint8(np.rint(255 * mixed)))
 
 
-def draw_sheet(picture: Image.Image, stages: Sequence[SlimmedStage], tokens: int, title: str) -> Image.Image:
-    """The picture, and a row of maps for every stage.
+def draw_sheet(image: Image.Image, stages: Sequence[SlimmedStage], tokens: int, title: str) -> Image.Image:
+    """The image, and a row of maps for every stage.
 
     Args:
-        picture: square, as the network sees it.
+        image: square, as the network sees it.
         tokens: single tokens per row.
     """
     grid = math.isqrt(stages[0].weights.shape[1])
     side = grid * max(1, round(PANEL / grid))
-    small = picture.resize((side, side), Image.Resampling.BICUBIC)
+    small = image.resize((side, side), Image.Resampling.BICUBIC)
     columns = 2 + max(min(tokens, len(stage.weights)) for stage in stages)
     step = side + GAP
     row_height = side + 2 * LINE + GAP
@@ -153,22 +153,22 @@ def draw_sheet(picture: Image.Image, stages: Sequence[SlimmedStage], tokens: int
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Pictures and network."""
+    """Images and network."""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("images", nargs="+", type=Path, metavar="IMAGE", help="pictures, in any format Pillow reads")
+    add("images", nargs="+", type=Path, metavar="IMAGE", help="images, in any format Pillow reads")
     add("--model", default="sit_lvvit_tiny", choices=list(SIZES), metavar="NAME", help=f"one of {', '.join(SIZES)}")
     add("--weights", metavar="FILE", help="a trained student, stripped or not; without it the weights are random")
     add("--num-classes", type=positive_int, default=1000, metavar="K", help="classes of the file (default: 1000)")
     add("--keeping-ratio", type=float, metavar="R", help="of the file, if it is not the model's own")
-    add("--input-size", type=positive_int, metavar="PIXELS", help="side of the picture (default: the model's)")
+    add("--input-size", type=positive_int, metavar="PIXELS", help="side of the image (default: the model's)")
     add("--tokens", type=positive_int, default=6, metavar="N", help="single tokens in each row (default: 6)")
     add("--output", type=Path, default=Path("output/visualize"), metavar="DIR", help="folder to write to")
     return parser.parse_args(argv)
 
 
 def build_network(args: argparse.Namespace) -> LVViT:
-    """The slimmed network of the flags, on the CPU, where one picture takes less than a second."""
+    """The slimmed network of the flags, on the CPU, where one image takes less than a second."""
     options = {"keeping_ratio": args.keeping_ratio, "img_size": args.input_size}
     options = {name: value for name, value in options.items() if value is not None}
     model = build_lvvit(
@@ -182,7 +182,7 @@ def build_network(args: argparse.Namespace) -> LVViT:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:
-    """Draw every picture; returns the files written."""
+    """Draw every image; returns the files written."""
     args = parse_args(argv)
     model = build_network(args)
     transform = eval_transform(model.img_size)
@@ -190,14 +190,14 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     args.output.mkdir(parents=True, exist_ok=True)
     files = []
     for path in args.images:
-        picture = load_picture(path)
-        stages = trace_mixing(model, torch.as_tensor(transform(picture))[None])
+        image = load_picture(path)
+        stages = trace_mixing(model, torch.as_tensor(transform(image))[None])
         for stage in stages:
             print(f"{path}: after block {stage.block}: {stage.entering} to {len(stage.weights)} tokens")
         random = "" if args.weights else ", random weights"
         title = f"{path.name} in {args.model}{random}: what the slimmed tokens are made of"
         file = args.output / f"{path.stem}_{args.model}.png"
-        draw_sheet(shown(picture), stages, args.tokens, title).save(file)
+        draw_sheet(shown(image), stages, args.tokens, title).save(file)
         print(f"written to {file}")
         files.append(file)
     return files

@@ -1,7 +1,9 @@
 """Networks of SiT: the sizes of LV-ViT, slimmed or not. Importing this module registers them with timm."""
 
+from timm.layers.mlp import Mlp
+
 from sit.models.lvvit import (
-    SIZES,
+    FACTORIES,
     Attention,
     Block,
     LVViT,
@@ -10,14 +12,9 @@ from sit.models.lvvit import (
     PatchEmbedNaive,
     count_published_parameters,
     get_dpr,
-    sit_lvvit_desk,
-    sit_lvvit_large,
-    sit_lvvit_medium,
-    sit_lvvit_small,
-    sit_lvvit_tiny,
-    sit_lvvit_xsmall,
 )
-from sit.models.slimming import Mlp, ReverseTSM, TokenSlimmingModule, slim_tokens
+from sit.models.slimming import ReverseTSM, TokenSlimmingModule, slim_tokens
+from sit.sizes import SIZES
 
 __all__ = [
     "SIZES",
@@ -32,11 +29,7 @@ __all__ = [
     "TokenSlimmingModule",
     "count_published_parameters",
     "get_dpr",
-    "sit_lvvit_desk",
-    "sit_lvvit_large",
-    "sit_lvvit_medium",
-    "sit_lvvit_small",
-    "sit_lvvit_tiny",
-    "sit_lvvit_xsmall",
     "slim_tokens",
+    *FACTORIES,
 ]
+globals().update(FACTORIES)

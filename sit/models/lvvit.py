@@ -9,30 +9,30 @@ Letters: B batch, N patch tokens, E extra tokens (class, distillation), C width,
 from __future__ import annotations
 
 import copy
+import difflib
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers.drop import DropPath
+from timm.layers.mlp import Mlp
 from timm.layers.weight_init import trunc_normal_
 from timm.models._registry import register_model
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 from common.measure import flops
 from common.measure.flops import OpCounts
-from sit.models.slimming import (
-    Mlp,
-    ReverseTSM,
-    TokenSlimmingModule,
-    layer_tokens,
-    slimming_blocks,
-    stage_tokens,
-)
+from sit.models.slimming import ReverseTSM, TokenSlimmingModule, count_mlp, layer_tokens, slimming_blocks, stage_tokens
+from sit.sizes import COMMON, SIZES, TYPES
 
 Tokens = list[Tensor]
+Pixels = int | Sequence[int]
+"""Side of a square image, or its height and width."""
 Outputs = Tensor | tuple[Tensor, Tokens] | tuple[Tensor, Tensor, Tokens]
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ class _ConvStem(nn.Module):
     """3x3 convolutions with batch norm, a GELU between them and none after the last; total stride 16.
 
     Args:
-        img_size: side of the picture in pixels; it only says how many patches there are.
+        img_size: pixels; they only say how many patches there are.
         patch_size: must be 16, the stride of the convolutions.
         embed_dim: width C; the channels are fractions of it.
     """
@@ -52,15 +52,15 @@ class _ConvStem(nn.Module):
     """C over the channels of each convolution"""
     strides: tuple[int, ...] = ()
 
-    def __init__(self, img_size: int = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768) -> None:
+    def __init__(self, img_size: Pixels = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768) -> None:
         super().__init__()
         if patch_size != math.prod(self.strides):
             raise ValueError(
                 f"{type(self).__name__} has a stride of {math.prod(self.strides)} pixels, so patch_size {patch_size} "
                 "cannot be had; use p_emb='naive' for other patches"
             )
-        self.img_size, self.patch_size = img_size, patch_size
-        self.num_patches = count_patches(img_size, patch_size)
+        self.grid = patch_grid(img_size, patch_size)
+        self.num_patches = math.prod(self.grid)
         width = in_chans
         for index, (fraction, stride) in enumerate(zip(self.channels, self.strides, strict=True), start=1):
             out = embed_dim // fraction
@@ -68,52 +68,42 @@ class _ConvStem(nn.Module):
             self.add_module(f"bn{index}", nn.BatchNorm2d(out))
             width = out
 
-    def layers(self) -> list[tuple[nn.Conv2d, nn.Module]]:
-        """Convolution and normalisation, in order."""
-        modules = dict(self.named_children())
-        return [(modules[f"conv{i}"], modules[f"bn{i}"]) for i in range(1, len(self.strides) + 1)]  # pyright: ignore
-
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, height, width) to (B, C, height / 16, width / 16)."""
-        layers = self.layers()
         x = images
-        for index, (conv, norm) in enumerate(layers):
-            x = norm(conv(x))
-            if index + 1 < len(layers):
+        for index in range(1, len(self.strides) + 1):
+            x = self.get_submodule(f"bn{index}")(self.get_submodule(f"conv{index}")(x))
+            if index < len(self.strides):
                 x = F.gelu(x)
         return x
 
     @torch.no_grad()
     def fuse(self) -> _ConvStem:
-        """A copy for inference whose batch norms are folded into its convolutions, exactly.
+        """A copy for inference whose batch norms are folded into its convolutions, exactly: computed in float64.
 
-        w' = w g / sqrt(var + eps), b' = beta - mean g / sqrt(var + eps), computed in float64. LeViT's speed tool calls
-        a module's method of this name; stems without it would lose their normalisation there.
+        LeViT's speed tool calls a module's method of this name; stems without it would lose their normalisation there.
         """
-        folded = copy.deepcopy(self)
-        for index, (conv, norm) in enumerate(folded.layers(), start=1):
-            if not isinstance(norm, nn.BatchNorm2d):
-                continue  # folded before
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-            bias = norm.bias.double() - norm.running_mean.double() * scale
-            dtype = conv.weight.dtype
-            conv.weight = nn.Parameter((conv.weight.double() * scale[:, None, None, None]).to(dtype))
-            conv.bias = nn.Parameter(bias.to(dtype))
-            setattr(folded, f"bn{index}", nn.Identity())
+        folded = copy.deepcopy(self).eval()
+        for index in range(1, len(self.strides) + 1):
+            conv, norm = (folded.get_submodule(f"{kind}{index}") for kind in ("conv", "bn"))
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):  # not folded before
+                dtype = conv.weight.dtype
+                setattr(folded, f"conv{index}", fuse_conv_bn_eval(conv.double(), norm.double()).to(dtype))
+                setattr(folded, f"bn{index}", nn.Identity())
         return folded
 
     def count_ops(self) -> OpCounts:
-        """Cost for one picture of ``img_size``."""
-        counts, side = OpCounts(), self.img_size
-        for index, (conv, norm) in enumerate(self.layers(), start=1):
-            side = math.ceil(side / conv.stride[0])
-            counts += flops.conv2d(side, side, conv.in_channels, conv.out_channels, 3, bias=conv.bias is not None)
+        """Cost for one image."""
+        counts, (rows, columns) = OpCounts(), (16 * side for side in self.grid)
+        for index, stride in enumerate(self.strides, start=1):
+            conv, norm = self.get_submodule(f"conv{index}"), self.get_submodule(f"bn{index}")
+            assert isinstance(conv, nn.Conv2d)
+            rows, columns = rows // stride, columns // stride
+            counts += flops.conv2d(rows, columns, conv.in_channels, conv.out_channels, 3, bias=conv.bias is not None)
             if isinstance(norm, nn.BatchNorm2d):
-                counts += flops.batch_norm(side * side * conv.out_channels)
+                counts += flops.batch_norm(rows * columns * conv.out_channels)
             if index < len(self.strides):
-                counts += flops.gelu(side * side * conv.out_channels)
+                counts += flops.gelu(rows * columns * conv.out_channels)
         return counts
 
 
@@ -132,42 +122,61 @@ class PatchEmbed6CG(_ConvStem):
 class PatchEmbedNaive(nn.Module):
     """One convolution over patches that do not overlap, with a bias."""
 
-    def __init__(self, img_size: int = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768) -> None:
+    def __init__(self, img_size: Pixels = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768) -> None:
         super().__init__()
-        self.img_size, self.patch_size = img_size, patch_size
-        self.num_patches = count_patches(img_size, patch_size)
+        self.grid = patch_grid(img_size, patch_size)
+        self.num_patches = math.prod(self.grid)
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, img_size, img_size) to (B, C, img_size / patch_size, img_size / patch_size)."""
-        if images.shape[2] != self.img_size or images.shape[3] != self.img_size:
-            raise ValueError(f"pictures of {images.shape[2]}x{images.shape[3]} in a network for {self.img_size} pixels")
+        """(B, 3, height, width) to (B, C, height / patch_size, width / patch_size)."""
+        height, width = (side * step for side, step in zip(self.grid, self.proj.stride, strict=True))
+        if images.shape[2:] != (height, width):
+            found = "x".join(map(str, images.shape[2:]))
+            raise ValueError(f"images of {found} in a network for {height}x{width} pixels")
         return self.proj(images)
 
     def count_ops(self) -> OpCounts:
-        """Cost for one picture of ``img_size``."""
-        side = self.img_size // self.patch_size
-        return flops.conv2d(side, side, self.proj.in_channels, self.proj.out_channels, self.patch_size)
+        """Cost for one image."""
+        return flops.conv2d(*self.grid, self.proj.in_channels, self.proj.out_channels, self.proj.kernel_size[0])
 
 
-STEMS: dict[str, type[_ConvStem] | type[PatchEmbedNaive]] = {"4c": PatchEmbed4CG, "6c": PatchEmbed6CG}
-"""``p_emb`` -> stem; any other name is the single convolution, as in the published code."""
+STEMS: Mapping[str, type[_ConvStem] | type[PatchEmbedNaive]] = {
+    "4c": PatchEmbed4CG, "6c": PatchEmbed6CG, "naive": PatchEmbedNaive, "4cg": PatchEmbedNaive,
+}  # fmt: skip
+"""``p_emb`` -> stem. ``4cg``, the published default, names four convolutions and gives the single one, as published:
+the published code compares with ``4c`` and ``6c`` and takes the single convolution for anything else."""
 
 
-def count_patches(img_size: int, patch_size: int) -> int:
-    """Patches of a square picture.
+def choose(argument: str, value: object, valid: Sequence[str]) -> str:
+    """``value`` if it is one of the valid names.
 
     Raises:
-        ValueError: if the patches do not fill the picture.
+        ValueError: naming the valid ones and the nearest.
     """
-    if not isinstance(img_size, int) or not isinstance(patch_size, int):
+    if value in valid:
+        return str(value)
+    near = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.3)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{argument} must be one of {', '.join(valid)}, got {value!r}{hint}")
+
+
+def patch_grid(img_size: Pixels, patch_size: int) -> tuple[int, int]:
+    """Rows and columns of patches.
+
+    Raises:
+        ValueError: if the patches do not fill the image.
+    """
+    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(sides) != 2 or not all(isinstance(number, int) for number in (*sides, patch_size)):
         raise ValueError(f"img_size and patch_size must be whole numbers of pixels, got {img_size!r}, {patch_size!r}")
-    if img_size < patch_size or img_size % patch_size:
-        nearest = max(1, round(img_size / patch_size)) * patch_size
-        raise ValueError(
-            f"patches of {patch_size} pixels do not fill {img_size} pixels; give a multiple, such as {nearest}"
-        )
-    return (img_size // patch_size) ** 2
+    for side in sides:
+        if side < patch_size or side % patch_size:
+            nearest = max(1, round(side / patch_size)) * patch_size
+            raise ValueError(
+                f"patches of {patch_size} pixels do not fill {side} pixels; give a multiple, such as {nearest}"
+            )
+    return sides[0] // patch_size, sides[1] // patch_size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,7 +223,7 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
     def count_ops(self, number: int) -> OpCounts:
-        """Cost for ``number`` tokens of one picture."""
+        """Cost for ``number`` tokens of one image."""
         inner = self.num_heads * self.head_dim
         counts = flops.linear(number, self.qkv.in_features, 3 * inner, bias=self.qkv.bias is not None)
         counts += flops.attention(number, number, inner, self.num_heads)
@@ -254,9 +263,9 @@ class Block(nn.Module):
         return torch.add(x, self.drop_path(self.mlp(self.norm2(x))), alpha=share)
 
     def count_ops(self, number: int) -> OpCounts:
-        """Cost for ``number`` tokens of one picture."""
+        """Cost for ``number`` tokens of one image."""
         elements = number * self.mlp.fc1.in_features
-        branches = self.attn.count_ops(number) + self.mlp.count_ops(number)
+        branches = self.attn.count_ops(number) + count_mlp(self.mlp, number)
         return branches + 2 * (flops.layer_norm(elements) + flops.div(elements) + flops.add(elements))
 
 
@@ -288,27 +297,28 @@ class LVViT(nn.Module):
     """LV-ViT; slimmed, and with reverse modules for training, unless ``distillation_type`` is None or ``none``.
 
     Args:
-        img_size: side of the picture in pixels.
+        img_size: pixels: the side of square images, or (height, width).
         stage_blocks: blocks of each stage; tokens are slimmed between stages.
         keeping_ratio: tokens of a stage over those of the one before.
-        distillation_type: None or ``none`` for the teacher's network; anything else slims.
+        distillation_type: None or ``none`` for the teacher's network, ``frd`` for the slimmed one.
         conv_distillation: add a distillation token, which follows a CNN teacher; slimmed networks only.
-        p_emb: ``4c``, ``6c``; any other name is the single convolution.
+        p_emb: ``4c``, ``6c``, ``naive`` (the single convolution), or ``4cg``, the published default, which is the
+            single convolution too, against its name, and warns of it; see ``STEMS``.
         skip_lam: divisor of the residual branches.
         with_cp: recompute each block's activations in the backward pass instead of keeping them.
-        keeped_patches: tokens of each stage after the first, in place of what the ratio gives: for a picture of
+        keeped_patches: tokens of each stage after the first, in place of what the ratio gives: for images of
             another size than a file was trained for, whose slimming modules put out a fixed number of tokens.
         logits_only: for inference: no reverse modules, no ``aux_head``, and the forward pass gives logits alone.
 
     Raises:
-        ValueError: for options that do not go together.
+        ValueError: for an unknown name, and options that do not go together.
 
-    Source: SiT, arXiv:2111.12624, section 3 and table of settings.
+    Source: SiT, arXiv:2111.12624, the settings of its networks; the backbone is LV-ViT, arXiv:2104.10858.
     """
 
     def __init__(
         self,
-        img_size: int = 224,
+        img_size: Pixels = 224,
         patch_size: int = 16,
         in_chans: int = 3,
         num_classes: int = 1000,
@@ -336,7 +346,7 @@ class LVViT(nn.Module):
         logits_only: bool = False,
     ) -> None:
         super().__init__()
-        if distillation_type == "none":
+        if choose("distillation_type", distillation_type or "none", TYPES) == "none":
             distillation_type = None
         slimmed = distillation_type is not None
         if sum(stage_blocks) != depth:
@@ -360,7 +370,13 @@ class LVViT(nn.Module):
         self.recover = slimmed and not logits_only
         """Whether training runs the reverse modules; off where the token loss has no weight."""
 
-        self.patch_embed = STEMS.get(p_emb, PatchEmbedNaive)(img_size, patch_size, in_chans, embed_dim)
+        if p_emb == "4cg":
+            warnings.warn(
+                "p_emb='4cg', the default, is the single convolution, as in the published code: 'naive' says so, and "
+                "'4c' is the stem of four convolutions",
+                stacklevel=2,
+            )
+        self.patch_embed = STEMS[choose("p_emb", p_emb, list(STEMS))](img_size, patch_size, in_chans, embed_dim)
         self.img_size, self.patch_size = img_size, patch_size
         self.num_patches = number = self.patch_embed.num_patches
         self.keeped_patches = stage_tokens(number, keeping_ratio, len(stage_blocks))
@@ -421,6 +437,16 @@ class LVViT(nn.Module):
         return self.distillation_type is not None
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.patch_embed.grid
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        return self.grid[0] * self.patch_size, self.grid[1] * self.patch_size
+
+    @property
     def extra_tokens(self) -> int:
         """Tokens in front of the patches."""
         return 1 + self.conv_distillation
@@ -435,20 +461,21 @@ class LVViT(nn.Module):
         self.head = _head(self.embed_dim, num_classes).to(self.cls_token)
 
     def embed(self, images: Tensor, *, mix: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Pictures (B, 3, height, width) to tokens with positions, (B, E + N, C).
+        """Images (B, 3, height, width) to tokens with positions, (B, E + N, C).
 
         Args:
-            mix: changes the stem's output (B, C, S, S) before the positions are added.
+            mix: changes the stem's output (B, C, rows, columns) before the positions are added.
 
         Raises:
-            ValueError: if the pictures give another number of patches than the network has positions.
+            ValueError: if the images give another number of patches than the network has positions.
         """
         grid = self.patch_embed(images)
         patches = (grid if mix is None else mix(grid)).flatten(2).transpose(1, 2)  # (B, N, C)
         if patches.shape[1] != self.num_patches:
             raise ValueError(
-                f"pictures of {images.shape[2]}x{images.shape[3]} give {patches.shape[1]} patches, this network is for "
-                f"{self.num_patches} ({self.img_size} pixels); build it with img_size={images.shape[3]}"
+                f"images of {images.shape[2]}x{images.shape[3]} give {patches.shape[1]} patches, this network is for "
+                f"{self.num_patches} ({'x'.join(map(str, self.image_shape))} pixels); build it with "
+                f"img_size=({images.shape[2]}, {images.shape[3]})"
             )
         extra, positions = self.cls_token, self.pos_embed
         if self.conv_distillation:
@@ -527,7 +554,7 @@ class LVViT(nn.Module):
         return model
 
     def count_ops(self) -> OpCounts:
-        """Cost of one picture in evaluation mode; the reverse modules and ``aux_head`` do not run there."""
+        """Cost of one image in evaluation mode; the reverse modules and ``aux_head`` do not run there."""
         counts = self.patch_embed.count_ops() + flops.add((self.num_patches + self.extra_tokens) * self.embed_dim)
         first = self.extra_tokens
         entered = self.layer_patches if self.slimmed else [self.num_patches] * (self.depth + 1)
@@ -547,7 +574,7 @@ class LVViT(nn.Module):
         )
 
     def count_recovery_ops(self) -> OpCounts:
-        """Cost of the reverse modules for one picture, which run in training only."""
+        """Cost of the reverse modules for one image, which run in training only."""
         parts = [part for part in getattr(self, "rtsm", ()) if isinstance(part, ReverseTSM)]
         return sum((part.count_ops() for part in parts), OpCounts())
 
@@ -564,27 +591,6 @@ def count_published_parameters(model: nn.Module) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # The published sizes
 
-SIZES: dict[str, dict[str, Any]] = {
-    "sit_lvvit_tiny": {"embed_dim": 320, "depth": 14, "num_heads": 5, "stage_blocks": (1, 1, 1, 11)},
-    "sit_lvvit_xsmall": {"embed_dim": 384, "depth": 16, "num_heads": 6, "stage_blocks": (1, 1, 1, 13)},
-    "sit_lvvit_small": {"embed_dim": 384, "depth": 16, "num_heads": 6, "stage_blocks": (9, 3, 2, 2)},
-    "sit_lvvit_medium": {"embed_dim": 512, "depth": 20, "num_heads": 8, "stage_blocks": (10, 4, 3, 3)},
-    "sit_lvvit_large": {
-        "embed_dim": 768, "depth": 24, "num_heads": 12, "stage_blocks": (10, 4, 3, 7),
-        "img_size": 288, "p_emb": "6c", "skip_lam": 3.0, "with_cp": True,
-    },
-    "sit_lvvit_desk": {
-        "embed_dim": 64, "depth": 8, "num_heads": 4, "stage_blocks": (2, 2, 2, 2),
-        "img_size": 32, "patch_size": 4, "p_emb": "naive",
-    },
-}  # fmt: skip
-"""Name -> what it differs in; the last, for 32-pixel pictures, is ours and no published row."""
-
-_COMMON: Mapping[str, Any] = {
-    "patch_size": 16, "mlp_ratio": 3.0, "qkv_bias": False, "keeping_ratio": 0.5, "p_emb": "4c", "skip_lam": 2.0,
-}  # fmt: skip
-_OF_THE_REGISTRY = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-
 DEFAULT_CFG: Mapping[str, Any] = {
     "url": "", "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": None, "crop_pct": 0.9,
     "interpolation": "bicubic", "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
@@ -594,47 +600,30 @@ DEFAULT_CFG: Mapping[str, Any] = {
 
 
 def build_lvvit(name: str, **kwargs: Any) -> LVViT:
-    """A size of ``SIZES``; keyword arguments are those of ``LVViT`` and win over the size's.
-
-    timm's registry passes arguments of its own (``pretrained_cfg`` and others), which are dropped.
-    """
-    options = {key: value for key, value in kwargs.items() if key not in _OF_THE_REGISTRY}
-    model = LVViT(**{**_COMMON, **SIZES[name], **options})
+    """A size of ``SIZES`` with random weights; keyword arguments are those of ``LVViT`` and win over the size's."""
+    model = LVViT(**{**COMMON, **SIZES[name], **kwargs})
     model.default_cfg = dict(DEFAULT_CFG)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     return model
 
 
-@register_model
-def sit_lvvit_tiny(pretrained: bool = True, **kwargs: Any) -> LVViT:
-    """SiT-T, or LV-ViT-T with distillation_type=None: width 320, 14 blocks. ``pretrained`` is ignored, as published."""
-    return build_lvvit("sit_lvvit_tiny", **kwargs)
+def _register(name: str) -> Callable[..., LVViT]:
+    def factory(pretrained: bool = False, **kwargs: Any) -> LVViT:
+        if pretrained:
+            raise ValueError(
+                f"{name}: there are no weights that could be fetched, as the published files have no address that "
+                f"could be checked. Get the one that the README of SiT links, then torch.hub.load('sit', '{name}', "
+                "source='local', weights=FILE), or load_for_evaluation of sit.loading"
+            )
+        for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # what timm's registry adds
+            kwargs.pop(key, None)
+        return build_lvvit(name, **kwargs)
+
+    factory.__name__ = factory.__qualname__ = name
+    size = SIZES[name]
+    factory.__doc__ = f"{size['depth']} blocks of width {size['embed_dim']}; slimmed with distillation_type='frd'."
+    return register_model(factory)
 
 
-@register_model
-def sit_lvvit_xsmall(pretrained: bool = True, **kwargs: Any) -> LVViT:
-    """SiT-XS, or LV-ViT-S: width 384, 16 blocks, slimmed early. ``pretrained`` is ignored."""
-    return build_lvvit("sit_lvvit_xsmall", **kwargs)
-
-
-@register_model
-def sit_lvvit_small(pretrained: bool = True, **kwargs: Any) -> LVViT:
-    """SiT-S, or LV-ViT-S: width 384, 16 blocks, slimmed late. ``pretrained`` is ignored."""
-    return build_lvvit("sit_lvvit_small", **kwargs)
-
-
-@register_model
-def sit_lvvit_medium(pretrained: bool = True, **kwargs: Any) -> LVViT:
-    """SiT-M, or LV-ViT-M: width 512, 20 blocks. ``pretrained`` is ignored."""
-    return build_lvvit("sit_lvvit_medium", **kwargs)
-
-
-@register_model
-def sit_lvvit_large(pretrained: bool = True, **kwargs: Any) -> LVViT:
-    """SiT-L, or LV-ViT-L: width 768, 24 blocks, 288 pixels. ``pretrained`` is ignored."""
-    return build_lvvit("sit_lvvit_large", **kwargs)
-
-
-@register_model
-def sit_lvvit_desk(pretrained: bool = True, **kwargs: Any) -> LVViT:
-    """A small size of ours for 32-pixel pictures: width 64, 8 blocks, 64 tokens. ``pretrained`` is ignored."""
-    return build_lvvit("sit_lvvit_desk", **kwargs)
+FACTORIES: Mapping[str, Callable[..., LVViT]] = {name: _register(name) for name in SIZES}
+"""Name -> function with timm's signature of model factories; the published names are importable from here, too."""
+globals().update(FACTORIES)

@@ -1,6 +1,7 @@
 """Token slimming and its reverse: how SiT lets N tokens become fewer, and how training looks back at all of them.
 
-Paper: Self-slimmed Vision Transformer, arXiv:2111.12624, section 3. Written from the paper's equations.
+Paper: Self-slimmed Vision Transformer, arXiv:2111.12624, the token slimming module and its reverse. Written from the
+paper's equations.
 
 Letters: B batch, N tokens in, M tokens out, C width, T all tokens of the network (those of its teacher).
 Published names stay where files and callers know them: ``keeped_patches`` is M, ``recovered_patches`` is T.
@@ -11,6 +12,7 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
+from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 from common.measure import flops
@@ -27,7 +29,7 @@ def slim_tokens(tokens: Tensor, scores: Tensor) -> Tensor:
     Returns:
         Convex combinations of the inputs, (B, M, C).
 
-    Source: SiT, arXiv:2111.12624, section 3.1 (token slimming module): softmax over the inputs, then A^T X.
+    Source: SiT, arXiv:2111.12624, Token Slimming Module (TSM): A = softmax over the inputs, Y = A^T X.
     """
     return scores.transpose(1, 2).softmax(dim=-1) @ tokens  # (B, M, N) @ (B, N, C)
 
@@ -35,7 +37,7 @@ def slim_tokens(tokens: Tensor, scores: Tensor) -> Tensor:
 def stage_tokens(number: int, keeping_ratio: float, stages: int) -> list[int]:
     """Tokens of each stage: the floor of ``number`` times the exact power of the ratio, never rounded in between.
 
-    Source: SiT, section 3.1; 324 tokens at ratio 0.5 give 324, 162, 81, 40.
+    Source: SiT, arXiv:2111.12624, Token Slimming Module (TSM); 324 tokens at ratio 0.5 give 324, 162, 81, 40.
     """
     return [int(number * keeping_ratio**stage) for stage in range(stages)]
 
@@ -56,32 +58,11 @@ def slimming_blocks(stage_blocks: Sequence[int]) -> list[int]:
     return list(accumulate(stage_blocks))[:-1]
 
 
-class Mlp(nn.Module):
-    """Linear, exact GELU, linear, with dropout after either linear layer."""
-
-    def __init__(
-        self,
-        in_features: int,
-        hidden_features: int | None = None,
-        out_features: int | None = None,
-        act_layer: type[nn.Module] = nn.GELU,
-        drop: float = 0.0,
-    ) -> None:
-        super().__init__()
-        hidden_features = hidden_features or in_features
-        self.fc1 = nn.Linear(in_features, hidden_features)
-        self.act = act_layer()
-        self.fc2 = nn.Linear(hidden_features, out_features or in_features)
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
-
-    def count_ops(self, rows: int) -> OpCounts:
-        """Cost for ``rows`` vectors."""
-        hidden = self.fc1.out_features
-        counts = flops.linear(rows, self.fc1.in_features, hidden) + flops.gelu(rows * hidden)
-        return counts + flops.linear(rows, hidden, self.fc2.out_features)
+def count_mlp(mlp: Mlp, rows: int) -> OpCounts:
+    """Cost of an MLP for ``rows`` vectors."""
+    hidden = mlp.fc1.out_features
+    counts = flops.linear(rows, mlp.fc1.in_features, hidden) + flops.gelu(rows * hidden)
+    return counts + flops.linear(rows, hidden, mlp.fc2.out_features)
 
 
 class TokenSlimmingModule(nn.Module):
@@ -95,7 +76,7 @@ class TokenSlimmingModule(nn.Module):
         keeped_patches: tokens M that come out.
         ratio: hidden width of the scoring network over C.
 
-    Source: SiT, arXiv:2111.12624, section 3.1.
+    Source: SiT, arXiv:2111.12624, Token Slimming Module (TSM).
     """
 
     def __init__(self, dim: int, keeped_patches: int, ratio: float = 0.5) -> None:
@@ -127,6 +108,8 @@ class TokenSlimmingModule(nn.Module):
         """Unnormalised mixing weights s (W2 gelu(W1 LN(X) + b1) + b2), (B, N, M).
 
         The learned scale is multiplied into the last layer's weights, which are far fewer than the scores.
+
+        Source: SiT, arXiv:2111.12624, Token Slimming Module (TSM).
         """
         norm, fc1, act, fc2 = self.layers()
         scale = self.scale[0, 0]
@@ -141,7 +124,7 @@ class TokenSlimmingModule(nn.Module):
         return slim_tokens(tokens, self.scores(tokens))
 
     def count_ops(self, number: int) -> OpCounts:
-        """Cost for ``number`` input tokens of one picture."""
+        """Cost for ``number`` input tokens of one image."""
         _, fc1, _, fc2 = self.layers()
         width, hidden, kept = fc1.in_features, fc1.out_features, fc2.out_features
         return (
@@ -165,7 +148,8 @@ class ReverseTSM(nn.Module):
         recovered_patches: tokens T that come out.
         ratio: hidden width over T (first MLP) and over C (second).
 
-    Source: SiT, arXiv:2111.12624, section 3.2.
+    Source: SiT, arXiv:2111.12624, Reverse Token Slimming Module (RTSM): Z = MLP1 along the tokens of LN(Y),
+    X' = Z + MLP2(LN(Z)).
     """
 
     def __init__(self, dim: int, keeped_patches: int, recovered_patches: int, ratio: float = 4.0) -> None:
@@ -181,10 +165,13 @@ class ReverseTSM(nn.Module):
         return recovered + self.mlp2(self.norm2(recovered))
 
     def count_ops(self) -> OpCounts:
-        """Cost for one picture."""
+        """Cost for one image."""
         width = self.mlp2.fc1.in_features
         kept, recovered = self.mlp1.fc1.in_features, self.mlp1.fc2.out_features
-        counts = flops.layer_norm(kept * width) + self.mlp1.count_ops(width)
+        counts = flops.layer_norm(kept * width) + count_mlp(self.mlp1, width)
         return (
-            counts + flops.layer_norm(recovered * width) + self.mlp2.count_ops(recovered) + flops.add(recovered * width)
+            counts
+            + flops.layer_norm(recovered * width)
+            + count_mlp(self.mlp2, recovered)
+            + flops.add(recovered * width)
         )

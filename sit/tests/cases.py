@@ -232,22 +232,22 @@ def case_input(case: Case, key: str) -> Any:
 
 
 def run_transform(case: Case, checks: Checks) -> None:
-    """The evaluation transform of a picture of noise: a strided sample, mean and deviation."""
+    """The evaluation transform of an image of noise: a strided sample, mean and deviation."""
     options = case.build["kwargs"]
     if options["is_train"]:
         raise NotCovered("training transforms draw random numbers")
     noise = re.search(r"RandomState\((\d+)\)\.randint\(0, 256, \(([\d, ]+)\)", case.text)
     if noise is None:
-        raise NotCovered(f"a picture that is no noise: {case.text}")
+        raise NotCovered(f"an image that is no noise: {case.text}")
     shape = [int(number) for number in noise.group(2).split(",") if number.strip()]
     pixels = np.random.RandomState(int(noise.group(1))).randint(0, 256, shape).astype(np.uint8)
-    picture = eval_transform(options["input_size"])(Image.fromarray(pixels))
-    checks.equal("full_shape", list(picture.shape), case.raw["full_shape"])
+    image = eval_transform(options["input_size"])(Image.fromarray(pixels))
+    checks.equal("full_shape", list(image.shape), case.raw["full_shape"])
     stated = re.search(r"every (\d+)", case.raw.get("what", ""))
     stored = checks.stored[f"{case.name}/sample"].shape[-1]
-    stride = int(stated.group(1)) if stated else math.ceil(picture.shape[-1] / stored)
-    checks.output("sample", picture[:, ::stride, ::stride], tolerance=1e-5)
-    moments = torch.stack([picture.double().mean(), picture.double().std()])
+    stride = int(stated.group(1)) if stated else math.ceil(image.shape[-1] / stored)
+    checks.output("sample", image[:, ::stride, ::stride], tolerance=1e-5)
+    moments = torch.stack([image.double().mean(), image.double().std()])
     checks.output("mean_std", moments, tolerance=1e-5)
 
 

@@ -19,7 +19,7 @@ from sit.tests.tools import SMALL, miniature_imagenet
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Pictures, and files of a small teacher and student with random weights."""
+    """Images, and files of a small teacher and student with random weights."""
     folder = tmp_path_factory.mktemp("main")
     miniature_imagenet(folder / "imagenet")
     torch.manual_seed(0)
@@ -170,3 +170,27 @@ def test_expected_errors_end_with_one_line(folder: Path, capfd) -> None:
 def _as_program(argv: list[str]) -> None:
     os.environ.pop("RANK", None)
     main.run(lambda: main.main(argv), expected=main.EXPECTED)
+
+
+def test_classes_are_those_of_the_data_and_a_replaced_head_is_announced(folder: Path, tmp_path: Path, capfd) -> None:
+    """A folder of three classes: no network of 1000, from a file of 1000 classes; evaluation takes the file's."""
+    wide = create_model("sit_lvvit_desk", distillation_type="none")
+    torch.save({"model": wide.state_dict()}, tmp_path / "wide.pth")
+    file = str(tmp_path / "wide.pth")
+    free = [word for word in SMALL if word not in ("--num-classes", "3")]
+    given = [*free, "--data-path", str(folder / "imagenet"), "--finetune", file, "--distillation-type", "none"]
+    main.main([*given, "--print-freq", "0", "--output_dir", str(tmp_path / "out")])
+    assert torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)["model"]["head.bias"].shape == (3,)
+    printed = capfd.readouterr().err
+    assert "classes: 3, those of the data" in printed
+    assert "its head is for 1000 classes, the network for 3: the head was replaced" in printed
+    assert main.main([*given, "--eval"])["images"] == 9
+    assert "the data has 3 classes" in capfd.readouterr().err
+    teacher = ["--distillation-type", "frd", "--teacher-model", "sit_lvvit_desk", "--teacher-path", file]
+    with pytest.raises(CheckpointError, match=r"its head is for 1000 classes, the network for 3.*--num-classes 1000"):
+        main.main([*given, *teacher])
+
+
+def test_the_total_of_the_epochs_is_said(folder: Path, capfd) -> None:
+    main.main(words(folder, "--distillation-type", "none", "--cooldown-epochs", "2"))
+    assert "training 3 epochs: 1 and a cooldown of 2 at --min-lr (--cooldown-epochs)" in capfd.readouterr().err

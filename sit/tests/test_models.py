@@ -9,7 +9,7 @@ from torch import nn
 
 from common.measure.flops import CONVENTIONS, count_executed_macs
 from common.tests.reference import fill_
-from sit.models import SIZES, LVViT, PatchEmbed4CG, ReverseTSM, TokenSlimmingModule, slim_tokens
+from sit.models import SIZES, LVViT, PatchEmbed4CG, PatchEmbedNaive, ReverseTSM, TokenSlimmingModule, slim_tokens
 from sit.models.slimming import layer_tokens, slimming_blocks, stage_tokens
 
 SMALL = {"img_size": 64, "embed_dim": 32, "depth": 4, "num_heads": 4, "mlp_ratio": 3.0, "p_emb": "4c", "num_classes": 5}
@@ -258,7 +258,7 @@ def test_batch_of_one():
     assert make()(IMAGES[:1])[0].shape == (1, 5)
 
 
-def test_other_pictures_with_as_many_patches_pass():
+def test_other_images_with_as_many_patches_pass():
     """As published: each stride rounds up, so 49 pixels give the four patches of 64."""
     assert make()(torch.randn(1, 3, 32, 128))[0].shape == (1, 5)
     assert make()(torch.randn(1, 3, 49, 49))[0].shape == (1, 5)
@@ -275,6 +275,11 @@ def test_other_pictures_with_as_many_patches_pass():
         ({"keeping_ratio": 0.1}, "must keep at least one token, got 0"),
         ({"distillation_type": None, "conv_distillation": True}, "needs a slimmed network"),
         ({"keeped_patches": (8,)}, "must have 2 numbers"),
+        ({"distillation_type": "tpyo"}, "distillation_type must be one of none, frd, got 'tpyo'"),
+        ({"distillation_type": "fdr"}, "got 'fdr'; did you mean 'frd'"),
+        ({"p_emb": "4x"}, "p_emb must be one of 4c, 6c, naive, 4cg, got '4x'; did you mean '4c'"),
+        ({"img_size": (64, 60)}, "do not fill 60 pixels"),
+        ({"img_size": (64, 64, 3)}, "must be whole numbers of pixels"),
         ({"drop_path_rate": [0.1], "drop_path_decay": "list"}, "needs 4 rates, one per block, got 1"),
     ],
 )
@@ -283,10 +288,42 @@ def test_options_that_do_not_fit_are_named(options, message):
         LVViT(**{**SMALL, "distillation_type": "frd", **options})
 
 
-def test_pictures_of_another_size_are_named():
-    with pytest.raises(ValueError, match=r"96x96 give 36 patches, this network is for 16 \(64 pixels\)"):
+def test_the_published_default_stem_is_the_single_convolution():
+    options = {**SMALL}
+    del options["p_emb"]
+    with pytest.warns(UserWarning, match="p_emb='4cg', the default, is the single convolution"):
+        assert isinstance(LVViT(**options).patch_embed, PatchEmbedNaive)
+
+
+@pytest.mark.parametrize("stem", ["4c", "6c", "naive"])
+def test_rectangular_images(stem):
+    """Height comes first; the tokens are those of the rows from left to right."""
+    model = make(p_emb=stem, img_size=(32, 96))
+    assert (model.grid, model.image_shape, model.num_patches) == ((2, 6), (32, 96), 12)
+    assert model.keeped_patches == [12, 6, 3]
+    images = torch.randn(2, 3, 32, 96)
+    logits, tokens = model(images)
+    assert logits.shape == (2, 5)
+    assert [kept.shape[1] for kept in tokens] == [6, 3, 3, 3]
+    assert torch.allclose(model.deployed()(images), logits, atol=2e-6)
+    assert model.patch_embed(images).shape[2:] == (2, 6)
+    with torch.device("meta"):
+        again = LVViT(**{**SMALL, "p_emb": stem, "img_size": (32, 96), "distillation_type": "frd"})
+        executed = count_executed_macs(again, torch.empty(1, 3, 32, 96))
+    assert CONVENTIONS["macs"].total(again.count_ops()) == executed
+    with pytest.raises(ValueError, match="images of 64x64"):
+        make(p_emb=stem, img_size=(32, 96))(IMAGES)
+
+
+def test_weights_are_not_pretended():
+    with pytest.raises(ValueError, match=r"sit_lvvit_tiny: there are no weights that could be fetched.*weights=FILE"):
+        create_model("sit_lvvit_tiny", pretrained=True)
+
+
+def test_images_of_another_size_are_named():
+    with pytest.raises(ValueError, match=r"96x96 give 36 patches, this network is for 16 \(64x64 pixels\)"):
         make()(torch.randn(1, 3, 96, 96))
-    with pytest.raises(ValueError, match="96x96 in a network for 64 pixels"):
+    with pytest.raises(ValueError, match="96x96 in a network for 64x64 pixels"):
         make(p_emb="naive")(torch.randn(1, 3, 96, 96))
 
 

@@ -15,7 +15,7 @@ from sit.token_labeling import DenseNetwork, draw_box, make_step, mix_box, token
 
 
 def batch(box, *, flip=False, cells=4):
-    """One picture whose cells, in columns, are of the classes 0 to 3."""
+    """One image whose cells, in columns, are of the classes 0 to 3."""
     columns = torch.arange(cells).expand(cells, cells)
     return {
         "scores": torch.tensor([0.5, 0.25])[:, None, None].expand(2, cells, cells)[None].clone(),
@@ -74,9 +74,9 @@ def test_a_slimmed_network_is_refused():
 @pytest.fixture
 def imagenet(tmp_path: Path) -> Path:
     folder = miniature_imagenet(tmp_path / "imagenet", train=3, val=1, size=(48, 48))
-    for picture in (folder / "train").glob("*/*.png"):
-        label = int(picture.parent.name[1:]) - 1
-        path = tmp_path / "maps" / picture.parent.name / f"{picture.stem}.pt"
+    for image in (folder / "train").glob("*/*.png"):
+        label = int(image.parent.name[1:]) - 1
+        path = tmp_path / "maps" / image.parent.name / f"{image.stem}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         numbers = torch.tensor([label, (label + 1) % 3]).float()[:, None, None].expand(2, 6, 6)
         scores = torch.tensor([0.8, 0.1])[:, None, None].expand(2, 6, 6)
@@ -102,11 +102,11 @@ def test_missing_and_wrong_maps_are_named(imagenet: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere: no such folder; it holds CLASS/NAME\.pt"):
         main.main([*words, str(imagenet / "nowhere")])
     torch.save(torch.zeros(2, 5), imagenet / "maps" / "n01" / "0.pt")
-    pictures = token_labeling.LabelledPictures.read_map
-    dataset = token_labeling.LabelledPictures.__new__(token_labeling.LabelledPictures)
+    images = token_labeling.LabelledImages.read_map
+    dataset = token_labeling.LabelledImages.__new__(token_labeling.LabelledImages)
     dataset.maps = imagenet / "maps"
     with pytest.raises(DataError, match=r"n01/0\.pt: expected a tensor \(2, k, H, W\)"):
-        pictures(dataset, Path("n01/0.png"))
+        images(dataset, Path("n01/0.png"))
     (imagenet / "maps" / "n01" / "1.pt").unlink()
     with pytest.raises(DataError, match=r"label map of n01/1\.png: .*no such file"):
-        pictures(dataset, Path("n01/1.png"))
+        images(dataset, Path("n01/1.png"))

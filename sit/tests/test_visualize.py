@@ -1,4 +1,4 @@
-"""Pictures of the mixing: right weights, right places, and a sheet with every panel."""
+"""Images of the mixing: right weights, right places, and a sheet with every panel."""
 
 from pathlib import Path
 

@@ -9,18 +9,17 @@ from timm.models._factory import create_model
 
 from common.run.checkpoint import CheckpointError
 from common.tests.reference import fill_
-from sit.models import LVViT
-from sit.models.weights import (
+from sit.loading import (
     WeightsFile,
     explain,
     load_for_evaluation,
     load_for_training,
-    load_teacher,
     read_weights,
     resize_pos_embed,
     strip,
     summarise,
 )
+from sit.models import LVViT
 
 SMALL = {"img_size": 64, "embed_dim": 32, "depth": 4, "num_heads": 4, "mlp_ratio": 3.0, "p_emb": "4c", "num_classes": 5}
 SMALL |= {"stage_blocks": (1, 1, 2)}
@@ -116,7 +115,6 @@ def test_the_public_lvvit_is_refused_with_an_explanation():
     }
     for load, model in (
         (load_for_training, make("frd")),
-        (load_teacher, make(None)),
         (load_for_evaluation, make(None)),
     ):
         with pytest.raises(
@@ -127,11 +125,11 @@ def test_the_public_lvvit_is_refused_with_an_explanation():
 
 def test_another_size_is_named():
     with pytest.raises(CheckpointError, match="of width 64 with 4 blocks, the model of width 32 with 4"):
-        load_teacher(make(None), file_of(make(None, embed_dim=64)))
+        load_for_evaluation(make(None), file_of(make(None, embed_dim=64)))
     with pytest.raises(CheckpointError, match=r"put out \[8, 4\] tokens, those of the model \[11, 7\]"):
         load_for_training(make("frd", keeping_ratio=0.7), file_of(make("frd")))
     with pytest.raises(CheckpointError, match="no LV-ViT weights"):
-        load_teacher(make(None), WeightsFile({"fc.weight": torch.zeros(2, 2)}, "resnet.pth"))
+        load_for_evaluation(make(None), WeightsFile({"fc.weight": torch.zeros(2, 2)}, "resnet.pth"))
     assert explain(make("frd"), file_of(make("frd"))) == ""
 
 
@@ -152,13 +150,15 @@ def test_positions_are_resized_where_that_is_legal(log):
 def test_resize_keeps_what_it_need_not_change():
     grid = torch.linspace(0, 1, 8)[:, None, None] + torch.linspace(0, 2, 8)[None, :, None]
     embedding = torch.cat((torch.ones(1, 1, 3), grid.expand(8, 8, 3).reshape(1, 64, 3)), 1)
-    assert torch.allclose(resize_pos_embed(embedding, 64), embedding, atol=1e-6)
-    assert resize_pos_embed(embedding, 256).shape == (1, 257, 3)
-    middle = resize_pos_embed(embedding, 16)[0, 1:, 0].view(4, 4)
+    assert torch.allclose(resize_pos_embed(embedding, (8, 8)), embedding, atol=1e-6)
+    assert resize_pos_embed(embedding, (16, 16)).shape == (1, 257, 3)
+    middle = resize_pos_embed(embedding, (4, 4))[0, 1:, 0].view(4, 4)
     assert (middle.diff(dim=0) > 0).all()
     assert (middle.diff(dim=1) > 0).all()
-    with pytest.raises(ValueError, match="not square grids"):
-        resize_pos_embed(embedding, 60)
+    wide = resize_pos_embed(embedding, (4, 12))[0, 1:, 0].view(4, 12)  # rows run along the height
+    assert torch.allclose(wide.mean(1), middle.mean(1), atol=0.02)
+    with pytest.raises(ValueError, match="positions of 60 patches cannot be resized to 8x8"):
+        resize_pos_embed(embedding[:, :61], (8, 8))
 
 
 def test_files_that_hold_no_weights_are_named(tmp_path: Path):

@@ -19,7 +19,7 @@ SCRIPTS = sorted((ROOT / "sit" / "exp").glob("*/*.sh"))
 
 
 def miniature_imagenet(folder: Path, *, train: int = 6, val: int = 3, size: tuple[int, int] = (36, 44)) -> Path:
-    """Class folders of noise with a colour of its own: ``train`` and ``val`` pictures in each of three classes."""
+    """Class folders of noise with a colour of its own: ``train`` and ``val`` images in each of three classes."""
     noise = np.random.default_rng(0)
     for split, number in (("train", train), ("val", val)):
         for label, name in enumerate(("n01", "n02", "n03")):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SiT-L: 324, 162, 81 and 40 tokens at 288 pixels, slimmed after blocks 10, 14 and 17 of 24.
 # Published: 85.6 % top-1 on ImageNet-1k, 34.4 GMACs, 148.2 M parameters; teacher LV-ViT-L with 85.3 %.
-# Hardware: 8 GPUs, 128 pictures each, 135 epochs (125 and a cooldown of 10). Hours are not published.
+# Hardware: 8 GPUs, 128 images each, 135 epochs (125 and a cooldown of 10). Hours are not published.
 #
 #   DATA=imagenet TEACHER=teacher.pth bash sit/exp/sit_lvvit_large/train.sh [flags of sit/main.py]
 #

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SiT-M: 196, 98, 49 and 24 tokens, slimmed after blocks 10, 14 and 17 of 20.
 # Published: 84.2 % top-1 on ImageNet-1k, 8.1 GMACs, 55.6 M parameters; teacher LV-ViT-M with 84.0 %.
-# Hardware: 8 GPUs, 128 pictures each, 135 epochs (125 and a cooldown of 10). Hours are not published.
+# Hardware: 8 GPUs, 128 images each, 135 epochs (125 and a cooldown of 10). Hours are not published.
 #
 #   DATA=imagenet TEACHER=teacher.pth bash sit/exp/sit_lvvit_medium/train.sh [flags of sit/main.py]
 #

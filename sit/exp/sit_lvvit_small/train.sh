@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SiT-S: 196, 98, 49 and 24 tokens, slimmed after blocks 9, 12 and 14 of 16.
 # Published: 83.1 % top-1 on ImageNet-1k, 4.0 GMACs, 25.6 M parameters; teacher LV-ViT-S with 83.1 %.
-# Hardware: 8 GPUs, 128 pictures each, 135 epochs (125 and a cooldown of 10). Hours are not published.
+# Hardware: 8 GPUs, 128 images each, 135 epochs (125 and a cooldown of 10). Hours are not published.
 #
 #   DATA=imagenet TEACHER=teacher.pth bash sit/exp/sit_lvvit_small/train.sh [flags of sit/main.py]
 #

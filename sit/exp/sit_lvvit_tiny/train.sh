@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SiT-T: 196, 98, 49 and 24 tokens, slimmed after blocks 1, 2 and 3 of 14.
 # Published: 80.1 % top-1 on ImageNet-1k, 1.0 GMACs, 15.9 M parameters; teacher LV-ViT-T with 81.8 %.
-# Hardware: 8 GPUs, 128 pictures each, 135 epochs (125 and a cooldown of 10). Hours are not published.
+# Hardware: 8 GPUs, 128 images each, 135 epochs (125 and a cooldown of 10). Hours are not published.
 #
 #   DATA=imagenet TEACHER=teacher.pth bash sit/exp/sit_lvvit_tiny/train.sh [flags of sit/main.py]
 #

@@ -2,7 +2,7 @@
 # A teacher for those who lack the published file: LV-ViT with this paper's stem, trained from scratch on class labels.
 # The published teachers were trained with token labeling and reach 81.8 (T), 83.1 (S), 84.0 (M) and 85.3 % (L); without
 # label maps expect less. With them add: --token-label-data MAPS --mixup 0 --cutmix 0 (sit/token_labeling.py).
-# Hardware: 8 GPUs, 128 pictures each, 310 epochs. The recipe is ours, after DeiT's: nothing is published.
+# Hardware: 8 GPUs, 128 images each, 310 epochs. The recipe is ours, after DeiT's: nothing is published.
 #
 #   DATA=imagenet MODEL=sit_lvvit_small bash sit/exp/teacher/train.sh [flags of sit/main.py]
 #

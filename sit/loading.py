@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 from common.run.checkpoint import (
@@ -27,7 +26,8 @@ from common.run.checkpoint import (
     select_state,
 )
 from common.run.distributed import get_logger, main_process_first
-from sit.models.lvvit import SIZES, LVViT, build_lvvit
+from sit.models.lvvit import LVViT, build_lvvit
+from sit.sizes import SIZES
 
 logger = get_logger(__name__)
 
@@ -54,6 +54,12 @@ class WeightsFile:
     def recovers(self) -> bool:
         """Whether the reverse modules are in it."""
         return any(key.startswith("rtsm.") for key in self.state)
+
+    @property
+    def classes(self) -> int | None:
+        """Classes of its head, None if it has none."""
+        head = self.state.get("head.weight")
+        return None if head is None else len(head)
 
     @property
     def stage_patches(self) -> list[int]:
@@ -90,28 +96,23 @@ def read_weights(source: str | os.PathLike[str], *, key: str = "model") -> Weigh
     return WeightsFile(state, str(path), bool(isinstance(content, Mapping) and content.get("stripped")))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Position embeddings
-
-
-def resize_pos_embed(embedding: Tensor, patches: int) -> Tensor:
-    """Bicubic resize of the patches' positions to a square grid of another number of patches; the class's stays.
+def resize_pos_embed(embedding: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Bicubic resize of the positions of a square grid of patches to another grid; the class token's stays.
 
     Args:
         embedding: (1, 1 + N, C), N a square number.
+        grid: rows and columns.
 
     Raises:
-        ValueError: if either number of patches is no square.
+        ValueError: if N is no square number.
     """
-    side, target = math.isqrt(embedding.shape[1] - 1), math.isqrt(patches)
-    if side * side != embedding.shape[1] - 1 or target * target != patches:
+    side = math.isqrt(embedding.shape[1] - 1)
+    if side * side != embedding.shape[1] - 1:
         raise ValueError(
-            f"positions of {embedding.shape[1] - 1} patches cannot be resized to {patches}: not square grids"
+            f"positions of {embedding.shape[1] - 1} patches cannot be resized to {grid[0]}x{grid[1]}: their grid is no "
+            "square, and the file does not say how many rows it has"
         )
-    grid = embedding[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    resized = F.interpolate(grid.float(), size=(target, target), mode="bicubic", align_corners=False)
-    flat = resized.flatten(2).transpose(1, 2).to(embedding.dtype)
-    return torch.cat((embedding[:, :1], flat), 1)
+    return resample_abs_pos_embed(embedding, list(grid), [side, side], num_prefix_tokens=1, antialias=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,9 +141,19 @@ def explain(model: LVViT, file: WeightsFile) -> str:
     if model.slimmed and file.slimmed and file.stage_patches != model.keeped_patches[1:]:
         return (
             f"its slimming modules put out {file.stage_patches} tokens, those of the model {model.keeped_patches[1:]}: "
-            "another --keeping-ratio, --model, or --input-size"
+            "another --keeping-ratio, --stage-blocks, --model, or --input-size"
         )
     return ""
+
+
+def _class_difference(model: LVViT, file: WeightsFile) -> str:
+    """Another number of classes, where the head must fit."""
+    if file.classes is None or not model.num_classes or file.classes == model.num_classes:
+        return ""
+    return (
+        f"its head is for {file.classes} classes, the network for {model.num_classes}: give its own data, "
+        f"or, where the labels are numbers of its classes, --num-classes {file.classes}"
+    )
 
 
 def _size_difference(model: LVViT, file: WeightsFile) -> str:
@@ -176,7 +187,7 @@ def _fit_positions(model: LVViT, file: WeightsFile) -> dict[str, Tensor]:
             "reverse modules depend on that number, so a slimmed network cannot train on at another --input-size",
         )
     try:
-        state["pos_embed"] = resize_pos_embed(state["pos_embed"], model.num_patches)
+        state["pos_embed"] = resize_pos_embed(state["pos_embed"], model.grid)
     except ValueError as error:
         raise _refuse(file, model, str(error)) from None
     logger.warning("%s: position embedding resized from %d to %d patches", file.source, file.patches, model.num_patches)
@@ -205,6 +216,8 @@ def load_for_evaluation(model: LVViT, file: WeightsFile, *, allow_stripped: bool
             "it holds no slimming modules (tsm.*): this looks like a teacher. Evaluating a slimmed network needs the "
             "checkpoint that its training wrote; to evaluate a teacher give --distillation-type none",
         )
+    if reason := _class_difference(model, file):
+        raise _refuse(file, model, reason)
     stripped = file.stripped or allow_stripped
     if model.recover and not file.recovers and not stripped:
         raise _refuse(
@@ -226,8 +239,8 @@ def load_for_evaluation(model: LVViT, file: WeightsFile, *, allow_stripped: bool
 def load_for_training(model: LVViT, file: WeightsFile) -> tuple[str, ...]:
     """Start from a teacher, or from any file of the same network; what is new is listed in the log.
 
-    Heads of another number of classes are left out, ``aux_head`` among them, and so is a distillation token that the
-    model has not. What a file may lack: slimming and reverse modules, heads, distillation token.
+    Heads of another number of classes are left out with a warning, ``aux_head`` among them, and so is a distillation
+    token that the model has not. What a file may lack: slimming and reverse modules, heads, distillation token.
 
     Returns:
         Keys that the file did not give.
@@ -244,6 +257,11 @@ def load_for_training(model: LVViT, file: WeightsFile) -> tuple[str, ...]:
             if key in state and (key not in own or state[key].shape != own[key].shape):
                 logger.info("Removing key %s from pretrained checkpoint", key)
                 del state[key]
+    if "head.weight" in file.state and "head.weight" not in state:
+        logger.warning(
+            "%s: its head is for %d classes, the network for %d: the head was replaced and starts from random weights",
+            file.source, file.classes, model.num_classes,
+        )  # fmt: skip
     if not model.conv_distillation:
         state = {key: value for key, value in state.items() if not key.startswith(_DISTILLATION_TOKEN)}
     may_lack = [f"{head}.*" for head in _HEADS] + ["tsm.*", "rtsm.*", "dist_token", "dist_pos_embed"]
@@ -251,15 +269,6 @@ def load_for_training(model: LVViT, file: WeightsFile) -> tuple[str, ...]:
     if found.tolerated:
         logger.info("%s: not in the file, so they start new: %s", file.source, summarise(found.tolerated))
     return found.tolerated
-
-
-def load_teacher(teacher: LVViT, file: WeightsFile) -> None:
-    """Strictly; another number of classes cannot teach.
-
-    Raises:
-        CheckpointError: what does not fit, and what to do.
-    """
-    load_for_evaluation(teacher, file)
 
 
 def check_teacher_fits(student: LVViT, teacher: LVViT) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from common.run import cli
-from sit.losses import TYPES
-from sit.models import SIZES
+from sit.sizes import SIZES, TYPES
 
 DEAD = {
     "--sched": "the learning rate follows the paper's cosine",
@@ -28,8 +28,26 @@ DEAD = {
 DEAD_LISTS = {"--lr-noise": "the published code never used it"}
 DEAD_SWITCHES = {
     "--resplit": "the published code never used it",
-    "--dist-eval": "every evaluation is divided among the processes, each picture counted once",
+    "--dist-eval": "every evaluation is divided among the processes, each image counted once",
 }
+
+
+def add_network_args(parser: argparse._ActionsContainer) -> None:
+    """What says which network a file holds."""
+    add = parser.add_argument
+    add("--model", default="sit_lvvit_tiny", choices=list(SIZES), metavar="NAME",
+        help=f"one of {', '.join(SIZES)} (default: sit_lvvit_tiny)")  # fmt: skip
+    add("--keeping-ratio", type=cli.fraction, default=None, metavar="R",
+        help="tokens of a stage over those of the one before (default: the model's, 0.5)")  # fmt: skip
+    add("--stage-blocks", type=cli.positive_int, nargs="+", default=None, metavar="N",
+        help="blocks of each stage, slimmed in between (default: the model's)")  # fmt: skip
+    add("--num-classes", type=cli.positive_int, default=None, metavar="K", help="classes (default: those of the data)")
+
+
+def network_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags change in a size, as keyword arguments of ``LVViT``."""
+    found = {"img_size": args.input_size, "keeping_ratio": args.keeping_ratio, "stage_blocks": args.stage_blocks}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def get_args_parser(description: str | None = None) -> argparse.ArgumentParser:
@@ -37,19 +55,12 @@ def get_args_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser = cli.make_parser(description, conflict_handler="resolve")
     parser.allow_abbrev = True
     network = parser.add_argument_group("network")
+    add_network_args(network)
     add = network.add_argument
-    add("--model", default="sit_lvvit_tiny", choices=list(SIZES), metavar="NAME",
-        help=f"one of {', '.join(SIZES)} (default: sit_lvvit_tiny)")  # fmt: skip
     add("--drop", type=cli.fraction, default=0.0, metavar="P",
         help="dropout after the position embedding, the attention projection and the MLP (default: 0)")  # fmt: skip
     add("--drop-path", type=cli.fraction, default=0.1, metavar="P",
         help="largest stochastic-depth rate (default: 0.1)")  # fmt: skip
-    add("--keeping-ratio", type=cli.fraction, default=None, metavar="R",
-        help="tokens of a stage over those of the one before (default: the model's, 0.5)")  # fmt: skip
-    add("--stage-blocks", type=cli.positive_int, nargs="+", default=None, metavar="N",
-        help="blocks of each stage, slimmed in between (default: the model's)")  # fmt: skip
-    add("--num-classes", type=cli.positive_int, default=None, metavar="K",
-        help="classes (default: 1000 for IMNET, else those of the data set)")  # fmt: skip
     _add_distillation_args(parser)
     cli.add_data_args(parser)
     cli.add_augmentation_args(parser, color_jitter=0.4)
@@ -96,7 +107,7 @@ def _add_own_args(parser: argparse.ArgumentParser) -> None:
         help="mixed precision; auto: fp16 on CUDA, as published, and none on the CPU (default: auto)")  # fmt: skip
     add("--hflip", type=cli.fraction, default=0.5, metavar="P",
         help="probability of a horizontal flip in training (default: 0.5)")  # fmt: skip
-    add("--scale-lr", action=cli.Switch, default=True, help="--lr is for 512 pictures per step (default: on)")
+    add("--scale-lr", action=cli.Switch, default=True, help="--lr is for 512 images per step (default: on)")
     add("--linear-warmup", type=cli.count, default=0, metavar="N",
         help="epochs in which the rate rises first; ours, for a teacher from scratch (default: 0)")  # fmt: skip
     add("--start-epoch", "--start_epoch", type=cli.count, default=0, metavar="E",
