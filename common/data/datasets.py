@@ -25,16 +25,13 @@ from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from common.data.transforms import Transform
+from common.run.errors import DataError as DataError
 
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "img_val", "validation", "valid")}
 NUM_CLASSES = {"imagenet": 1000, "inat18": 8142, "inat19": 1010, "cifar10": 10, "cifar100": 100, "digits": 10}
 DEIT_NAMES = {"IMNET": "imagenet", "CIFAR": "cifar100", "CIFAR10": "cifar10", "INAT": "inat18", "INAT19": "inat19"}
 TIMM_PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
-
-
-class DataError(ValueError):
-    """Data that is missing, incomplete or damaged; the message names it and says what to do."""
 
 
 class BadPictureError(DataError):

@@ -41,15 +41,12 @@ from common.run.distributed import (
     main_process_first,
     unwrap,
 )
+from common.run.errors import CheckpointError as CheckpointError
 
 logger = get_logger(__name__)
 
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[A-Za-z0-9.]+$")
 NUMERIC_KINDS = "biufcSU"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read, written or matched; the message names the file, the finding and the way out."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

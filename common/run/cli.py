@@ -14,16 +14,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage] - timm's documented entry
-from timm.scheduler import create_scheduler_v2  # pyright: ignore[reportPrivateImportUsage] - likewise
-from timm.scheduler.scheduler import Scheduler
-from torch import nn
+if TYPE_CHECKING:  # parsing imports no torch
+    import torch
+    from timm.scheduler.scheduler import Scheduler
+    from torch import nn
 
-from common.run.engine import AMP_MODES
-
+AMP_MODES = ("none", "fp16", "bf16")
 DATASET_NAMES = {
     "IMNET": "imagenet",
     "CIFAR": "cifar100",
@@ -375,6 +373,8 @@ def build_optimizer(
         decay_all: decay every parameter of the model (UVC's first stage).
         group_fn: makes the groups of a model by another rule.
     """
+    from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage] - timm's documented entry
+
     extra: dict[str, Any] = {}
     if eps is not None:
         extra["eps"] = eps
@@ -418,6 +418,8 @@ def build_schedule(
 
     The cosine is not shifted by the warm-up: the first epoch after it is already ``warmup_epochs`` down the curve.
     """
+    from timm.scheduler import create_scheduler_v2  # pyright: ignore[reportPrivateImportUsage] - documented as well
+
     scheduler, total = create_scheduler_v2(
         optimizer,
         sched=sched,

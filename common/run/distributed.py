@@ -1,14 +1,13 @@
 """Process groups: one process, torchrun, ``torch.distributed.launch`` or Slurm, on CUDA (NCCL) or the CPU (Gloo).
 
-An entry point is a function without arguments handed to :func:`run`; inside it calls :func:`launch` once. One process
-and many take the same path: every function here does the right thing when there is no process group.
+An entry point is a function without arguments handed to ``common.run.program.run``; inside it calls :func:`launch`
+once. One process and many take the same path: every function here does the right thing when there is no process group.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import logging
 import os
 import random
 import re
@@ -16,10 +15,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn, TextIO, TypeVar, overload
+from typing import NoReturn, overload
 
 import numpy as np
 import torch
@@ -28,16 +27,16 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage] - documented
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-Result = TypeVar("Result")
+from common.run.errors import LaunchError as LaunchError
+from common.run.program import get_logger as get_logger
+from common.run.program import get_rank as get_rank
+from common.run.program import is_main as is_main
+from common.run.program import run as run
 
 FAILURE_KEY = "leanvit/failures"
 REASON_KEY = "leanvit/failed_rank"
 POLL_SECONDS = 0.3
 DEFAULT_PORT = 29500
-
-
-class LaunchError(RuntimeError):
-    """The environment or the flags describe no job that can start; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -343,36 +342,10 @@ def _say(text: str) -> None:
     sys.stderr.flush()
 
 
-def run(main: Callable[[], Result], *, expected: tuple[type[Exception], ...] = ()) -> Result:
-    """Call ``main()``; a failure on one rank ends the whole job, printing that rank's error.
-
-    Args:
-        main: the entry point; it calls :func:`launch` itself.
-        expected: errors whose message says all a user needs; they print one line instead of a traceback and exit
-            with status 1. :class:`LaunchError` always does.
-
-    Returns:
-        What ``main`` returns, after the process group is gone.
-    """
-    expected = (LaunchError, *expected)
-    try:
-        result = main()
-    except BaseException as error:
-        if isinstance(error, SystemExit) and not error.code:
-            shutdown()
-            raise
-        watch = _Watch.current
-        if watch is None:
-            if isinstance(error, expected):
-                raise SystemExit(f"error: {error}") from error
-            raise
-        _leave(watch, error, expected)
-    shutdown()
-    return result
-
-
-def _leave(watch: _Watch, error: BaseException, expected: tuple[type[Exception], ...]) -> NoReturn:
+def leave(error: BaseException, expected: tuple[type[Exception], ...]) -> NoReturn:
     """End a rank of a larger job for good: no clean-up that waits for the other ranks."""
+    watch = _Watch.current
+    assert watch is not None  # launch() started it
     first = watch.report()
     status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
     if isinstance(error, KeyboardInterrupt):
@@ -392,18 +365,9 @@ def _leave(watch: _Watch, error: BaseException, expected: tuple[type[Exception],
     os._exit(status)
 
 
-def get_rank() -> int:
-    """Rank of this process, 0 without a process group."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
 def get_world_size() -> int:
     """Number of processes, 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def is_main() -> bool:
-    return get_rank() == 0
 
 
 def barrier() -> None:
@@ -524,33 +488,3 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
-
-
-class _RankZeroHandler(logging.StreamHandler):
-    """Writes to whatever ``sys.stderr`` is now, and only on rank 0."""
-
-    def __init__(self) -> None:
-        super().__init__(sys.stderr)
-        self.setFormatter(logging.Formatter("%(message)s"))
-
-    @property
-    def stream(self) -> TextIO:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return sys.stderr
-
-    @stream.setter
-    def stream(self, value: TextIO) -> None:
-        del value
-
-    def filter(self, record: logging.LogRecord) -> bool | logging.LogRecord:
-        return is_main() and super().filter(record)
-
-
-def get_logger(name: str) -> logging.Logger:
-    """The package's logger: rank 0 only, on stderr, so that results on stdout can be piped."""
-    package = name.split(".")[0]
-    root = logging.getLogger(package)
-    if not any(isinstance(handler, _RankZeroHandler) for handler in root.handlers):
-        root.addHandler(_RankZeroHandler())
-        root.setLevel(logging.INFO)
-        root.propagate = False
-    return logging.getLogger(name)

@@ -28,20 +28,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.run.checkpoint import CheckpointManager, TrainingState
+from common.run.cli import AMP_MODES
 from common.run.distributed import World, broadcast_buffers, get_logger, reduce_sums, wrap_for_training
+from common.run.errors import NonFiniteLoss as NonFiniteLoss
 from common.run.metrics import Means, ProgressLine, Record
 
 logger = get_logger(__name__)
 
-AMP_MODES = ("none", "fp16", "bf16")
 MOST_PENDING = 16  # rows of loss terms that may be on their way from the GPU before one is waited for
 
 Terms = Mapping[str, Tensor]
 Batch = Any
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss became infinite or not a number; the message gives epoch, step and every term."""
 
 
 class Step(Protocol):

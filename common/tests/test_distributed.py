@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from common.run import distributed
+from common.run import distributed, program
 from common.run.distributed import LaunchError, choose_device, first_host, launch, reduce_sums, run, shutdown
 from common.tests.forks import LAUNCH_VARIABLES, free_port, run_forked, torchrun_variables
 
@@ -291,12 +291,12 @@ def test_unwrap_removes_shells() -> None:
 
 
 def test_logger_speaks_on_rank_zero_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    logger = distributed.get_logger("some_package.module")
+    logger = program.get_logger("some_package.module")
     assert len(logging.getLogger("some_package").handlers) == 1
-    distributed.get_logger("some_package.other")
+    program.get_logger("some_package.other")
     assert len(logging.getLogger("some_package").handlers) == 1
     logger.info("hello %d", 1)
-    monkeypatch.setattr(distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(program, "get_rank", lambda: 1)
     logger.info("silence")
     captured = capsys.readouterr()
     assert captured.err == "hello 1\n"
