@@ -203,7 +203,7 @@ class PrimalDual:
             lr: learning rate of the weights for the proximal step.
             warmup: stop after the proximal step.
 
-        Source: the algorithm of the paper.
+        Source: arXiv:2203.08243, Algorithm 1.
         """
         settings, model = self.settings, self.model
         self.count += 1

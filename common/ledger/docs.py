@@ -2,6 +2,7 @@
 
     python -m common.docs             # rewrite README.md and <paper>/README.md
     python -m common.docs --check     # change nothing; exit status 1 names the files that are stale
+    python -m common.docs --only equations      # the markers of one kind: after code moved, in a second
 
 Everything between a marker and ``<!-- end -->`` is replaced:
 
@@ -9,6 +10,7 @@ Everything between a marker and ``<!-- end -->`` is replaced:
     <!-- ledger -->                             the shortened ledger: values by status, one line per table
     <!-- plot: hourglass_swag-all-methods -->   a figure, written to docs/plots/
     <!-- realised: hourglass_swag -->           recorded speed-ups beside what the counted costs promise
+    <!-- equations -->                          the paper's equations, each linked to its function
 
 Costs are computed (cached); speeds and accuracies come from ``results/`` alone, so the text does not depend on the
 machine that renders it.
@@ -23,12 +25,14 @@ from functools import cached_property
 from pathlib import Path
 
 from common.ledger.compare import Ledger, Request, build
+from common.ledger.equations import index
 from common.ledger.realised import markdown_realised
 from common.ledger.report import Figure, draw, figures, markdown_of, markdown_summary
 from common.ledger.tables import TableError, load_tables, papers
 from common.run.files import ROOT, write_atomic
 
-MARKER = re.compile(r"^<!-- (?P<kind>table|ledger|plot|realised)(?:: (?P<name>\S+))? -->$", re.MULTILINE)
+KINDS = ("table", "ledger", "plot", "realised", "equations")
+MARKER = re.compile(rf"^<!-- (?P<kind>{'|'.join(KINDS)})(?:: (?P<name>\S+))? -->$", re.MULTILINE)
 END = "<!-- end -->"
 
 
@@ -39,8 +43,9 @@ class DocsError(ValueError):
 class Renderer:
     """Text for each marker; the ledger is worked out when the first marker asks for it."""
 
-    def __init__(self, root: Path = ROOT) -> None:
+    def __init__(self, root: Path = ROOT, only: str | None = None) -> None:
         self.root = root
+        self.only = only
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -83,7 +88,10 @@ class Renderer:
                 "ledger": self._summary,
                 "plot": self._plot,
                 "realised": self._realised,
+                "equations": lambda name, path: index(path, self.root),
             }
+            if self.only not in (None, marker["kind"]):
+                continue
             try:
                 content = makers[marker["kind"]](marker["name"] or "", path)
             except KeyError as error:
@@ -132,16 +140,17 @@ def stale(root: Path = ROOT) -> list[Path]:
     return found
 
 
-def render_all(root: Path = ROOT) -> list[Path]:
-    """Rewrite what is stale, and every figure in use; returns the READMEs that changed.
+def render_all(root: Path = ROOT, only: str | None = None) -> list[Path]:
+    """Rewrite what is stale, and every figure in use; returns the READMEs that changed. ``only``: one kind of marker.
 
     Raises:
         DocsError: if a file cannot be rendered; then nothing is written.
     """
-    renderer = Renderer(root)
+    renderer = Renderer(root, only)
     texts = {path: path.read_text(encoding="utf-8") for path in readmes(root)}
     renewed = {path: renderer.render(text, path) for path, text in texts.items()}
-    for key in dict.fromkeys(key for text in texts.values() for key in _plots(text)):
+    keys = dict.fromkeys(key for text in texts.values() for key in _plots(text))
+    for key in keys if only in (None, "plot") else ():
         write_atomic(renderer.plot_path(key), *draw(renderer.figures[key], "png"))
     changed = [path for path in texts if renewed[path] != texts[path]]
     for path in changed:
@@ -158,9 +167,10 @@ def main(argv: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m common.docs", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a file is stale")
+    parser.add_argument("--only", choices=KINDS, help="this kind of marker alone")
     args = parser.parse_args(argv)
     try:
-        files = stale(root) if args.check else render_all(root)
+        files = stale(root) if args.check else render_all(root, args.only)
     except (DocsError, TableError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

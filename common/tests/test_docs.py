@@ -127,3 +127,14 @@ def test_a_paper_without_records_has_no_table_of_speedups(paper):
     (paper / "fakepaper" / "README.md").write_text("<!-- realised: fakepaper -->\n<!-- end -->\n")
     with pytest.raises(DocsError, match="fakepaper has no recorded speed-ups"):
         render_all(paper)
+
+
+def test_one_kind_of_marker_can_be_rendered_alone(paper):
+    (paper / "fakepaper" / "method.py").write_text(
+        'def f():\n    """Double.\n\n    Source: arXiv:2105.15075, Eq. 1."""\n'
+    )
+    readme = paper / "fakepaper" / "README.md"
+    readme.write_text(README + "arXiv:2105.15075\n<!-- equations -->\n<!-- end -->\n")
+    assert render_all(paper, "equations") == [readme]
+    assert readme.read_text().endswith("| Eq. 1 | Double | [`f`](method.py#L1) |\n<!-- end -->\n")
+    assert "something old" in readme.read_text()
