@@ -5,35 +5,30 @@
 A row per slimming module. First what all its tokens together take from each patch (1 is an equal share), then single
 tokens, chosen to be as different as possible. From the second module on the weights are multiplied back through the
 modules before, so that every map is over the patches of the image; what attention mixes in between is not in them.
+Besides files, IMAGE may be china.jpg, flower.jpg or digit-N (the N-th held-out one), which are inside scikit-learn.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import torch
-from matplotlib import colormaps
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
-
-from common.data.loaders import DataError, eval_transform, load_picture
-from common.run.checkpoint import CheckpointError
 from common.run.cli import make_parser, positive_int
-from sit.loading import load_for_evaluation, read_weights
-from sit.models import SIZES, LVViT, TokenSlimmingModule
-from sit.models.lvvit import build_lvvit
+from sit.arguments import add_network_args, network_options
 
-PANEL = 168  # pixels of a map's side, at least
-MARGIN, GAP, LINE = 20, 10, 22
-PAPER, INK, FAINT = (255, 255, 255), (24, 24, 27), (96, 96, 104)
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL import Image
+    from torch import Tensor
+
+    from sit.models import LVViT
+
+PANEL = 150  # pixels of a column
 IMAGE_SHARE = 0.35  # how much of the grey image shines through a map
+NOTE = "Bright: a large share. Each map of a token is scaled to its own largest weight, which stands above it."
 
 
 class SlimmedStage(NamedTuple):
@@ -49,24 +44,25 @@ class SlimmedStage(NamedTuple):
         return self.weights.mean(0) * self.weights.shape[1]
 
 
-@torch.no_grad()
 def trace_mixing(model: LVViT, images: Tensor) -> list[SlimmedStage]:
     """The mixing weights of every slimming module for one image (1, 3, height, width), in order.
 
     Raises:
         ValueError: if the network does not slim.
     """
+    import torch
+
     if not model.slimmed:
         raise ValueError("this network does not slim its tokens; give a slimmed one (--distillation-type frd)")
     seen: list[Tensor] = []
 
-    def remember(module: torch.nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
-        assert isinstance(module, TokenSlimmingModule)
+    def remember(module: Any, inputs: tuple[Tensor, ...], _: Tensor) -> None:
         seen.append(module.mixing_weights(inputs[0])[0].float().cpu())
 
     handles = [module.register_forward_hook(remember) for module in model.tsm]
     try:
-        model.eval()(images)
+        with torch.no_grad():
+            model.eval()(images)
     finally:
         for handle in handles:
             handle.remove()
@@ -81,123 +77,124 @@ def choose_different(weights: Tensor, number: int) -> list[int]:
     """Rows of (M, N) that are far apart: the most concentrated, then always the one farthest from those chosen."""
     chosen = [int(weights.square().sum(1).argmax())]
     while len(chosen) < min(number, len(weights)):
-        distance = torch.cdist(weights, weights[chosen], p=1).amin(1)
+        distance = (weights[:, None] - weights[chosen]).abs().sum(2).amin(1)
         chosen.append(int(distance.argmax()))
     return chosen
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawing
-
-
-def draw_map(image: Image.Image, values: Tensor, top: float) -> Image.Image:
+def draw_map(axes: Any, image: Image.Image, values: Tensor, grid: tuple[int, int], top: float) -> None:
     """A map over an image's patches in colour, the image shining through in grey.
 
     Args:
-        image: square.
-        values: (N,), N a square number.
+        values: (N,), row by row of the grid.
         top: the value that is brightest.
     """
-    grid = math.isqrt(len(values))
-    shown = Image.fromarray((values / max(top, 1e-12)).clamp(0, 1).reshape(grid, grid).numpy())
-    smooth = np.asarray(shown.resize(image.size, Image.Resampling.BICUBIC)).clip(0, 1)
-    colour = colormaps["inferno"](smooth)[..., :3]
-    grey = np.asarray(image.convert("L"))[..., None] / 255.0
-    mixed = (1 - IMAGE_SHARE) * colour + IMAGE_SHARE * grey
-    return Image.fromarray(np.uint8(np.rint(255 * mixed)))
+    axes.imshow(image.convert("L"), cmap="gray")
+    axes.imshow(
+        values.reshape(grid).numpy(), cmap="inferno", vmin=0, vmax=max(top, 1e-12), alpha=1 - IMAGE_SHARE,
+        interpolation="bicubic", extent=(0, image.width, image.height, 0),
+    )  # fmt: skip
 
 
-def draw_sheet(image: Image.Image, stages: Sequence[SlimmedStage], tokens: int, title: str) -> Image.Image:
+def draw_sheet(
+    image: Image.Image, stages: Sequence[SlimmedStage], grid: tuple[int, int], tokens: int, title: str
+) -> Figure:
     """The image, and a row of maps for every stage.
 
     Args:
-        image: square, as the network sees it.
+        image: as the network sees it.
+        grid: rows and columns of patches.
         tokens: single tokens per row.
     """
-    grid = math.isqrt(stages[0].weights.shape[1])
-    side = grid * max(1, round(PANEL / grid))
-    small = image.resize((side, side), Image.Resampling.BICUBIC)
+    from matplotlib.figure import Figure
+
     columns = 2 + max(min(tokens, len(stage.weights)) for stage in stages)
-    step = side + GAP
-    row_height = side + 2 * LINE + GAP
-    note = "Bright: a large share. Each map of a token is scaled to its own largest weight, which stands below it."
-    title_font, font = ImageFont.load_default(20), ImageFont.load_default(14)
-    width = max(2 * MARGIN + columns * step - GAP, 2 * MARGIN + math.ceil(font.getlength(note)))
-    head = MARGIN + 30 + LINE + GAP
-    sheet = Image.new("RGB", (width, head + len(stages) * row_height + MARGIN), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN), title, INK, title_font)
-    draw.text((MARGIN, MARGIN + 30), note, FAINT, font)
-    for index, stage in enumerate(stages):
-        y = head + index * row_height
+    size = (columns * PANEL / 100, len(stages) * 1.35 * PANEL / 100 + 0.7)
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    figure.suptitle(f"{title}\n{NOTE}", fontsize=8)
+    for axes, stage in zip(figure.subplots(len(stages), columns, squeeze=False), stages, strict=True):
         largest = stage.taken.max().item()
-        panels = [
-            (small, f"after block {stage.block}", f"{stage.entering} to {len(stage.weights)} tokens"),
-            (draw_map(small, stage.taken, largest), "all tokens", f"up to {largest:.1f} equal shares"),
-        ]
-        for token in choose_different(stage.weights, tokens):
+        axes[0].imshow(image)
+        labels = [f"after block {stage.block}\n{stage.entering} to {len(stage.weights)} tokens"]
+        draw_map(axes[1], image, stage.taken, grid, largest)
+        labels.append(f"all tokens\nup to {largest:.1f} equal shares")
+        for panel, token in zip(axes[2:], choose_different(stage.weights, tokens), strict=False):
             weights = stage.weights[token]
-            panels.append(
-                (draw_map(small, weights, weights.max().item()), f"token {token}", f"up to {weights.max():.2f}")
-            )
-        for column, (panel, label, caption) in enumerate(panels):
-            x = MARGIN + column * step
-            sheet.paste(panel, (x, y))
-            draw.text((x, y + side + 3), label, INK, font)
-            draw.text((x, y + side + 3 + LINE - 4), caption, FAINT, font)
-    return sheet
+            draw_map(panel, image, weights, grid, weights.max().item())
+            labels.append(f"token {token}\nup to {weights.max():.2f}")
+        for panel, label in zip(axes, labels, strict=False):
+            panel.set_title(label, fontsize=8)
+        for panel in axes:
+            panel.axis("off")
+    return figure
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The program
+def open_image(name: Path) -> Image.Image:
+    """A file, or where there is none of that name, an image inside scikit-learn.
+
+    Raises:
+        DataError: if it is neither.
+    """
+    from common.data.loaders import build_dataset, load_picture
+
+    kind, _, number = name.name.partition("-")
+    if not name.exists() and kind == "digit" and number.isdigit():
+        digits: Any = build_dataset("digits", None, "val", None)
+        return digits[int(number) % len(digits)][0]
+    if not name.exists() and str(name) in ("china.jpg", "flower.jpg"):
+        from PIL import Image
+        from sklearn.datasets import load_sample_image
+
+        return Image.fromarray(load_sample_image(str(name)))
+    return load_picture(name)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Images and network."""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("images", nargs="+", type=Path, metavar="IMAGE", help="images, in any format Pillow reads")
-    add("--model", default="sit_lvvit_tiny", choices=list(SIZES), metavar="NAME", help=f"one of {', '.join(SIZES)}")
+    add("images", nargs="+", type=Path, metavar="IMAGE", help="files, or images inside scikit-learn, see above")
+    add_network_args(parser)
     add("--weights", metavar="FILE", help="a trained student, stripped or not; without it the weights are random")
-    add("--num-classes", type=positive_int, default=1000, metavar="K", help="classes of the file (default: 1000)")
-    add("--keeping-ratio", type=float, metavar="R", help="of the file, if it is not the model's own")
     add("--input-size", type=positive_int, metavar="PIXELS", help="side of the image (default: the model's)")
     add("--tokens", type=positive_int, default=6, metavar="N", help="single tokens in each row (default: 6)")
-    add("--output", type=Path, default=Path("output/visualize"), metavar="DIR", help="folder to write to")
+    add("--output", type=Path, default=Path("output/visualize"), metavar="DIR",
+        help="folder to write to, or with one IMAGE the file to write, NAME.png")  # fmt: skip
+    parser.set_defaults(num_classes=1000)
     return parser.parse_args(argv)
 
 
-def build_network(args: argparse.Namespace) -> LVViT:
-    """The slimmed network of the flags, on the CPU, where one image takes less than a second."""
-    options = {"keeping_ratio": args.keeping_ratio, "img_size": args.input_size}
-    options = {name: value for name, value in options.items() if value is not None}
-    model = build_lvvit(
-        args.model, num_classes=args.num_classes, distillation_type="frd", logits_only=True, **options
-    ).eval()
+def main(argv: Sequence[str] | None = None) -> list[Path]:
+    """Draw every image, on the CPU, where one takes less than a second; returns the files written."""
+    args = parse_args(argv)
+    import torch
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+    from common.data.loaders import eval_transform
+    from sit.loading import load_for_evaluation, read_weights
+    from sit.models.lvvit import build_lvvit
+
+    options = {"num_classes": args.num_classes, "distillation_type": "frd", **network_options(args)}
+    model = build_lvvit(args.model, logits_only=True, **options).eval()
     if args.weights:
         load_for_evaluation(model, read_weights(args.weights))
     else:
         print("warning: the weights are random, so the maps mean little", file=sys.stderr)
-    return model
-
-
-def main(argv: Sequence[str] | None = None) -> list[Path]:
-    """Draw every image; returns the files written."""
-    args = parse_args(argv)
-    model = build_network(args)
-    transform = eval_transform(model.img_size)
-    shown = Compose([Resize(448, InterpolationMode.BICUBIC), CenterCrop(448 if model.img_size <= 32 else 392)])
-    args.output.mkdir(parents=True, exist_ok=True)
+    side = model.image_shape[0]
+    transform = eval_transform(side)
+    shown = Compose([Resize(448, InterpolationMode.BICUBIC), CenterCrop(448 if side <= 32 else 392)])
+    single = args.output.suffix == ".png" and len(args.images) == 1
+    (args.output.parent if single else args.output).mkdir(parents=True, exist_ok=True)
     files = []
     for path in args.images:
-        image = load_picture(path)
+        image = open_image(path)
         stages = trace_mixing(model, torch.as_tensor(transform(image))[None])
         for stage in stages:
             print(f"{path}: after block {stage.block}: {stage.entering} to {len(stage.weights)} tokens")
-        random = "" if args.weights else ", random weights"
-        title = f"{path.name} in {args.model}{random}: what the slimmed tokens are made of"
-        file = args.output / f"{path.stem}_{args.model}.png"
-        draw_sheet(shown(image), stages, args.tokens, title).save(file)
+        weights = "/".join(Path(args.weights).parts[-2:]) if args.weights else "random weights"
+        title = f"{path.name} in {args.model}, {weights}: what the slimmed tokens are made of."
+        file = args.output if single else args.output / f"{path.stem}_{args.model}.png"
+        draw_sheet(shown(image), stages, model.grid, args.tokens, title).savefig(file)
         print(f"written to {file}")
         files.append(file)
     return files
@@ -206,6 +203,6 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
 if __name__ == "__main__":
     try:
         main()
-    except (CheckpointError, DataError, OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -62,3 +62,16 @@ def test_export_of_another_form_is_refused(capsys):
     with pytest.raises(SystemExit):
         export.parse_args(["--output", "sit.tflite"])
     assert "its suffix must be one of .onnx, .pt2, .pt" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_network_of_other_stages_is_exported(tmp_path: Path):
+    """With the flags that the refusal recommends."""
+    stages = {"keeping_ratio": 0.7, "stage_blocks": (4, 4)}
+    model = fill_(create_model("sit_lvvit_desk", distillation_type="frd", num_classes=7, **stages), 2)
+    torch.save({"model": model.state_dict()}, tmp_path / "other.pth")
+    words = ["--model", "sit_lvvit_desk", "--num-classes", "7", "--weights", str(tmp_path / "other.pth")]
+    words += ["--output", str(tmp_path / "sit.pt")]
+    with pytest.raises(CheckpointError, match=r"put out \[44\] tokens.*another --keeping-ratio, --stage-blocks"):
+        export.main(words)
+    assert export.main([*words, "--keeping-ratio", "0.7", "--stage-blocks", "4", "4"]) < 1e-5

@@ -5,9 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 from timm.models._factory import create_model
 
+from common.data.loaders import DataError
 from common.tests.reference import fill_
 from sit import visualize
 from sit.models import LVViT
@@ -51,7 +54,13 @@ def test_tokens_shown_are_different():
 def test_the_brightest_place_is_that_of_the_largest_weight():
     values = torch.zeros(16)
     values[6] = 0.5  # second row, third column
-    drawn = np.asarray(visualize.draw_map(Image.new("RGB", (80, 80), (90, 90, 90)), values, 0.5)).sum(-1)
+    figure = Figure(figsize=(0.8, 0.8), dpi=100)
+    axes = figure.add_axes((0, 0, 1, 1))
+    visualize.draw_map(axes, Image.new("RGB", (80, 80), (90, 90, 90)), values, (4, 4), 0.5)
+    axes.axis("off")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    drawn = np.asarray(canvas.buffer_rgba())[..., :3].astype(int).sum(-1)
     row, column = np.unravel_index(drawn.argmax(), drawn.shape)
     assert (row // 20, column // 20) == (1, 2)
 
@@ -72,3 +81,12 @@ def test_a_sheet_is_written(tmp_path: Path, capsys):
 def test_a_teacher_is_refused():
     with pytest.raises(ValueError, match="does not slim its tokens"):
         visualize.trace_mixing(build_lvvit("sit_lvvit_desk", distillation_type=None), IMAGES)
+
+
+def test_images_inside_scikit_learn_and_a_file_by_name(tmp_path: Path):
+    assert visualize.open_image(Path("digit-3")).mode == "RGB"
+    assert visualize.open_image(Path("china.jpg")).size == (640, 427)
+    with pytest.raises(DataError, match=r"nowhere\.jpg"):
+        visualize.open_image(tmp_path / "nowhere.jpg")
+    words = ["--model", "sit_lvvit_desk", "--keeping-ratio", "0.7", "--output", str(tmp_path / "plot.png"), "digit-3"]
+    assert visualize.main(words) == [tmp_path / "plot.png"]
