@@ -28,10 +28,10 @@ from common.run.checkpoint import CheckpointError, load_safely, load_strict, loc
 from common.run.distributed import get_logger, main_process_first
 from scala import models_mobilenet, models_scala, models_uniformer
 from scala.arguments import DEFAULTS
-from scala.conv_layers import batch_norms, calibrate_
 from scala.engine_scala import CosineCurve
+from scala.layers import batch_norms, calibrate_
 from scala.losses import TOKENS, CosubLoss, ScalaLosses
-from scala.slicing import WidthGrid, check_sampling, make_grid
+from scala.slicing import WidthGrid, check_sampling, find_ratio, make_grid
 from scala.weights import load_for_finetuning
 
 logger = get_logger(__name__)
@@ -90,7 +90,7 @@ def choose_ratios(args: argparse.Namespace, grid: WidthGrid, trained: Mapping[st
         return ratios
     chosen = []
     for wanted in args.eval_ratio:
-        near = next((ratio for ratio in ratios if abs(ratio - wanted) < 1e-6), None)
+        near = find_ratio(wanted, ratios)
         if near is None:
             known = ", ".join(f"{ratio:g}" for ratio in ratios)
             problem = f"width ratio {wanted:g} was not trained; the trained ones are {known}"

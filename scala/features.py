@@ -25,36 +25,14 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from common.run.checkpoint import CheckpointError, load_safely, load_strict, locate, select_state
+from scala.layers import Sliced, SlicedLayerNorm, SlicedLinear
 from scala.losses import transfer_loss
 from scala.models_scala import DistilledVisionTransformer_scala, VisionTransformer_scala
-from scala.slicing import SlicedLayerNorm, SlicedLinear, SliceRule
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Students with the teacher's patch of 14 pixels
-
-
-def _patch14(pretrained: bool, kwargs: dict[str, Any], **shape: int) -> VisionTransformer_scala:
-    if pretrained:
-        raise ValueError("a patch-14 network has no weights to download; train it with main_dinov2.py")
-    own = {key: value for key, value in kwargs.items() if not key.startswith("pretrained_cfg") and key != "cache_dir"}
-    return VisionTransformer_scala(**{"patch_size": 14, **shape, **own})
-
-
-@register_model
-def deit_base_patch14_224_scala(pretrained: bool = False, **kwargs: Any) -> VisionTransformer_scala:
-    """Scala-B on DINOv2's grid of 16 x 16 patches."""
-    return _patch14(pretrained, kwargs, embed_dim=768, num_heads=12)
-
-
-@register_model
-def deit_small_patch14_224_scala(pretrained: bool = False, **kwargs: Any) -> VisionTransformer_scala:
-    """Scala-S on DINOv2's grid of 16 x 16 patches."""
-    return _patch14(pretrained, kwargs, embed_dim=384, num_heads=6)
+from scala.slicing import Ratio, SliceRule, Width
 
 
 class Projection(nn.Module):
@@ -67,18 +45,18 @@ class Projection(nn.Module):
         nn.init.trunc_normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, x: Tensor, ratio: float) -> Tensor:
+    def forward(self, x: Tensor, ratio: Ratio) -> Tensor:
         """(..., d) to (..., T)."""
         return self.linear(self.norm(x, ratio), ratio)
 
 
-class FeatureStudent(nn.Module):
+class FeatureStudent(Sliced, nn.Module):
     """A plain sliced ViT with the projections that the losses need.
 
     Args:
         backbone: plain, with a class token; its normalised tokens are compared.
         teacher_width: T.
-        masked: also pass masked pictures: half of the batch, half of its patches replaced by a learned token.
+        masked: also pass masked images: half of the batch, half of its patches replaced by a learned token.
         logits: also give class logits, for which the backbone needs classes.
 
     ``forward`` gives a tuple: features (B, 1 + N, T) with the projected class token first; with ``masked`` the
@@ -102,6 +80,7 @@ class FeatureStudent(nn.Module):
         if not logits and backbone.head is not None:
             raise ValueError("without logits to distil the head would never train: build the student without classes")
         width, rule = backbone.embed_dim, backbone.rule
+        self.rule, self.dims = rule, {"mask_token": {2: 1}}
         self.backbone, self.masked, self.logits = backbone, masked, logits
         self.project_token = Projection(rule, width, teacher_width)
         self.project_patches = Projection(rule, width, teacher_width)
@@ -117,14 +96,11 @@ class FeatureStudent(nn.Module):
     def no_weight_decay(self) -> set[str]:
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()} | {"mask_token"}
 
-    def sliced(self, ratio: float) -> dict[str, Tensor]:
-        """The mask token at a width; the rest belongs to the submodules."""
-        return {} if self.mask_token is None else {"mask_token": self.backbone.rule.cut(self.mask_token, ratio, 2)}
+    def check_ratio(self, ratio: Ratio) -> Width:
+        return self.backbone.check_ratio(ratio)
 
-    def check_ratio(self, ratio: float) -> None:
-        self.backbone.check_ratio(ratio)
-
-    def forward(self, images: Tensor, ratio: float) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor, ratio: Ratio) -> tuple[Tensor, ...]:
+        ratio = self.check_ratio(ratio)
         tokens = self.backbone.forward_features(images, ratio)  # (B, 1 + N, d)
         cls, patches = tokens[:, :1], tokens[:, 1:]
         features = torch.cat([self.project_token(cls, ratio), self.project_patches(patches, ratio)], dim=1)
@@ -133,12 +109,12 @@ class FeatureStudent(nn.Module):
             outputs += self._masked_pass(images[: max(1, len(images) // 2)], ratio)
         return (*outputs, self.backbone.forward_head(tokens, ratio)) if self.logits else outputs
 
-    def _masked_pass(self, images: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    def _masked_pass(self, images: Tensor, ratio: Ratio) -> tuple[Tensor, Tensor]:
         assert self.project_masked is not None
         assert self.backbone.norm is not None
         patches = self.backbone.patch_embed(images, ratio)
         order = torch.rand(patches.shape[:2], device=images.device).argsort(dim=1)
-        mask = order < patches.shape[1] // 2  # exactly half of each picture
+        mask = order < patches.shape[1] // 2  # exactly half of each image
         patches = torch.where(mask[..., None], self.sliced(ratio)["mask_token"].to(patches.dtype), patches)
         x = self.backbone.run_blocks(self.backbone.place(patches, ratio), ratio)
         return self.project_masked(self.backbone.norm(x, ratio)[:, 1:], ratio), mask
@@ -172,7 +148,7 @@ class FeatureTeacher(nn.Module):
 
 
 def load_teacher(name: str, path: str, *, img_size: int, num_classes: int | None = None) -> FeatureTeacher:
-    """A teacher from timm, for pictures of another size if need be: its positions are interpolated, as timm does.
+    """A teacher from timm, for images of another size if need be: its positions are interpolated, as timm does.
 
     Args:
         name: timm's name of a plain ViT with a class token, such as ``vit_base_patch14_dinov2.lvd142m``.

@@ -47,7 +47,6 @@ from scala.probing import (
     ProbeStep,
     SeparateHeads,
     SlicedHead,
-    every_width,
     sampled_widths,
 )
 from scala.slicing import SliceRule, make_grid
@@ -134,11 +133,12 @@ def build_probe(
     """The head, and what gives the widths of a training step."""
     sliced = args.head == "sliced" or (args.head == "auto" and args.data_set.lower() in CLIP_SETS)
     if not sliced:
-        return SeparateHeads(features.width, classes, features.tokens, ratios), every_width(ratios)
+        return SeparateHeads(features.width, classes, features.tokens, ratios), lambda: ratios
     rule = SliceRule(trained.smallest_ratio, trained.largest_ratio)
     head = SlicedHead(rule, features.width, classes, features.tokens)
     if trained.ratios is None or len(trained.ratios) < 5:
-        return head, every_width((trained.ratios or ratios)[::-1])
+        widths = (trained.ratios or ratios)[::-1]
+        return head, lambda: widths
     step = trained.ratios[1] - trained.ratios[0]
     return head, partial(sampled_widths, make_grid(trained.smallest_ratio, trained.largest_ratio, step))
 

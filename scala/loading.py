@@ -20,7 +20,7 @@ import scala.models_scala
 import scala.models_uniformer  # noqa: F401 - the four register their networks with timm
 from common.run.checkpoint import CheckpointError, load_safely, load_strict, locate, select_state
 from common.run.distributed import get_logger, main_process_first
-from scala.slicing import WidthGrid, make_grid
+from scala.slicing import WidthGrid, find_ratio, make_grid
 
 logger = get_logger(__name__)
 
@@ -50,7 +50,7 @@ class Trained:
 
     def untrained(self, ratio: float) -> str | None:
         """What to say about a ratio that was not trained; None where it was, or where that is unknown."""
-        if self.ratios is None or ratio in self.ratios:
+        if self.ratios is None or find_ratio(ratio, self.ratios) is not None:
             return None
         known = ", ".join(f"{known:g}" for known in self.ratios)
         return f"--ratio {ratio:g} was not trained; the trained ones are {known}"

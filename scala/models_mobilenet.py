@@ -2,7 +2,7 @@
 
 MobileNet v2: Inverted Residuals and Linear Bottlenecks, arXiv:1801.04381; Scala, arXiv:2412.04786, whose figure of the
 slimmable ability shows this backbone. Weights have the names and shapes of timm's ``mobilenetv2_100``, so its
-checkpoints load; depthwise convolutions are cut along their channels, for batch normalisation see ``conv_layers.py``.
+checkpoints load; depthwise convolutions are cut along their channels, for batch normalisation see ``layers.py``.
 
 Legend: B batch, C channels, c = int(r C) channels of a slice, r width ratio.
 """
@@ -19,8 +19,8 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from common.measure.flops import OpCounts
-from scala.conv_layers import ChannelConv2d, SlicedBatchNorm2d
-from scala.slicing import SlicedLinear, SliceRule, count_active_parameters, make_grid, sliced_size
+from scala.layers import SlicedBatchNorm2d, SlicedConv2d, SlicedLinear, count_active_parameters
+from scala.slicing import Ratio, SliceRule, Width, WidthError, exact, make_grid, sliced_size
 
 # channels, blocks, stride of the first block, expansion: Table 2 of arXiv:1801.04381
 STAGES = ((16, 1, 1, 1), (24, 2, 2, 6), (32, 3, 2, 6), (64, 4, 2, 6), (96, 3, 1, 6), (160, 3, 2, 6), (320, 1, 1, 6))
@@ -32,12 +32,12 @@ class DepthwiseBlock(nn.Module):
 
     def __init__(self, rule: SliceRule, widths: Sequence[float], channels: int, out: int, stride: int) -> None:
         super().__init__()
-        self.conv_dw = ChannelConv2d(rule, channels, channels, 3, stride=stride, depthwise=True)
+        self.conv_dw = SlicedConv2d(rule, channels, channels, 3, stride=stride, depthwise=True)
         self.bn1 = SlicedBatchNorm2d(rule, channels, widths)
-        self.conv_pw = ChannelConv2d(rule, channels, out, 1)
+        self.conv_pw = SlicedConv2d(rule, channels, out, 1)
         self.bn2 = SlicedBatchNorm2d(rule, out, widths)
 
-    def forward(self, x: Tensor, ratio: float) -> Tensor:
+    def forward(self, x: Tensor, ratio: Ratio) -> Tensor:
         x = F.relu6(self.bn1(self.conv_dw(x, ratio), ratio))
         return self.bn2(self.conv_pw(x, ratio), ratio)
 
@@ -57,16 +57,16 @@ class InvertedResidual(nn.Module):
         drop_path: float,
     ) -> None:
         super().__init__()
-        self.conv_pw = ChannelConv2d(rule, channels, inner, 1)
+        self.conv_pw = SlicedConv2d(rule, channels, inner, 1)
         self.bn1 = SlicedBatchNorm2d(rule, inner, widths)
-        self.conv_dw = ChannelConv2d(rule, inner, inner, 3, stride=stride, depthwise=True)
+        self.conv_dw = SlicedConv2d(rule, inner, inner, 3, stride=stride, depthwise=True)
         self.bn2 = SlicedBatchNorm2d(rule, inner, widths)
-        self.conv_pwl = ChannelConv2d(rule, inner, out, 1)
+        self.conv_pwl = SlicedConv2d(rule, inner, out, 1)
         self.bn3 = SlicedBatchNorm2d(rule, out, widths)
         self.has_skip = stride == 1 and channels == out
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor, ratio: float) -> Tensor:
+    def forward(self, x: Tensor, ratio: Ratio) -> Tensor:
         y = F.relu6(self.bn1(self.conv_pw(x, ratio), ratio))
         y = F.relu6(self.bn2(self.conv_dw(y, ratio), ratio))
         y = self.bn3(self.conv_pwl(y, ratio), ratio)
@@ -106,7 +106,7 @@ class MobileNetV2_scala(nn.Module):
         stem, features = sliced_size(STEM, multiplier), sliced_size(FEATURES, multiplier)
         self.multiplier = multiplier
         self.num_features, self.narrowest = features, sliced_size(STAGES[0][0], multiplier)
-        self.conv_stem = ChannelConv2d(rule, in_chans, stem, 3, stride=2, from_image=True)
+        self.conv_stem = SlicedConv2d(rule, in_chans, stem, 3, stride=2, from_image=True)
         self.bn1 = SlicedBatchNorm2d(rule, stem, widths)
         total = sum(blocks for _, blocks, _, _ in STAGES)
         stages, channels, full, done = [], stem, STEM, 0
@@ -122,50 +122,52 @@ class MobileNetV2_scala(nn.Module):
                 channels, full, done = out, wide, done + 1
             stages.append(nn.Sequential(*stage))
         self.blocks = nn.Sequential(*stages)
-        self.conv_head = ChannelConv2d(rule, channels, features, 1)
+        self.conv_head = SlicedConv2d(rule, channels, features, 1)
         self.bn2 = SlicedBatchNorm2d(rule, features, widths)
         self.classifier = SlicedLinear(rule, features, num_classes, rows=False) if num_classes else None
         self.apply(_initialise)
 
-    def check_ratio(self, ratio: float) -> None:
-        """Refuse what is no width: it must lie in (0, 1] and leave every layer a channel (ValueError)."""
-        if not 0 < ratio <= 1 or not sliced_size(self.narrowest, ratio):
-            raise ValueError(
+    def check_ratio(self, ratio: Ratio) -> Width:
+        """The exact width; it must lie in (0, 1] and leave every layer a channel (ValueError)."""
+        width = exact(ratio)
+        if not width.channels(self.narrowest):
+            raise WidthError(
                 f"a width ratio must be from 1/{self.narrowest}, which leaves the narrowest layer one channel, to 1, "
-                f"got {ratio:g}"
+                f"got {width.steps / width.of:g}"
             )
+        return width
 
     def no_weight_decay(self) -> set[str]:
         return set()
 
-    def forward_features(self, x: Tensor, ratio: float) -> Tensor:
+    def forward_features(self, x: Tensor, ratio: Ratio) -> Tensor:
         """Images (B, 3, height, width) to the last map, (B, int(r 1280), height / 32, width / 32)."""
-        self.check_ratio(ratio)
+        ratio = self.check_ratio(ratio)
         x = F.relu6(self.bn1(self.conv_stem(x, ratio), ratio))
         for stage in self.blocks:
             for block in stage:  # pyright: ignore[reportGeneralTypeIssues] - a Sequential of blocks
                 x = block(x, ratio)
         return F.relu6(self.bn2(self.conv_head(x, ratio), ratio))
 
-    def forward_head(self, x: Tensor, ratio: float, pre_logits: bool = False) -> Tensor:
+    def forward_head(self, x: Tensor, ratio: Ratio, pre_logits: bool = False) -> Tensor:
         """Pooled features (B, c), or the logits (B, K)."""
         x = F.dropout(x.mean((2, 3)), self.drop_rate, self.training)
         return x if pre_logits or self.classifier is None else self.classifier(x, ratio)
 
-    def forward(self, x: Tensor, ratio: float) -> Tensor:
+    def forward(self, x: Tensor, ratio: Ratio) -> Tensor:
         return self.forward_head(self.forward_features(x, ratio), ratio)
 
-    def count_parameters(self, ratio: float) -> int:
+    def count_parameters(self, ratio: Ratio) -> int:
         """Parameters that a width touches: those of a stand-alone network of that width."""
         return count_active_parameters(self, ratio)
 
-    def count_ops(self, ratio: float) -> OpCounts:
+    def count_ops(self, ratio: Ratio) -> OpCounts:
         """Operations of one image at a width: convolutions and the classifier, and the elements that are normalised."""
         counts, side = OpCounts(), math.ceil(self.img_size / 2)
         layers = [(self.conv_stem, side)]
         for stage in self.blocks:
             for block in stage:  # pyright: ignore[reportGeneralTypeIssues]
-                for layer in (module for module in block.modules() if isinstance(module, ChannelConv2d)):
+                for layer in (module for module in block.modules() if isinstance(module, SlicedConv2d)):
                     side = math.ceil(side / layer.stride[0])
                     layers.append((layer, side))
         layers.append((self.conv_head, side))

@@ -26,16 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 from common.measure import flops
 from common.measure.flops import OpCounts
-from scala.slicing import (
-    PUBLISHED_RULE,
-    SlicedConv2d,
-    SlicedLayerNorm,
-    SlicedLinear,
-    SliceRule,
-    check_ratio,
-    count_active_parameters,
-    sliced_size,
-)
+from scala.layers import Sliced, SlicedConv2d, SlicedLayerNorm, SlicedLinear, count_active_parameters
+from scala.slicing import PUBLISHED_RULE, Ratio, SliceRule, Width, check_ratio, sliced_size
 
 Layer = Callable[..., nn.Module]
 
@@ -62,8 +54,8 @@ class Attention(nn.Module):
 
     def __init__(
         self,
-        smallest_ratio: float,
-        largest_ratio: float,
+        smallest_ratio: Ratio,
+        largest_ratio: Ratio,
         dim: int,
         num_heads: int = 8,
         qkv_bias: bool = False,
@@ -81,7 +73,7 @@ class Attention(nn.Module):
         self.proj = SlicedLinear(rule, dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, ratio: float) -> Tensor:
+    def forward(self, x: Tensor, ratio: Ratio) -> Tensor:
         """Tokens (B, N, d) to (B, N, d)."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x, ratio).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
@@ -90,7 +82,7 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, scale=self.scale)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, tokens, width), ratio))
 
-    def count_ops(self, tokens: int, ratio: float) -> OpCounts:
+    def count_ops(self, tokens: int, ratio: Ratio) -> OpCounts:
         """Operations for one picture."""
         width = sliced_size(self.proj.in_features, ratio)
         return (
@@ -101,7 +93,7 @@ class Attention(nn.Module):
         )
 
 
-class LayerScale(nn.Module):
+class LayerScale(Sliced, nn.Module):
     """Multiply by a learned factor per channel.
 
     Args:
@@ -110,8 +102,8 @@ class LayerScale(nn.Module):
 
     def __init__(
         self,
-        smallest_ratio: float,
-        largest_ratio: float,
+        smallest_ratio: Ratio,
+        largest_ratio: Ratio,
         dim: int,
         init_values: float = 1e-5,
         inplace: bool = False,
@@ -119,15 +111,12 @@ class LayerScale(nn.Module):
         official: bool = False,
     ) -> None:
         super().__init__()
-        self.rule = SliceRule(smallest_ratio, largest_ratio)
+        self.rule, self.dims = SliceRule(smallest_ratio, largest_ratio), {"gamma": {0: 1}}
         self.inplace = inplace
         self.official = official
         self.gamma = nn.Parameter(init_values * torch.ones(dim))
 
-    def sliced(self, ratio: float) -> dict[str, Tensor]:
-        return {"gamma": self.rule.cut(self.gamma, ratio, 0)}
-
-    def forward(self, x: Tensor, ratio: float) -> Tensor:
+    def forward(self, x: Tensor, ratio: Ratio) -> Tensor:
         """(B, N, d) to (B, N, d)."""
         gamma = self.sliced(ratio)["gamma"]
         if self.inplace:
@@ -145,8 +134,8 @@ class Mlp(nn.Module):
 
     def __init__(
         self,
-        smallest_ratio: float,
-        largest_ratio: float,
+        smallest_ratio: Ratio,
+        largest_ratio: Ratio,
         in_features: int,
         hidden_features: int | None = None,
         out_features: int | None = None,
@@ -170,12 +159,12 @@ class Mlp(nn.Module):
         self.fc2 = SlicedLinear(rule, hidden, out_features or in_features, bias=bias)
         self.drop2 = nn.Dropout(drop)
 
-    def forward(self, x: Tensor, ratio: float) -> Tensor:
+    def forward(self, x: Tensor, ratio: Ratio) -> Tensor:
         """(B, N, d) to (B, N, d)."""
         x = self.drop1(self.act(self.fc1(x, ratio)))
         return self.drop2(self.fc2(x, ratio))
 
-    def count_ops(self, tokens: int, ratio: float) -> OpCounts:
+    def count_ops(self, tokens: int, ratio: Ratio) -> OpCounts:
         """Operations for one picture."""
         full = (self.fc1.in_features, self.fc1.out_features, self.fc2.out_features)
         width, hidden, out = (sliced_size(size, ratio) for size in full)
@@ -195,8 +184,8 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        smallest_ratio: float,
-        largest_ratio: float,
+        smallest_ratio: Ratio,
+        largest_ratio: Ratio,
         dim: int,
         num_heads: int,
         mlp_ratio: float = 4.0,
@@ -226,14 +215,14 @@ class Block(nn.Module):
         self.ls2 = scale()
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor, ratio: float) -> Tensor:
+    def forward(self, x: Tensor, ratio: Ratio) -> Tensor:
         """Tokens (B, N, d) to (B, N, d)."""
         update = self.attn(self.norm1(x, ratio), ratio)
         x = x + self.drop_path(update if self.ls1 is None else self.ls1(update, ratio))
         update = self.mlp(self.norm2(x, ratio), ratio)
         return x + self.drop_path(update if self.ls2 is None else self.ls2(update, ratio))
 
-    def count_ops(self, tokens: int, ratio: float) -> OpCounts:
+    def count_ops(self, tokens: int, ratio: Ratio) -> OpCounts:
         """Operations for one picture."""
         elements = tokens * sliced_size(self.norm1.normalized_shape[0], ratio)
         scales = sum(layer is not None and not layer.official for layer in (self.ls1, self.ls2))
@@ -282,11 +271,13 @@ class PatchEmbed(nn.Module):
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.flatten = flatten
         self.strict_img_size = strict_img_size
-        self.proj = SlicedConv2d(rule, in_chans, embed_dim, patch_size, stride=patch_size, bias=bias)
+        self.proj = SlicedConv2d(
+            rule, in_chans, embed_dim, patch_size, stride=patch_size, padding=0, from_image=True, bias=bias
+        )
         _check_norm_layer(norm_layer)
         self.norm = SlicedLayerNorm(rule, embed_dim) if norm_layer is not None else None
 
-    def forward(self, x: Tensor, ratio: float) -> Tensor:
+    def forward(self, x: Tensor, ratio: Ratio) -> Tensor:
         """(B, 3, height, width) to (B, N, d).
 
         Raises:
@@ -306,7 +297,7 @@ class PatchEmbed(nn.Module):
             x = tokens if self.flatten else tokens.transpose(1, 2).unflatten(2, x.shape[2:])
         return x
 
-    def count_ops(self, ratio: float) -> OpCounts:
+    def count_ops(self, ratio: Ratio) -> OpCounts:
         """Operations for one picture."""
         width = sliced_size(self.proj.out_channels, ratio)
         counts = flops.conv2d(
@@ -319,7 +310,7 @@ class PatchEmbed(nn.Module):
 # The networks
 
 
-class VisionTransformer_scala(nn.Module):
+class VisionTransformer_scala(Sliced, nn.Module):
     """Vision Transformer that runs at any width whose channels its heads can share.
 
     Args:
@@ -377,7 +368,8 @@ class VisionTransformer_scala(nn.Module):
         if not 0 < smallest_ratio <= 1 or not 0 < largest_ratio <= 1:
             raise ValueError(f"the slicing bound must lie in (0, 1], got {smallest_ratio} and {largest_ratio}")
         self.smallest_ratio, self.largest_ratio = smallest_ratio, largest_ratio
-        self.rule = SliceRule(smallest_ratio, largest_ratio)
+        self.rule = self._outer_rule(SliceRule(smallest_ratio, largest_ratio))
+        self.dims = {name: {2: 1} for name in ("cls_token", "dist_token", "pos_embed")}
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.embed_dim = self.num_features = embed_dim
@@ -405,21 +397,20 @@ class VisionTransformer_scala(nn.Module):
             for rate in rates
         )  # fmt: skip
         after_pooling = global_pool == "avg" if fc_norm is None else fc_norm
-        self.norm = None if after_pooling else SlicedLayerNorm(self._outer_rule, embed_dim)
-        self.fc_norm = SlicedLayerNorm(self._outer_rule, embed_dim) if after_pooling else None
+        self.norm = None if after_pooling else SlicedLayerNorm(self.rule, embed_dim)
+        self.fc_norm = SlicedLayerNorm(self.rule, embed_dim) if after_pooling else None
         self.head = self._make_head()
         if weight_init != "skip":
             self.init_weights(weight_init)
 
-    @property
-    def _outer_rule(self) -> SliceRule:
-        """Of tokens, positions, final normalisation and heads."""
-        return self.rule
+    def _outer_rule(self, rule: SliceRule) -> SliceRule:
+        """Of tokens, positions, final normalisation and heads; ``rule`` is that of patch embedding and blocks."""
+        return rule
 
     def _make_head(self) -> SlicedLinear | None:
         if self.num_classes < 1:
             return None
-        return SlicedLinear(self._outer_rule, self.embed_dim, self.num_classes, rows=False)
+        return SlicedLinear(self.rule, self.embed_dim, self.num_classes, rows=False)
 
     def init_weights(self, mode: str = "") -> None:
         """timm's initialisation of a ViT."""
@@ -439,20 +430,15 @@ class VisionTransformer_scala(nn.Module):
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
-    def check_ratio(self, ratio: float) -> None:
-        """Refuse a width that the heads cannot share, naming the valid ones (ValueError)."""
-        check_ratio(ratio, self.embed_dim, self.num_heads)
+    def check_ratio(self, ratio: Ratio) -> Width:
+        """The exact width; one that the heads cannot share is refused, naming the nearest and all valid ones."""
+        return check_ratio(ratio, self.embed_dim, self.num_heads)
 
-    def sliced(self, ratio: float) -> dict[str, Tensor]:
-        """Tokens and positions at a width; the rest belongs to the submodules."""
-        own = {name: value for name, value in self._parameters.items() if value is not None}
-        return {name: self._outer_rule.cut(value, ratio, 2) for name, value in own.items()}
-
-    def embed(self, images: Tensor, ratio: float) -> Tensor:
+    def embed(self, images: Tensor, ratio: Ratio) -> Tensor:
         """Pictures (B, 3, height, width) to tokens with positions, (B, N, d)."""
         return self.place(self.patch_embed(images, ratio), ratio)
 
-    def place(self, tokens: Tensor, ratio: float) -> Tensor:
+    def place(self, tokens: Tensor, ratio: Ratio) -> Tensor:
         """Patch tokens (B, patches, d) with positions, and the prefix tokens in front: (B, N, d)."""
         own = self.sliced(ratio)
         positions = own.pop("pos_embed")
@@ -461,12 +447,12 @@ class VisionTransformer_scala(nn.Module):
             return self.pos_drop(torch.cat([*prefix, tokens + positions], dim=1))
         return self.pos_drop(torch.cat([*prefix, tokens], dim=1) + positions)
 
-    def encode(self, images: Tensor, ratio: float) -> Tensor:
+    def encode(self, images: Tensor, ratio: Ratio) -> Tensor:
         """Tokens (B, N, d) after the last block, not normalised."""
-        self.check_ratio(ratio)
-        return self.run_blocks(self.embed(images, ratio), ratio)
+        width = self.check_ratio(ratio)
+        return self.run_blocks(self.embed(images, width), width)
 
-    def run_blocks(self, x: Tensor, ratio: float) -> Tensor:
+    def run_blocks(self, x: Tensor, ratio: Ratio) -> Tensor:
         """Tokens (B, N, d) through all blocks."""
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
@@ -475,12 +461,12 @@ class VisionTransformer_scala(nn.Module):
                 x = block(x, ratio)
         return x  # pyright: ignore[reportReturnType]
 
-    def forward_features(self, images: Tensor, ratio: float) -> Any:
+    def forward_features(self, images: Tensor, ratio: Ratio) -> Any:
         """Normalised tokens (B, N, d); with ``fc_norm`` they are normalised after pooling instead."""
         x = self.encode(images, ratio)
         return x if self.norm is None else self.norm(x, ratio)
 
-    def forward_head(self, x: Any, ratio: float, pre_logits: bool = False) -> Any:
+    def forward_head(self, x: Any, ratio: Ratio, pre_logits: bool = False) -> Any:
         """Pooled logits (B, C), or features (B, d) with ``pre_logits`` or without classes."""
         if self.global_pool == "avg":
             x = x[:, self.num_prefix_tokens :].mean(dim=1)
@@ -490,7 +476,7 @@ class VisionTransformer_scala(nn.Module):
             x = self.fc_norm(x, ratio)
         return x if pre_logits or self.head is None else self.head(x, ratio)
 
-    def forward(self, images: Tensor, ratio: float) -> Any:
+    def forward(self, images: Tensor, ratio: Ratio) -> Any:
         """Logits (B, C) of pictures (B, 3, height, width) at a width ratio.
 
         Raises:
@@ -498,7 +484,7 @@ class VisionTransformer_scala(nn.Module):
         """
         return self.forward_head(self.forward_features(images, ratio), ratio)
 
-    def count_ops(self, ratio: float) -> OpCounts:
+    def count_ops(self, ratio: Ratio) -> OpCounts:
         """Operations of one forward pass of one picture at a width."""
         self.check_ratio(ratio)
         tokens, width = self._tokens, sliced_size(self.embed_dim, ratio)
@@ -519,7 +505,7 @@ class VisionTransformer_scala(nn.Module):
     def _tokens(self) -> int:
         return self.patch_embed.num_patches + self.num_prefix_tokens
 
-    def count_parameters(self, ratio: float) -> int:
+    def count_parameters(self, ratio: Ratio) -> int:
         """Parameters that a width touches: those of a stand-alone network of that width."""
         return count_active_parameters(self, ratio)
 
@@ -555,22 +541,21 @@ class DistilledVisionTransformer_scala(VisionTransformer_scala):
         if mode != "skip":
             self.init_weights(mode)
 
-    @property
-    def _outer_rule(self) -> SliceRule:
-        return PUBLISHED_RULE if self._official_anchors else self.rule
+    def _outer_rule(self, rule: SliceRule) -> SliceRule:
+        return PUBLISHED_RULE if self._official_anchors else rule
 
     def init_weights(self, mode: str = "") -> None:
         super().init_weights(mode)
         trunc_normal_(self.dist_token, std=0.02)
 
-    def forward_features(self, images: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    def forward_features(self, images: Tensor, ratio: Ratio) -> tuple[Tensor, Tensor]:
         """Normalised class and distillation token, each (B, d)."""
         x = self.encode(images, ratio)[:, :2]
         assert self.norm is not None
         x = self.norm(x, ratio)
         return x[:, 0], x[:, 1]
 
-    def forward_head(self, x: tuple[Tensor, Tensor], ratio: float, pre_logits: bool = False) -> Any:
+    def forward_head(self, x: tuple[Tensor, Tensor], ratio: Ratio, pre_logits: bool = False) -> Any:
         """Both logits (B, C), or their mean; see ``pair_outputs``. Features in place of logits without classes."""
         cls, dist = x
         if not pre_logits and self.head is not None and self.head_dist is not None:
@@ -611,6 +596,12 @@ MODELS: dict[str, Size] = {
 }
 """The published names, also those of timm's registry; any argument of the network overrides its size."""
 
+DINOV2_MODELS: dict[str, Size] = {
+    "deit_small_patch14_224_scala": Size(384, 6, distilled=False, patch=14),
+    "deit_base_patch14_224_scala": Size(768, 12, distilled=False, patch=14),
+}
+"""On DINOv2's grid of 16 x 16 patches (design)."""
+
 _PASSED_BY_TIMM = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 
@@ -623,9 +614,9 @@ def create(name: str, **kwargs: Any) -> VisionTransformer_scala:
     Raises:
         ValueError: an unknown name.
     """
-    if name not in MODELS:
+    if name not in MODELS and name not in DINOV2_MODELS:
         raise ValueError(f"there is no model {name!r}; the models are {', '.join(MODELS)}")
-    size = MODELS[name]
+    size = (MODELS | DINOV2_MODELS)[name]
     network = DistilledVisionTransformer_scala if size.distilled else VisionTransformer_scala
     shape: dict[str, Any] = {
         "img_size": size.img_size, "patch_size": size.patch, "embed_dim": size.width, "num_heads": size.heads,
@@ -644,7 +635,7 @@ def _register(name: str) -> Callable[..., nn.Module]:
     return register_model(factory)
 
 
-FACTORIES: dict[str, Callable[..., nn.Module]] = {name: _register(name) for name in MODELS}
+FACTORIES: dict[str, Callable[..., nn.Module]] = {name: _register(name) for name in (*MODELS, *DINOV2_MODELS)}
 """Name -> function with timm's signature for model factories."""
 
 

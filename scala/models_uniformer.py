@@ -24,17 +24,15 @@ from torch import Tensor, nn
 
 from common.measure import flops
 from common.measure.flops import OpCounts
-from scala.conv_layers import ChannelConv2d, SlicedBatchNorm2d
-from scala.models_scala import Block
-from scala.slicing import (
+from scala.layers import (
+    SlicedBatchNorm2d,
+    SlicedConv2d,
     SlicedLayerNorm,
     SlicedLinear,
-    SliceRule,
-    check_ratio,
     count_active_parameters,
-    make_grid,
-    sliced_size,
 )
+from scala.models_scala import Block
+from scala.slicing import Ratio, SliceRule, Width, check_ratio, exact, make_grid, sliced_size
 
 WIDTHS = (64, 128, 320, 512)
 STRIDES = (4, 2, 2, 2)
@@ -46,16 +44,16 @@ class PatchMerge(nn.Module):
 
     def __init__(self, rule: SliceRule, channels: int, out: int, stride: int, *, from_image: bool) -> None:
         super().__init__()
-        self.proj = ChannelConv2d(
+        self.proj = SlicedConv2d(
             rule, channels, out, stride, stride=stride, padding=0, from_image=from_image, bias=True
         )
         self.norm = SlicedLayerNorm(rule, out)
 
-    def forward(self, x: Tensor, ratio: float) -> Tensor:
+    def forward(self, x: Tensor, ratio: Ratio) -> Tensor:
         """(B, c, h, w) to (B, c', h / stride, w / stride)."""
         return self.norm(self.proj(x, ratio).permute(0, 2, 3, 1), ratio).permute(0, 3, 1, 2).contiguous()
 
-    def count_ops(self, pixels: int, ratio: float) -> OpCounts:
+    def count_ops(self, pixels: int, ratio: Ratio) -> OpCounts:
         elements = pixels * sliced_size(self.proj.out_channels, ratio)
         return self.proj.count_ops(ratio, pixels) + flops.layer_norm(elements)
 
@@ -68,19 +66,19 @@ class OverlappingMerge(nn.Module):
     ) -> None:
         super().__init__()
         first = out // 2 if stride == 4 else out
-        self.conv1 = ChannelConv2d(rule, channels, first, 3, stride=2, from_image=from_image, bias=True)
+        self.conv1 = SlicedConv2d(rule, channels, first, 3, stride=2, from_image=from_image, bias=True)
         self.norm1 = SlicedBatchNorm2d(rule, first, widths)
-        self.conv2 = ChannelConv2d(rule, first, out, 3, stride=2, bias=True) if stride == 4 else None
+        self.conv2 = SlicedConv2d(rule, first, out, 3, stride=2, bias=True) if stride == 4 else None
         self.norm2 = SlicedBatchNorm2d(rule, out, widths) if stride == 4 else None
 
-    def forward(self, x: Tensor, ratio: float) -> Tensor:
+    def forward(self, x: Tensor, ratio: Ratio) -> Tensor:
         """(B, c, h, w) to (B, c', h / stride, w / stride)."""
         x = self.norm1(self.conv1(x, ratio), ratio)
         if self.conv2 is None or self.norm2 is None:
             return x
         return self.norm2(self.conv2(F.gelu(x), ratio), ratio)
 
-    def count_ops(self, pixels: int, ratio: float) -> OpCounts:
+    def count_ops(self, pixels: int, ratio: Ratio) -> OpCounts:
         before = 4 * pixels if self.conv2 is not None else pixels
         inner = before * sliced_size(self.conv1.out_channels, ratio)
         counts = self.conv1.count_ops(ratio, before) + OpCounts(batch_norm=inner)
@@ -95,11 +93,11 @@ class ConvMlp(nn.Module):
 
     def __init__(self, rule: SliceRule, channels: int, hidden: int, drop: float) -> None:
         super().__init__()
-        self.fc1 = ChannelConv2d(rule, channels, hidden, 1, bias=True)
-        self.fc2 = ChannelConv2d(rule, hidden, channels, 1, bias=True)
+        self.fc1 = SlicedConv2d(rule, channels, hidden, 1, bias=True)
+        self.fc2 = SlicedConv2d(rule, hidden, channels, 1, bias=True)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor, ratio: float) -> Tensor:
+    def forward(self, x: Tensor, ratio: Ratio) -> Tensor:
         return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x, ratio))), ratio))
 
 
@@ -107,27 +105,27 @@ class LocalBlock(nn.Module):
     """Position embedding, local affinity (a depthwise 5x5 between 1x1s), MLP; each with a shortcut."""
 
     def __init__(
-        self, rule: SliceRule, widths: Sequence[float], channels: int, mlp_ratio: float, drop: float, drop_path: float
+        self, rule: SliceRule, widths: Sequence[float], channels: int, mlp_ratio: Ratio, drop: float, drop_path: float
     ) -> None:
         super().__init__()
-        self.pos_embed = ChannelConv2d(rule, channels, channels, 3, depthwise=True, bias=True)
+        self.pos_embed = SlicedConv2d(rule, channels, channels, 3, depthwise=True, bias=True)
         self.norm1 = SlicedBatchNorm2d(rule, channels, widths)
-        self.conv1 = ChannelConv2d(rule, channels, channels, 1, bias=True)
-        self.attn = ChannelConv2d(rule, channels, channels, 5, depthwise=True, bias=True)
-        self.conv2 = ChannelConv2d(rule, channels, channels, 1, bias=True)
+        self.conv1 = SlicedConv2d(rule, channels, channels, 1, bias=True)
+        self.attn = SlicedConv2d(rule, channels, channels, 5, depthwise=True, bias=True)
+        self.conv2 = SlicedConv2d(rule, channels, channels, 1, bias=True)
         self.norm2 = SlicedBatchNorm2d(rule, channels, widths)
         self.mlp = ConvMlp(rule, channels, int(channels * mlp_ratio), drop)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor, ratio: float) -> Tensor:
+    def forward(self, x: Tensor, ratio: Ratio) -> Tensor:
         """(B, c, h, w) to the same."""
         x = x + self.pos_embed(x, ratio)
         affinity = self.attn(self.conv1(self.norm1(x, ratio), ratio), ratio)
         x = x + self.drop_path(self.conv2(affinity, ratio))
         return x + self.drop_path(self.mlp(self.norm2(x, ratio), ratio))
 
-    def count_ops(self, pixels: int, ratio: float) -> OpCounts:
-        layers = [module for module in self.modules() if isinstance(module, ChannelConv2d)]
+    def count_ops(self, pixels: int, ratio: Ratio) -> OpCounts:
+        layers = [module for module in self.modules() if isinstance(module, SlicedConv2d)]
         elements = pixels * sliced_size(self.norm1.channels, ratio)
         hidden = pixels * sliced_size(self.mlp.fc1.out_channels, ratio)
         counts = OpCounts(batch_norm=2 * elements, add=3 * elements, gelu=hidden)
@@ -140,18 +138,18 @@ class GlobalBlock(Block):
     """Position embedding, then a pre-norm transformer block over all positions."""
 
     def __init__(
-        self, rule: SliceRule, channels: int, heads: int, mlp_ratio: float, drop: float, drop_path: float
+        self, rule: SliceRule, channels: int, heads: int, mlp_ratio: Ratio, drop: float, drop_path: float
     ) -> None:
         super().__init__(*rule, channels, heads, mlp_ratio=mlp_ratio, qkv_bias=True, drop=drop, drop_path=drop_path)
-        self.pos_embed = ChannelConv2d(rule, channels, channels, 3, depthwise=True, bias=True)
+        self.pos_embed = SlicedConv2d(rule, channels, channels, 3, depthwise=True, bias=True)
 
-    def forward(self, x: Tensor, ratio: float) -> Tensor:
+    def forward(self, x: Tensor, ratio: Ratio) -> Tensor:
         """(B, c, h, w) to the same."""
         x = x + self.pos_embed(x, ratio)
         tokens = super().forward(x.flatten(2).transpose(1, 2), ratio)  # (B, h w, c)
         return tokens.transpose(1, 2).reshape(x.shape)
 
-    def count_ops(self, tokens: int, ratio: float) -> OpCounts:
+    def count_ops(self, tokens: int, ratio: Ratio) -> OpCounts:
         elements = tokens * sliced_size(self.pos_embed.out_channels, ratio)
         return super().count_ops(tokens, ratio) + self.pos_embed.count_ops(ratio, tokens) + flops.add(elements)
 
@@ -223,14 +221,15 @@ class UniFormer_scala(nn.Module):
     def no_weight_decay(self) -> set[str]:
         return set()
 
-    def check_ratio(self, ratio: float) -> None:
-        """Refuse a width that the heads of a stage cannot share, naming the valid ones (ValueError)."""
-        for width, heads in zip(self.widths[2:], self.heads, strict=True):
-            check_ratio(ratio, width, heads)
+    def check_ratio(self, ratio: Ratio) -> Width:
+        """The exact width; refuses one that the heads of a stage cannot share, naming the valid ones (ValueError)."""
+        for channels, heads in zip(self.widths[2:], self.heads, strict=True):
+            check_ratio(ratio, channels, heads)
+        return exact(ratio)
 
-    def forward_features(self, images: Tensor, ratio: float) -> Tensor:
+    def forward_features(self, images: Tensor, ratio: Ratio) -> Tensor:
         """Images (B, 3, height, width) to the last map, (B, c, height / 32, width / 32), normalised."""
-        self.check_ratio(ratio)
+        ratio = self.check_ratio(ratio)
         if any(side % 32 for side in images.shape[2:]):
             raise ValueError(f"the sides of a picture must be multiples of 32, got {tuple(images.shape[2:])}")
         x = images
@@ -241,19 +240,19 @@ class UniFormer_scala(nn.Module):
                 x = block(x, ratio)
         return self.norm(x, ratio)
 
-    def forward_head(self, x: Tensor, ratio: float, pre_logits: bool = False) -> Tensor:
+    def forward_head(self, x: Tensor, ratio: Ratio, pre_logits: bool = False) -> Tensor:
         """Pooled features (B, c), or the logits (B, K)."""
         x = x.mean((2, 3))
         return x if pre_logits or self.head is None else self.head(x, ratio)
 
-    def forward(self, images: Tensor, ratio: float) -> Tensor:
+    def forward(self, images: Tensor, ratio: Ratio) -> Tensor:
         return self.forward_head(self.forward_features(images, ratio), ratio)
 
-    def count_parameters(self, ratio: float) -> int:
+    def count_parameters(self, ratio: Ratio) -> int:
         """Parameters that a width touches: those of a stand-alone network of that width."""
         return count_active_parameters(self, ratio)
 
-    def count_ops(self, ratio: float) -> OpCounts:
+    def count_ops(self, ratio: Ratio) -> OpCounts:
         """Operations of one image at a width."""
         self.check_ratio(ratio)
         counts, side = OpCounts(), self.img_size

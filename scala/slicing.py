@@ -1,4 +1,4 @@
-"""Which channels belong to a width ratio: the only place where a weight is sliced.
+"""Which channels belong to a width ratio: the only place that decides what is cut, in plain numbers.
 
 *Slicing Vision Transformer for Flexible Inference*, arXiv:2412.04786, isolated activation: the smallest width uses the
 leading channels of every tensor, every width between the smallest and the largest uses the trailing ones. For
@@ -6,38 +6,89 @@ r + s <= 1 the smallest sub-network and the one of width r share no weight.
 
     rule = SliceRule(0.25, 1.0)
     rule.cut(linear.weight, 0.5, 0, 1)      # the trailing half of rows and columns, a view
-    sliced_state_dict(model, 0.5)           # every weight of a sliced model at that width
+
+Ratios come in as floats and become fractions of integers (:class:`Width`) where they enter, so that neither the end nor
+the number of channels hangs on a rounding error. The layers are in ``layers.py``.
 
 Legend: r width ratio; s, l smallest and largest ratio; g granularity; D full width; H heads; X number of widths.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterable
+from fractions import Fraction
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor
 
-NORM_EPS = 1e-5
-"""Of every layer normalisation that runs: the published networks were trained with it, not with DeiT's 1e-6."""
+SNAP = 1e-6
+"""How far a ratio may be from the fraction that it means."""
+MOST_PARTS = 1000
+"""Largest denominator of a ratio; different fractions with such denominators are further apart than ``SNAP``."""
 
 
 class WidthError(ValueError):
     """A ratio, bound or granularity that no network or step can have; the message names what is possible."""
 
 
+class Width(NamedTuple):
+    """A width ratio r = steps / of, exact and in lowest terms; made by :func:`exact`."""
+
+    steps: int
+    of: int
+
+    def channels(self, full: int) -> int:
+        """Channels out of ``full``: int(r full)."""
+        return self.steps * full // self.of
+
+
+Ratio = float | Width
+
+
+def exact(ratio: Ratio) -> Width:
+    """The fraction within ``SNAP`` of a ratio.
+
+    Raises:
+        WidthError: there is none with a denominator up to ``MOST_PARTS``, or it is not in (0, 1].
+    """
+    return ratio if isinstance(ratio, Width) else _snap(ratio)
+
+
+@cache
+def _snap(ratio: float) -> Width:
+    if not 0 < ratio < 1 + SNAP:
+        raise WidthError(f"a width ratio must be above 0 and at most 1, got {ratio:g}")
+    for of in range(1, MOST_PARTS + 1):
+        steps = round(ratio * of)
+        if steps and abs(ratio - steps / of) < SNAP:
+            return Width(steps, of)
+    near = Fraction(ratio).limit_denominator(MOST_PARTS)
+    raise WidthError(f"{ratio!r} is no exact width ratio: the nearest is {near} = {float(near):.9g}")
+
+
+def sliced_size(full: int, ratio: Ratio) -> int:
+    """Channels of ``ratio`` out of ``full``: truncated."""
+    return exact(ratio).channels(full)
+
+
 class SliceRule(NamedTuple):
-    """The slicing bound of a network: its smallest and largest ratio, which decide the end that a ratio is cut from."""
+    """The slicing bound of a network: its smallest and largest ratio, which decide the end that a ratio is cut from.
+
+    Source: arXiv:2412.04786, Eqs. 2 and 3, with the ends swapped: in print the smallest width is trailing and the
+    others lead; in the official code, on which every published file depends, the smallest leads.
+    """
 
     smallest: float
     largest: float
 
-    def leads(self, ratio: float) -> bool:
-        """Whether ``ratio`` takes the leading channels; an exact comparison, as the bounds are exact numbers."""
-        return ratio == self.smallest or ratio == self.largest
+    def leads(self, ratio: Ratio) -> bool:
+        """Whether ``ratio`` takes the leading channels: it is one of the two bounds."""
+        return exact(ratio) in (exact(self.smallest), exact(self.largest))
 
-    def cut(self, tensor: Tensor, ratio: float, *dims: int, parts: int = 1) -> Tensor:
+    def cut(self, tensor: Tensor, ratio: Ratio, *dims: int, parts: int = 1) -> Tensor:
         """The channels of ``ratio`` along each of ``dims``, a view.
 
         Args:
@@ -45,6 +96,8 @@ class SliceRule(NamedTuple):
             ratio: width ratio r.
             parts: the dimension holds so many equal parts, whose sizes are rounded one by one. They are still cut as
                 one block: of the fused projection (3D rows) the slice is 3d rows at one end, not d rows of each.
+
+        Source: arXiv:2412.04786, Eqs. 2 and 3; see the class.
         """
         for dim in dims:
             full = tensor.shape[dim]
@@ -58,11 +111,6 @@ PUBLISHED_RULE = SliceRule(0.25, 1.0)
 """The bounds of every published network."""
 
 
-def sliced_size(full: int, ratio: float) -> int:
-    """Channels of ``ratio`` out of ``full``: truncated."""
-    return int(ratio * full)
-
-
 # Widths
 
 
@@ -71,22 +119,30 @@ def valid_ratios(embed_dim: int, num_heads: int) -> list[float]:
     return [width / embed_dim for width in range(num_heads, embed_dim + 1, num_heads)]
 
 
-def check_ratio(ratio: float, embed_dim: int, num_heads: int) -> None:
-    """Refuse a width that the heads cannot share.
+def check_ratio(ratio: Ratio, embed_dim: int, num_heads: int) -> Width:
+    """The exact width of a ratio, which must give the heads a whole number of channels each.
 
     Raises:
-        WidthError: naming the valid widths.
+        WidthError: naming the nearest and all valid widths.
     """
-    width = sliced_size(embed_dim, ratio) if 0 < ratio <= 1 else 0
-    if width and width % num_heads == 0:
-        return
-    heads = f"{num_heads} heads need a width that is a multiple of {num_heads}"
-    found = f"{ratio:g} of {embed_dim} is {width}" if width else f"got {ratio:g}"
+    wanted = ratio.steps / ratio.of if isinstance(ratio, Width) else ratio
+    each = embed_dim // num_heads
+    steps = round(wanted * each)
+    if 1 <= steps <= each and abs(wanted - steps / each) < SNAP:
+        return Width(steps // math.gcd(steps, each), each // math.gcd(steps, each))
+    low = min(max(math.floor(wanted * each), 1), each)
+    near = " and ".join(f"{step / each:g} (width {step * num_heads})" for step in {low, min(low + 1, each)})
     raise WidthError(
-        f"a width ratio must be above 0 and at most 1, and {heads}; {found}. "
+        f"a width ratio must be above 0 and at most 1, and {num_heads} heads need a width that is a multiple of "
+        f"{num_heads}; {wanted:.9g} of {embed_dim} is {wanted * embed_dim:.9g}. The nearest are {near}. "
         f"The valid ratios are the multiples of {num_heads}/{embed_dim} = {num_heads / embed_dim:g}: "
-        f"{_shown([f'{valid:g}' for valid in valid_ratios(embed_dim, num_heads)])}"
+        f"{_shown(valid_ratios(embed_dim, num_heads))}"
     )
+
+
+def find_ratio(wanted: float, ratios: Iterable[float]) -> float | None:
+    """The one of ``ratios`` that ``wanted`` means, if any."""
+    return next((ratio for ratio in ratios if abs(ratio - wanted) < SNAP), None)
 
 
 class WidthGrid(NamedTuple):
@@ -101,19 +157,29 @@ class WidthGrid(NamedTuple):
 
     @property
     def ratios(self) -> list[float]:
-        """All X widths, ascending; the ends are exactly the bounds."""
+        """All X = (l - s) / g + 1 widths, ascending; the ends are exactly the bounds.
+
+        Source: arXiv:2412.04786, Eq. 6.
+        """
         first, last = round(self.smallest / self.granularity), round(self.largest / self.granularity)
         between = [step * self.granularity for step in range(first + 1, last)]
         return [self.smallest, *between, self.largest] if last > first else [self.largest]
 
     @property
     def upper_steps(self) -> tuple[int, int]:
-        """First and last multiple of g for the upper middle width, w3; the range may be empty."""
+        """First and last multiple of g for the upper middle width, w3; the range may be empty.
+
+        Source: arXiv:2412.04786, Eq. 7. In print the middle of the bound is in the lower half; here, as in the official
+        code, it is in the upper half where it is a multiple of g.
+        """
         return self._middle, round(self.largest / self.granularity) - 1
 
     @property
     def lower_steps(self) -> tuple[int, int]:
-        """First and last multiple of g for the lower middle width, w2; the range may be empty."""
+        """First and last multiple of g for the lower middle width, w2; the range may be empty.
+
+        Source: arXiv:2412.04786, Eq. 7; see :attr:`upper_steps`.
+        """
         return round(self.smallest / self.granularity) + 1, self._middle - 1
 
     @property
@@ -126,7 +192,9 @@ class WidthGrid(NamedTuple):
 
 
 def make_grid(smallest: float, largest: float, granularity: float) -> WidthGrid:
-    """The widths s, s + g, ..., l.
+    """The widths s, s + g, ..., l, checked.
+
+    Source: arXiv:2412.04786, Eq. 6.
 
     Raises:
         WidthError: if the bounds are no range within (0, 1], or the granularity does not divide it.
@@ -159,128 +227,12 @@ def check_sampling(grid: WidthGrid) -> None:
         if low > high:
             raise WidthError(
                 f"--granularity {grid.granularity:g} from {grid.smallest:g} to {grid.largest:g} gives the "
-                f"{len(grid.ratios)} widths {_shown([f'{r:g}' for r in grid.ratios])}: none in the {name} half, and a "
+                f"{len(grid.ratios)} widths {_shown(grid.ratios)}: none in the {name} half, and a "
                 "step needs one in each half besides the bounds (at least 4 widths). Give a finer --granularity, or "
                 "train the largest width alone (--full_warm_epoch at least --epochs)"
             )
 
 
-def _shown(names: list[str], limit: int = 40) -> str:
-    if len(names) <= limit:
-        return ", ".join(names)
-    return ", ".join([*names[: limit - 1], "...", names[-1]])
-
-
-# Layers with sliced weights
-
-
-@runtime_checkable
-class Sliced(Protocol):
-    """A module that knows its own weights at a width."""
-
-    def sliced(self, ratio: float) -> Mapping[str, Tensor]:
-        """The module's own parameters at ``ratio``, views, by their names in its state dict."""
-        ...
-
-
-class SlicedLinear(nn.Linear):
-    """A linear layer of which ``ratio`` uses a block of the rows, of the columns, or of both.
-
-    Args:
-        rule: decides the end.
-        rows, columns: whether output and input channels shrink with the ratio; a classification head keeps its rows.
-        parts: equal parts of the rows, see :meth:`SliceRule.cut`.
-    """
-
-    def __init__(
-        self,
-        rule: SliceRule,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        rows: bool = True,
-        columns: bool = True,
-        parts: int = 1,
-    ) -> None:
-        super().__init__(in_features, out_features, bias)
-        self.rule, self.rows, self.columns, self.parts = rule, rows, columns, parts
-
-    def sliced(self, ratio: float) -> dict[str, Tensor]:
-        weight = self.rule.cut(self.weight, ratio, 1) if self.columns else self.weight
-        if self.rows:
-            weight = self.rule.cut(weight, ratio, 0, parts=self.parts)
-        if self.bias is None:
-            return {"weight": weight}
-        bias = self.rule.cut(self.bias, ratio, 0, parts=self.parts) if self.rows else self.bias
-        return {"weight": weight, "bias": bias}
-
-    def forward(self, x: Tensor, ratio: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        own = self.sliced(ratio)
-        return F.linear(x, own["weight"], own.get("bias"))
-
-
-class SlicedLayerNorm(nn.LayerNorm):
-    """Layer normalisation over d channels with the affine weights of ``ratio``; eps is 1e-5, see ``NORM_EPS``."""
-
-    def __init__(self, rule: SliceRule, dim: int) -> None:
-        super().__init__(dim, eps=NORM_EPS)
-        self.rule = rule
-
-    def sliced(self, ratio: float) -> dict[str, Tensor]:
-        return {"weight": self.rule.cut(self.weight, ratio, 0), "bias": self.rule.cut(self.bias, ratio, 0)}
-
-    def forward(self, x: Tensor, ratio: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        own = self.sliced(ratio)
-        return F.layer_norm(x, own["weight"].shape, own["weight"], own["bias"], self.eps)
-
-
-class SlicedConv2d(nn.Conv2d):
-    """A convolution of which ``ratio`` uses a block of the output channels; the input is never sliced."""
-
-    def __init__(
-        self, rule: SliceRule, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int], bias: bool = True,
-    ) -> None:  # fmt: skip
-        super().__init__(in_channels, out_channels, kernel_size, stride=stride, bias=bias)
-        self.rule = rule
-
-    def sliced(self, ratio: float) -> dict[str, Tensor]:
-        own = {"weight": self.rule.cut(self.weight, ratio, 0)}
-        return own if self.bias is None else own | {"bias": self.rule.cut(self.bias, ratio, 0)}
-
-    def forward(self, x: Tensor, ratio: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        own = self.sliced(ratio)
-        return F.conv2d(x, own["weight"], own.get("bias"), self.stride)  # pyright: ignore[reportArgumentType]
-
-
-# A whole network at one width
-
-
-def sliced_state_dict(model: nn.Module, ratio: float) -> dict[str, Tensor]:
-    """Every weight that the width uses, under the names and in the order of ``model.state_dict()``; views, no copies.
-
-    The shapes are those of a stand-alone network of width d = int(r D) with the same number of heads. Its attention
-    scale differs, though: see ``scala/export.py``.
-
-    Raises:
-        WidthError: an invalid ratio, from the model's own ``check_ratio``.
-        TypeError: a parameter that no sliced module owns.
-    """
-    check: Callable[[float], None] | None = getattr(model, "check_ratio", None)
-    if check is not None:
-        check(ratio)
-    cut: dict[str, Tensor] = {}
-    for prefix, module in model.named_modules():
-        if isinstance(module, Sliced):
-            cut |= {f"{prefix}.{name}" if prefix else name: value for name, value in module.sliced(ratio).items()}
-    names = [name for name, _ in model.named_parameters()]
-    if missing := [name for name in names if name not in cut]:
-        raise TypeError(f"no sliced module owns {', '.join(missing)}")
-    return {name: cut[name] for name in names}
-
-
-@torch.no_grad()
-def count_active_parameters(model: nn.Module, ratio: float) -> int:
-    """Entries of the weights that a width uses; works on the meta device."""
-    return sum(value.numel() for value in sliced_state_dict(model, ratio).values())
+def _shown(ratios: list[float], limit: int = 40) -> str:
+    names = [f"{ratio:g}" for ratio in ratios]
+    return ", ".join(names if len(names) <= limit else [*names[: limit - 1], "...", names[-1]])

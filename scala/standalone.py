@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 from common.run.checkpoint import CheckpointError, load_strict
 from common.run.files import write_atomic
-from scala.conv_layers import SlicedBatchNorm2d
 from scala.engine_scala import AtRatio
+from scala.layers import NORM_EPS, SlicedBatchNorm2d, sliced_state_dict
 from scala.models_mobilenet import MobileNetV2_scala
 from scala.models_scala import Attention, DistilledVisionTransformer_scala, VisionTransformer_scala
 from scala.models_uniformer import UniFormer_scala
-from scala.slicing import NORM_EPS, sliced_size, sliced_state_dict
+from scala.slicing import sliced_size
 
 METADATA_KEY = "leanvit_standalone"
 
@@ -108,9 +108,8 @@ def describe(model: nn.Module, ratio: float) -> Standalone:
         TypeError: a network that has no stand-alone form here.
         ValueError: an invalid ratio, or a ViT with options that timm's class does not have.
     """
-    check: Any = getattr(model, "check_ratio", None)
-    if check is not None:
-        check(ratio)
+    if hasattr(model, "check_ratio"):
+        model.check_ratio(ratio)  # pyright: ignore[reportCallIssue] - a method
     source = {
         "network": type(model).__name__,
         "ratio": ratio,

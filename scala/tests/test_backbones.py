@@ -13,10 +13,16 @@ from torch import Tensor, nn
 from common.measure.flops import count_executed_macs, gmacs
 from scala import export, main_scala
 from scala.building import SettingError
-from scala.conv_layers import SlicedBatchNorm2d, batch_norms, calibrate_
+from scala.layers import (
+    SlicedBatchNorm2d,
+    batch_norms,
+    calibrate_,
+    count_active_parameters,
+    sliced_state_dict,
+)
 from scala.models_mobilenet import MobileNetV2_scala
 from scala.models_uniformer import MODELS, UniFormer_scala
-from scala.slicing import count_active_parameters, sliced_size, sliced_state_dict
+from scala.slicing import sliced_size
 
 SMALL = {"img_size": 64, "depths": (1, 1, 2, 1), "widths": (16, 32, 32, 64), "heads": (2, 4), "num_classes": 5}
 

@@ -17,7 +17,7 @@ from scala import linear_probe
 from scala.linear_probe import ProbeError
 from scala.models_mobilenet import MobileNetV2_scala
 from scala.models_scala import DistilledVisionTransformer_scala, VisionTransformer_scala
-from scala.probing import FrozenFeatures, ProbeStep, SeparateHeads, SlicedHead, every_width, sampled_widths
+from scala.probing import FrozenFeatures, ProbeStep, SeparateHeads, SlicedHead, sampled_widths
 from scala.slicing import SliceRule, make_grid
 from scala.ucf101 import Clips, clip_transform, frame_indices, read_frames
 
@@ -198,7 +198,6 @@ def test_a_step_sums_the_cross_entropy_of_its_widths() -> None:
     terms["loss"].backward()
     assert all(value.grad is None for value in model.parameters())
     assert len(sampled_widths(make_grid(0.25, 1.0, 0.0625))) == 4
-    assert every_width([0.5, 1.0])() == [0.5, 1.0]
 
 
 def test_program_on_a_miniature_ucf101(

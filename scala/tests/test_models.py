@@ -13,12 +13,15 @@ from common.measure.flops import count_executed_macs, count_parameters
 from common.tests.reference import build, image
 from scala import models_scala
 from scala.engine_scala import AtRatio
+from scala.layers import sliced_state_dict
 from scala.models_scala import MODELS, DistilledVisionTransformer_scala, VisionTransformer_scala, create
 from scala.slicing import (
     SliceRule,
+    Width,
+    WidthError,
     check_sampling,
+    exact,
     make_grid,
-    sliced_state_dict,
     valid_ratios,
 )
 
@@ -112,6 +115,35 @@ def test_a_ratio_that_the_heads_cannot_share_is_refused() -> None:
         with pytest.raises(ValueError, match=r"valid ratios are .*0\.125, 0\.25, .*, 1$"):
             plain()(X, ratio)
     assert valid_ratios(32, 4) == [n / 8 for n in range(1, 9)]
+
+
+@pytest.mark.parametrize("make", [plain, distilled])
+def test_a_rounding_error_in_a_ratio_changes_nothing(make: Any) -> None:
+    """Neither the end, which is another one for the smallest width, nor the number of channels."""
+    model = make()
+    for ratio in (0.25, 0.5, 0.75, 1.0):
+        for error in (1e-9, -1e-9, 9e-7, -9e-7):
+            assert torch.equal(model(X, ratio + error), model(X, ratio))
+            assert model.count_parameters(ratio + error) == model.count_parameters(ratio)
+    block = model.blocks[0]
+    tokens = torch.randn(1, 3, 8, dtype=torch.float64)
+    assert torch.equal(block(tokens, 0.25 + 1e-9), block(tokens, 0.25))
+    for ratio in (0.25 + 1e-5, 0.25 - 1e-5, 0.2734375):
+        with pytest.raises(WidthError, match=r"The nearest are 0\.\d+ \(width \d+\) and 0\.\d+ \(width \d+\)"):
+            model(X, ratio)
+
+
+def test_ratios_are_fractions() -> None:
+    assert (exact(0.25), exact(0.1 * 3), exact(1 / 3), exact(1.0)) == ((1, 4), (3, 10), (1, 3), (1, 1))
+    assert all(
+        exact(steps / of) == (steps, of) for of in (768, 997) for steps in range(1, of, 5) if steps % 2 and steps % 3
+    )
+    assert Width(29, 100).channels(100) == 29 != int(0.29 * 100)
+    for ratio in (0.25 + 1e-5, 0.0, -0.5, 1.1, float("nan")):
+        with pytest.raises(WidthError):
+            exact(ratio)
+    rule = SliceRule(0.1, 1.0)
+    assert [rule.leads(step * 0.1) for step in range(1, 11)] == [True, *[False] * 8, True]
 
 
 def test_layer_scale_multiplies_and_learns() -> None:
