@@ -8,7 +8,7 @@ from torch import nn
 
 from common.ledger import results
 from common.measure.benchmark import BenchmarkError, PairedSpeed, Speed
-from sit import speed_test
+from sit import speed_test, timing
 
 
 class Clock:
@@ -41,7 +41,7 @@ def test_levit_s_protocol_ends_when_the_times_sum_up_and_takes_their_mean():
     """Passes of 1, 3, 1, 3, ... seconds: the sixth reaches 12, the first sum of at least 10; their mean is 2."""
     clock = Clock([1.0, 3.0])
     model = Counting()
-    found = speed_test.measure_levit(model, torch.zeros(4, 3, 2, 2), warmup_s=1e-9, seconds=10.0, clock=clock)
+    found = timing.measure_levit(model, torch.zeros(4, 3, 2, 2), warmup_s=1e-9, seconds=10.0, clock=clock)
     assert clock.looks == 12
     assert found == pytest.approx(4 / 2)
 
@@ -57,14 +57,14 @@ def test_both_protocols_run_on_a_small_pair(capsys, monkeypatch):
 
 
 def test_what_is_timed_are_deployed_networks():
-    models = speed_test.pair("sit_lvvit_desk", torch.device("cpu"), torch.float32)
+    models = timing.pair("sit_lvvit_desk", torch.device("cpu"), torch.float32)
     assert models["student"](torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
     assert not hasattr(models["student"], "rtsm")
     assert not models["teacher"].slimmed
 
 
 def test_shares_of_a_training_step_add_up():
-    found = speed_test.measure_training(
+    found = timing.measure_training(
         "sit_lvvit_desk", torch.device("cpu"), batch=2, rounds=2, clock=Clock([5.0, 2.0, 1.0])
     )
     assert found["plain"] + found["teacher"] + found["recovery"] == pytest.approx(found["step"])
@@ -76,11 +76,11 @@ def test_a_record_can_be_filed(tmp_path: Path):
         return Speed(4, 4e3 / ips, ips, 1.0, None, "float32", "cpu", False, 5)
 
     speeds = {"teacher": PairedSpeed(speed(10.0), 1.0, None), "student": PairedSpeed(speed(25.0), 2.5, 1.0)}
-    record = speed_test.record_of("sit_lvvit_large", speeds)
+    record = timing.record_of("sit_lvvit_large", speeds)
     assert (record.row, record.reference_row, record.resolution) == ("sit-l", "teachers/lvvit-l", 288)
     results.check_rows([record], where="test")
     with pytest.raises(BenchmarkError, match="no published row"):
-        speed_test.record_of("sit_lvvit_desk", speeds)
+        timing.record_of("sit_lvvit_desk", speeds)
 
 
 def test_flags_that_do_not_go_together(capsys):
