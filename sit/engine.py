@@ -69,7 +69,7 @@ def adjust_learning_rate(
     Returns:
         Rates of the backbone and of the reverse modules.
 
-    Source: SiT, arXiv:2111.12624, implementation details.
+    Source: SiT, arXiv:2111.12624, implementation details: two cosines, the reverse modules' at five times the rate.
     """
     share = (1 + math.cos(math.pi * step / max_step)) / 2 if step < max_step else 0.0
     backbone = min_lr + share * (init_lr - min_lr)

@@ -26,7 +26,7 @@ from common.run.checkpoint import (
     select_state,
 )
 from common.run.distributed import get_logger, main_process_first
-from sit.models.lvvit import LVViT, build_lvvit
+from sit.models.lvvit import FACTORIES, LVViT
 from sit.sizes import SIZES
 
 logger = get_logger(__name__)
@@ -346,12 +346,8 @@ def _hub_entry(name: str) -> Callable[..., LVViT]:
         deployed: bool = False,
         **options: Any,
     ) -> LVViT:
-        if pretrained and weights is None:
-            raise CheckpointError(
-                f"{name}: the published weights have no address that could be checked; get the file that the README of "
-                "SiT links and pass weights=FILE"
-            )
-        model = build_lvvit(name, distillation_type=distillation_type, **options).eval()
+        made = FACTORIES[name](pretrained and weights is None, distillation_type=distillation_type, **options)
+        model = made.eval()
         if weights is not None:
             load_for_evaluation(model, read_weights(weights))
         return model.deployed() if deployed else model

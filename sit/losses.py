@@ -30,7 +30,7 @@ def token_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: if the shapes differ.
 
-    Source: SiT, arXiv:2111.12624, token loss of Feature Recalibration Distillation (FRD).
+    Source: SiT, arXiv:2111.12624, feature recalibration distillation (FRD): token loss, 1/L sum_l mean((X'_l - T_l)^2).
     """
     if len(student) != len(teacher):
         raise ValueError(f"the student has tokens of {len(student)} blocks, the teacher of {len(teacher)}")
@@ -75,8 +75,6 @@ class DistillationLoss(nn.Module):
 
     Raises:
         ValueError: for an unknown type, a missing teacher, or a temperature that is not positive.
-
-    Source: SiT, arXiv:2111.12624, total loss of Feature Recalibration Distillation (FRD).
     """
 
     def __init__(
@@ -124,6 +122,9 @@ class DistillationLoss(nn.Module):
             inputs: the images that the student saw, (B, 3, height, width).
             outputs: what it returned in training mode: class logits, distillation logits, recovered tokens.
             labels: whatever the base criterion takes.
+
+        Source: SiT, arXiv:2111.12624, feature recalibration distillation (FRD): total loss, CE + lambda_token token
+        loss + lambda_logits tau^2 KL(teacher || student).
         """
         logits, distilled, tokens = outputs
         base = self.base_criterion(logits, labels)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
+from statistics import fmean, median_low
 from typing import Any
 
 import torch
@@ -44,12 +45,12 @@ class SmoothedValue:
     @property
     def median(self) -> float:
         """Of the window; of an even number, the lower of the two in the middle."""
-        return torch.tensor(list(self.window)).median().item()
+        return median_low(self.window)
 
     @property
     def avg(self) -> float:
         """Mean of the window."""
-        return torch.tensor(list(self.window), dtype=torch.float32).mean().item()
+        return fmean(self.window)
 
     @property
     def global_avg(self) -> float:
@@ -91,28 +92,17 @@ class MetricLogger:
         return self.delimiter.join(f"{name}: {meter}" for name, meter in self.meters.items())
 
 
-PUBLISHED_LOG = {
-    "train_lr": "train_lr_backbone",
-    "train_loss": "train_loss",
-    "train_loss_cls": "train_loss_cls",
-    "train_loss_token": "train_loss_token",
-    "train_loss_logits": "train_loss_logits",
-    "train_loss_cnn": "train_loss_cnn",
-    "test_loss": "test_loss",
-    "test_acc1": "test_acc1",
-    "test_acc5": "test_acc5",
-    "epoch": "epoch",
-}
-"""Key of a line of the published ``log.txt`` -> key of our record."""
+PUBLISHED_LOG = (
+    "train_lr", "train_loss", "train_loss_cls", "train_loss_token", "train_loss_logits", "train_loss_cnn", "test_loss",
+    "test_acc1", "test_acc5", "epoch",
+)  # fmt: skip
+"""Keys of a line of the published ``log.txt``, which are ours, too; ``train_lr`` is our ``train_lr_backbone``."""
 
 
-def published_log_rows(rows: Sequence[Mapping[str, Any]], n_parameters: int) -> list[dict[str, Any]]:
-    """Lines of the published ``log.txt`` from the rows of ``log.jsonl``."""
-    return [
-        {**{key: row.get(own) for key, own in PUBLISHED_LOG.items() if own in row}, "n_parameters": n_parameters}
-        for row in rows
-        if row.get("event") == "epoch"
-    ]
+def published_log_row(row: Mapping[str, Any], n_parameters: int) -> dict[str, Any]:
+    """Line of the published ``log.txt`` from a row of ``log.jsonl``."""
+    row = {**row, "train_lr": row["train_lr_backbone"]}
+    return {key: row[key] for key in PUBLISHED_LOG if key in row} | {"n_parameters": n_parameters}
 
 
 class PublishedRecord(Record):
@@ -131,8 +121,8 @@ class PublishedRecord(Record):
         super().write(event, row)
         if event == "epoch" and self.path is not None:
             rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-            lines = [json.dumps(line) for line in published_log_rows(rows, self.n_parameters)]
-            write_atomic(self.path.with_name("log.txt"), "".join(line + "\n" for line in lines))
+            epochs = [published_log_row(row, self.n_parameters) for row in rows if row.get("event") == "epoch"]
+            write_atomic(self.path.with_name("log.txt"), "".join(json.dumps(row) + "\n" for row in epochs))
 
 
 class Logs:

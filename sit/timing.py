@@ -52,7 +52,7 @@ def measure_levit(
         warmup_s, seconds: of wall clock untimed; of measured time.
         clock: of single passes; by default wall clock on a GPU, processor time on the CPU.
 
-    Source: LeViT, arXiv:2104.01136, the protocol that SiT's README names; throughput of the traced network.
+    Source: LeViT, arXiv:2104.01136, speed protocol: throughput of the traced network, which SiT's README names.
     """
     device = images.device
     on_gpu = device.type == "cuda"

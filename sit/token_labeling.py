@@ -1,6 +1,6 @@
 """Token labeling: training a teacher with a label for every patch, where maps of such labels exist.
 
-Paper: All Tokens Matter, arXiv:2104.10858 (LV-ViT), section 3; the published teachers of SiT were trained this way.
+Paper: All Tokens Matter, arXiv:2104.10858 (LV-ViT); the published teachers of SiT were trained this way.
 Written from the paper; SiT's own code does not contain it. ``aux_head`` classifies the patch tokens and is trained
 here; everywhere else it is frozen.
 
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.ops import roi_align
@@ -113,7 +114,7 @@ def token_targets(labels: Mapping[str, Tensor], num_classes: int, side: int) -> 
     Args:
         labels: a batch of what :class:`LabelledImages` gives.
 
-    Source: LV-ViT, arXiv:2104.10858, section 3.2: the cells under the crop, by RoIAlign.
+    Source: LV-ViT, arXiv:2104.10858, token labeling: the label of a patch from the cells under the crop, by RoIAlign.
     """
     scores, classes = labels["scores"], labels["classes"]
     batch, _, height, width = scores.shape
@@ -130,7 +131,7 @@ def token_targets(labels: Mapping[str, Tensor], num_classes: int, side: int) -> 
 def draw_box(side: int) -> Box:
     """Region of MixToken: its share of the area is uniform, its centre anywhere.
 
-    Source: LV-ViT, section 3.3 (MixToken), after CutMix's box.
+    Source: LV-ViT, arXiv:2104.10858, MixToken: a box of patches, after CutMix's.
     """
     share = np.sqrt(1 - np.random.beta(1.0, 1.0))
     half = round(side * share / 2)
@@ -167,11 +168,6 @@ class DenseNetwork(nn.Module):
         return self.model.head(x[:, 0]), self.model.aux_head(x[:, 1:])
 
 
-def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over everything but the classes, the last axis."""
-    return -(targets * F.log_softmax(logits.float(), dim=-1)).sum(-1).mean()
-
-
 def make_step(
     network: nn.Module, side: int, num_classes: int, *, smoothing: float, dense_weight: float
 ) -> Callable[[tuple[Tensor, Mapping[str, Tensor]]], dict[str, Tensor]]:
@@ -181,8 +177,9 @@ def make_step(
         network: :class:`DenseNetwork`, perhaps under DistributedDataParallel.
         side: patches per row.
 
-    Source: LV-ViT, arXiv:2104.10858, section 3, the sum of both losses with beta = 0.5.
+    Source: LV-ViT, arXiv:2104.10858, token labeling: CE of the class token + beta CE of the patches, beta = 0.5.
     """
+    soft = SoftTargetCrossEntropy()  # mean over all but the classes
 
     def step(batch: tuple[Tensor, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         images, labels = batch
@@ -194,9 +191,9 @@ def make_step(
             classes = (1 - share) * classes + share * classes.flip(0)
             grid = targets.transpose(1, 2).unflatten(2, (side, side))
             targets = mix_box(grid, box).flatten(2).transpose(1, 2)
-            classes, targets = ((1 - smoothing) * soft + smoothing / num_classes for soft in (classes, targets))
+            classes, targets = ((1 - smoothing) * chosen + smoothing / num_classes for chosen in (classes, targets))
         logits, dense = network(images, box)
-        cls, token = soft_cross_entropy(logits, classes), dense_weight * soft_cross_entropy(dense, targets)
+        cls, token = soft(logits.float(), classes), dense_weight * soft(dense.float(), targets)
         return {"loss": cls + token, "loss_cls": cls, "loss_dense": token}
 
     return step

@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
+from common.layers import init_linear
 from common.measure import flops
 from common.measure.flops import OpCounts
+from common.run.errors import CheckpointError
 from sit.models.slimming import ReverseTSM, TokenSlimmingModule, count_mlp, layer_tokens, slimming_blocks, stage_tokens
 from sit.sizes import COMMON, SIZES, TYPES
 
@@ -257,7 +259,10 @@ class Block(nn.Module):
         self.skip_lam = skip_lam
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) to (B, N, C)."""
+        """(B, N, C) to (B, N, C).
+
+        Source: LV-ViT, arXiv:2104.10858, residual branches: x + branch(LN(x)) / lambda, for attention and for the MLP.
+        """
         share = 1 / self.skip_lam  # added and scaled in one kernel
         x = torch.add(x, self.drop_path(self.attn(self.norm1(x))), alpha=share)
         return torch.add(x, self.drop_path(self.mlp(self.norm2(x))), alpha=share)
@@ -312,8 +317,6 @@ class LVViT(nn.Module):
 
     Raises:
         ValueError: for an unknown name, and options that do not go together.
-
-    Source: SiT, arXiv:2111.12624, the settings of its networks; the backbone is LV-ViT, arXiv:2104.10858.
     """
 
     def __init__(
@@ -425,11 +428,7 @@ class LVViT(nn.Module):
         for name, parameter in self.named_parameters(recurse=False):
             if name.endswith(("token", "pos_embed")):
                 trunc_normal_(parameter, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.apply(init_linear)
 
     @property
     def slimmed(self) -> bool:
@@ -489,6 +488,9 @@ class LVViT(nn.Module):
         Args:
             x: (B, E + N, C).
             keep: return the patch tokens after every block, slimming included.
+
+        Source: SiT, arXiv:2111.12624, token slimming between stages: TSM after the last block of each, past the class
+        token.
 
         Returns:
             Tokens of the last block (B, E + N', C), and L tensors (B, N_l, C) that are views, none if not ``keep``.
@@ -609,10 +611,10 @@ def build_lvvit(name: str, **kwargs: Any) -> LVViT:
 def _register(name: str) -> Callable[..., LVViT]:
     def factory(pretrained: bool = False, **kwargs: Any) -> LVViT:
         if pretrained:
-            raise ValueError(
+            raise CheckpointError(
                 f"{name}: there are no weights that could be fetched, as the published files have no address that "
-                f"could be checked. Get the one that the README of SiT links, then torch.hub.load('sit', '{name}', "
-                "source='local', weights=FILE), or load_for_evaluation of sit.loading"
+                "could be checked; get the one that the README of SiT links and pass weights=FILE: "
+                f"torch.hub.load('sit', '{name}', source='local', weights=FILE)"
             )
         for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # what timm's registry adds
             kwargs.pop(key, None)

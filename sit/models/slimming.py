@@ -29,7 +29,7 @@ def slim_tokens(tokens: Tensor, scores: Tensor) -> Tensor:
     Returns:
         Convex combinations of the inputs, (B, M, C).
 
-    Source: SiT, arXiv:2111.12624, Token Slimming Module (TSM): A = softmax over the inputs, Y = A^T X.
+    Source: SiT, arXiv:2111.12624, token slimming module (TSM): A = softmax of S over the input tokens, Y = A^T X.
     """
     return scores.transpose(1, 2).softmax(dim=-1) @ tokens  # (B, M, N) @ (B, N, C)
 
@@ -37,7 +37,9 @@ def slim_tokens(tokens: Tensor, scores: Tensor) -> Tensor:
 def stage_tokens(number: int, keeping_ratio: float, stages: int) -> list[int]:
     """Tokens of each stage: the floor of ``number`` times the exact power of the ratio, never rounded in between.
 
-    Source: SiT, arXiv:2111.12624, Token Slimming Module (TSM); 324 tokens at ratio 0.5 give 324, 162, 81, 40.
+    324 tokens at ratio 0.5 give 324, 162, 81, 40.
+
+    Source: SiT, arXiv:2111.12624, token slimming between stages: int(N r^i) tokens in stage i, counted from 0.
     """
     return [int(number * keeping_ratio**stage) for stage in range(stages)]
 
@@ -75,8 +77,6 @@ class TokenSlimmingModule(nn.Module):
         dim: width C.
         keeped_patches: tokens M that come out.
         ratio: hidden width of the scoring network over C.
-
-    Source: SiT, arXiv:2111.12624, Token Slimming Module (TSM).
     """
 
     def __init__(self, dim: int, keeped_patches: int, ratio: float = 0.5) -> None:
@@ -109,7 +109,7 @@ class TokenSlimmingModule(nn.Module):
 
         The learned scale is multiplied into the last layer's weights, which are far fewer than the scores.
 
-        Source: SiT, arXiv:2111.12624, Token Slimming Module (TSM).
+        Source: SiT, arXiv:2111.12624, token slimming module (TSM): S = s (W2 gelu(W1 LN(X) + b1) + b2).
         """
         norm, fc1, act, fc2 = self.layers()
         scale = self.scale[0, 0]
@@ -147,9 +147,6 @@ class ReverseTSM(nn.Module):
         keeped_patches: tokens M that come in.
         recovered_patches: tokens T that come out.
         ratio: hidden width over T (first MLP) and over C (second).
-
-    Source: SiT, arXiv:2111.12624, Reverse Token Slimming Module (RTSM): Z = MLP1 along the tokens of LN(Y),
-    X' = Z + MLP2(LN(Z)).
     """
 
     def __init__(self, dim: int, keeped_patches: int, recovered_patches: int, ratio: float = 4.0) -> None:
@@ -160,7 +157,11 @@ class ReverseTSM(nn.Module):
         self.mlp2 = Mlp(dim, int(dim * ratio), dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, M, C) to (B, T, C)."""
+        """(B, M, C) to (B, T, C).
+
+        Source: SiT, arXiv:2111.12624, reverse token slimming module (RTSM): Z = MLP1 along the tokens of LN(Y),
+        X' = Z + MLP2(LN(Z)).
+        """
         recovered = self.mlp1(self.norm1(tokens).transpose(1, 2)).transpose(1, 2)  # (B, C, M) -> (B, C, T) -> (B, T, C)
         return recovered + self.mlp2(self.norm2(recovered))
 

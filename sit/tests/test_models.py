@@ -8,6 +8,7 @@ from timm.models._factory import create_model
 from torch import nn
 
 from common.measure.flops import CONVENTIONS, count_executed_macs
+from common.run.errors import CheckpointError
 from common.tests.reference import fill_
 from sit.models import SIZES, LVViT, PatchEmbed4CG, PatchEmbedNaive, ReverseTSM, TokenSlimmingModule, slim_tokens
 from sit.models.slimming import layer_tokens, slimming_blocks, stage_tokens
@@ -316,7 +317,7 @@ def test_rectangular_images(stem):
 
 
 def test_weights_are_not_pretended():
-    with pytest.raises(ValueError, match=r"sit_lvvit_tiny: there are no weights that could be fetched.*weights=FILE"):
+    with pytest.raises(CheckpointError, match=r"sit_lvvit_tiny: there are no weights.*weights=FILE"):
         create_model("sit_lvvit_tiny", pretrained=True)
 
 
