@@ -11,7 +11,6 @@ import argparse
 import collections
 import contextlib
 import fnmatch
-import glob
 import hashlib
 import math
 import os
@@ -42,6 +41,7 @@ from common.run.distributed import (
     unwrap,
 )
 from common.run.errors import CheckpointError as CheckpointError
+from common.run.files import replacing, stale
 
 logger = get_logger(__name__)
 
@@ -94,34 +94,16 @@ def plain(value: Any, where: str = "checkpoint") -> Any:
 def save_atomic(obj: Any, path: str | os.PathLike[str]) -> Path:
     """Write ``obj`` so that ``path`` is at every moment the old file or the whole new one, also after a power cut.
 
-    A temporary file in the same folder is written, flushed to the disk and renamed. Call it on one rank only.
+    Call it on one rank only.
     """
     path = Path(path)
     content = plain(obj)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"cannot write {path}: {error}; is the disk full or the folder read-only?") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` durable; not every platform can open a folder."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -449,7 +431,6 @@ def fetch(
                 "file was replaced; try again"
             )
         os.replace(temporary, target)
-        _sync_folder(target.parent)
     except OSError as error:  # urllib's errors are OSErrors
         reason = getattr(error, "reason", None) or error
         raise CheckpointError(
@@ -580,6 +561,25 @@ def load_strict(
         logger.info("%s: left as they are: %s", os.fspath(source), _some(tolerated))
     model.load_state_dict({key: value for key, value in state.items() if key not in tolerated}, strict=False)
     return rest
+
+
+def keep_own_heads(
+    model: nn.Module,
+    state: Mapping[str, Any],
+    *,
+    names: Sequence[str] = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias"),
+    source: str | os.PathLike[str] = "checkpoint",
+) -> dict[str, Any]:
+    """``state`` with the model's own layers ``names`` where the file's are for another number of classes; says so."""
+    own, state = model.state_dict(), dict(state)
+    for key in names:
+        if key in state and key in own and state[key].shape != own[key].shape:
+            logger.warning(
+                "%s: %s is for %d classes, the network has %d: this layer starts from random weights",
+                os.fspath(source), key, len(state[key]), len(own[key]),
+            )  # fmt: skip
+            state[key] = own[key]
+    return state
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -794,9 +794,8 @@ class CheckpointManager:
         self.last, self.best = self.folder / last, self.folder / best
         if is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
-            for name in (last, best):  # what a killed run left half written
-                for stale in self.folder.glob(f".{glob.escape(name)}.*.tmp"):
-                    stale.unlink(missing_ok=True)
+            for half in (*stale(self.last), *stale(self.best)):
+                half.unlink(missing_ok=True)
 
     def improves(self, value: float, best: float | None) -> bool:
         """Strictly better; a value that is no number never is."""
