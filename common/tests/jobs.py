@@ -162,8 +162,6 @@ def training(
 
 def arm_save(number: int) -> None:
     """Die in the middle of the ``number``-th checkpoint: half of its bytes are written, under the temporary name."""
-    import common.run.checkpoint as module
-
     original, calls = torch.save, iter(range(1, 1000))
 
     def save(content: object, file: object) -> None:
@@ -173,7 +171,7 @@ def arm_save(number: int) -> None:
             file.flush()  # pyright: ignore[reportAttributeAccessIssue]
             os.kill(os.getpid(), signal.SIGKILL)
 
-    module.torch.save = save  # this process only
+    torch.save = save  # this process only
 
 
 def job_train(args: argparse.Namespace, world: World) -> None:
