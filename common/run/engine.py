@@ -511,7 +511,8 @@ def evaluate(
         title: of the progress line.
 
     Returns:
-        ``loss`` (cross-entropy, mean over pictures), ``top1_percent``, ``top5_percent`` (of as many as there are, with
+        ``loss`` (cross-entropy, mean over images), ``batch_loss`` (mean over batches of their means, as DeiT's programs
+        print it: the last batch may be smaller), ``top1_percent``, ``top5_percent`` (of as many as there are, with
         fewer than five classes), ``images``, ``skipped``; the same on every rank.
 
     Raises:
@@ -521,8 +522,8 @@ def evaluate(
     broadcast_buffers(model)
     was_training = model.training
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
-    images_seen = 0
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    images_seen = batches_seen = 0
     try:
         with ProgressLine(title, _length(loader), show=show_progress) as line:
             for images, targets in loader:
@@ -531,13 +532,14 @@ def evaluate(
                 logits = _pick_logits(result, output).float()
                 _check_labels(targets, logits.shape[1])
                 sums += _batch_sums(logits, targets.to(device, non_blocking=True))
-                images_seen += len(targets)
+                images_seen, batches_seen = images_seen + len(targets), batches_seen + bool(len(targets))
                 line.update(len(targets))
     finally:
         model.train(was_training)
-    loss, top1, top5 = sums.tolist()
+    loss, top1, top5, batch_loss = sums.tolist()
     total = reduce_sums(
         {"loss": loss, "top1": top1, "top5": top5, "images": images_seen, "skipped": getattr(loader, "skipped", 0)}
+        | {"batch_loss": batch_loss, "batches": batches_seen}
     )
     if total["images"] == 0:
         raise ValueError(f"no picture to evaluate ({total['skipped']:.0f} skipped as undecodable); check the dataset")
@@ -545,6 +547,7 @@ def evaluate(
         raise ValueError("the model gives logits that are not numbers: damaged weights, or an overflow under --amp")
     return {
         "loss": total["loss"] / total["images"],
+        "batch_loss": total["batch_loss"] / total["batches"],
         "top1_percent": 100 * total["top1"] / total["images"],
         "top5_percent": 100 * total["top5"] / total["images"],
         "images": int(total["images"]),
@@ -570,8 +573,8 @@ def _check_labels(targets: Tensor, classes: int) -> None:
 
 
 def _batch_sums(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross-entropy, and how many labels are first, and among the first five; (3,) in float64."""
+    """Cross-entropy in sum, labels that are first, and among the first five, mean cross-entropy; (4,) in float64."""
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, <=5)
     hits = ranked == targets[:, None]
-    loss = F.cross_entropy(logits, targets, reduction="sum")
-    return torch.stack([loss.double(), hits[:, 0].sum().double(), hits.sum().double()])
+    loss = F.cross_entropy(logits, targets, reduction="sum").double()
+    return torch.stack([loss, hits[:, 0].sum().double(), hits.sum().double(), loss / max(len(logits), 1)])
