@@ -1,0 +1,201 @@
+"""``lean``: a network that runs through a plan, of the host's own class, with its modules, which stay as they are."""
+
+import difflib
+import importlib
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from common.hosts.runner import Method, Plan, PlanError, Tokens
+from common.measure.flops import evaluating, gmacs
+from common.run.errors import UsageError
+
+if TYPE_CHECKING:
+    from common.hosts.host import Host
+
+HOSTS = ("common.hosts.timm_vit:TimmViT", "hourglass_swag.host:SwagViT")
+METHODS = {
+    "tome": "hourglass_swag.methods:ToMe",
+    "hourglass": "hourglass_swag.methods:Hourglass",
+    "evit": "hourglass_swag.methods:EViT",
+}
+"""Where adapters and methods are; imported when asked for, so that this room imports no paper."""
+
+
+def load(place: str) -> Any:
+    """The object at ``module:name``."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+class Lean:
+    """Mixin of a lean network; the host family's own mixin adds ``forward``."""
+
+    plan: Plan
+
+    def run(self, images: Tensor, *, restorable: bool = True) -> Tokens:
+        """Tokens behind the last block, reduced."""
+        tokens = self.plan.host.embed(self, images)
+        return self.plan.run(tokens if restorable else tokens.update(undo=None))
+
+    def output(self, images: Tensor) -> Any:
+        """What the host returns for images."""
+        host = self.plan.host
+        restorable = not host.reads_prefix(self)
+        tokens = self.run(images, restorable=restorable)
+        return host.finish(self, host.normalize(self, tokens.restored() if restorable else tokens.x))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Normalised features of the patches on the full grid again.
+
+        Args:
+            images: (B, 3, H, W).
+
+        Returns:
+            (B, C, rows, columns).
+        """
+        host = self.plan.host
+        start = host.embed(self, images)
+        x = host.normalize(self, self.plan.run(start).restored())
+        assert start.grid is not None
+        return x[:, start.prefix :].transpose(1, 2).unflatten(2, start.grid)
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The methods with all their settings."""
+        return tuple(self.plan.methods)
+
+    def tokens_per_layer(self) -> list[int]:
+        """Tokens that enter each block and, last, those that leave the last one, at the network's own resolution."""
+        lengths: list[int] = []
+        with torch.no_grad(), evaluating(self):  # pyright: ignore[reportArgumentType] - a mixin of modules
+            start = self.plan.host.embed(self, self._probe())
+            self.plan.run(start, lengths=lengths)
+        return lengths
+
+    def gmacs(self) -> float:
+        """Multiply-accumulates of one image at the network's own resolution, in 1e9, those of the methods included."""
+        from common.measure.flops import count_operations
+
+        height, width = self.plan.host.facts.image_size
+        counted = count_operations(self, torch.empty(1, 3, height, width, device="meta"))  # pyright: ignore
+        return gmacs(counted.executed)
+
+    def restore(self) -> nn.Module:
+        """The network that this was made of; its modules, parameters and state dict are untouched."""
+        return self.plan.host.net
+
+    def _probe(self) -> Tensor:
+        parameter = next(self.parameters())  # pyright: ignore[reportAttributeAccessIssue]
+        return torch.zeros(1, 3, *self.plan.host.facts.image_size, device=parameter.device, dtype=parameter.dtype)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        mixin, kind = type(self).__bases__
+        return _empty, (mixin, kind), self.__dict__
+
+
+@cache
+def lean_class(mixin: type, kind: type) -> type:
+    """The class of a lean network: the family's mixin before the host's own class."""
+    return type(f"Lean{kind.__name__}", (mixin, kind), {"__module__": __name__})
+
+
+def _empty(mixin: type, kind: type) -> Any:
+    """A network without content, for copying and unpickling."""
+    made = lean_class(mixin, kind)
+    return made.__new__(made)
+
+
+def find_host(net: nn.Module) -> "Host":
+    """The adapter of a network.
+
+    Raises:
+        NotAHost: naming the module that is not known, or the families that are.
+    """
+    from common.hosts.host import NotAHost
+
+    if isinstance(net, Lean):
+        raise NotAHost("this network has token methods already: give all of them in one call, or fast.restore() it")
+    for place in HOSTS:
+        family = load(place)
+        if family.accepts(net):
+            return family(net)
+    kind = type(net)
+    raise NotAHost(
+        f"{kind.__module__}.{kind.__name__} is not a host; known are timm's VisionTransformer and the SWAG networks"
+    )
+
+
+def make_method(name: str, settings: Mapping[str, Any]) -> Method:
+    """A method by name.
+
+    Raises:
+        PlanError: naming what is valid and the nearest.
+    """
+    if name not in METHODS:
+        raise PlanError(f"there is no method {name!r}{_nearest(name, METHODS)}; the methods are {', '.join(METHODS)}")
+    kind = load(METHODS[name])
+    fields = list(kind.__dataclass_fields__)
+    for key in settings:
+        if key not in fields:
+            raise PlanError(f"{name} has no setting {key!r}{_nearest(key, fields)}; it has {', '.join(fields)}")
+    return kind(**settings)
+
+
+def _nearest(word: str, known: Any) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def lean(net: nn.Module, *methods: str | Method, verify: bool = True, **settings: Any) -> Any:
+    """A network that computes what ``net`` does, on fewer tokens.
+
+    Args:
+        net: a Vision Transformer of a known family.
+        methods: a name, whose settings may follow as keywords; or methods with their settings, several to combine.
+        verify: compare the network with its opened blocks on one random image first.
+
+    Returns:
+        A network of the host's class that shares its modules: what is called on it works as before; see ``Lean``.
+
+    Raises:
+        NotAHost: if the network is not known, or computes something else than its blocks say.
+        PlanError: if a method or a setting is not known or cannot work here, alone or with the others.
+    """
+    if settings and (len(methods) != 1 or not isinstance(methods[0], str)):
+        raise PlanError("settings as keywords belong to one method given by name; give several as objects")
+    host = find_host(net)
+    chosen = [make_method(method, settings) if isinstance(method, str) else method for method in methods]
+    plan = Plan(host, chosen)
+    if verify:
+        host.check()
+    return make_lean(net, plan)
+
+
+def make_lean(net: nn.Module, plan: Plan) -> Any:
+    """The lean network of a checked plan: a shallow copy of the host with a class of its own."""
+    fast = _empty(plan.host.lean_class, type(net))
+    fast.__dict__ |= {**net.__dict__, "_modules": dict(net._modules), "plan": plan}
+    return fast
+
+
+def explain(net: nn.Module) -> dict[str, str]:
+    """Which methods a network can have with their default settings: name -> the settings, or why not.
+
+    Raises:
+        NotAHost: if it can have none.
+    """
+    host = find_host(net)
+    host.check()
+
+    def answers() -> Iterator[tuple[str, str]]:
+        for name in METHODS:
+            try:
+                yield name, f"possible: {Plan(host, [make_method(name, {})]).methods[0]}"
+            except UsageError as error:
+                yield name, f"not possible: {error}"
+
+    return dict(answers())

@@ -1,0 +1,318 @@
+"""Hosts, plan and runner, with timm's networks and small methods of this file; methods of papers are tested there."""
+
+import copy
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.layers import SwiGLUPacked
+from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
+from torch import Tensor, nn
+
+from common.hosts import Effect, Facts, Lean, Method, NotAHost, Parts, Plan, PlanError, Tokens, explain, lean
+from common.hosts.network import find_host
+
+SIDE = 32
+TINY = {"img_size": SIDE, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "registers, layer scale, no class position": {"reg_tokens": 4, "init_values": 0.1, "no_embed_class": True},
+    "pre-norm": {"pre_norm": True},
+    "qk-norm, scaled norms": {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True},
+    "average pool": {"global_pool": "avg", "class_token": False, "fc_norm": True},
+    "attention pool": {"global_pool": "map", "class_token": False},
+    "dynamic size": {"dynamic_img_size": True},
+    "rectangular": {"img_size": (32, 48)},
+    "SwiGLU": {"mlp_layer": SwiGLUPacked},
+    "features": {"num_classes": 0},
+}
+
+
+def build(name: str = "plain", **options: Any) -> VisionTransformer:
+    torch.manual_seed(0)
+    net = VisionTransformer(**TINY | FAMILIES[name] | options).double().eval()
+    for parameter in net.parameters():  # away from zeros and ones, so that no part of it is invisible
+        nn.init.normal_(parameter, 0.05 if parameter.dim() > 1 else 0.3, 0.1)
+    return net
+
+
+def images_for(net: VisionTransformer, batch: int = 2) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(batch, 3, *net.patch_embed.img_size, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Halve(Method):
+    """Averages neighbouring pairs of patches."""
+
+    name = "halve"
+    layer: int = 1
+    hook: str = "between"
+    proportional: bool = True
+
+    def resolve(self, facts: Facts) -> "Halve":
+        return self
+
+    def effects(self) -> Sequence[Effect]:
+        grid = frozenset({"grid"})
+        return [Effect(self.layer, self.hook, grid if self.hook == "before" else frozenset(), grid)]
+
+    def _reduce(self, tokens: Tokens) -> Tokens:
+        prefix, patches = tokens.x[:, : tokens.prefix], tokens.x[:, tokens.prefix :]
+        size = torch.ones_like(tokens.x[..., :1]) if tokens.size is None else tokens.size
+        pairs, sizes = (y.unflatten(1, (-1, 2)) for y in (patches, size[:, tokens.prefix :]))
+        size = torch.cat([size[:, : tokens.prefix], sizes.sum(2)], 1)
+        return tokens.update(
+            x=torch.cat([prefix, (pairs * sizes).sum(2) / sizes.sum(2)], 1),
+            size=size,
+            key_bias=size[..., 0].log() if self.proportional else None,
+            grid=None,
+            undone_by=lambda x: torch.cat([x[:, : tokens.prefix], x[:, tokens.prefix :].repeat_interleave(2, 1)], 1),
+        )
+
+    def before(self, layer: int, tokens: Tokens) -> Tokens:
+        return self._reduce(tokens)
+
+    def between(self, layer: int, tokens: Tokens, parts: Parts, memo: Any) -> Tokens:
+        assert memo is None
+        return self._reduce(tokens)
+
+    def after(self, layer: int, tokens: Tokens) -> Tokens:
+        return self._reduce(tokens)
+
+
+@dataclass(frozen=True)
+class Replace(Halve):
+    """Takes the place of the attention, exactly."""
+
+    name = "replace"
+    hook: str = "attend"
+
+    def effects(self) -> Sequence[Effect]:
+        return [Effect(self.layer, "attend"), Effect(self.layer, "between")]
+
+    def attend(self, layer: int, tokens: Tokens, parts: Parts) -> tuple[Tensor, Any]:
+        return (parts.q @ parts.k.mT * parts.scale).softmax(-1) @ parts.v, "memo"
+
+    def between(self, layer: int, tokens: Tokens, parts: Parts, memo: Any) -> Tokens:
+        assert memo == "memo"
+        return tokens
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_reduced_is_the_network(name: str) -> None:
+    net = build(name)
+    images = images_for(net)
+    fast = lean(net)
+    plan = Plan(find_host(net), (), opened=True)
+    host = plan.host
+    opened = host.finish(net, host.normalize(net, plan.run(host.embed(net, images)).x))
+    torch.testing.assert_close(opened, net(images), rtol=0, atol=1e-12)
+    assert torch.equal(fast(images), net(images))
+    assert torch.equal(fast.forward_features(images), net.forward_features(images))
+    torch.testing.assert_close(lean(net, Replace())(images), net(images), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("hook", ["before", "between", "after"])
+def test_tokens_are_reduced_and_restored(name: str, hook: str) -> None:
+    net = build(name)
+    images, prefix = images_for(net), net.num_prefix_tokens
+    rows, columns = net.patch_embed.grid_size
+    fast = lean(net, Halve(hook=hook), Halve(layer=2, hook="between"))
+    full, half, quarter = (prefix + rows * columns // share for share in (1, 2, 4))
+    assert fast.tokens_per_layer() == [full, half if hook == "before" else full, half, quarter, quarter]
+    assert fast(images).shape == net(images).shape
+    assert fast.forward_features(images).shape == net.forward_features(images).shape
+    features = fast.features(images)
+    assert features.shape == (2, 32, rows, columns)
+    groups = features.flatten(2).unflatten(2, (-1, 4))
+    assert torch.equal(groups, groups[..., :1].expand_as(groups))
+
+
+def test_an_average_pool_weighs_merged_tokens_by_their_size() -> None:
+    """Equal patches merge without a trace, and the mean over the restored grid counts each patch once."""
+    net = build("average pool", pos_embed="none")
+    images = images_for(net)
+    images = images[..., ::8].repeat_interleave(8, 3)  # the columns of patches still differ
+    images = images[..., [*range(8), *range(8), *range(16, 24), *range(16, 24)]]  # pairs of equal patches
+    torch.testing.assert_close(lean(net, Halve())(images), net(images), rtol=0, atol=1e-12)
+
+
+def test_what_is_called_on_a_timm_network_works_as_before() -> None:
+    net = build()
+    images = images_for(net)
+    fast = lean(net, Halve())
+    assert isinstance(fast, VisionTransformer)
+    assert isinstance(fast, Lean)
+    assert fast.num_classes == 5
+    assert fast.num_features == 32
+    torch.testing.assert_close(fast.forward_head(fast.forward_features(images)), fast(images))
+    assert list(fast.state_dict()) == list(net.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(fast.state_dict().values(), net.state_dict().values(), strict=True))
+    assert fast.restore() is net
+    before = net(images)
+    fast.reset_classifier(3)
+    assert fast(images).shape == (2, 3)
+    assert torch.equal(net(images), before)
+    with pytest.raises(ValueError, match="not restored"):
+        fast.forward_intermediates(images)
+    with pytest.raises(ValueError, match="attn_mask"):
+        fast(images, attn_mask=torch.zeros(17, 17))
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_copies_live_on_their_own(way: str) -> None:
+    net = build()
+    images = images_for(net)
+    fast = lean(net, Halve())
+    if way == "deepcopy":
+        other = copy.deepcopy(fast)
+    else:
+        file = io.BytesIO()
+        torch.save(fast, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    assert torch.equal(other(images), fast(images))
+    assert type(other) is type(fast)
+    with torch.no_grad():
+        other.blocks[0].attn.qkv.weight.zero_()
+    assert not torch.equal(other(images), fast(images))
+    assert torch.equal(other.restore()(images), other.restore()(images))
+    assert next(other.restore().parameters()) is next(other.parameters())
+
+
+def test_gradients_reach_the_host_s_weights() -> None:
+    net = build()
+    fast = lean(net, Halve())
+    fast(images_for(net)).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+def test_exported_and_compiled_networks_compute_the_same() -> None:
+    net = build().float()
+    images = images_for(net).float()
+    fast = lean(net, Halve())
+    expected = fast(images)
+    exported = torch.export.export(fast, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    torch.testing.assert_close(exported.module()(images.repeat(2, 1, 1, 1)), expected.repeat(2, 1), rtol=0, atol=1e-5)
+    compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images), expected, rtol=0, atol=1e-5)
+    assert torch.equal(fast(images), expected)
+
+
+def test_methods_are_checked_together() -> None:
+    net = build()
+    with pytest.raises(PlanError, match="halve at layer 1 breaks the grid that halve needs at layer 2"):
+        lean(net, Halve(), Halve(layer=2, hook="before"))
+    with pytest.raises(PlanError, match="replace and replace both take the place of the attention of layer 1"):
+        lean(net, Replace(), Replace())
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "message"),
+    [
+        (("tom",), {}, "there is no method 'tom', did you mean 'tome'\\?; the methods are tome, "),
+        (("tome",), {"rr": 3}, "tome has no setting 'rr', did you mean 'r'\\?; it has r, prop_attn"),
+        (("tome", "evit"), {"r": 3}, "settings as keywords belong to one method"),
+    ],
+)
+def test_unknown_names_are_refused(words: tuple[str, ...], settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        lean(build(), *words, **settings)
+
+
+class OwnPath(VisionTransformer):
+    def forward_features(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward_features(*args, **kwargs)
+
+
+class Sneaky(nn.Module):
+    """Looks like an attention's projection, and does more."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + 0.1
+
+
+def hooked() -> nn.Module:
+    net = build()
+    net.blocks[2].attn.register_forward_hook(lambda *_: None)
+    return net
+
+
+def checkpointing() -> nn.Module:
+    net = build()
+    net.set_grad_checkpointing()
+    return net
+
+
+def with_adapter() -> nn.Module:
+    net = build()
+    net.blocks[1].adapter = nn.Linear(2, 2)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: build(block_fn=ResPostBlock), "blocks.0 is a ResPostBlock"),
+        (lambda: build(block_fn=ParallelScalingBlock), "blocks.0 is a ParallelScalingBlock"),
+        (lambda: OwnPath(**TINY), "OwnPath has a forward_features of its own"),
+        (hooked, "blocks.2.attn has hooks"),
+        (checkpointing, "gradient checkpointing is on"),
+        (with_adapter, "blocks.1.adapter is a part that Block has not"),
+        (lambda: build(patch_drop_rate=0.5), "patch_drop"),
+        (lambda: nn.Linear(2, 2), "torch.nn.modules.linear.Linear is not a host"),
+        (lambda: timm.create_model("test_vit3"), None),
+        (lambda: lean(build(), Halve()), "has token methods already"),
+    ],
+)
+def test_what_cannot_be_shown_rightly_is_refused_by_name(make: Any, message: str | None) -> None:
+    if message is None:
+        lean(make().eval(), Halve(layer=0, hook="after", proportional=True))
+        return
+    with pytest.raises(NotAHost, match=message):
+        lean(make(), Halve())
+
+
+def test_a_host_that_computes_something_else_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from common.hosts.timm_vit import TimmBlock
+
+    monkeypatch.setattr(TimmBlock, "mlp", lambda self, x: 1.001 * self.module.mlp(self.module.norm2(x)))
+    with pytest.raises(NotAHost, match="the outputs differ by"):
+        lean(build("plain", init_values=None), Halve())
+
+
+def test_stochastic_parts_of_training_are_honoured() -> None:
+    net = build("plain", drop_path_rate=0.5, attn_drop_rate=0.2, proj_drop_rate=0.1)
+    images = images_for(net)
+    fast = lean(net, Halve()).train()
+    torch.manual_seed(0)
+    first = fast(images)
+    torch.manual_seed(0)
+    assert torch.equal(fast(images), first)
+    assert not torch.equal(fast(images), first)
+
+
+def test_an_image_does_not_depend_on_the_others() -> None:
+    net = build()
+    images = images_for(net, 3)
+    fast = lean(net, Halve())
+    expected = fast(images)
+    torch.testing.assert_close(fast(images[1:2]), expected[1:2], rtol=0, atol=1e-12)
+    images[0] = torch.nan
+    torch.testing.assert_close(fast(images)[1:], expected[1:], rtol=0, atol=1e-12)
+
+
+def test_explain_tells_what_is_possible() -> None:
+    answers = explain(build())
+    assert set(answers) >= {"tome", "hourglass", "evit"}
+    assert all(answer.startswith("possible: ") for answer in answers.values())
