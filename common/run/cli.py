@@ -13,13 +13,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:  # parsing imports no torch
-    import torch
-    from timm.scheduler.scheduler import Scheduler
-    from torch import nn
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 AMP_MODES = ("none", "fp16", "bf16")
 DATASET_NAMES = {
@@ -344,98 +339,23 @@ def add_ignored_args(parser: argparse.ArgumentParser, reasons: Mapping[str, str]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From values to objects
+# Until every paper has moved to common.run.build
 
 
 def scaled_lr(lr: float, *, batch_size: int, world_size: int, reference: int = 512) -> float:
-    """DeiT's linear scaling: ``lr`` is for ``reference`` pictures per step over all processes."""
     return lr * batch_size * world_size / reference
 
 
-def build_optimizer(
-    model_or_groups: nn.Module | Sequence[Mapping[str, Any]],
-    *,
-    opt: str = "adamw",
-    lr: float,
-    weight_decay: float = 0.05,
-    eps: float | None = None,
-    betas: Sequence[float] | None = None,
-    momentum: float = 0.9,
-    decay_all: bool = False,
-    group_fn: Callable[[nn.Module], Any] | None = None,
-) -> torch.optim.Optimizer:
-    """timm's optimiser; of a model, one-dimensional weights, biases and its ``no_weight_decay()`` are not decayed.
+def build_optimizer(model_or_groups: Any, *, eps: Any = None, betas: Any = None, group_fn: Any = None, **values: Any):
+    from common.run import build, settings
 
-    Args:
-        model_or_groups: the bare model, or parameter groups, whose own ``weight_decay`` and ``lr`` count.
-        eps, betas: None for the optimiser's own.
-        momentum: SGD-like optimisers only.
-        decay_all: decay every parameter of the model (UVC's first stage).
-        group_fn: makes the groups of a model by another rule.
-    """
-    from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage] - timm's documented entry
-
-    extra: dict[str, Any] = {}
-    if eps is not None:
-        extra["eps"] = eps
-    if betas is not None:
-        extra["betas"] = tuple(betas)
-    if decay_all:  # timm's own switch still leaves out what no_weight_decay() names
-        group_fn = _one_group
-    return create_optimizer_v2(
-        model_or_groups,  # pyright: ignore[reportArgumentType] - timm names only the mutable kinds of groups
-        opt=opt,
-        lr=lr,
-        weight_decay=weight_decay,
-        momentum=momentum,
-        param_group_fn=group_fn,
-        **extra,
+    return build.build_optimizer(
+        model_or_groups, settings.OptimizerSettings(opt_eps=eps, opt_betas=betas, **values), group_fn=group_fn
     )
 
 
-def _one_group(model: nn.Module) -> list[dict[str, Any]]:
-    return [{"params": [weight for weight in model.parameters() if weight.requires_grad]}]
+def build_schedule(optimizer: Any, *, seed: int = 42, **values: Any):
+    from common.run import build, settings
 
-
-def build_schedule(
-    optimizer: torch.optim.Optimizer,
-    *,
-    epochs: int,
-    sched: str = "cosine",
-    warmup_epochs: int = 5,
-    warmup_lr: float = 1e-6,
-    min_lr: float = 1e-5,
-    cooldown_epochs: int = 10,
-    decay_epochs: float = 30,
-    decay_rate: float = 0.1,
-    patience_epochs: int = 10,
-    noise: Collection[float] | None = None,
-    noise_pct: float = 0.67,
-    noise_std: float = 1.0,
-    seed: int = 42,
-) -> tuple[Scheduler, int]:
-    """timm's schedule, one step per epoch, and the number of epochs with the cooldown.
-
-    The cosine is not shifted by the warm-up: the first epoch after it is already ``warmup_epochs`` down the curve.
-    """
-    from timm.scheduler import create_scheduler_v2  # pyright: ignore[reportPrivateImportUsage] - documented as well
-
-    scheduler, total = create_scheduler_v2(
-        optimizer,
-        sched=sched,
-        num_epochs=epochs,
-        warmup_epochs=warmup_epochs,
-        warmup_lr=warmup_lr,
-        min_lr=min_lr,
-        cooldown_epochs=cooldown_epochs,
-        decay_epochs=decay_epochs,  # pyright: ignore[reportArgumentType] - timm takes fractions too
-        decay_rate=decay_rate,
-        patience_epochs=patience_epochs,
-        noise=list(noise) if noise is not None else None,  # pyright: ignore[reportArgumentType] - one or two numbers
-        noise_pct=noise_pct,
-        noise_std=noise_std,
-        noise_seed=seed,
-    )
-    if scheduler is None:
-        raise ValueError(f"--sched {sched!r} is not known to timm")
-    return scheduler, total
+    values = {f"lr_{name}" if name.startswith("noise") else name: value for name, value in values.items()}
+    return build.build_schedule(optimizer, settings.ScheduleSettings(noise_seed=seed, **values))

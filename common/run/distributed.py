@@ -7,7 +7,6 @@ once. One process and many take the same path: every function here does the righ
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 import random
 import re
@@ -32,6 +31,7 @@ from common.run.program import get_logger as get_logger
 from common.run.program import get_rank as get_rank
 from common.run.program import is_main as is_main
 from common.run.program import run as run
+from common.run.wrapping import unwrap as unwrap
 
 FAILURE_KEY = "leanvit/failures"
 REASON_KEY = "leanvit/failed_rank"
@@ -450,41 +450,3 @@ def seed_everything(seed: int, rank: int | None = None) -> None:
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)
-
-
-def wrap_for_training(
-    model: nn.Module, world: World, *, find_unused_parameters: bool = False, broadcast_buffers: bool = True
-) -> nn.Module:
-    """``model`` under DistributedDataParallel where the job has several processes, else ``model`` itself.
-
-    Args:
-        model: the bare module.
-        world: this process's place.
-        find_unused_parameters: some parameters may take no part in a step.
-        broadcast_buffers: give every rank rank 0's buffers before each forward pass; False where the ranks change
-            theirs alike, such as masks as large as the weights.
-    """
-    if world.size == 1:
-        return model
-    devices = [world.device.index] if world.device.type == "cuda" else None
-    exchange: dict[str, bool] = {}
-    if not broadcast_buffers:  # torch 2.15 renamed the argument and warns about the old name
-        known = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
-        exchange["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
-    return nn.parallel.DistributedDataParallel(
-        model,
-        device_ids=devices,
-        find_unused_parameters=find_unused_parameters,
-        **exchange,  # pyright: ignore[reportArgumentType] - only the two switches named above
-    )
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module itself, without torch.compile's and DistributedDataParallel's shells."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner

@@ -28,10 +28,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.run.checkpoint import CheckpointManager, TrainingState
-from common.run.cli import AMP_MODES
-from common.run.distributed import World, broadcast_buffers, get_logger, reduce_sums, wrap_for_training
+from common.run.distributed import World, broadcast_buffers, reduce_sums
 from common.run.errors import NonFiniteLoss as NonFiniteLoss
+from common.run.errors import UsageError
 from common.run.metrics import Means, ProgressLine, Record
+from common.run.precision import amp_dtype as amp_dtype
+from common.run.precision import autocast as autocast
+from common.run.precision import make_scaler as make_scaler
+from common.run.precision import without_autocast
+from common.run.program import get_logger
+from common.run.wrapping import no_sync, without_exchange
+from common.run.wrapping import prepare_network as prepare_network
 
 logger = get_logger(__name__)
 
@@ -61,57 +68,6 @@ class StepInfo:
     batch: int
     step: int
     learning_rates: tuple[float, ...]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Precision
-
-
-def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of ``--amp``; None for full precision.
-
-    Raises:
-        ValueError: an unknown name, or one this device cannot do, naming what it can.
-    """
-    if amp not in AMP_MODES:
-        raise ValueError(f"--amp must be one of {', '.join(AMP_MODES)}, got {amp!r}")
-    if amp == "none":
-        return None
-    if amp == "fp16":
-        if device.type != "cuda":
-            raise ValueError(f"--amp fp16 needs a CUDA device, this is {device.type}; use --amp bf16 or none")
-        return torch.float16
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ValueError("--amp bf16 is not supported by this GPU; use --amp fp16 or none")
-    return torch.bfloat16
-
-
-def autocast(amp: str, device: torch.device) -> torch.autocast:
-    """Autocast of ``--amp``, doing nothing for ``none``."""
-    dtype = amp_dtype(amp, device)
-    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
-
-
-def make_scaler(amp: str, device: torch.device) -> torch.amp.GradScaler:
-    """Loss scaler: active for fp16 only, whose gradients would underflow."""
-    return torch.amp.GradScaler(device.type, enabled=amp_dtype(amp, device) is torch.float16)
-
-
-def prepare_network(
-    model: nn.Module,
-    world: World,
-    *,
-    compiled: bool = False,
-    find_unused_parameters: bool = False,
-    broadcast_buffers: bool = True,
-) -> nn.Module:
-    """What a training step calls: ``model`` under DistributedDataParallel if there are several ranks, then compiled."""
-    network = wrap_for_training(
-        model, world, find_unused_parameters=find_unused_parameters, broadcast_buffers=broadcast_buffers
-    )
-    if compiled:
-        network = torch.compile(network)  # pyright: ignore[reportAssignmentType] - an OptimizedModule is a module
-    return network  # pyright: ignore[reportReturnType]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -162,8 +118,7 @@ class Optimization:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of ``loss``, times the loss scale, to those that are there."""
-        device = loss.device.type
-        with torch.autocast(device, enabled=False):
+        with without_autocast(loss):
             self.scaler.scale(loss).backward()
 
     @contextlib.contextmanager
@@ -172,11 +127,7 @@ class Optimization:
 
         Put all but the last pass of a step in it: the gradients are the same for a fraction of the traffic.
         """
-        network = getattr(self.network, "_orig_mod", self.network)
-        if isinstance(network, nn.parallel.DistributedDataParallel):
-            with network.no_sync():
-                yield
-        else:
+        with no_sync(self.network):
             yield
 
     def step(self) -> None:
@@ -276,125 +227,112 @@ class TermReader:
 # Training
 
 
-def train(
-    step: Step | OwnBackwardStep,
-    state: TrainingState,
-    loader: Iterable[Batch],
-    *,
-    world: World,
-    epochs: int,
-    network: nn.Module | None = None,
-    amp: str = "none",
-    clip_grad: float | None = None,
-    own_backward: bool = False,
-    train_mode: bool = True,
-    schedule_every: Literal["epoch", "step"] = "epoch",
-    evaluate_fn: Callable[[], Mapping[str, float]] | None = None,
-    manager: CheckpointManager | None = None,
-    record: Record | None = None,
-    save_every_steps: int | None = None,
-    log_every_steps: int | None = None,
-    epoch_start: Callable[[int], None] | None = None,
-    after_step: Callable[[StepInfo], Mapping[str, float] | None] | None = None,
-    show_progress: bool = True,
-) -> dict[str, float]:
-    """Run the epochs that ``state`` has not done yet.
+@dataclass
+class Trainer:
+    """A training run: what is trained, for how long, and what is kept of it.
 
     Args:
-        step: see the module's docstring. It gets batches already on the device.
         state: model, optimizer and the rest, new or resumed; ``scheduler`` may be timm's or torch's.
-        loader: batches; ``set_epoch``, ``state_dict`` and ``load_state_dict`` are used where it has them, and needed
-            for ``save_every_steps``.
-        epochs: in total, those done before included.
-        network: what ``step`` calls (see :func:`prepare_network`); the state's model by default.
+        world: this process's place.
+        epochs: in total, those done before and ``cooldown_epochs`` included.
+        network: what the step calls (see ``common.run.wrapping``); the state's model by default.
         amp, clip_grad: values of ``--amp`` and ``--clip-grad``.
-        own_backward: ``step`` takes (batch, optimization) and back-propagates by itself.
+        own_backward: the step takes (batch, optimization) and back-propagates by itself.
         train_mode: what ``network.train()`` is given.
         schedule_every: when the scheduler advances. A rate set by hand belongs in ``epoch_start``.
-        evaluate_fn: called after every epoch; its result decides which state is best.
         manager: writes checkpoints; None keeps none.
         record: gets a row per epoch, and per ``log_every_steps`` steps.
         save_every_steps: also write a checkpoint within epochs, every so many optimizer steps.
-        epoch_start: called with the epoch before its first step, once in the life of a run.
-        after_step: called after every optimizer step, gradients still there; numbers it returns are logged.
         show_progress: print the progress line.
 
-    Returns:
-        The last epoch's row: means of the terms as ``train_*``, the evaluation as ``test_*``; {} if nothing was left.
-
     Raises:
-        NonFiniteLoss: before any checkpoint that the loss could have spoilt.
+        ValueError: values that do not go together.
     """
-    if not isinstance(state.optimizer, torch.optim.Optimizer):
-        raise TypeError("training needs an optimizer in the state")
-    if save_every_steps is not None and (save_every_steps < 1 or manager is None):
-        raise ValueError("--save-every-steps must be at least 1 and needs --output-dir")
-    if save_every_steps is not None and not hasattr(loader, "load_state_dict"):
-        raise ValueError(
-            "saving within an epoch needs a loader that can start there, such as common.data.loaders.train_loader"
-        )
-    loop = _Loop(
-        step=step,
-        state=state,
-        loader=loader,
-        device=world.device,
-        epochs=epochs,
-        network=network if network is not None else state.model,
-        amp=amp,
-        own_backward=own_backward,
-        schedule_every=schedule_every,
-        manager=manager,
-        record=record,
-        save_every_steps=save_every_steps,
-        log_every_steps=log_every_steps,
-        after_step=after_step,
-        show_progress=show_progress,
-        optimizer=state.optimizer,
-        clip_grad=clip_grad,
-    )
-    progress = state.progress
-    if record is not None:
-        record.rewind(progress.epoch, progress.step)
-        record.write("start", {"epoch": progress.epoch, "step": progress.step, "arguments": dict(state.arguments)})
-    row: dict[str, float] = {}
-    while progress.epoch < epochs:
-        loop.network.train(train_mode)
-        means = loop.run_epoch(epoch_start)
-        if evaluate_fn is not None and manager is not None:
-            manager.save(state)  # a run killed while it evaluates need not train the epoch again
-        row = loop.finish_epoch(means, evaluate_fn)
-    return row
 
-
-@dataclass
-class _Loop:
-    """One run of :func:`train`; the fields are its arguments."""
-
-    step: Any
     state: TrainingState
-    loader: Any
-    device: torch.device
+    world: World
     epochs: int
-    network: nn.Module
-    amp: str
-    own_backward: bool
-    schedule_every: str
-    manager: CheckpointManager | None
-    record: Record | None
-    save_every_steps: int | None
-    log_every_steps: int | None
-    after_step: Callable[[StepInfo], Mapping[str, float] | None] | None
-    show_progress: bool
-    optimizer: torch.optim.Optimizer
-    clip_grad: float | None
+    network: nn.Module | None = None
+    amp: str = "none"
+    clip_grad: float | None = None
+    own_backward: bool = False
+    train_mode: bool = True
+    schedule_every: Literal["epoch", "step"] = "epoch"
+    cooldown_epochs: int = 0
+    manager: CheckpointManager | None = None
+    record: Record | None = None
+    save_every_steps: int | None = None
+    log_every_steps: int | None = None
+    show_progress: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.state.optimizer, torch.optim.Optimizer):
+            raise TypeError("training needs an optimizer in the state")
+        if self.save_every_steps is not None and (self.save_every_steps < 1 or self.manager is None):
+            raise UsageError("--save-every-steps must be at least 1 and needs --output-dir")
         if self.state.scaler is None:
             self.state.scaler = make_scaler(self.amp, self.device)
         assert isinstance(self.state.scaler, torch.amp.GradScaler)
+        self.network = self.network if self.network is not None else self.state.model
         self.optimization = Optimization(
-            self.optimizer, scaler=self.state.scaler, clip_grad=self.clip_grad, network=self.network
+            self.state.optimizer, scaler=self.state.scaler, clip_grad=self.clip_grad, network=self.network
         )
+
+    @property
+    def device(self) -> torch.device:
+        return self.world.device
+
+    def fit(
+        self,
+        step: Step | OwnBackwardStep,
+        loader: Iterable[Batch],
+        *,
+        evaluate_fn: Callable[[], Mapping[str, float]] | None = None,
+        epoch_start: Callable[[int], None] | None = None,
+        after_step: Callable[[StepInfo], Mapping[str, float] | None] | None = None,
+    ) -> dict[str, float]:
+        """Run the epochs that the state has not done yet.
+
+        Args:
+            step: see the module's docstring. It gets batches already on the device.
+            loader: batches; ``set_epoch``, ``state_dict`` and ``load_state_dict`` are used where it has them, and
+                needed for ``save_every_steps``.
+            evaluate_fn: called after every epoch; its result decides which state is best.
+            epoch_start: called with the epoch before its first step, once in the life of a run.
+            after_step: called after every optimizer step, gradients still there; numbers it returns are logged.
+
+        Returns:
+            The last epoch's row: means of the terms as ``train_*``, the evaluation as ``test_*``; {} if nothing was
+            left.
+
+        Raises:
+            NonFiniteLoss: before any checkpoint that the loss could have spoilt.
+        """
+        if self.save_every_steps is not None and not hasattr(loader, "load_state_dict"):
+            raise ValueError(
+                "saving within an epoch needs a loader that can start there, such as common.data.loaders.train_loader"
+            )
+        self.step, self.after_step = step, after_step
+        self.loader: Any = loader
+        progress, network = self.state.progress, self.network
+        assert network is not None
+        if self.record is not None:
+            self.record.rewind(progress.epoch, progress.step)
+            arguments = dict(self.state.arguments)
+            self.record.write("start", {"epoch": progress.epoch, "step": progress.step, "arguments": arguments})
+        if self.cooldown_epochs:
+            logger.info(
+                "%d epochs in all: %d and %d of cooldown at the lowest rate (--cooldown-epochs 0 for none)",
+                self.epochs, self.epochs - self.cooldown_epochs, self.cooldown_epochs,
+            )  # fmt: skip
+        row: dict[str, float] = {}
+        while progress.epoch < self.epochs:
+            network.train(self.train_mode)
+            means = self.run_epoch(epoch_start)
+            if evaluate_fn is not None and self.manager is not None:
+                self.manager.save(self.state)  # a run killed while it evaluates need not train the epoch again
+            row = self.finish_epoch(means, evaluate_fn)
+        return row
 
     def run_epoch(self, epoch_start: Callable[[int], None] | None) -> Means:
         """The batches of the current epoch that are left; none if only its evaluation is outstanding."""
@@ -456,13 +394,14 @@ class _Loop:
         return now
 
     def rates(self) -> tuple[float, ...]:
-        return tuple(float(group["lr"]) for group in self.optimizer.param_groups)
+        return tuple(float(group["lr"]) for group in self.optimization.optimizer.param_groups)
 
     def _run_step(self, batch: Batch, reader: TermReader) -> None:
         state, progress = self.state, self.state.progress
         self.optimization.zero_grad()
         with autocast(self.amp, self.device):
-            terms = self.step(batch, self.optimization) if self.own_backward else self.step(batch)
+            step: Any = self.step
+            terms = step(batch, self.optimization) if self.own_backward else step(batch)
         reader.add(progress.epoch, progress.step + 1, terms, count_images(batch))
         if not self.own_backward:
             self.optimization.backward(terms["loss"])
@@ -524,6 +463,14 @@ class _Loop:
         return row
 
 
+def train(
+    step: Any, state: TrainingState, loader: Iterable[Batch], *, world: World, epochs: int, **options: Any
+) -> dict:
+    """``Trainer(...).fit(...)`` in one call, until every paper has moved."""
+    hooks = {name: options.pop(name) for name in ("evaluate_fn", "epoch_start", "after_step") if name in options}
+    return Trainer(state, world, epochs, **options).fit(step, loader, **hooks)
+
+
 def _length(loader: Any) -> int | None:
     """Batches of an epoch, where the loader knows; a stream need not."""
     try:
@@ -564,18 +511,19 @@ def evaluate(
         title: of the progress line.
 
     Returns:
-        ``loss`` (cross-entropy, mean over pictures), ``top1_percent``, ``top5_percent`` (of as many as there are, with
+        ``loss`` (cross-entropy, mean over images), ``batch_loss`` (mean over batches of their means, as DeiT's programs
+        print it: the last batch may be smaller), ``top1_percent``, ``top5_percent`` (of as many as there are, with
         fewer than five classes), ``images``, ``skipped``; the same on every rank.
 
     Raises:
         ValueError: no picture at all, or a label the model has no class for.
     """
-    model = _without_exchange(model)
+    model = without_exchange(model)
     broadcast_buffers(model)
     was_training = model.training
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
-    images_seen = 0
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    images_seen = batches_seen = 0
     try:
         with ProgressLine(title, _length(loader), show=show_progress) as line:
             for images, targets in loader:
@@ -584,13 +532,14 @@ def evaluate(
                 logits = _pick_logits(result, output).float()
                 _check_labels(targets, logits.shape[1])
                 sums += _batch_sums(logits, targets.to(device, non_blocking=True))
-                images_seen += len(targets)
+                images_seen, batches_seen = images_seen + len(targets), batches_seen + bool(len(targets))
                 line.update(len(targets))
     finally:
         model.train(was_training)
-    loss, top1, top5 = sums.tolist()
+    loss, top1, top5, batch_loss = sums.tolist()
     total = reduce_sums(
         {"loss": loss, "top1": top1, "top5": top5, "images": images_seen, "skipped": getattr(loader, "skipped", 0)}
+        | {"batch_loss": batch_loss, "batches": batches_seen}
     )
     if total["images"] == 0:
         raise ValueError(f"no picture to evaluate ({total['skipped']:.0f} skipped as undecodable); check the dataset")
@@ -598,17 +547,12 @@ def evaluate(
         raise ValueError("the model gives logits that are not numbers: damaged weights, or an overflow under --amp")
     return {
         "loss": total["loss"] / total["images"],
+        "batch_loss": total["batch_loss"] / total["batches"],
         "top1_percent": 100 * total["top1"] / total["images"],
         "top5_percent": 100 * total["top5"] / total["images"],
         "images": int(total["images"]),
         "skipped": int(total["skipped"]),
     }
-
-
-def _without_exchange(model: nn.Module) -> nn.Module:
-    """``model`` with DistributedDataParallel removed, and torch.compile kept where it is not around that."""
-    inner = getattr(model, "_orig_mod", model)
-    return inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else model
 
 
 def _pick_logits(result: Any, output: Callable[[Any], Tensor] | None) -> Tensor:
@@ -629,8 +573,8 @@ def _check_labels(targets: Tensor, classes: int) -> None:
 
 
 def _batch_sums(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross-entropy, and how many labels are first, and among the first five; (3,) in float64."""
+    """Cross-entropy in sum, labels that are first, and among the first five, mean cross-entropy; (4,) in float64."""
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, <=5)
     hits = ranked == targets[:, None]
-    loss = F.cross_entropy(logits, targets, reduction="sum")
-    return torch.stack([loss.double(), hits[:, 0].sum().double(), hits.sum().double()])
+    loss = F.cross_entropy(logits, targets, reduction="sum").double()
+    return torch.stack([loss, hits[:, 0].sum().double(), hits.sum().double(), loss / max(len(logits), 1)])

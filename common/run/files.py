@@ -1,28 +1,54 @@
 """The checkout's root, and writing a file so that nobody ever reads a part of it."""
 
+import contextlib
 import os
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout: the folder that holds ``common`` and the papers."""
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader sees the old content or the new one, never a part, also after a crash.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that takes the place of ``path`` when the block ends; until then, and after an error, the old one
+    is there.
 
-    Missing parent folders are made. Text is written as UTF-8.
+    It is written under a temporary name in the same folder, flushed to the disk and renamed, so that ``path`` is whole
+    at every moment, also after a power cut. Missing parent folders are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
+        with open(temporary, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def stale(path: Path) -> Iterator[Path]:
+    """What killed processes left of :func:`replacing` beside ``path``."""
+    for other in path.parent.glob(".*.tmp"):
+        if other.name.startswith(f".{path.name}."):
+            yield other
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a whole file through :func:`replacing`; text as UTF-8."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` durable; not every platform can open a folder."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

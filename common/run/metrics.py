@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from common.run.distributed import get_world_size, is_main, reduce_sums
+from common.run.files import write_atomic
 
 FIRST_LINE_S = 2.0
 BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
@@ -222,9 +223,7 @@ class Record:
                 or (event not in ("start", "epoch") and row.get("step", math.inf) <= step)
             ):
                 kept.append(line)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_atomic(self.path, "".join(line + "\n" for line in kept))
 
     def write(self, event: str, row: Mapping[str, Any]) -> None:
         """Append one row; TensorBoard gets its numbers at ``row["step"]``."""

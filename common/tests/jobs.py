@@ -15,15 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from common.data.loaders import eval_loader, train_loader
-from common.run.checkpoint import CheckpointManager, TrainingState
-from common.run.cli import add_runtime_args, build_optimizer, build_schedule, make_parser
+from common.run.build import build_average, build_optimizer, build_run, build_schedule
+from common.run.cli import add_runtime_args, make_parser
 from common.run.distributed import World, launch, reduce_sums, run, seed_everything
-from common.run.engine import StepInfo, evaluate, make_scaler, prepare_network, train
-from common.run.metrics import Record
+from common.run.engine import StepInfo, evaluate
+from common.run.settings import OptimizerSettings, RunSettings, ScheduleSettings
 
 EPOCHS = 3
 
@@ -113,21 +112,23 @@ def training(
     torch.manual_seed(0)  # the same weights on every rank
     model = tiny_model()
     seed_everything(0, world.rank)
-    optimizer = build_optimizer(model, lr=1e-2)
-    if schedule_every == "epoch":
-        scheduler, _ = build_schedule(optimizer, epochs=EPOCHS, warmup_epochs=1, cooldown_epochs=0)
-    else:
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    duals = Duals()
-    ema = ModelEmaV3(model, decay=0.9)
-    network = prepare_network(model, world, compiled=compiled)
-    state = TrainingState(
-        model, optimizer, scheduler, make_scaler("none", world.device), ema, {"duals": duals}, {"seed": 0}, world.device
-    )
-    manager = CheckpointManager(folder)
+    settings = OptimizerSettings(lr=1e-2, clip_grad=1.0, model_ema=True, model_ema_decay=0.9)
+    optimizer = build_optimizer(model, settings)
+    schedule, _ = build_schedule(optimizer, ScheduleSettings(EPOCHS, warmup_epochs=1, cooldown_epochs=0))
+    if schedule_every == "step":
+        optimizer = build_optimizer(model, settings)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    ema, duals = build_average(model, settings), Duals()
+    assert ema is not None
     if kill_in_save is not None:
         arm_save(kill_in_save)
-    manager.resume(state)
+    trainer = build_run(
+        model, world, RunSettings(compile=compiled, output_dir=str(folder), resume="auto",
+                                  save_every_steps=save_every_steps),
+        optimizer=optimizer, schedule=schedule, epochs=EPOCHS, average=ema, clip_grad=1.0, arguments={"seed": 0},
+        extra={"duals": duals}, schedule_every=schedule_every, show_progress=False,
+    )  # fmt: skip
+    state, network = trainer.state, trainer.network
     validation = eval_loader(Pictures(augment=False), batch_size=8)
 
     def step(batch: list[Tensor]) -> dict[str, Tensor]:
@@ -155,29 +156,12 @@ def training(
         return {**result, "ema_loss": average["loss"]}
 
     loader = train_loader(Pictures(augment=True), batch_size=8 // world.size, workers=workers)
-    train(
-        step,
-        state,
-        loader,
-        world=world,
-        network=network,
-        epochs=EPOCHS,
-        clip_grad=1.0,
-        schedule_every="epoch" if schedule_every == "epoch" else "step",
-        evaluate_fn=evaluation,
-        manager=manager,
-        record=Record(folder / "log.jsonl"),
-        save_every_steps=save_every_steps,
-        after_step=after_step,
-        show_progress=False,
-    )
+    trainer.fit(step, loader, evaluate_fn=evaluation, after_step=after_step)
     return digest(model.state_dict(), ema.module.state_dict(), optimizer.state_dict(), duals.value)
 
 
 def arm_save(number: int) -> None:
     """Die in the middle of the ``number``-th checkpoint: half of its bytes are written, under the temporary name."""
-    import common.run.checkpoint as module
-
     original, calls = torch.save, iter(range(1, 1000))
 
     def save(content: object, file: object) -> None:
@@ -187,7 +171,7 @@ def arm_save(number: int) -> None:
             file.flush()  # pyright: ignore[reportAttributeAccessIssue]
             os.kill(os.getpid(), signal.SIGKILL)
 
-    module.torch.save = save  # this process only
+    torch.save = save  # this process only
 
 
 def job_train(args: argparse.Namespace, world: World) -> None:

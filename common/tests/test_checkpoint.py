@@ -2,6 +2,7 @@ import argparse
 import collections
 import hashlib
 import http.server
+import logging
 import os
 import pathlib
 import pickle
@@ -22,6 +23,7 @@ from common.run.checkpoint import (
     CheckpointManager,
     TrainingState,
     fetch,
+    keep_own_heads,
     list_key_differences,
     load_safely,
     load_strict,
@@ -510,3 +512,15 @@ def test_plain_keeps_shared_weights_and_order() -> None:
     copy = plain({"a": weights, "b": weights})
     assert list(copy["a"]) == list(weights)
     assert copy["a"]["weight"].data_ptr() == copy["b"]["weight"].data_ptr()
+
+
+def test_a_head_for_other_classes_stays_the_models_own(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("common"), "propagate", True)
+    model = nn.Sequential()
+    model.add_module("head", nn.Linear(3, 2))
+    kept = keep_own_heads(model, {"head.weight": torch.ones(5, 3), "head.bias": torch.ones(2)}, source="f.pth")
+    assert torch.equal(kept["head.weight"], model.state_dict()["head.weight"])
+    assert torch.equal(kept["head.bias"], torch.ones(2))
+    assert "f.pth: head.weight is for 5 classes, the network has 2" in caplog.text

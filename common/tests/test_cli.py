@@ -1,13 +1,17 @@
 import argparse
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from common.run import cli
-from common.run.cli import build_optimizer, build_schedule, make_parser, scaled_lr
+from common.run import build, cli
+from common.run.build import scaled_lr
+from common.run.cli import make_parser
+from common.run.errors import UsageError
+from common.run.settings import AugmentationSettings, OptimizerSettings, RunSettings, ScheduleSettings
 
 GROUPS: tuple[Callable[..., None], ...] = (
     cli.add_data_args,
@@ -16,6 +20,14 @@ GROUPS: tuple[Callable[..., None], ...] = (
     cli.add_schedule_args,
     cli.add_runtime_args,
 )
+
+
+def build_optimizer(model: Any, *, group_fn: Any = None, **values: Any) -> torch.optim.Optimizer:
+    return build.build_optimizer(model, OptimizerSettings(**values), group_fn=group_fn)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, **values: Any) -> tuple[Any, int]:
+    return build.build_schedule(optimizer, ScheduleSettings(**values))
 
 
 def full_parser() -> argparse.ArgumentParser:
@@ -138,16 +150,20 @@ def decays(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, floa
     return {name: by_id[id(weight)] for name, weight in model.named_parameters()}
 
 
+def one_group(model: nn.Module) -> list[dict[str, Any]]:
+    return [{"params": list(model.parameters())}]
+
+
 def test_optimizer_leaves_one_dimensional_weights_undecayed() -> None:
     model = Small()
-    optimizer = build_optimizer(model, lr=1e-3, eps=1e-7, betas=[0.9, 0.95])
+    optimizer = build_optimizer(model, lr=1e-3, opt_eps=1e-7, opt_betas=[0.9, 0.95])
     assert isinstance(optimizer, torch.optim.AdamW)
     assert (optimizer.defaults["eps"], optimizer.defaults["betas"]) == (1e-7, (0.9, 0.95))
     found = decays(optimizer, model)
     assert found == {
         "cls_token": 0, "norm.weight": 0, "norm.bias": 0, "head.weight": 0.05, "head.bias": 0,
     }  # fmt: skip
-    assert set(decays(build_optimizer(model, lr=1e-3, decay_all=True), model).values()) == {0.05}
+    assert set(decays(build_optimizer(model, lr=1e-3, group_fn=one_group), model).values()) == {0.05}
 
 
 def test_optimizer_takes_groups_with_their_own_rates() -> None:
@@ -185,7 +201,9 @@ def test_cosine_of_dvt() -> None:
 def test_schedule_noise_is_within_its_bound_and_repeatable() -> None:
     def rates() -> list[float]:
         optimizer = build_optimizer(Small(), lr=1e-3)
-        scheduler, _ = build_schedule(optimizer, epochs=10, warmup_epochs=0, noise=[0.4, 0.9], noise_pct=0.3, seed=1)
+        scheduler, _ = build_schedule(
+            optimizer, epochs=10, warmup_epochs=0, lr_noise=[0.4, 0.9], lr_noise_pct=0.3, noise_seed=1
+        )
         found = []
         for epoch in range(10):
             scheduler.step(epoch)
@@ -198,3 +216,22 @@ def test_schedule_noise_is_within_its_bound_and_repeatable() -> None:
     relative = [a / b - 1 for a, b in zip(noisy, plain, strict=True)]
     assert all(abs(value) < 1e-9 for value in (*relative[:4], relative[9]))
     assert all(0 < abs(value) < 0.3 for value in relative[4:9])
+
+
+def test_unknown_and_fused_optimisers_say_what_to_do() -> None:
+    with pytest.raises(UsageError, match=r"--opt nosuch: .*not found"):
+        build_optimizer(Small(), opt="nosuch", lr=1.0)
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match=r"apex's optimisers.*--opt lamb is the same in torch"):
+            build_optimizer(Small(), opt="fusedlamb", lr=1.0)
+
+
+def test_settings_are_read_by_the_flags_names() -> None:
+    args = full_parser().parse_args(["--mixup", "0", "--cutmix", "0", "--lr", "0.5", "--amp", "bf16"])
+    augmentation = AugmentationSettings.of(args)
+    assert (augmentation.mixes, augmentation.smoothing, augmentation.hflip) == (False, 0.1, 0.5)
+    assert OptimizerSettings.of(args, lr=0.25).lr == 0.25
+    assert OptimizerSettings.of(args).model_ema is True
+    assert RunSettings.of(args).amp == "bf16"
+    with pytest.raises(TypeError, match="ScheduleSettings needs epochs"):
+        ScheduleSettings.of(argparse.Namespace(sched="cosine"))

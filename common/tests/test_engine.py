@@ -508,6 +508,10 @@ def test_accuracy_and_loss_by_hand() -> None:
     expected = 100 * sum(label in row[:5] for label, row in zip(labels.tolist(), order.tolist(), strict=True)) / 23
     assert result["top5_percent"] == pytest.approx(expected)
     assert result["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
+    means = [
+        F.cross_entropy(part, wanted).item() for part, wanted in zip(logits.split(5), labels.split(5), strict=True)
+    ]
+    assert result["batch_loss"] == pytest.approx(sum(means) / 5, rel=1e-6)
     assert (result["images"], result["skipped"]) == (23, 0)
     assert model.training
     for size in (1, 23):

@@ -1,0 +1,122 @@
+"""Published files: downloaded once into torch.hub's cache, their SHA-256 checked."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import socket
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.run.checkpoint.reading import load_safely
+from common.run.distributed import main_process_first
+from common.run.errors import CheckpointError
+from common.run.program import is_main
+
+HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[A-Za-z0-9.]+$")
+
+
+def hub_folder() -> Path:
+    """Where torch.hub keeps downloaded weights: ``$TORCH_HOME/hub/checkpoints``, ``~/.cache/torch`` by default."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def fetch(
+    url: str,
+    *,
+    sha256_prefix: str | None = None,
+    folder: Path | None = None,
+    progress: bool = True,
+    timeout_s: float = 30,
+) -> Path:
+    """Path of the published file at ``url``, from torch.hub's cache or downloaded into it.
+
+    Args:
+        url: http(s) or file address.
+        sha256_prefix: first hexadecimal digits of the file's SHA-256; taken from a name like ``net-0676ba61.pth``
+            where not given. Checked for cached files too.
+        folder: where to keep it, instead of :func:`hub_folder`.
+        progress: show a bar.
+        timeout_s: how long to wait for the server, in seconds.
+
+    Raises:
+        CheckpointError: no connection (saying which file, from where, and where to put it) or a wrong hash.
+    """
+    name = os.path.basename(urllib.request.url2pathname(url.split("?")[0].split("#")[0]))
+    target = (folder or hub_folder()) / name
+    if sha256_prefix is None and (found := HASH_IN_NAME.search(name)):
+        sha256_prefix = found.group(1)
+    prefix = sha256_prefix.lower() if sha256_prefix else None
+    if target.is_file():
+        if prefix and not _sha256(target).startswith(prefix):
+            raise CheckpointError(
+                f"{target}: its SHA-256 does not begin with {sha256_prefix}; it is damaged or another file. "
+                f"Delete it to download it again from {url}"
+            )
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _patience(timeout_s):
+            size = None if prefix else _announced_size(url)
+            torch.hub.download_url_to_file(url, str(target), prefix, progress and is_main())
+        if size is not None and target.stat().st_size != size:
+            received = target.stat().st_size
+            target.unlink()
+            raise OSError(f"received {received} of {size} bytes")
+    except RuntimeError as error:  # the hash
+        digest = str(error).rstrip('")').rpartition('"')[2]
+        raise CheckpointError(
+            f"{url}: the download's SHA-256 is {digest}, expected {sha256_prefix}...; it was interrupted or the "
+            "file was replaced; try again"
+        ) from error
+    except OSError as error:  # urllib's errors are OSErrors
+        reason = getattr(error, "reason", None) or error
+        raise CheckpointError(
+            f"cannot download {name} from {url}: {reason}. Without a connection, get the file elsewhere and put it at "
+            f"{target} (or set TORCH_HOME), or name a local file"
+        ) from error
+    return target
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _announced_size(url: str) -> int | None:
+    """Bytes that the server says it will send: torch.hub takes a body that ends early for the whole file."""
+    with urllib.request.urlopen(urllib.request.Request(url, headers={"User-Agent": "leanvit"})) as answer:
+        length = answer.headers.get("Content-Length")
+    return int(length) if length else None
+
+
+@contextlib.contextmanager
+def _patience(seconds: float) -> Iterator[None]:
+    """How long connections made in here may be silent."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def locate(source: str | os.PathLike[str], *, sha256_prefix: str | None = None) -> Path:
+    """A local path as it is, an http(s) or file URL through :func:`fetch`."""
+    text = os.fspath(source)
+    if re.match(r"(https?|file)://", text):
+        return fetch(text, sha256_prefix=sha256_prefix)
+    return Path(text)
+
+
+def read_checkpoint(source: str | os.PathLike[str]) -> Any:
+    """Content of a checkpoint given as a path or URL; one process downloads for all."""
+    with main_process_first():
+        path = locate(source)
+    return load_safely(path)

@@ -1,0 +1,124 @@
+"""Strict loading: everything that does not fit is said."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from common.run.checkpoint.reading import some
+from common.run.errors import CheckpointError
+from common.run.program import get_logger
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class KeyDifferences:
+    """How a state differs from a model; ``mismatched`` holds (key, shape in the model, shape in the state)."""
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
+    tolerated: tuple[str, ...] = field(default=(), compare=False)
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.mismatched)
+
+    def lines(self) -> Iterable[str]:
+        """Every difference, grouped, one per line."""
+        if self.missing:
+            yield f"missing, in the model but not in the file ({len(self.missing)}):"
+            yield from (f"  {key}" for key in self.missing)
+        if self.unexpected:
+            yield f"unexpected, in the file but not in the model ({len(self.unexpected)}):"
+            yield from (f"  {key}" for key in self.unexpected)
+        if self.mismatched:
+            yield f"different shape ({len(self.mismatched)}):"
+            yield from (f"  {key}: model {list(model)}, file {list(file)}" for key, model, file in self.mismatched)
+
+
+def list_key_differences(model: nn.Module, state: Mapping[str, Any]) -> KeyDifferences:
+    """Compare names and shapes, touching neither side. A value that is no tensor counts as a shape of ()."""
+    own = {
+        key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)
+    }  # a module's get_extra_state() is no weight
+    mismatched = []
+    for key, value in own.items():
+        if key in state:
+            shape = tuple(state[key].shape) if isinstance(state[key], Tensor) else ()
+            if shape != tuple(value.shape) or not isinstance(state[key], Tensor):
+                mismatched.append((key, tuple(value.shape), shape))
+    return KeyDifferences(
+        missing=tuple(key for key in own if key not in state),
+        unexpected=tuple(str(key) for key in state if key not in own),
+        mismatched=tuple(mismatched),
+    )
+
+
+def load_strict(
+    model: nn.Module,
+    state: Mapping[str, Any],
+    *,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+    source: str | os.PathLike[str] = "checkpoint",
+) -> KeyDifferences:
+    """Load ``state`` into ``model`` or say everything that does not fit; nothing is ignored silently.
+
+    Args:
+        allow_missing, allow_unexpected: patterns (``fnmatch``) of keys the file may lack or hold besides; those found
+            are logged and returned as ``tolerated``.
+        source: the file's name, for messages.
+
+    Raises:
+        CheckpointError: listing all missing and unexpected keys and all shape mismatches; the model is untouched.
+    """
+    found = list_key_differences(model, state)
+
+    def allowed(key: str, patterns: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+
+    tolerated = (
+        *(key for key in found.missing if allowed(key, allow_missing)),
+        *(key for key in found.unexpected if allowed(key, allow_unexpected)),
+    )
+    rest = KeyDifferences(
+        tuple(key for key in found.missing if key not in tolerated),
+        tuple(key for key in found.unexpected if key not in tolerated),
+        found.mismatched,
+        tolerated,
+    )
+    if rest:
+        raise CheckpointError(f"{os.fspath(source)} does not fit {type(model).__name__}:\n" + "\n".join(rest.lines()))
+    if any(value.is_meta for value in model.state_dict().values() if isinstance(value, Tensor)):
+        raise CheckpointError(
+            f"{type(model).__name__} is on the meta device and holds no weights; build it on a device"
+        )
+    if tolerated:
+        logger.info("%s: left as they are: %s", os.fspath(source), some(tolerated))
+    model.load_state_dict({key: value for key, value in state.items() if key not in tolerated}, strict=False)
+    return rest
+
+
+def keep_own_heads(
+    model: nn.Module,
+    state: Mapping[str, Any],
+    *,
+    names: Sequence[str] = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias"),
+    source: str | os.PathLike[str] = "checkpoint",
+) -> dict[str, Any]:
+    """``state`` with the model's own layers ``names`` where the file's are for another number of classes; says so."""
+    own, state = model.state_dict(), dict(state)
+    for key in names:
+        if key in state and key in own and state[key].shape != own[key].shape:
+            logger.warning(
+                "%s: %s is for %d classes, the network has %d: this layer starts from random weights",
+                os.fspath(source), key, len(state[key]), len(own[key]),
+            )  # fmt: skip
+            state[key] = own[key]
+    return state

@@ -1,0 +1,288 @@
+"""Reading checkpoints without running code from the file.
+
+``torch.load(weights_only=True)`` with a short allow-list. The official files of these papers hold an
+``argparse.Namespace``, pathlib paths and NumPy scalars next to the weights; NumPy's values are rebuilt by the small
+classes below rather than by NumPy's own unpickling, which trusts its input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import pathlib
+import pickletools
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.run.errors import CheckpointError
+
+NUMERIC_KINDS = "biufcSU"
+
+
+class _Dtype:
+    """Stands for ``numpy.dtype`` while a file is read; only plain numbers, booleans and strings pass."""
+
+    def __init__(self, code: str, align: bool = False, copy: bool = True) -> None:
+        del align, copy
+        self.dtype = np.dtype(code) if isinstance(code, str) else np.dtype("O")
+        self._check()
+
+    def __setstate__(self, state: tuple) -> None:
+        order = state[1]
+        if order in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(order)
+        self._check()
+
+    def _check(self) -> None:
+        if self.dtype.kind not in NUMERIC_KINDS:
+            raise ValueError(f"NumPy dtype {self.dtype} is not a plain number, boolean or string")
+
+    def finish(self) -> np.dtype:
+        return self.dtype
+
+
+class _Array:
+    """Stands for a ``numpy.ndarray`` while a file is read."""
+
+    value: np.ndarray | None = None
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, fortran, data = state
+        array = np.frombuffer(data, dtype=dtype.finish())
+        self.value = array.reshape(shape, order="F" if fortran else "C").copy()
+
+    def finish(self) -> np.ndarray:
+        if self.value is None:
+            raise ValueError("a NumPy array without content")
+        return self.value
+
+
+class _Scalar:
+    """Stands for a NumPy scalar while a file is read."""
+
+    def __init__(self, value: np.generic) -> None:
+        self.value = value
+
+    def finish(self) -> np.generic:
+        return self.value
+
+
+class _NdarrayType:
+    """The name ``numpy.ndarray`` in a file, as the argument of ``_reconstruct``."""
+
+
+def _reconstruct_array(subtype: type, shape: tuple, typecode: bytes) -> _Array:
+    del subtype, shape, typecode
+    return _Array()
+
+
+def _reconstruct_scalar(dtype: _Dtype, data: bytes) -> _Scalar:
+    (value,) = np.frombuffer(data, dtype=dtype.finish())
+    return _Scalar(value)
+
+
+def _reconstruct_defaultdict(factory: object = None) -> dict:
+    """A plain dict: what a missing key should make is no business of a file."""
+    del factory
+    return {}
+
+
+def _safe_globals() -> list[Any]:
+    """What may be named in a file besides torch's own list, each under every module name it was written with."""
+    posix = pathlib.PosixPath if os.name == "posix" else pathlib.PurePosixPath
+    named: list[Any] = [
+        argparse.Namespace,
+        (_reconstruct_defaultdict, "collections.defaultdict"),
+        dict,
+        list,
+        set,
+        int,
+        float,
+        (_Dtype, "numpy.dtype"),
+        (_NdarrayType, "numpy.ndarray"),
+        (_Array, f"{__name__}._Array"),  # so that its content may be filled in
+    ]
+    for module in ("pathlib", "pathlib._local"):
+        for name in ("PosixPath", "PurePosixPath"):
+            named.append((posix if name == "PosixPath" else pathlib.PurePosixPath, f"{module}.{name}"))
+        for name in ("WindowsPath", "PureWindowsPath"):  # a concrete WindowsPath exists on Windows only
+            named.append((pathlib.PureWindowsPath, f"{module}.{name}"))
+    for core in ("numpy.core", "numpy._core"):  # before and since NumPy 2
+        named.append((_reconstruct_scalar, f"{core}.multiarray.scalar"))
+        named.append((_reconstruct_array, f"{core}.multiarray._reconstruct"))
+    return named
+
+
+def _finish(value: Any, seen: dict[int, Any]) -> Any:
+    """Replace the stand-ins by NumPy's values, inside containers too, keeping shared objects shared."""
+    if isinstance(value, (_Dtype, _Array, _Scalar)):
+        return value.finish()
+    if id(value) in seen:
+        return seen[id(value)]
+    if isinstance(value, dict):
+        seen[id(value)] = value
+        for key in list(value):
+            value[key] = _finish(value[key], seen)
+    elif isinstance(value, list):
+        seen[id(value)] = value
+        value[:] = [_finish(item, seen) for item in value]
+    elif isinstance(value, argparse.Namespace):
+        seen[id(value)] = value
+        for key, item in vars(value).items():
+            setattr(value, key, _finish(item, seen))
+    elif type(value) is tuple:
+        value = tuple(_finish(item, seen) for item in value)
+    return value
+
+
+def _describe(path: Path) -> str | None:
+    """What is wrong with the file at first sight, or None where it looks like weights."""
+    size = path.stat().st_size
+    if size == 0:
+        return "found an empty file (0 bytes); a download or a copy was interrupted"
+    with open(path, "rb") as file:
+        head = file.read(512)
+    start = head.lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return f"found a web page of {size} bytes, not weights; the download gave an error or a login page"
+    if start.startswith(b"version https://git-lfs"):
+        return "found a Git LFS pointer, not the file it points to; run `git lfs pull`"
+    if head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
+        return f"found the beginning of a torch file, but its end is missing ({size} bytes); it is truncated"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = {name.partition("/")[2] for name in archive.namelist()}
+        if "constants.pkl" in names:
+            return "found a TorchScript archive, which holds code; expected weights alone"
+        if "data.pkl" not in names:
+            return "found a zip archive without torch's data.pkl"
+    elif head[:1] == b"\x80" and head[1] > 2:  # torch writes pickle protocol 2
+        named = _pickled_names(path)
+        about = f"; it names {named}, which was refused and not run" if named else ""
+        return f"found a Python pickle, not a file of torch.save{about}"
+    if not head.startswith((b"PK", b"\x80")) and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
+        return f"found a text file of {size} bytes that begins with {head[:40].decode('ascii')!r}"
+    return None
+
+
+def _pickled_names(path: Path) -> str:
+    """Names of the globals in a pickle, read without executing it; empty where there are none or it is damaged."""
+    names, strings = [], ["", ""]
+    with open(path, "rb") as file, contextlib.suppress(Exception):  # a damaged pickle ends the list, that is all
+        for operation, argument, _ in pickletools.genops(file):
+            if operation.name == "GLOBAL":
+                names.append(str(argument).replace(" ", "."))
+            elif operation.name == "STACK_GLOBAL":
+                names.append(".".join(strings[-2:]))
+            elif isinstance(argument, str):
+                strings.append(argument)
+    return some(sorted(set(names)))
+
+
+def _is_safetensors(path: Path) -> bool:
+    """An eight-byte header length, then a JSON object."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= 100_000_000
+
+
+def _explain(error: Exception) -> str:
+    """One sentence about why reading failed."""
+    text = str(error)
+    forbidden = re.search(r"(?:GLOBAL|reduce for unrecognized function) (\S+)", text)
+    if forbidden:
+        return (
+            f"it names {forbidden.group(1)}, which is no plain value; it was refused and nothing in it was run. "
+            "If you trust the file's origin, have its author save only tensors and plain values"
+        )
+    if isinstance(error, EOFError) or re.search("PytorchStreamReader|central directory|unexpected EOF", text):
+        return f"it is truncated or damaged ({_first_line(text) or 'unexpected end'})"
+    cause = text.split("WeightsUnpickler error:")[-1]  # torch's own advice around it is to load unsafely
+    return f"{type(error).__name__}: {_first_line(cause) or 'no reason given'}"
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+def load_safely(path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu", mmap: bool = False) -> Any:
+    """Read a checkpoint without running anything in it: torch's formats old and new, and safetensors.
+
+    Args:
+        path: the file; a URL must go through :func:`fetch` first (or :func:`locate`, which takes both).
+        map_location: device of the tensors read.
+        mmap: map the file instead of reading it, where its format allows (large files, read once).
+
+    Returns:
+        What was saved. Namespaces and paths come back as such; a WindowsPath as a ``PureWindowsPath`` elsewhere.
+
+    Raises:
+        CheckpointError: missing, a folder, empty, truncated, not a checkpoint, or naming anything that is no plain
+            value; the message says which.
+    """
+    path = Path(path)
+    again = "download or copy the file again, or name another"
+    if path.is_dir():
+        raise CheckpointError(f"{path}: found a folder, expected a checkpoint file; name a file inside it")
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file, expected a checkpoint; check the path, or download the file")
+    try:
+        safetensors = _is_safetensors(path)  # first: the length that such a file begins with can look like a pickle
+        finding = None if safetensors else _describe(path)
+        if finding is not None:
+            raise CheckpointError(f"{path}: {finding}; {again}")
+        if safetensors or path.suffix == ".safetensors":
+            from safetensors.torch import load_file  # only where such a file is read
+
+            return load_file(path, device=str(map_location))
+        with torch.serialization.safe_globals(_safe_globals()):
+            content = torch.load(
+                path, map_location=map_location, weights_only=True, mmap=mmap and zipfile.is_zipfile(path)
+            )
+        return _finish(content, {})
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
+    except Exception as error:  # a damaged or hostile file can fail in any way; all of them are this one finding
+        raise CheckpointError(f"{path}: found no readable checkpoint: {_explain(error)}; {again}") from error
+
+
+def select_state(checkpoint: Any, keys: Sequence[str] = ("model", "state_dict"), *, source: str = "checkpoint") -> dict:
+    """The weights inside a checkpoint: under the first of ``keys`` that is there, or the checkpoint itself.
+
+    The prefixes of DistributedDataParallel (``module.``) and torch.compile (``_orig_mod.``) are removed.
+
+    Raises:
+        CheckpointError: nothing in it maps names to tensors.
+    """
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(f"{source}: found a {type(checkpoint).__name__}, expected a dict of weights")
+    state: Any = checkpoint
+    for key in keys:
+        if isinstance(checkpoint.get(key), Mapping):
+            state = checkpoint[key]
+            break
+    strange = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    if strange or not state:
+        raise CheckpointError(
+            f"{source}: expected weights under one of the keys {', '.join(keys)} or at the top level, found the keys "
+            f"{some([str(key) for key in checkpoint])}"
+        )
+    for prefix in ("module.", "_orig_mod."):
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return dict(state)
+
+
+def some(names: Sequence[str], limit: int = 8) -> str:
+    """Names as one text, the first ones and how many more."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

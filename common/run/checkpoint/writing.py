@@ -1,0 +1,71 @@
+"""Writing checkpoints: plain values only, and whole files only."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import pathlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.run.errors import CheckpointError
+from common.run.files import replacing
+
+
+def plain(value: Any, where: str = "checkpoint") -> Any:
+    """``value`` with nothing in it but tensors and Python's plain types, so that weights-only loading reads it.
+
+    Namespaces become dicts, paths strings, NumPy scalars numbers, NumPy arrays tensors.
+
+    Raises:
+        TypeError: naming the place of anything else.
+    """
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
+        return value
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, pathlib.PurePath):
+        return str(value)
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, collections.OrderedDict):  # a module's state dict; its _metadata carries versions
+        copy = collections.OrderedDict((key, plain(item, f"{where}[{key!r}]")) for key, item in value.items())
+        if hasattr(value, "_metadata"):
+            copy.__dict__["_metadata"] = plain(value.__dict__["_metadata"], f"{where}._metadata")
+        return copy
+    if isinstance(value, Mapping):
+        return {key: plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, torch.Size):
+        return tuple(value)
+    if isinstance(value, (list, tuple)):
+        items = [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return items if isinstance(value, list) else tuple(items)
+    raise TypeError(
+        f"{where} is a {type(value).__module__}.{type(value).__qualname__}; "
+        "a checkpoint holds only tensors, numbers, strings, lists and dicts"
+    )
+
+
+def save_atomic(obj: Any, path: str | os.PathLike[str]) -> Path:
+    """Write ``obj`` so that ``path`` is at every moment the old file or the whole new one, also after a power cut.
+
+    Call it on one rank only.
+    """
+    path = Path(path)
+    content = plain(obj)
+    try:
+        with replacing(path) as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"cannot write {path}: {error}; is the disk full or the folder read-only?") from error
+    return path

@@ -1,0 +1,50 @@
+"""Images and class counts from settings."""
+
+import logging
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from common.data.build import build_loaders, build_mixup, count_classes, open_split
+from common.run.errors import UsageError
+from common.run.settings import AugmentationSettings, DataSettings
+
+DIGITS = DataSettings("digits", "", input_size=32, batch_size=16, workers=0, pin_mem=False)
+
+
+def test_loaders_of_both_splits_and_of_one() -> None:
+    both = build_loaders(DIGITS, AugmentationSettings(hflip=0.0, repeated_aug=False), eval_batch_size=24)
+    assert both.train is not None
+    images, targets = next(iter(both.train))
+    assert (images.shape, targets.shape, both.classes) == ((16, 3, 32, 32), (16,), 10)
+    assert next(iter(both.held_out))[0].shape[0] == 24
+    assert build_loaders(DIGITS).train is None
+
+
+def test_mixup_only_where_something_is_mixed() -> None:
+    assert build_mixup(AugmentationSettings(mixup=0.0, cutmix=0.0), 10) is None
+    mixup = build_mixup(AugmentationSettings(cutmix=0.0, smoothing=0.2), 7)
+    assert mixup is not None
+    assert (mixup.num_classes, mixup.label_smoothing, mixup.cutmix_alpha) == (7, 0.2, 0.0)
+
+
+def test_classes_come_from_the_data_which_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("common"), "propagate", True)
+    for split in ("train", "val"):
+        for name in ("a", "b", "c"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / split / name / "0.png")
+    images = open_split(DataSettings("IMNET", str(tmp_path), 32, 1), "val", None)
+    assert count_classes("IMNET", images) == 3
+    assert "the data set has 3 classes, not imagenet's 1000" in caplog.text
+    caplog.clear()
+    assert count_classes("IMNET", images, 1000) == 1000
+    assert "--num-classes 3 was probably meant" in caplog.text
+    with pytest.raises(UsageError, match="has 3 classes and the network 2"):
+        count_classes("IMNET", images, 2)
+    caplog.clear()
+    assert count_classes("digits", open_split(DIGITS, "val", None)) == 10
+    assert not caplog.text

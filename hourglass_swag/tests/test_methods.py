@@ -1,0 +1,176 @@
+"""The methods as plug-ins: on the SWAG network against the published forms, and what they promise on others."""
+
+from typing import Any
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer as TimmViT
+from torch import Tensor
+
+from common.hosts import NotAHost, PlanError, lean
+from hourglass_swag.methods import EViT, Hourglass, ToMe, cluster_free_of_scale, weights_free_of_scale
+from hourglass_swag.models.evit import EViTDesk
+from hourglass_swag.models.hourglass_vit import HourglassViTDesk
+from hourglass_swag.models.tome_vit import ToMeViTDesk
+from hourglass_swag.models.vision_transformer import ViTDesk
+
+METHODS = {
+    "tome": ToMe(r=3),
+    "hourglass": Hourglass(layer=1, clusters=9),
+    "evit": EViT(keep=0.5, layers=(1, 2)),
+    "evit, mean": EViT(keep=0.5, layers=(1,), score="mean", fuse=True),
+    "evit, frozen": EViT(keep=0.5, layers=(1,), restore="frozen"),
+}
+
+
+def swag(**options: Any) -> ViTDesk:
+    torch.manual_seed(0)
+    net = ViTDesk(num_classes=10, **options).double().eval()
+    torch.nn.init.normal_(net.head.layers.head.weight)
+    return net
+
+
+def timm(**options: Any) -> TimmViT:
+    torch.manual_seed(0)
+    shape = {"img_size": 40, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+    net = TimmViT(**shape | options).double().eval()
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, 0.05 if parameter.dim() > 1 else 0.3, 0.2)
+    return net
+
+
+def images(side: int = 32, batch: int = 2) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(batch, 3, side, side, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("classifier", ["token", "gap"])
+@pytest.mark.parametrize(
+    ("published", "options", "method", "settings"),
+    [
+        (
+            HourglassViTDesk,
+            {"clustering_location": 3, "num_cluster": 25, "cluster_temperture": 0.5, "cluster_after_output": False},
+            "hourglass",
+            {"layer": 3, "clusters": 25, "temperature": 0.5},
+        ),
+        (ToMeViTDesk, {"tome_r": 5}, "tome", {"r": 5}),
+        (ToMeViTDesk, {"tome_r": (6, -1.0)}, "tome", {"r": (6, -1.0)}),
+        (EViTDesk, {"base_keep_rate": 0.6, "drop_loc": (2, 5), "fuse_token": True}, "evit",
+         {"keep": 0.6, "layers": (2, 5), "fuse": True, "score": "mean"}),
+        (EViTDesk, {"base_keep_rate": 0.7, "score": "cls"}, "evit", {"layers": (2, 4, 6)}),
+    ],
+)  # fmt: skip
+def test_published_forms_on_swag(
+    classifier: str, published: Any, options: dict[str, Any], method: str, settings: dict[str, Any]
+) -> None:
+    if classifier == "gap":
+        if published is not ToMeViTDesk:
+            pytest.skip("the published form averages what is left, the plug-in the restored grid")
+        options, settings = {**options, "tome_r": 0}, {"r": 0}
+    net = swag(classifier=classifier)
+    other = published(num_classes=10, classifier=classifier, **options).double().eval()
+    other.load_state_dict(net.state_dict())
+    fast = lean(net, method, **settings)
+    torch.testing.assert_close(fast(images()), other(images()), rtol=0, atol=1e-12)
+    if hasattr(other, "tokens_per_layer"):
+        assert fast.tokens_per_layer() == other.tokens_per_layer()
+
+
+@pytest.mark.parametrize("prefix", [{}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}], ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_features_are_restored_on_every_grid(name: str, prefix: dict[str, Any]) -> None:
+    net = timm(**prefix)
+    fast = lean(net, METHODS[name])
+    assert fast.tokens_per_layer()[-1] < fast.tokens_per_layer()[0]
+    features = fast.features(images(40))
+    assert features.shape == (2, 32, 5, 5)
+    assert features.isfinite().all()
+    assert fast(images(40)).shape == (2, 5)
+    one = fast.features(images(40)[:1])
+    torch.testing.assert_close(one, features[:1], rtol=0, atol=1e-11)  # no image depends on the others
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_nan_stays_in_its_image(name: str) -> None:
+    fast, batch = lean(timm(), METHODS[name]), images(40, 3)
+    expected = fast(batch)
+    batch[0, 0, 0, 0] = torch.nan
+    torch.testing.assert_close(fast(batch)[1:], expected[1:], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", [ToMe(r=0), Hourglass(layer=1, clusters=(5, 5), iters=0, k=1), EViT(keep=1.0)])
+def test_nothing_reduced_is_the_network(method: Any) -> None:
+    net = timm(reg_tokens=2)
+    torch.testing.assert_close(lean(net, method)(images(40)), net(images(40)), rtol=0, atol=1e-12)
+    restored, dense = lean(net, method).forward_features(images(40)), net.forward_features(images(40))
+    torch.testing.assert_close(restored, dense, rtol=0, atol=1e-12)
+
+
+def test_kept_patches_have_their_own_features_and_dropped_ones_those_of_the_nearest() -> None:
+    net = timm(depth=1)
+    dense = net.forward_features(images(40))[:, 1:]
+    restored = lean(net, EViT(keep=0.4, layers=(0,))).forward_features(images(40))[:, 1:]
+    kept = (restored - dense).abs().amax(2) < 1e-12  # one block: what is kept attends to the same
+    assert kept.sum(1).tolist() == [10, 10]
+    for image in range(2):
+        rows = {tuple(row) for row in restored[image, kept[image]].tolist()}
+        assert {tuple(row) for row in restored[image].tolist()} == rows
+
+
+def test_methods_compose() -> None:
+    net = timm(depth=6)
+    fast = lean(net, ToMe(r=[0, 0, 0, 2, 2, 0]), Hourglass(layer=1, clusters=(4, 4)), EViT(keep=0.5, layers=(5,)))
+    assert fast.tokens_per_layer() == [26, 17, 17, 17, 15, 13, 7]
+    assert fast.features(images(40)).shape == (2, 32, 5, 5)
+    with pytest.raises(PlanError, match="tome at layer 0 breaks the grid that hourglass needs at layer 1"):
+        lean(net, ToMe(r=1), Hourglass(layer=1))
+
+
+@pytest.mark.parametrize("factor", [1e-4, 1.0, 1e4])
+def test_the_automatic_temperature_is_free_of_scale(factor: float) -> None:
+    torch.manual_seed(0)
+    features = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    clusters = cluster_free_of_scale(features, (3, 3), 5, 1)
+    scaled = cluster_free_of_scale(features * factor, (3, 3), 5, 1)
+    torch.testing.assert_close(scaled / factor, clusters, rtol=1e-9, atol=1e-9)
+    tokens = features.flatten(2).mT
+    weights = weights_free_of_scale(tokens, clusters, 3, "l1")
+    torch.testing.assert_close(weights_free_of_scale(tokens * factor, scaled, 3, "l1"), weights, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(weights.sum(2), torch.ones(2, 36, dtype=torch.float64))
+
+
+def test_equal_patches_cluster_without_a_nan() -> None:
+    fast = lean(timm(pos_embed="none"), "hourglass")
+    assert fast.features(torch.zeros(1, 3, 40, 40, dtype=torch.float64)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("tome", {"r": -1}, "r must be at least 0"),
+        ("tome", {"r": [1] * 9}, "r holds 9 numbers for 4 layers"),
+        ("hourglass", {"layer": 4}, "layer must be a layer, 0 to 3, got 4"),
+        ("hourglass", {"clusters": (6, 2)}, "clusters must be 1 to \\(5, 5\\)"),
+        ("hourglass", {"clusters": 7}, "7 clusters do not fill a grid like the patches' 5x5"),
+        ("hourglass", {"temperature": "automatic"}, "temperature must be 'auto' or a number"),
+        ("hourglass", {"k": 0}, "k must be 1 to"),
+        ("evit", {"keep": 0}, "keep must be in \\(0, 1\\]"),
+        ("evit", {"score": "cls"}, "score must be one of class, mean"),
+        ("evit", {"layers": (1, 7)}, "layers must be a layer, 0 to 3, got 7"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(name: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        lean(timm(), name, **settings)
+
+
+def test_more_pairs_than_there_are_merge_half() -> None:
+    assert lean(timm(), "tome", r=1000).tokens_per_layer() == [26, 14, 8, 5, 3]
+
+
+def test_networks_that_reduce_tokens_themselves_are_no_hosts() -> None:
+    with pytest.raises(NotAHost, match=r"encoder.layers.layer_0 is not a plain EncoderBlock"):
+        lean(EViTDesk(), "tome")
+    with pytest.raises(NotAHost, match="HourglassViTDesk has a way of its own with tokens"):
+        lean(HourglassViTDesk(), "tome")
