@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from common.data.loaders import build_dataset
@@ -19,10 +19,10 @@ from common.ledger.cache import cached, source_files
 from common.ledger.desk import quiet, sha256_of
 from common.ledger.tables import DeskTable
 from common.measure.benchmark import compare, device_name
-from common.measure.flops import OpCounts, gmacs
+from common.measure.flops import gmacs
 from hourglass_swag import imagenet_1k_eval, train
 from hourglass_swag.evaluation import swag_eval_transform
-from hourglass_swag.tools.costs import build_network, depends_on_data, parse_network
+from hourglass_swag.tools.costs import build_network, count, parse_network
 
 RESOLUTION = 32
 DENSE = "-m vit_desk"
@@ -78,7 +78,7 @@ def run(folder: Path, *, device: torch.device | str, force: bool, progress: bool
     ]
     models = {words: build_network(parse_network(words), weights=str(weights)).to(device) for *_, words in rows}
     images = held_out(BATCH[device.type]).to(device)
-    cost = {words: gmacs(count(model, images), "swag") for words, model in models.items()}
+    cost = {words: gmacs(count(model, images).published, "swag") / len(images) for words, model in models.items()}
     dense = rows[0][2]
     speeds = compare(
         models, images, baseline=dense, warmup=WARMUP, rounds=ROUNDS, progress="speed" if progress else None
@@ -150,10 +150,3 @@ def held_out(number: int) -> Tensor:
     """The first held-out digits as the evaluation sees them, (number, 3, 32, 32), from the start again if need be."""
     pictures = build_dataset("digits", None, "val", swag_eval_transform(RESOLUTION))
     return torch.stack([pictures[index % 360][0] for index in range(number)])
-
-
-def count(model: nn.Module, images: Tensor) -> OpCounts:
-    """Operations per image of a network, on these images where they depend on them."""
-    if depends_on_data(model):
-        return model.count_ops_on(images)  # pyright: ignore[reportCallIssue] - see depends_on_data
-    return model.count_ops()  # pyright: ignore[reportCallIssue] - every network of the registry has it

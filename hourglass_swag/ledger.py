@@ -13,13 +13,13 @@ from common.ledger.cache import FOLDER
 from common.ledger.speeds import speeds_for_ledger
 from common.ledger.tables import DeskTable, Measured, NeedsWeights, NotImplementedYet, Row
 from common.measure.benchmark import random_images
-from common.measure.flops import OpCounts, count_parameters, gmacs
+from common.measure.flops import Counted, count_parameters, gmacs
 from common.run.checkpoint import hub_folder
 from hourglass_swag import desk as desk_experiment
 from hourglass_swag.models import REGISTRY
 from hourglass_swag.models.ats_vision_transformer import ATSVisionTransformer
 from hourglass_swag.models.weights import TORCHVISION_FILES
-from hourglass_swag.tools.costs import build_network, depends_on_data, noise_image, parse_network
+from hourglass_swag.tools.costs import build_network, count, depends_on_data, noise_image, parse_network
 from hourglass_swag.tools.survivors import sharpen_
 
 IMPLIED_TOKENS = {
@@ -61,20 +61,20 @@ def costs(row: Row) -> dict[str, Measured]:
         model, resolution = build(row)
     name = type(model).__name__
     found = {"params_m": Measured(count_parameters(model) / 1e6, "all parameters", f"parameters of {name}")}
-    source = f"count_ops() of {name}, one image at {resolution}"
+    source = f"one pass of {name} over an image at {resolution}"
     if not depends_on_data(model):
-        counts = model.count_ops()  # pyright: ignore[reportCallIssue] - every network of the registry has it
+        counted = count(model, torch.empty(1, 3, resolution, resolution, device="meta"))
     elif "gmacs" in row.published:
-        counts, source = count_with_weights(row)
+        counted, source = count_with_weights(row)
     else:
         return found
     convention = row.convention.get("gmacs", "swag")
-    found["gmacs"] = Measured(gmacs(counts, convention), convention, source)
-    found["macs_g"] = Measured(gmacs(counts), "macs", source)
+    found["gmacs"] = Measured(gmacs(counted.published, convention), convention, source)
+    found["macs_g"] = Measured(gmacs(counted.executed), "macs", source)
     return found
 
 
-def count_with_weights(row: Row) -> tuple[OpCounts, str]:
+def count_with_weights(row: Row) -> tuple[Counted, str]:
     """Operations of a row whose cost depends on weights and image, and what they were counted for.
 
     The image is one of uniform noise, as in the published tool, always the same.
@@ -91,8 +91,8 @@ def count_with_weights(row: Row) -> tuple[OpCounts, str]:
         command = f"python hourglass_swag/get_flops_fps.py {row.arguments} --no-speed --pretrained"
         raise NeedsWeights(command, f"the cost depends on the checkpoint: {missing.reason}") from None
     model = build_network(args, weights=str(file))
-    counts = model.count_ops_on(noise_image(args.resolution))  # pyright: ignore[reportCallIssue] - see depends_on_data
-    return counts, f"count_ops_on() of {type(model).__name__} with {file.name}, one image of noise at {args.resolution}"
+    counted = count(model, noise_image(args.resolution))
+    return counted, f"one pass of {type(model).__name__} with {file.name}, one image of noise at {args.resolution}"
 
 
 def speeds(

@@ -1,25 +1,27 @@
-"""Costs of a model: analytic operation counts, the counting conventions of the five papers, and an independent count.
+"""Costs of a model: one counter of what a forward pass executes, and the conventions that the five papers weigh it by.
 
-Three views of one number, which tests hold together:
-
-- ``OpCounts``: what one forward pass does, by kind of operation. Every model states its own next to its forward
-  (``model.count_ops()``), from shapes alone, so costs need no weights, no data and no GPU.
+- ``OpCounts``: amounts by kind of operation, ``KINDS``.
+- ``count_operations``: those of a forward pass, on the meta device without weights, data or a GPU.
 - ``Convention``: which kinds a paper's tool counts, and with what weight. A multiply-accumulate is 1 in all of them;
-  the papers print the sum as "FLOPs".
-- ``count_executed_macs``: multiply-accumulates of the operations really dispatched during a forward pass.
+  the papers print the sum as "FLOPs". Where a tool counts something else than runs, the module says so
+  (``published_ops``).
 """
 
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from common.run.distributed import unwrap
 
 KINDS: dict[str, str] = {
     "linear": "multiply-accumulates of linear layers: rows x in x out",
@@ -29,8 +31,6 @@ KINDS: dict[str, str] = {
     "conv": "multiply-accumulates of convolutions",
     "conv_bias": "bias of convolutions: output elements",
     "matmul": "multiply-accumulates of products of two activations (attention, einsum)",
-    "matmul_extra": "those of products that run here and not in the published code, whose tool cannot count them",
-    "matmul_saved": "those of products that run in the published code, whose tool counts them, and are spared here",
     "softmax": "elements that pass a softmax",
     "layer_norm": "elements that pass a layer normalisation",
     "batch_norm": "elements that pass a batch normalisation",
@@ -51,8 +51,7 @@ KINDS: dict[str, str] = {
 }
 """Every kind of operation, with its unit. A kind that is not listed here is an error, never a silent zero."""
 
-MAC_KINDS = ("linear", "head", "conv", "matmul", "matmul_extra")
-"""The kinds that ``count_executed_macs`` sees."""
+MAC_KINDS = ("linear", "head", "conv", "matmul")
 
 
 class OpCounts(Counter[str]):
@@ -129,7 +128,7 @@ CONVENTIONS: dict[str, Convention] = {
             "swag",
             "the tool of the Hourglass repository: multiply-accumulate 1, bias of linear layers 1 (of convolutions 0), "
             "normalisation 4, softmax 5, dropout 1 (in evaluation too), rsqrt 2, element-wise arithmetic 1",
-            dict.fromkeys(("linear", "head", "conv", "matmul", "matmul_saved"), 1)
+            dict.fromkeys(("linear", "head", "conv", "matmul"), 1)
             | {"linear_bias": 1, "head_bias": 1, "layer_norm": 4, "batch_norm": 4, "softmax": 5, "rsqrt": 2}
             | dict.fromkeys(("dropout", "add", "sub", "mul", "div", "exp", "gelu", "relu", "norm", "cumsum"), 1),
         ),
@@ -161,7 +160,7 @@ def gmacs(counts: Mapping[str, int], convention: str = "macs") -> float:
     return CONVENTIONS[convention].total(counts) / 1e9
 
 
-# Analytic counts of the common layers, for count_ops() next to a forward.
+# Costs of the common layers by formula, for what a paper counts otherwise than it runs.
 
 
 def linear(rows: int, in_features: int, out_features: int, bias: bool = True) -> OpCounts:
@@ -287,50 +286,91 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-# The independent count.
+# Counting.
+
+Rule = Callable[[Sequence[Any], Any], Mapping[str, int]]
+"""Operands and result of an operation -> kinds and their amounts."""
+
+PublishedRule = Callable[[OpCounts, Sequence[Any], Any], Mapping[str, int]]
+"""What was counted inside a module, its arguments and its result -> what the paper's tool counts for that call."""
 
 
-def _count_mm(args: Sequence[Any], out: Any) -> int:
+def _mm(args: Sequence[Any], out: Any) -> Mapping[str, int]:
     """mm, bmm, mv, dot and their kin: elements of the first operand times columns of the second."""
     first, second = args[0], args[1]
-    columns = second.shape[-1] if second.dim() >= 2 else 1
-    return first.numel() * columns
+    return {"matmul": first.numel() * (second.shape[-1] if second.dim() >= 2 else 1)}
 
 
-def _count_addmm(args: Sequence[Any], out: Any) -> int:
-    return _count_mm(args[1:], out)
+def _matmul(args: Sequence[Any], out: Any) -> Mapping[str, int]:
+    """matmul, which may repeat either operand."""
+    return {"matmul": out.numel() * args[0].shape[-1]}
 
 
-def _count_convolution(args: Sequence[Any], out: Any) -> int:
+def _addmm(args: Sequence[Any], out: Any) -> Mapping[str, int]:
+    return _mm(args[1:], out)
+
+
+def _linear(args: Sequence[Any], out: Any) -> Mapping[str, int]:
+    features, weight, *bias = args
+    counts = {"linear": features.numel() * (weight.shape[0] if weight.dim() > 1 else 1)}
+    return counts | {"linear_bias": out.numel()} if bias and bias[0] is not None else counts
+
+
+def _convolution(args: Sequence[Any], out: Any) -> Mapping[str, int]:
     """Forward and transposed convolution, grouped or not; the argument order is that of aten::convolution."""
-    images, weight, transposed = args[0], args[1], args[6]
-    elements = images.numel() if transposed else out.numel()
-    return elements * math.prod(weight.shape[1:])
+    images, weight, bias = *args[:2], args[2] if len(args) > 2 else None
+    transposed = len(args) > 7 and args[6]
+    counts = {"conv": (images if transposed else out).numel() * math.prod(weight.shape[1:])}
+    return counts if bias is None else counts | {"conv_bias": out.numel()}
 
 
-def _count_attention(args: Sequence[Any], out: Any) -> int:
-    """Fused attention: Q K^T and A V. Masked entries are counted, as the plain form computes them."""
-    query, key, value = args[0], args[1], args[2]
-    return math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+def _attention(args: Sequence[Any], out: Any) -> Mapping[str, int]:
+    """Fused attention as its plain form: Q K^T, A V, softmax, scaling of the queries; masked entries count."""
+    query, key, value = args[:3]
+    scores = math.prod(query.shape[:-1]) * key.shape[-2]
+    counts = {"matmul": scores * (query.shape[-1] + value.shape[-1]), "softmax": scores, "div": query.numel()}
+    return counts if len(args) < 4 or not isinstance(args[3], Tensor) else counts | {"add": scores}
 
 
-_COUNTERS: dict[str, Callable[[Sequence[Any], Any], int]] = {
-    **dict.fromkeys(("mm", "bmm", "mv", "dot", "vdot", "_int_mm", "_scaled_mm"), _count_mm),
-    **dict.fromkeys(("addmm", "addmm_", "baddbmm", "baddbmm_", "addbmm", "addbmm_"), _count_addmm),
-    **dict.fromkeys(("addmv", "addmv_", "_addmm_activation"), _count_addmm),
-    "convolution": _count_convolution,
-    "convolution_overrideable": _count_convolution,
+def _per_element(kind: str) -> Rule:
+    """So much per element of the result, which has the size that operands broadcast to; indices cost nothing."""
+    return lambda args, out: {kind: out.numel()} if out.is_floating_point() else {}
+
+
+def _per_input(kind: str) -> Rule:
+    return lambda args, out: {kind: args[0].numel()}
+
+
+RULES: dict[str, Rule] = {
+    "linear": _linear,
+    "matmul": _matmul,
+    **dict.fromkeys(("mm", "bmm", "mv", "dot", "vdot", "_int_mm", "_scaled_mm"), _mm),
+    **dict.fromkeys(("addmm", "addmm_", "baddbmm", "baddbmm_", "addbmm", "addbmm_"), _addmm),
+    **dict.fromkeys(("addmv", "addmv_", "_addmm_activation"), _addmm),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "convolution_overrideable"), _convolution),
     **dict.fromkeys(
         (
+            "scaled_dot_product_attention",
             "_scaled_dot_product_flash_attention",
             "_scaled_dot_product_flash_attention_for_cpu",
             "_scaled_dot_product_efficient_attention",
             "_scaled_dot_product_cudnn_attention",
             "_scaled_dot_product_fused_attention_overrideable",
         ),
-        _count_attention,
+        _attention,
     ),
+    **{kind: _per_input(kind) for kind in ("layer_norm", "batch_norm", "softmax", "rsqrt")},
+    **dict.fromkeys(("dropout", "dropout_"), _per_input("dropout")),
+    **dict.fromkeys(("adaptive_avg_pool2d", "avg_pool2d", "max_pool2d"), _per_input("pool")),
+    **{f"upsample_{mode}2d": _per_element("upsample") for mode in ("nearest", "bilinear", "bicubic")},
+    **{kind: _per_element(kind) for kind in ("add", "sub", "mul", "div", "gelu", "relu", "cumsum")},
+    "add_": _per_element("add"),
+    "relu_": _per_element("relu"),
+    "exp_": _per_element("exp"),
+    "floor_divide": _per_element("div"),
+    "linalg_norm": _per_input("norm"),
 }
+"""Operation of torch (``aten``) -> what it counts. One that is not here is looked into, and counts nothing if plain."""
 
 _SUSPICIOUS = re.compile(
     r"mm|mv|matmul|matrix|dot|conv|attention|linear|einsum|gemm|inner|outer|cdist|pdist|_dist|lstm|gru|rnn|transformer"
@@ -341,73 +381,124 @@ _HARMLESS = re.compile(
 )
 _PLAIN_NAMESPACES = frozenset({"aten", "prims", "prim", "profiler", "c10d", "_c10d_functional"})
 
-CUSTOM_OPERATORS: dict[str, Callable[[Sequence[Any], Any], int]] = {}
-"""``namespace::name`` of a custom operator -> multiply-accumulates from arguments and result; who loads it adds it."""
+CUSTOM_OPERATORS: dict[str, Callable[[Sequence[Any], Any], int | Mapping[str, int]]] = {}
+"""``namespace::name`` of a custom operator -> kinds, or multiply-accumulates alone, of operands and result; who loads
+it adds it."""
 
 
-class _MacCounter(TorchDispatchMode):
-    """Add up the multiply-accumulates of every operation dispatched while active."""
+@dataclass
+class Counted:
+    """What one forward pass does."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.macs = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        namespace, _, name = func._schema.name.partition("::")
-        counter = CUSTOM_OPERATORS.get(func._schema.name)
-        if counter is None and namespace not in _PLAIN_NAMESPACES:
-            raise ValueError(
-                f"cannot count {namespace}::{name}: a custom operator may hide matrix products. Count the model with "
-                "its plain PyTorch form instead"
-            )
-        if counter is None and namespace == "aten":
-            counter = _COUNTERS.get(name)
-        if counter is None:
-            # Under inference_mode composite operations arrive whole: look inside before judging the name.
-            with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-            if _SUSPICIOUS.search(name) and not _HARMLESS.match(name):
-                raise ValueError(
-                    f"cannot count {func}: its name suggests matrix products, but common/measure/flops.py has no rule "
-                    "for it; add one to _COUNTERS (or to _HARMLESS if it holds no matrix product)"
-                )
-        result = func(*args, **kwargs)
-        if counter is not None:
-            names = [argument.name for argument in func._schema.arguments]
-            positional = [*args, *(kwargs[key] for key in names[len(args) :] if key in kwargs)]
-            self.macs += counter(positional, result)
-        return result
+    executed: OpCounts = field(default_factory=OpCounts)
+    """every operation dispatched"""
+    published: OpCounts = field(default_factory=OpCounts)
+    """the same, but for the modules whose paper counts something else: the number that a convention weighs"""
+    without_rule: set[str] = field(default_factory=set)
+    """operations that have no kind, such as moves of data, outside modules that say what is published"""
 
 
-def count_executed_macs(model: nn.Module, *inputs: Any) -> int:
-    """Multiply-accumulates of the convolutions, linear layers and matrix products that a forward pass really executes.
+def count_operations(
+    model: nn.Module,
+    *inputs: Any,
+    published: Mapping[nn.Module, PublishedRule] | None = None,
+    rules: Mapping[str, Rule] | None = None,
+) -> Counted:
+    """Operations of a forward pass in evaluation mode, without gradients, for the whole batch.
 
-    It shares nothing with the analytic counts: it watches the operations below autograd, on the CPU, CUDA or the meta
-    device (where nothing is computed), and is right under fused attention. The model runs in evaluation mode and
-    without gradients; its training flags are restored.
+    Every operation is seen as the model wrote it, before torch splits it up. With inputs on the meta device nothing is
+    computed and no weight is read, wherever the model is. Costs that depend on weights and images need real ones.
+
+    A module that its paper's tool counts otherwise than it is executed has a method
+    ``published_ops(inside, args, result)``, a ``PublishedRule``.
 
     Args:
         model: network; wrappers of torch.compile and of data parallelism are looked through.
-        inputs: what ``model.forward`` takes, on the model's device. The count is for the whole batch.
-
-    Returns:
-        Multiply-accumulates. Biases and element-wise work are not included.
+        inputs: what ``model.forward`` takes.
+        published: further such rules, by module; they win over the modules' own.
+        rules: in place of those of ``RULES``, by ``namespace::name``, or ``name`` alone for torch's own.
 
     Raises:
         ValueError: if an operation could hide matrix products (a custom kernel, an unknown name), or if the model was
             compiled in place or turned into TorchScript, so that its operations cannot be seen.
     """
     model = unwrap(model)
-    check_countable(model)
-    with evaluating(model), torch.no_grad(), no_fastpath(), _MacCounter() as counter:
-        model(*inputs)
-    return counter.macs
+    _check_countable(model)
+    overrides = {module: module.published_ops for module in model.modules() if hasattr(module, "published_ops")}
+    counter = _OperationCounter({**CUSTOM_OPERATORS, **RULES, **(rules or {})})
+    on_meta = any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(inputs))
+    state = {}
+    if on_meta:
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        state = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors if not tensor.is_meta}
+    with ExitStack() as stack:
+        for module, rule in (overrides | dict(published or {})).items():
+            stack.callback(module.register_forward_pre_hook(counter.enter).remove)
+            stack.callback(module.register_forward_hook(partial(counter.leave, rule)).remove)
+        for context in (evaluating(model), torch.inference_mode(), _no_fastpath(), counter):
+            stack.enter_context(context)
+        if state:
+            torch.func.functional_call(model, state, inputs)
+        else:
+            model(*inputs)
+    return counter.counted
 
 
-def check_countable(model: nn.Module) -> None:
+class _OperationCounter(TorchDispatchMode):
+    """Add up the operations dispatched while active; inference mode lets composite ones arrive whole."""
+
+    def __init__(self, rules: Mapping[str, Callable[[Sequence[Any], Any], int | Mapping[str, int]]]) -> None:
+        super().__init__()
+        self.counted = Counted()
+        self._rules = rules
+        self._entered: list[OpCounts] = []
+
+    def enter(self, *_: Any) -> None:
+        self._entered.append(OpCounts(self.counted.published))
+
+    def leave(self, rule: PublishedRule, module: nn.Module, args: Any, result: Any) -> None:
+        before = self._entered.pop()
+        inside = OpCounts(self.counted.published)
+        inside.subtract(before)
+        self.counted.published = before + rule(inside, args, result)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        namespace, _, name = func._schema.name.partition("::")
+        rule = self._rules.get(func._schema.name) or (self._rules.get(name) if namespace == "aten" else None)
+        if rule is None and namespace not in _PLAIN_NAMESPACES:
+            raise ValueError(
+                f"cannot count {namespace}::{name}: a custom operator may hide matrix products. Count the model with "
+                "its plain PyTorch form instead"
+            )
+        if rule is None:
+            with self:  # composite: look inside before judging the name
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+            if _SUSPICIOUS.search(name) and not _HARMLESS.match(name):
+                raise ValueError(
+                    f"cannot count {func}: its name suggests matrix products, but common/measure/flops.py has no rule "
+                    "for it; add one to RULES (or to _HARMLESS if it holds no matrix product)"
+                )
+            if not self._entered:
+                self.counted.without_rule.add(func._schema.name)
+            return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        names = [argument.name for argument in func._schema.arguments]
+        counts = rule([*args, *(kwargs[key] for key in names[len(args) :] if key in kwargs)], result)
+        counts = {"matmul": counts} if isinstance(counts, int) else counts
+        self.counted.executed.update(counts)
+        self.counted.published.update(counts)
+        return result
+
+
+def count_executed_macs(model: nn.Module, *inputs: Any) -> int:
+    """Multiply-accumulates that a forward pass really executes; see ``count_operations``."""
+    return count_operations(model, *inputs).executed.macs
+
+
+def _check_countable(model: nn.Module) -> None:
     """Refuse a model whose operations cannot be seen one by one.
 
     Raises:
@@ -420,17 +511,6 @@ def check_countable(model: nn.Module) -> None:
             )
         if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
             raise ValueError(f"cannot count a compiled module ({name or 'the model'}); count before compiling")
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside torch.compile's and data parallel's wrappers."""
-    while True:
-        if isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-            model = compiled
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        else:
-            return model
 
 
 @contextmanager
@@ -446,7 +526,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def no_fastpath() -> Iterator[None]:
+def _no_fastpath() -> Iterator[None]:
     """Without the fused inference kernels of nn.MultiheadAttention and nn.TransformerEncoderLayer."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

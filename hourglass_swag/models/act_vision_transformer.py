@@ -7,13 +7,11 @@ method itself is in ``ops/ACT``.
 Letters: B images, N tokens, C width.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from common.measure.flops import OpCounts, evaluating
 from hourglass_swag.models.ops.ACT.ada_clustering_attention import AdaClusteringAttention, ClustersUnknown
 from hourglass_swag.models.ops.ACT.attention_layer import AdaMultiheadAttention
 from hourglass_swag.models.plug_in import NEVER, plugged_in
@@ -147,51 +145,6 @@ class ActVisionTransformer(VisionTransformer):
     def depends_on_data(self) -> bool:
         """Whether the cost depends on weights, image and random projections."""
         return any(attention.group_Q or attention.group_K for attention in self.attentions())
-
-    def count_ops_on(self, images: Tensor) -> OpCounts:
-        """Operations per image for these images (B, 3, S, S), with the same random projections at every call.
-
-        A batch costs what its image with most clusters costs, in every layer. ``clusters()`` tells the numbers.
-        """
-        generators = [attention.generator for attention in self.attentions()]
-        self.set_generator(torch.Generator(images.device).manual_seed(0))
-        try:
-            with evaluating(self), torch.inference_mode():
-                self(images)
-        finally:
-            for attention, generator in zip(self.attentions(), generators, strict=True):
-                attention.generator = generator
-        return self.count_ops()
-
-    def count_ops(self, clusters: Sequence[int] | None = None) -> OpCounts:
-        """Operations for one image.
-
-        Args:
-            clusters: numbers of clusters, in the order of ``clusters()``; None for those of the last call.
-
-        Raises:
-            ClustersUnknown: if there was none.
-            ValueError: if there are not as many numbers as the layers need.
-        """
-        return self.count_outer_ops() + self.count_encoder_ops(clusters)
-
-    def count_encoder_ops(self, clusters: Sequence[int] | None = None) -> OpCounts:
-        """As the backbone's, with the clustered attention in its layers; see ``count_ops``."""
-        attentions = self.attentions()
-        before = [(attention.Q_clusters, attention.K_clusters) for attention in attentions]
-        if clusters is not None:
-            needed = sum(attention.group_Q + attention.group_K for attention in attentions)
-            if len(clusters) != needed:
-                raise ValueError(f"clusters must hold {needed} numbers, one per clustered side, got {len(clusters)}")
-            given = iter(clusters)
-            for attention in attentions:
-                attention.Q_clusters = next(given) if attention.group_Q else None
-                attention.K_clusters = next(given) if attention.group_K else None
-        try:
-            return super().count_encoder_ops()
-        finally:
-            for attention, numbers in zip(attentions, before, strict=True):
-                attention.Q_clusters, attention.K_clusters = numbers
 
 
 class ActViTL16(ActVisionTransformer):

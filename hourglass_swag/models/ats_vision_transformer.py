@@ -16,13 +16,11 @@ Letters: B images, N tokens in, U tokens out, C width.
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
-import torch
 from torch import Tensor, nn
 
-from common.measure import flops
 from common.measure.flops import OpCounts
 from hourglass_swag.models.ops.ats import AdaptiveTokenSampler, gather_tokens
-from hourglass_swag.models.vision_transformer import SIZES, Encoder, EncoderBlock, VisionTransformer, count_layer
+from hourglass_swag.models.vision_transformer import SIZES, Encoder, EncoderBlock, VisionTransformer
 
 Residual = Literal["normalized", "input"]
 
@@ -79,21 +77,24 @@ class ATSBlock(EncoderBlock):
             x = x * policy
         return x.transpose(0, 1), policy
 
-    def count_ops(self, num_tokens: int, num_sampled: int | None = None) -> OpCounts:
-        """The published form for N tokens in and U out (N if not given); the policy counts as if there were padding.
+    def published_ops(self, inside: OpCounts, args: Sequence[Any], result: Any) -> OpCounts:
+        """As executed around the attention, which the published code computes for all N tokens before it samples U.
 
-        4NC for the first norm, the sampler, and 12UC + UM(C+1) + UC(M+1) + 2UM for the rest.
+        5NC + 2N^2 C + 2N^2 + 5hN^2 + hN + (R-1)^2 + 15(R-1) there, the softmax being spelt out (subtract, exp,
+        multiply, add, divide), and the policy counts as if there were padding.
         """
-        sampled = num_tokens if num_sampled is None else num_sampled
-        elements = sampled * self.hidden_dim
-        sampler = cast(AdaptiveTokenSampler, self.self_attention)
-        return (
-            flops.layer_norm(num_tokens * self.hidden_dim + elements)
-            + sampler.count_ops(num_tokens, num_sampled)
-            + flops.mul(3 * elements)
-            + flops.dropout(2 * elements)
-            + flops.add(2 * elements)
-            + self.mlp.count_ops(sampled)
+        (N, B, C), U, h = args[0].shape, len(result[0]), self.num_heads
+        R = cast(AdaptiveTokenSampler, self.self_attention).n_ref_tokens - 1
+        around = ("linear", "linear_bias", "layer_norm", "dropout", "gelu")
+        return OpCounts({kind: inside[kind] for kind in around}) + B * OpCounts(
+            matmul=2 * N * N * C,
+            mul=3 * N * C + N * N + h * N * N + 3 * U * C + 5 * R,
+            add=N * N + h * N * N + h * N + 2 * U * C + 2 * R,
+            sub=h * N * N + R * R + 4 * R,
+            div=N * C + h * N * N + 3 * R,
+            exp=h * N * N,
+            norm=N * C,
+            cumsum=R,
         )
 
 
@@ -178,50 +179,6 @@ class ATSVisionTransformer(VisionTransformer):
     def depends_on_data(self) -> bool:
         """Whether the number of tokens, and so the cost, depends on weights and images."""
         return self.drop_tokens and bool(self.ats_blocks)
-
-    def count_tokens(self, images: Tensor) -> list[int]:
-        """Tokens that enter each layer for these images and, last, those that leave the last one."""
-        entering: list[int] = []
-        modules = [*self.encoder.layers, self.encoder.ln]
-        dimension = [0] * len(self.encoder.layers) + [1]  # the norm sees (B, N, C)
-        handles = [
-            module.register_forward_pre_hook(lambda _, args, dim=dim: entering.append(args[0].shape[dim]))
-            for module, dim in zip(modules, dimension, strict=True)
-        ]
-        try:
-            with torch.inference_mode():
-                self(images)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return entering
-
-    def count_ops_on(self, images: Tensor) -> OpCounts:
-        """Operations for one image of a batch (B, 3, S, S); the batch shares its number of tokens."""
-        return self.count_outer_ops() + self.count_encoder_ops(self.count_tokens(images))
-
-    def count_encoder_ops(self, tokens: Sequence[int] | None = None) -> OpCounts:
-        """2NC for position embedding and dropout, the layers, 4 N_L C for the norm.
-
-        Args:
-            tokens: those that enter each layer and, last, those that leave the last one; may be omitted where their
-                number does not depend on the data.
-
-        Raises:
-            ValueError: if it depends on the data and is not given.
-        """
-        if tokens is None:
-            if self.depends_on_data:
-                raise ValueError(
-                    "how many tokens ATS drops depends on the weights and on the image, and with it the cost: ask "
-                    "count_ops_on(images)"
-                )
-            tokens = [self.seq_length] * (self.num_layers + 1)
-        *entering, leaving = tokens
-        counts = flops.add(entering[0] * self.hidden_dim) + flops.dropout(entering[0] * self.hidden_dim)
-        for layer, before, after in zip(self.encoder.layers, entering, tokens[1:], strict=True):
-            counts += layer.count_ops(before, after) if isinstance(layer, ATSBlock) else count_layer(layer, before)
-        return counts + flops.layer_norm(leaving * self.hidden_dim)
 
 
 class ATSViTB16(ATSVisionTransformer):

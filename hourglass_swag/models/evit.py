@@ -12,14 +12,12 @@ With classifier "gap" the first patch plays the part of the class token.
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.measure import flops
-from common.measure.flops import OpCounts
 from hourglass_swag.models.ops.mean_attention import has_kernel, mean_attention
 from hourglass_swag.models.vision_transformer import SIZES, EncoderBlock, SelfAttention, VisionTransformer
 
@@ -108,16 +106,6 @@ class MultiheadAttention(SelfAttention):
             out, scores = attend_and_score(q, k, v, rows=rows, dropout=dropout)
         return self.merge_heads(out), scores[:, 1:]
 
-    def count_attend_ops(self, num_tokens: int) -> OpCounts:
-        """As without scores, and N^2 for the mean over heads; for "cls" a product of NC, its softmax, its scaling.
-
-        This is the plain form. The kernel used on a GPU makes the product of queries and keys two times more.
-        """
-        if self.score == "mean":
-            return self.count_ops(num_tokens) + flops.div(num_tokens**2)
-        row = flops.matmul(1, 1, num_tokens, self.embed_dim) + flops.softmax(self.num_heads * num_tokens)
-        return self.count_ops(num_tokens) + row + flops.mul(self.embed_dim)
-
 
 class TokenSelection(nn.Module):
     """Keep the best patches behind the class token, best first, and append the others as one token if asked for.
@@ -143,12 +131,6 @@ class TokenSelection(nn.Module):
         """Whether any of ``num_tokens`` tokens goes."""
         return count_kept(num_tokens - 1, self.keep_rate) < num_tokens - 1
 
-    def tokens_left(self, num_tokens: int) -> int:
-        """U for N: class token, kept patches, fused token."""
-        if not self.drops(num_tokens):
-            return num_tokens
-        return 1 + count_kept(num_tokens - 1, self.keep_rate) + int(self.fuse_token)
-
     def forward(self, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Select among the patches of ``x``.
 
@@ -170,11 +152,6 @@ class TokenSelection(nn.Module):
         weights = ranked.values[:, number:, None].to(x.dtype)
         fused = (x[:, number:] * weights).sum(1, keepdim=True)
         return torch.cat([x[:, :number], fused], dim=1), kept
-
-    def count_ops(self, num_tokens: int, width: int) -> OpCounts:
-        """C per dropped patch that is fused."""
-        dropped = num_tokens - 1 - count_kept(num_tokens - 1, self.keep_rate)
-        return flops.mul(dropped * width) if self.fuse_token else OpCounts()
 
 
 class EViTEncoderBlock(EncoderBlock):
@@ -214,24 +191,6 @@ class EViTEncoderBlock(EncoderBlock):
         x, _ = self.selection(x + self.dropout(attended), scores)
         x = x + self.mlp(self.ln_2(x))
         return x.transpose(0, 1)
-
-    def tokens_left(self, num_tokens: int) -> int:
-        """U for N."""
-        return self.selection.tokens_left(num_tokens)
-
-    def count_ops(self, num_tokens: int) -> OpCounts:
-        """block(N, U): the attention half on N tokens, the MLP half on U, and what scoring and fusing cost."""
-        if not self.selection.drops(num_tokens):
-            return super().count_ops(num_tokens)
-        before, after = num_tokens * self.hidden_dim, self.tokens_left(num_tokens) * self.hidden_dim
-        return (
-            flops.layer_norm(before + after)
-            + self.self_attention.count_attend_ops(num_tokens)
-            + flops.dropout(before)
-            + self.selection.count_ops(num_tokens, self.hidden_dim)
-            + flops.add(before + after)
-            + self.mlp.count_ops(self.tokens_left(num_tokens))
-        )
 
 
 class EViT(VisionTransformer):
@@ -285,21 +244,6 @@ class EViT(VisionTransformer):
             make_block=make_block,
             **options,
         )
-
-    def tokens_per_layer(self) -> list[int]:
-        """Tokens that enter each layer and, last, those that leave the last one."""
-        tokens = [self.seq_length]
-        for layer in self.encoder.layers:
-            tokens.append(cast(EViTEncoderBlock, layer).tokens_left(tokens[-1]))
-        return tokens
-
-    def count_encoder_ops(self) -> OpCounts:
-        """2NC for position embedding and dropout, block(N_i, U_i) in layer i, 4 N_L C for the norm."""
-        *entering, leaving = self.tokens_per_layer()
-        counts = flops.add(entering[0] * self.hidden_dim) + flops.dropout(entering[0] * self.hidden_dim)
-        for layer, num_tokens in zip(self.encoder.layers, entering, strict=True):
-            counts += cast(EViTEncoderBlock, layer).count_ops(num_tokens)
-        return counts + flops.layer_norm(leaving * self.hidden_dim)
 
 
 def keep_rates(num_layers: int, base_keep_rate: float, drop_loc: Sequence[int]) -> list[float]:

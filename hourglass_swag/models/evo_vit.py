@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.measure import flops
 from common.measure.flops import OpCounts
 from hourglass_swag.models.ops.tokens import take_tokens
 from hourglass_swag.models.vision_transformer import (
@@ -143,25 +142,23 @@ class EvoEncoderBlock(EncoderBlock):
             return row
         return (1 - self.tradeoff) * cls_attn + self.tradeoff * row
 
-    def count_ops(self, num_tokens: int, *, first: bool = False, update: bool = True) -> OpCounts:
-        """A plain layer on the n + 1 tokens that go through, the update of a, and N - 1 sums for indices if pruned.
+    def published_ops(self, inside: OpCounts, args: Sequence[Any], result: Any) -> OpCounts:
+        """As executed, but for the class row and the order.
 
-        The published code averages the whole map over heads, (n + 1)^2 quotients, where one row is enough: a product
-        that it does not make, of (n + 1) C, and its softmax, which does not count.
-
-        Args:
-            num_tokens: N.
-            first: whether there is no a before.
-            update: whether the new a is needed.
+        The published code averages the whole map over the heads, (n + 1)^2 quotients, where here one row more is
+        multiplied out: (n + 1) C, its softmax and scaling. Its tool counts N - 1 sums for indices.
         """
-        tokens = 1 + count_processed(num_tokens - 1, self.prune_ratio)
-        counts = super().count_ops(tokens)
-        if self.prune_ratio != 1:
-            counts += flops.add(num_tokens - 1)
-        if not update:
-            return counts
-        counts += flops.div(tokens**2) + OpCounts(matmul_extra=tokens * self.hidden_dim)
-        return counts if first else counts + flops.mul(2 * (tokens - 1)) + flops.add(tokens - 1)
+        N, B, C = args[0].shape
+        counts = inside + OpCounts(add=0 if self.prune_ratio == 1 else B * (N - 1))
+        if result[1] is not None:
+            T = 1 + count_processed(N - 1, self.prune_ratio)
+            counts = counts + {
+                "div": B * T * T,
+                "mul": -B * C,
+                "matmul": -B * T * C,
+                "softmax": -B * self.num_heads * T,
+            }
+        return counts
 
 
 class EvoEncoder(Encoder):
@@ -184,14 +181,6 @@ class EvoEncoder(Encoder):
         for index, block in enumerate(self.layers):
             x, cls_attn = block(x, cls_attn, update=index < self.last_pruned)
         return self.normalize(x)
-
-    def count_ops(self, num_tokens: int) -> OpCounts:
-        """NC for the position embedding, NC for the dropout, the layers, 4NC for the norm."""
-        elements = num_tokens * self.pos_embedding.shape[2]
-        counts = flops.add(elements) + flops.dropout(elements) + flops.layer_norm(elements)
-        for index, block in enumerate(self.blocks()):
-            counts += block.count_ops(num_tokens, first=index == 0, update=index < self.last_pruned)
-        return counts
 
 
 class EvoViT(VisionTransformer):

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.measure import flops
-from common.measure.flops import OpCounts
 from hourglass_swag.models.ops.cluster import TokenClusteringBlock
-from hourglass_swag.models.vision_transformer import SIZES, VisionTransformer, count_layer
+from hourglass_swag.models.vision_transformer import SIZES, VisionTransformer
 
 OFF = -1  # the clustering_location that switches clustering off
 
@@ -99,27 +97,6 @@ class HourglassViT(VisionTransformer):
             if here and self.cluster_after_output:
                 x = self.cluster(x)
         return self.encoder.normalize(x)
-
-    def tokens_per_layer(self) -> list[int]:
-        """Tokens that enter each layer and, last, those that leave the last one."""
-        grid = self.token_clustering_layer.grid
-        assert grid is not None
-        clustered = self.num_class_tokens + grid[0] * grid[1]
-        if not 0 <= self.clustering_location < self.num_layers:
-            return [self.seq_length] * (self.num_layers + 1)
-        first = self.clustering_location + int(self.cluster_after_output)
-        return [self.seq_length if i < first else clustered for i in range(self.num_layers + 1)]
-
-    def count_encoder_ops(self) -> OpCounts:
-        """NC, then N_i C (dropout) + block(N_i, N_i) in layer i, the clustering, and 4 N_L C for the norm."""
-        C = self.hidden_dim
-        counts = flops.add(self.seq_length * C)
-        *entering, leaving = self.tokens_per_layer()
-        for layer, num_tokens in zip(self.encoder.layers, entering, strict=True):
-            counts += flops.dropout(num_tokens * C) + count_layer(layer, num_tokens)
-        if 0 <= self.clustering_location < self.num_layers:
-            counts += self.token_clustering_layer.count_ops(self.num_patches, C)
-        return counts + flops.layer_norm(leaving * C)
 
 
 class _SizedHourglassViT(HourglassViT):

@@ -8,7 +8,7 @@ Letters: B images, C channels, H x W a feature map. A stage is a run of blocks o
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
@@ -18,16 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.measure import flops
-from common.measure.flops import OpCounts
 from hourglass_swag.models.weights import convert_torchvision_regnet
 
 
 class BlockType(StrEnum):
     """What a stage is made of."""
 
-    VANILLA_BLOCK = "VANILLA_BLOCK"
-    RES_BASIC_BLOCK = "RES_BASIC_BLOCK"
     RES_BOTTLENECK_BLOCK = "RES_BOTTLENECK_BLOCK"
     RES_BOTTLENECK_LINEAR_BLOCK = "RES_BOTTLENECK_LINEAR_BLOCK"
 
@@ -35,7 +31,6 @@ class BlockType(StrEnum):
 class StemType(StrEnum):
     """What precedes the stages."""
 
-    RES_STEM_CIFAR = "RES_STEM_CIFAR"
     RES_STEM_IN = "RES_STEM_IN"
     SIMPLE_STEM_IN = "SIMPLE_STEM_IN"
 
@@ -150,34 +145,6 @@ class RegNetParams(BlockParams):
         return stages
 
 
-Cost = tuple[OpCounts, int]
-"""Operations for one image, and the side of the square feature map that they leave."""
-
-
-def count_sequence(layers: Iterable[nn.Module], side: int) -> Cost:
-    """Cost of plain layers one after the other on a map of ``side`` x ``side``. SiLU and sigmoid cost nothing."""
-    counts, channels = OpCounts(), 0
-    for layer in layers:
-        if isinstance(layer, nn.MaxPool2d):
-            counts += flops.pool(channels * side**2)
-        if isinstance(layer, nn.Conv2d | nn.MaxPool2d):
-            kernel, stride, padding = (
-                value if isinstance(value, int) else int(value[0])
-                for value in (layer.kernel_size, layer.stride, layer.padding)
-            )
-            side = (side + 2 * padding - kernel) // stride + 1
-        if isinstance(layer, nn.Conv2d):
-            channels, bias = layer.out_channels, layer.bias is not None
-            counts += flops.conv2d(
-                side, side, layer.in_channels, channels, layer.kernel_size[0], groups=layer.groups, bias=bias
-            )
-        elif isinstance(layer, nn.BatchNorm2d):
-            counts += flops.batch_norm(layer.num_features * side**2)
-        elif isinstance(layer, nn.ReLU):
-            counts += flops.elementwise("relu", channels * side**2)
-    return counts, side
-
-
 class SqueezeAndExcitation(nn.Module):
     """Channel attention: scale every channel by a function of all channel means.
 
@@ -191,14 +158,9 @@ class SqueezeAndExcitation(nn.Module):
         self.excitation = nn.Sequential(
             nn.Conv2d(channels, hidden, 1), activation, nn.Conv2d(hidden, channels, 1), nn.Sigmoid()
         )
-        self.channels = channels
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.excitation(x.mean((2, 3), keepdim=True))
-
-    def count_ops(self, side: int) -> Cost:
-        counts, _ = count_sequence(self.excitation, 1)
-        return counts + flops.mul(self.channels * side**2), side
 
 
 class Maker:
@@ -223,34 +185,17 @@ class Maker:
 
 
 class Stem(nn.Module):
-    """3 x 3 convolution of stride 2 (SIMPLE_STEM_IN) or 1 (RES_STEM_CIFAR), or 7 x 7 and max pool (RES_STEM_IN)."""
+    """3 x 3 convolution of stride 2 (SIMPLE_STEM_IN), or 7 x 7 and max pool (RES_STEM_IN)."""
 
     def __init__(self, make: Maker) -> None:
         super().__init__()
         kind, width = StemType(make.params.stem_type), make.params.stem_width
-        kernel, stride = {StemType.RES_STEM_CIFAR: (3, 1), StemType.RES_STEM_IN: (7, 2)}.get(kind, (3, 2))
-        self.stem = make.unit(3, width, kernel, stride)
+        self.stem = make.unit(3, width, 7 if kind is StemType.RES_STEM_IN else 3, 2)
         if kind is StemType.RES_STEM_IN:
             self.stem.append(nn.MaxPool2d(3, 2, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.stem(x)
-
-    def count_ops(self, side: int) -> Cost:
-        return count_sequence(self.stem, side)
-
-
-class BasicTransform(nn.Sequential):
-    """Two 3 x 3 convolutions."""
-
-    def __init__(self, make: Maker, width_in: int, stage: Stage, stride: int) -> None:
-        super().__init__(
-            OrderedDict(
-                a=make.unit(width_in, stage.width, 3, stride),
-                b=make.convolution(stage.width, stage.width, 3),
-                final_bn=make.norm(stage.width),
-            )
-        )
 
 
 class BottleneckTransform(nn.Sequential):
@@ -268,34 +213,8 @@ class BottleneckTransform(nn.Sequential):
         super().__init__(layers)
 
 
-def count_transform(transform: Iterable[nn.Module], side: int) -> Cost:
-    """Cost of the layers of a block's transform."""
-    counts = OpCounts()
-    for layer in transform:
-        if isinstance(layer, SqueezeAndExcitation):
-            cost, side = layer.count_ops(side)
-        else:
-            cost, side = count_sequence(layer if isinstance(layer, nn.Sequential) else [layer], side)
-        counts += cost
-    return counts, side
-
-
-class VanillaBlock(nn.Sequential):
-    """Two 3 x 3 convolutions, normalised and activated, without shortcut."""
-
-    def __init__(self, make: Maker, width_in: int, stage: Stage, stride: int) -> None:
-        super().__init__(
-            OrderedDict(a=make.unit(width_in, stage.width, 3, stride), b=make.unit(stage.width, stage.width, 3))
-        )
-
-    def count_ops(self, side: int) -> Cost:
-        return count_transform(self, side)
-
-
-class ResidualBlock(nn.Module):
+class ResBottleneckBlock(nn.Module):
     """``activation(shortcut(x) + f(x))``; the shortcut is a strided 1 x 1 convolution where the shape changes."""
-
-    transform: type[BasicTransform | BottleneckTransform]
 
     def __init__(self, make: Maker, width_in: int, stage: Stage, stride: int) -> None:
         super().__init__()
@@ -303,33 +222,13 @@ class ResidualBlock(nn.Module):
         if width_in != stage.width or stride != 1:
             self.proj = make.convolution(width_in, stage.width, 1, stride)
             self.bn = make.norm(stage.width)
-        self.f = self.transform(make, width_in, stage, stride)
+        self.f = BottleneckTransform(make, width_in, stage, stride)
         self.activation = make.activation
-        self.width = stage.width
 
     def forward(self, x: Tensor) -> Tensor:
         if self.proj is None or self.bn is None:
             return self.activation(x + self.f(x))
         return self.activation(self.bn(self.proj(x)) + self.f(x))
-
-    def count_ops(self, side: int) -> Cost:
-        shortcut, _ = count_sequence([layer for layer in (self.proj, self.bn) if layer is not None], side)
-        counts, side = count_transform(self.f, side)
-        elements = self.width * side**2
-        relu = flops.elementwise("relu", elements) if isinstance(self.activation, nn.ReLU) else OpCounts()
-        return shortcut + counts + flops.add(elements) + relu, side
-
-
-class ResBasicBlock(ResidualBlock):
-    """Residual block of two 3 x 3 convolutions."""
-
-    transform = BasicTransform
-
-
-class ResBottleneckBlock(ResidualBlock):
-    """Residual bottleneck block."""
-
-    transform = BottleneckTransform
 
 
 class ResBottleneckLinearBlock(nn.Module):
@@ -339,21 +238,12 @@ class ResBottleneckLinearBlock(nn.Module):
         super().__init__()
         self.has_skip = width_in == stage.width and stride == 1
         self.f = BottleneckTransform(make, width_in, stage, stride)
-        self.width = stage.width
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.f(x) if self.has_skip else self.f(x)
 
-    def count_ops(self, side: int) -> Cost:
-        counts, side = count_transform(self.f, side)
-        return counts + flops.add(self.width * side**2 if self.has_skip else 0), side
 
-
-Block = VanillaBlock | ResidualBlock | ResBottleneckLinearBlock
-
-BLOCKS: dict[BlockType, type[Block]] = {
-    BlockType.VANILLA_BLOCK: VanillaBlock,
-    BlockType.RES_BASIC_BLOCK: ResBasicBlock,
+BLOCKS: dict[BlockType, type[ResBottleneckBlock | ResBottleneckLinearBlock]] = {
     BlockType.RES_BOTTLENECK_BLOCK: ResBottleneckBlock,
     BlockType.RES_BOTTLENECK_LINEAR_BLOCK: ResBottleneckLinearBlock,
 }
@@ -375,7 +265,7 @@ class AnyNet(nn.Module):
 
     Args:
         params: shape of the network.
-        image_size: side in pixels for which ``count_ops`` states the cost. The network takes images of any size.
+        image_size: side in pixels that the network is meant for. It takes images of any size.
 
     Raises:
         ValueError: if the parameters are out of range.
@@ -410,19 +300,6 @@ class AnyNet(nn.Module):
         """Logits (B, num_classes) of images (B, 3, H, W), or the feature map (B, C, H', W') without a head."""
         x = self.trunk_output(self.stem(images))
         return x if self.head is None else self.head(x)
-
-    def count_ops(self) -> OpCounts:
-        """Operations of one forward pass of one image of ``image_size`` squared."""
-        counts, side = self.stem.count_ops(self.image_size)
-        for stage in self.trunk_output:
-            assert isinstance(stage, nn.Sequential)
-            for block in stage:
-                assert isinstance(block, Block)
-                cost, side = block.count_ops(side)
-                counts += cost
-        if self.head is None:
-            return counts
-        return counts + flops.linear(1, self.head.fc.in_features, self.head.fc.out_features)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a checkpoint of the published or of torchvision's layout; ``state_dict`` itself is not changed.

@@ -11,7 +11,10 @@ from common.measure.flops import CUSTOM_OPERATORS
 from hourglass_swag.models.ops.tome import ops, parse_r, patch
 from hourglass_swag.models.vision_transformer import VisionTransformer, ViTDesk, ViTH14, ViTL16
 
-CUSTOM_OPERATORS["tome::merge_wavg"] = lambda arguments, result: 0  # averages: no matrix products
+CUSTOM_OPERATORS["tome::merge_wavg"] = lambda args, result: {  # tokens times their sizes, rows divided by theirs
+    "mul": args[0].numel(),
+    "div": result[0].numel(),
+}
 
 
 def make_tome_vit(dense: type[VisionTransformer]) -> Callable[..., VisionTransformer]:

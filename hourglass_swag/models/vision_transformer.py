@@ -14,14 +14,12 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.measure import flops
-from common.measure.flops import OpCounts
 from hourglass_swag.models.weights import POSITION_KEY, convert_torchvision, resize_position_embedding
 
 LAYER_NORM_EPS = 1e-6
@@ -114,15 +112,6 @@ class SelfAttention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return self.merge_heads(out)
 
-    def count_ops(self, num_tokens: int) -> OpCounts:
-        """3NC(C+1) + NC(C+1), 2N^2 C, a softmax over hN^2, and the scaling of NC query entries."""
-        C = self.embed_dim
-        return (
-            flops.linear(num_tokens, C, 3 * C)
-            + flops.attention(num_tokens, num_tokens, C, self.num_heads)
-            + flops.linear(num_tokens, C, C)
-        )
-
 
 class MLPBlock(nn.Sequential):
     """Two linear layers with an exact GELU between them, dropout after either."""
@@ -142,17 +131,6 @@ class MLPBlock(nn.Sequential):
             )
         )
         self.hidden_dim, self.mlp_dim = hidden_dim, mlp_dim
-
-    def count_ops(self, num_tokens: int) -> OpCounts:
-        """NM(C+1) + NC(M+1), GELU and dropout of NM, dropout of NC."""
-        wide, narrow = num_tokens * self.mlp_dim, num_tokens * self.hidden_dim
-        return (
-            flops.linear(num_tokens, self.hidden_dim, self.mlp_dim)
-            + flops.gelu(wide)
-            + flops.dropout(wide)
-            + flops.linear(num_tokens, self.mlp_dim, self.hidden_dim)
-            + flops.dropout(narrow)
-        )
 
 
 class EncoderBlock(nn.Module):
@@ -179,17 +157,6 @@ class EncoderBlock(nn.Module):
     def attend(self, y: Tensor) -> Tensor:
         """Attention among normalised tokens (B, N, C); what a method with another attention replaces."""
         return self.self_attention(y)
-
-    def count_ops(self, num_tokens: int) -> OpCounts:
-        """block(N, N): 8NC for the norms, 2NC for the sums, NC for a dropout, the attention, the MLP."""
-        elements = num_tokens * self.hidden_dim
-        return (
-            flops.layer_norm(2 * elements)
-            + self.self_attention.count_ops(num_tokens)
-            + flops.dropout(elements)
-            + flops.add(2 * elements)
-            + self.mlp.count_ops(num_tokens)
-        )
 
     def flops(self, x: Tensor) -> int:
         """The published code's closed form for an input (N, B, C); not the convention of its FLOPs tool."""
@@ -240,17 +207,6 @@ class Encoder(nn.Module):
             x = layer(x)
         return self.normalize(x)
 
-    def count_ops(self, num_tokens: int) -> OpCounts:
-        """NC for the position embedding, NC for the dropout, the layers, 4NC for the norm."""
-        elements = num_tokens * self.pos_embedding.shape[2]
-        layers = sum((count_layer(layer, num_tokens) for layer in self.layers), OpCounts())
-        return flops.add(elements) + flops.dropout(elements) + layers + flops.layer_norm(elements)
-
-
-def count_layer(layer: nn.Module, num_tokens: int) -> OpCounts:
-    """Operations for one image of a layer that ``make_block`` built."""
-    return cast(EncoderBlock, layer).count_ops(num_tokens)
-
 
 class VisionTransformerHead(nn.Module):
     """Classification head on features (B, in_plane).
@@ -295,26 +251,12 @@ class VisionTransformerHead(nn.Module):
             features = F.normalize(features, dim=1)
         return self.layers(features)
 
-    def count_ops(self) -> OpCounts:
-        """For one image; the l2 norm counts its elements twice, for the norm and for the quotient."""
-        counts = OpCounts()
-        for layer in self.layers:
-            if isinstance(layer, nn.Linear):
-                counts += flops.linear(1, layer.in_features, layer.out_features)
-            else:
-                counts += flops.elementwise("tanh", counts["linear_bias"])
-        if self.normalize_inputs == "l2" and len(self.layers):
-            first = self.layers[0]
-            assert isinstance(first, nn.Linear)
-            counts += flops.elementwise("norm", first.in_features) + flops.div(first.in_features)
-        return counts
-
 
 class VisionTransformer(nn.Module):
     """Vision Transformer for square images.
 
     Methods replace parts of it: ``make_block`` builds other layers, ``encoder_class`` another encoder, and a subclass
-    may override ``encode`` (what happens to the tokens) with ``count_encoder_ops`` (what it costs).
+    may override ``encode`` (what happens to the tokens).
 
     Args:
         image_size: side of the input in pixels, a multiple of ``patch_size``.
@@ -418,19 +360,6 @@ class VisionTransformer(nn.Module):
         x = self.trunk_output(x[0] if self.classifier == "token" else x.mean(dim=0))
         return x if self.head is None else self.head(x)
 
-    def count_ops(self) -> OpCounts:
-        """Operations of one forward pass of one image: P 3 p^2 C, the encoder, the head."""
-        return self.count_outer_ops() + self.count_encoder_ops()
-
-    def count_outer_ops(self) -> OpCounts:
-        """Operations of all but ``encode`` for one image."""
-        counts = _projection_ops(self.conv_proj, self.image_size)
-        return counts if self.head is None else counts + self.head.count_ops()
-
-    def count_encoder_ops(self) -> OpCounts:
-        """Operations of ``encode`` for one image."""
-        return self.encoder.count_ops(self.seq_length)
-
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a checkpoint of the published or of torchvision's layout, trained at any resolution.
 
@@ -499,22 +428,6 @@ def _patch_projection(
         channels = out_channels
     modules[f"conv_{len(layers)}"] = nn.Conv2d(channels, hidden_dim, kernel_size=1)
     return nn.Sequential(modules)
-
-
-def _projection_ops(projection: nn.Conv2d | nn.Sequential, image_size: int) -> OpCounts:
-    """Operations of ``_patch_projection`` for one image."""
-    counts, side, channels = OpCounts(), image_size, 3
-    for layer in [projection] if isinstance(projection, nn.Conv2d) else projection:
-        if isinstance(layer, nn.Conv2d):
-            kernel, stride, padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
-            side = (side + 2 * padding - kernel) // stride + 1
-            channels = layer.out_channels
-            counts += flops.conv2d(side, side, layer.in_channels, channels, kernel, bias=layer.bias is not None)
-        elif isinstance(layer, nn.BatchNorm2d):
-            counts += flops.batch_norm(side * side * channels)
-        else:
-            counts += flops.elementwise("relu", side * side * channels)
-    return counts
 
 
 class ViTB16(VisionTransformer):

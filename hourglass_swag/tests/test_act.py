@@ -1,5 +1,6 @@
 """ACT beyond the reference vectors: properties, seeds, precision, cost, bad input, compilation."""
 
+import copy
 import logging
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.measure.flops import CONVENTIONS, count_executed_macs
+from common.measure.flops import CONVENTIONS
 from common.tests.reference import fill_
 from hourglass_swag.models import create
 from hourglass_swag.models.act_vision_transformer import ActVisionTransformer
@@ -23,6 +24,8 @@ from hourglass_swag.models.ops.ACT.ada_clustering_attention import (
 from hourglass_swag.models.ops.ACT.attention_layer import AdaMultiheadAttention
 from hourglass_swag.models.ops.ACT.extensions import ada_cluster_, plain
 from hourglass_swag.models.vision_transformer import VisionTransformer
+from hourglass_swag.tests.counting import count_with_clusters, published_ops
+from hourglass_swag.tools.costs import count
 from hourglass_swag.tools.flop_count import flop_count
 
 SMALL: dict[str, Any] = {
@@ -239,21 +242,21 @@ def test_plug_in_and_out(out, layers):
 
 def test_cost_depends_on_the_clusters():
     model = make(act_q_hashes=4)
-    with pytest.raises(ClustersUnknown, match="run the model on a picture"):
-        model.count_ops()
-    counts = model.count_ops_on(images(1))
-    assert counts == model.count_ops() == model.count_ops(model.clusters())
-    assert counts == model.count_ops_on(images(1)), "the same projections every time"
-    assert model.count_ops([1, 1, 1]).macs < counts.macs < model.count_ops([17, 17, 17]).macs
-    assert model.clusters() != [17, 17, 17], "asking what would be changes nothing"
-    torch.manual_seed(0)
-    executed = count_executed_macs(model, images(1))
-    assert executed == model.count_ops().macs
+    with pytest.raises(ClustersUnknown, match="run the model on an image"):
+        published_ops(model)
+    counted = count(model, images(1))
+    clusters = model.clusters()
+    assert counted == count(model, images(1)), "the same projections every time"
+    assert all(attention.generator is None for attention in model.attentions())
+    assert counted.executed.macs == counted.published.macs
     torch.manual_seed(0)
     total = sum(flop_count(model, (images(1),)).values())
-    assert round(1e9 * total) == CONVENTIONS["swag"].total(model.count_ops())
-    with pytest.raises(ValueError, match="must hold 3 numbers"):
-        model.count_ops([1])
+    assert round(1e9 * total) == CONVENTIONS["swag"].total(counted.published)
+    fewest, same, most = (
+        count_with_clusters(copy.deepcopy(model), numbers).published for numbers in ([1] * 3, clusters, [17] * 3)
+    )
+    assert same == counted.published
+    assert fewest.macs < same.macs < most.macs
 
 
 def test_the_meta_device_cannot_know_the_clusters():

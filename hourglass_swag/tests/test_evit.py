@@ -1,5 +1,6 @@
 """EViT: what is kept and fused, both scores, costs, precisions, and what is refused."""
 
+import itertools
 import math
 import os
 import subprocess
@@ -8,13 +9,14 @@ import sys
 import pytest
 import torch
 
-from common.measure.flops import CONVENTIONS, count_executed_macs
+from common.measure.flops import CONVENTIONS, count_operations
 from common.tests.reference import array, build, image
 from hourglass_swag import models
 from hourglass_swag.models import evit
 from hourglass_swag.models.evit import EViT, EViTEncoderBlock, TokenSelection, attend_and_score, complement_idx
 from hourglass_swag.models.ops.mean_attention import HAS_TRITON, has_kernel, mean_attention
 from hourglass_swag.models.vision_transformer import VisionTransformer
+from hourglass_swag.tests.counting import tokens_per_layer
 from hourglass_swag.tools.flop_count import flop_count
 
 TINY = {"image_size": 24, "patch_size": 4, "num_layers": 3, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
@@ -62,7 +64,7 @@ def test_the_best_stay_best_first_behind_the_class_token(fuse):
     out, kept = selection(x, scores)
     assert kept.shape == (2, 5)
     assert out.shape == (2, 5 + fuse, 3)
-    assert out.shape[1] == selection.tokens_left(11)
+    assert out.shape[1] == 1 + 4 + fuse
     for i in range(2):
         best = scores[i].argsort(descending=True)
         assert kept[i].tolist() == [0, *(best[:4] + 1).tolist()]
@@ -75,7 +77,7 @@ def test_keep_rate_one_is_the_dense_model():
     dense = build(VisionTransformer, 1, **TINY, num_classes=5)
     for rates in ((1, 1, 1), (1, 0.99, 1)):
         model = tiny(keep_rate=rates)
-        assert model.tokens_per_layer() == [37] * 4
+        assert tokens_per_layer(model) == [37] * 4
         assert list(model.state_dict()) == list(dense.state_dict())
         with torch.no_grad():
             assert torch.equal(model(image(2, 24)), dense(image(2, 24)))
@@ -92,9 +94,14 @@ def test_costs_are_those_executed(options):
     with torch.device("meta"):
         model = EViT(**(TINY | options), num_classes=5, keep_rate=(0.3, 1, 0.77)).eval()
         images = torch.empty(1, 3, 24, 24)
-    counts = model.count_ops()
-    assert counts.macs == count_executed_macs(model, images)
-    assert round(1e9 * sum(flop_count(model, (images,)).values())) == CONVENTIONS["swag"].total(counts)
+    counted, tokens = count_operations(model, images), tokens_per_layer(model)
+    assert counted.executed == counted.published
+    C, M, macs = TINY["hidden_dim"], TINY["mlp_dim"], 36 * 48 * TINY["hidden_dim"] + 5 * TINY["hidden_dim"]
+    for before, after in itertools.pairwise(tokens):
+        macs += before * 4 * C * C + 2 * before**2 * C + after * 2 * C * M
+        macs += before * C if after < before and options.get("score") == "cls" else 0
+    assert counted.executed.macs == macs, "by hand: block(N, U)"
+    assert round(1e9 * sum(flop_count(model, (images,)).values())) == CONVENTIONS["swag"].total(counted.published)
 
 
 def test_no_layer_that_keeps_all_sees_attention_weights(monkeypatch):
@@ -153,7 +160,7 @@ def test_default_locations_of_the_sizes():
         large = models.create("e_vit_l16_in1k", image_size=512, base_keep_rate=0.7, drop_loc=[6, 12, 18])
         assert isinstance(large, EViT)
         kept = math.ceil(0.7 * 1024)
-        assert large.tokens_per_layer()[5:8] == [1025, 1025, 2 + kept]  # the class default fuses, the command line not
+        assert tokens_per_layer(large)[5:8] == [1025, 1025, 2 + kept]  # the class default fuses, the command line not
         huge = models.create("e_vit_h14_in1k", image_size=518)
         assert [i for i, layer in enumerate(huge.get_submodule("encoder.layers")) if layer.selection.keep_rate < 1] == [  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
             8,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.measure.flops import CONVENTIONS, count_executed_macs, count_parameters
+from common.measure.flops import CONVENTIONS, count_executed_macs, count_operations, count_parameters
 from common.tests.reference import array, build, fill_, image
 from hourglass_swag import models
 from hourglass_swag.models.hourglass_vit import (
@@ -19,6 +19,7 @@ from hourglass_swag.models.hourglass_vit import (
     reshape_as_aspect_ratio,
 )
 from hourglass_swag.models.vision_transformer import EncoderBlock, SelfAttention, VisionTransformer, ViTB16
+from hourglass_swag.tests.counting import tokens_per_layer
 
 VECTORS = Path(__file__).parent / "vectors"
 INDEX = json.loads((VECTORS / "manifest_index.json").read_text())
@@ -63,12 +64,11 @@ def test_published_gflops_and_executed_macs(row):
     options = {key: int(value) for key, value in (pair.split("=") for pair in row["kwargs"].split(",") if pair)}
     start = time.perf_counter()
     model = on_meta(row["model"], image_size=row["resolution"], **options)
-    counts = model.count_ops()
-    gflops = CONVENTIONS["swag"].total(counts) / 1e9
+    counted = count_operations(model, torch.empty(1, 3, row["resolution"], row["resolution"], device="meta"))
+    gflops = CONVENTIONS["swag"].total(counted.published) / 1e9
     assert round(gflops, 1) == row["published"]
     assert gflops == pytest.approx(row["tool"], rel=5e-5)
-    images = torch.empty(1, 3, row["resolution"], row["resolution"], device="meta")
-    assert count_executed_macs(model, images) == CONVENTIONS["macs"].total(counts)
+    assert counted.executed.macs == counted.published.macs
     assert time.perf_counter() - start < 20
 
 
@@ -87,7 +87,12 @@ def test_published_gflops_and_executed_macs(row):
     ids=["token", "gap", "stem"],
 )
 @pytest.mark.parametrize("location", [None, 0, 2])
-def test_analytic_macs_are_the_executed_ones(options, location):
+def test_executed_macs_by_hand(options, location):
+    width, mlp, classes = TINY["hidden_dim"], TINY["mlp_dim"], options.get("num_classes", 0)
+    first = (0 if "gap" in options.values() else 1) + 36
+    stem = 36 * 3 * 16 * width
+    if "conv_stem_layers" in options:
+        stem = 144 * 6 * 3 * 9 + 36 * 8 * 6 * 25 + 36 * 8 * width
     for after in (False, True):
         if location is None:
             model = VisionTransformer(**TINY, **options)
@@ -95,7 +100,15 @@ def test_analytic_macs_are_the_executed_ones(options, location):
             model = HourglassViT(
                 **TINY, **options, clustering_location=location, num_cluster=(2, 3), cluster_after_output=after
             )
-        assert count_executed_macs(model, torch.rand(1, 3, 24, 24)) == CONVENTIONS["macs"].total(model.count_ops())
+        tokens = [first] * 3
+        clustering = 0
+        if location is not None:
+            later = slice(location + after, None)
+            tokens[later] = [first - 36 + 6] * len(tokens[later])
+            clustering = 5 * 2 * 6 * 36 * width
+        blocks = sum(N * (4 * width**2 + 2 * width * mlp) + 2 * N * N * width for N in tokens)
+        by_hand = stem + blocks + clustering + width * classes
+        assert count_executed_macs(model, torch.rand(1, 3, 24, 24)) == by_hand
 
 
 def test_attention_is_that_of_torch():
@@ -164,7 +177,7 @@ def test_off_is_the_dense_model():
 def test_a_location_beyond_the_layers_warns_and_clusters_nothing():
     with pytest.warns(UserWarning, match="clustering_location = 3 is not a layer .0 to 2.: nothing is clustered"):
         model = HourglassViT(**TINY, clustering_location=3, num_cluster=9)
-    assert model.tokens_per_layer() == [37] * 4
+    assert tokens_per_layer(model) == [37] * 4
 
 
 def test_named_sizes_refuse_a_location_beyond_the_layers():
@@ -179,7 +192,7 @@ def test_gap_clusters_all_tokens():
     model = build(
         HourglassViT, 4, **TINY, classifier="gap", clustering_location=1, num_cluster=9, cluster_after_output=False
     )
-    assert model.tokens_per_layer() == [36, 9, 9, 9]
+    assert tokens_per_layer(model) == [36, 9, 9, 9]
     with torch.no_grad():
         assert model(image(2, 24)).shape == (2, 16)
 

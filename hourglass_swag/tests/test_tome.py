@@ -1,6 +1,7 @@
 """Token merging: the matching and its algebra, the patched SWAG network, its costs, and what is refused."""
 
 import copy
+import itertools
 import pickle
 import sys
 from typing import Any
@@ -13,13 +14,14 @@ from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common.measure.flops import CONVENTIONS, count_executed_macs
+from common.measure.flops import CONVENTIONS, count_operations
 from common.tests.reference import array, build, image
 from hourglass_swag import models
 from hourglass_swag.models.evit import EViT
 from hourglass_swag.models.hourglass_vit import HourglassViT
 from hourglass_swag.models.ops.tome import generate_colormap, make_visualization, merge, ops, parse_r, patch, utils
 from hourglass_swag.models.vision_transformer import VisionTransformer
+from hourglass_swag.tests.counting import blank, published_ops
 from hourglass_swag.tools.costs import build_network, parse_network
 from hourglass_swag.tools.flop_count import flop_count
 from hourglass_swag.tools.parser import get_default_parser, get_model_args
@@ -450,9 +452,7 @@ def test_networks_of_the_registry():
 def test_published_gflops(name, side, r, published):
     with torch.device("meta"):
         model = models.create(f"tome_vit_{name}_in1k", image_size=side, tome_r=r).eval()
-    counts = model.count_ops()  # pyright: ignore[reportCallIssue]
-    assert round(CONVENTIONS["swag"].total(counts) / 1e9, 1) == published
-    assert count_executed_macs(model, torch.empty(1, 3, side, side, device="meta")) == CONVENTIONS["macs"].total(counts)
+    assert round(CONVENTIONS["swag"].total(published_ops(model)) / 1e9, 1) == published
 
 
 @pytest.mark.parametrize("options", [{}, {"classifier": "gap"}], ids=["token", "gap"])
@@ -460,11 +460,19 @@ def test_published_gflops(name, side, r, published):
 def test_counts_agree(options, r):
     model = patched(r=r, dtype=torch.float32, **options)
     images = torch.rand(1, 3, 24, 24)
-    counts = model.count_ops()
-    assert count_executed_macs(model, images) == CONVENTIONS["macs"].total(counts)
-    # The tool also counts the arithmetic on indices, a few per token.
+    counted = count_operations(model, images)
+    assert counted.executed == count_operations(model, blank(model)).executed
+    tokens = utils.tokens_per_layer(model.seq_length, parse_r(3, r), model.num_class_tokens)
+    head, saved = model.hidden_dim // model.num_heads, 0
+    dense = count_operations(VisionTransformer(**TINY | options), images).executed
+    C, M = model.hidden_dim, model.mlp_dim
+    for before, after in itertools.pairwise(tokens):
+        saved += (tokens[0] - before) * 4 * C * C + 2 * (tokens[0] ** 2 - before**2) * C
+        saved += (tokens[0] - after) * 2 * C * M
+        saved -= (before - before // 2) * (before // 2) * head if after < before else 0
+    assert dense.macs - counted.executed.macs == saved, "by hand: block(N, U) and the similarity of either half"
     total = 1e9 * sum(flop_count(model, (images,)).values())
-    assert total == pytest.approx(CONVENTIONS["swag"].total(counts), abs=4 * 3 * 37)
+    assert round(total) == CONVENTIONS["swag"].total(counted.published)
 
 
 # Pictures

@@ -15,6 +15,7 @@ from PIL import Image
 
 from hourglass_swag import visualize
 from hourglass_swag.models import create
+from hourglass_swag.tests.counting import tokens_per_layer
 from hourglass_swag.tools.drawing import count_columns, draw_groups, draw_selection, draw_sheet, patch_side
 from hourglass_swag.tools.tracing import DROPPED, GONE, KEPT, Grouping, NothingToShowError, Selection, trace
 
@@ -91,7 +92,7 @@ def test_evit_shows_the_patches_it_keeps(image, fuse_token, score):
     kept = distance.argmin(1)[is_patch]
     check_selections(stages, kept)
     assert [stage.layer for stage in stages] == [1, 4, 6]
-    counts = model.tokens_per_layer()
+    counts = tokens_per_layer(model)
     for stage in stages:
         assert stage.caption.startswith(f"{counts[stage.layer]} to {counts[stage.layer + 1]} tokens")
         assert ("fused" in stage.caption) == fuse_token

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from common.ledger.tables import Row, load_tables
-from common.measure.flops import count_parameters, gmacs
+from common.measure.flops import Counted, count_operations, count_parameters, gmacs
 from hourglass_swag.models import create, names
 from hourglass_swag.models.hourglass_vit import HourglassViT
+from hourglass_swag.models.ops.ACT.ada_clustering_attention import AdaClusteringAttention
 from hourglass_swag.models.ops.cluster import TokenClusteringBlock
-from hourglass_swag.tools.flop_count import flop_count
 from hourglass_swag.tools.parser import DEFAULT_MODEL, add_model_args, check_method_flags, get_model_args
 
 
@@ -76,13 +76,33 @@ def build_network(args: argparse.Namespace, *, pretrained: bool = False, weights
 
 
 def depends_on_data(model: nn.Module) -> bool:
-    """Whether a network's cost depends on weights and image; it then has ``count_ops_on(images)``."""
+    """Whether a network's cost depends on weights and images."""
     return getattr(model, "depends_on_data", False)
 
 
 def noise_image(resolution: int) -> torch.Tensor:
     """The image that such a cost is counted on, (1, 3, S, S): uniform noise, as published, but always the same."""
     return torch.rand(1, 3, resolution, resolution, generator=torch.Generator().manual_seed(0))
+
+
+def count(model: nn.Module, images: torch.Tensor) -> Counted:
+    """Operations for a batch (B, 3, S, S), with the same random projections at every call.
+
+    Where the cost depends on weights and images, it is that of these, and a batch costs what its image with most tokens
+    or clusters costs, in every layer; elsewhere only the shape of the images matters, and nothing is computed.
+    """
+    if not depends_on_data(model):
+        return count_operations(model, images.to("meta"))
+    attentions = [module for module in model.modules() if isinstance(module, AdaClusteringAttention)]
+    before = [attention.generator for attention in attentions]
+    generator = torch.Generator(images.device).manual_seed(0)
+    try:
+        for attention in attentions:
+            attention.generator = generator
+        return count_operations(model, images)
+    finally:
+        for attention, own in zip(attentions, before, strict=True):
+            attention.generator = own
 
 
 def count_costs(args: argparse.Namespace, *, pretrained: bool = False, weights: str | None = None) -> Costs:
@@ -101,21 +121,20 @@ def count_costs(args: argparse.Namespace, *, pretrained: bool = False, weights: 
         model = build_network(args)
         images = torch.empty(1, 3, args.resolution, args.resolution)
     params_m = count_parameters(model) / 1e6
+    source = None
     if depends_on_data(model):
         with torch.random.fork_rng():
             torch.manual_seed(0)  # random weights, if any, are always the same
-            model = build_network(args, pretrained=pretrained, weights=weights)
-        counts = model.count_ops_on(noise_image(args.resolution))  # pyright: ignore[reportCallIssue]
-        source = weights or ("the published weights" if pretrained else "random weights (--weights FILE, --pretrained)")
-        return Costs(gmacs(counts, "swag"), gmacs(counts), params_m, None, f"one image of uniform noise and {source}")
-    counts = model.count_ops()  # pyright: ignore[reportCallIssue] - every network of the registry has it
-    clustering = clustering_layer(model)
-    share = None
-    if clustering is not None:
+            model, images = build_network(args, pretrained=pretrained, weights=weights), noise_image(args.resolution)
+        of = weights or ("the published weights" if pretrained else "random weights (--weights FILE, --pretrained)")
+        source = f"one image of uniform noise and {of}"
+    counted = count(model, images)
+    macs, share = gmacs(counted.executed), None
+    if (clustering := clustering_layer(model)) is not None:
         assert isinstance(model, HourglassViT)
-        ops = clustering.count_ops(model.num_patches, model.hidden_dim)
-        share = 100 * gmacs(ops) / gmacs(counts)
-    return Costs(sum(flop_count(model, (images,)).values()), gmacs(counts), params_m, share)
+        tokens = torch.empty(1, model.hidden_dim, model.grid_size, model.grid_size, device="meta")
+        share = 100 * gmacs(count_operations(clustering, tokens, None, False).executed) / macs
+    return Costs(gmacs(counted.published, "swag"), macs, params_m, share, source)
 
 
 def clustering_layer(model: nn.Module) -> TokenClusteringBlock | None:

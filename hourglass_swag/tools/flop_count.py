@@ -1,126 +1,39 @@
-"""Operations of a model under the convention of the Hourglass repository, counted from what is really executed.
+"""Operations of a model under the convention of the Hourglass repository, by the keys of its tool.
 
 The published tool walks a trace made by torch 1.10, in which attention is spelled out. Under recent torch it is wrong:
-attention has become a single operation that is not in its table, and einsum fails. This one watches the operations that
-a forward pass dispatches, before torch splits them up, and applies the same rules (``jit_handles``). Fused attention
-counts as the two products, the softmax and the scaling that it stands for. Work that does not reach the output counts
-too (a trace drops it); the models here do none.
+attention has become a single operation that is not in its table, and einsum fails. This one weighs what
+``common.measure.flops.count_operations`` sees. Fused attention counts as the two products, the softmax and the scaling
+that it stands for. Work that does not reach the output counts too (a trace drops it); the models here do none.
 """
 
 import logging
-import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common.measure.flops import CONVENTIONS, OpCounts, check_countable, no_fastpath, unwrap
-from hourglass_swag.models.ats_vision_transformer import ATSBlock
-from hourglass_swag.models.evo_vit import EvoEncoderBlock
-from hourglass_swag.models.ops.ACT.ada_clustering_attention import AdaClusteringAttention
-from hourglass_swag.models.ops.cluster import TokenClusteringBlock
-from hourglass_swag.models.ops.smyrf.attn import SmyrfAttention
-from hourglass_swag.tools import jit_handles as handles
+from common.measure.flops import CONVENTIONS, RULES, Rule, count_operations
 
 _log = logging.getLogger(__name__)
 
-_NAMED = ("add", "add_", "mul", "sub", "div", "exp_", "floor_divide", "relu", "relu_", "gelu", "linalg_norm", "cumsum")
+Handle = Callable[..., Mapping[str, int]]
+"""Shapes of operands and results (behind the layer itself, for a layer) -> published key -> operations."""
 
-Rule = Callable[..., Mapping[str, int]]
-
-SUPPORTED_OPS: dict[str, Rule] = {
-    "aten::linear": handles.linear_flop_jit,
-    "aten::addmm": handles.addmm_flop_jit,
-    **dict.fromkeys(
-        ("aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::convolution", "aten::_convolution"),
-        handles.conv_flop_jit,
-    ),
-    "aten::matmul": handles.matmul_flop_jit,
-    "aten::mm": handles.matmul_flop_jit,
-    "aten::bmm": handles.bmm_flop_jit,
-    "aten::baddbmm": lambda inputs, outputs=(): handles.bmm_flop_jit(inputs[1:], outputs),
-    "aten::einsum": handles.einsum_flop_jit,
-    "aten::scaled_dot_product_attention": handles.scaled_dot_product_attention_flop,
-    **dict.fromkeys(("aten::batch_norm", "aten::layer_norm"), handles.batchnorm_flop_jit),
-    "aten::softmax": handles.softmax_flop_jit,
-    **dict.fromkeys(("aten::dropout", "aten::dropout_"), handles.dropout_flop_jit),
-    "aten::rsqrt": handles.rsqrt_flop_jit,
-    "tome::merge_wavg": handles.merge_wavg_flop,
-    **{f"aten::{name}": partial(handles.basic_binary_op_flop_jit, name=f"aten::{name}") for name in _NAMED},
-}
+SUPPORTED_OPS: dict[str, Rule] = {f"aten::{name}": rule for name, rule in RULES.items()}
 """Operation -> rule. Anything else is not counted by the convention and is named once in a warning."""
 
 _KEYS = {
-    "linear_bias": "linear",
+    **dict.fromkeys(("linear", "linear_bias"), "linear"),
+    **dict.fromkeys(("layer_norm", "batch_norm"), "batchnorm"),
     "matmul": "bmm",
-    "matmul_saved": "bmm",
-    "layer_norm": "batchnorm",
-    "batch_norm": "batchnorm",
+    "conv": "conv",
+    "softmax": "softmax",
+    "dropout": "dropout",
+    "rsqrt": "rsqrt",
 }
-_UNPREFIXED = ("linear", "conv", "softmax", "dropout", "rsqrt")
-
-
-def count_clustering(
-    layer: nn.Module, inputs_shapes: Sequence[Sequence[int]], outputs_shapes: Sequence[Sequence[int]]
-) -> Counter[str]:
-    """The clustering layer by the published formulas; it executes the same matrix products, but less around them."""
-    assert isinstance(layer, TokenClusteringBlock)
-    images, channels, height, width = inputs_shapes[0]
-    ops = layer.count_ops(height * width, channels, outputs_shapes[0][1] if layer.grid is None else None)
-    return _by_key(ops * images)
-
-
-def count_sampling(
-    layer: nn.Module, inputs_shapes: Sequence[Sequence[int]], outputs_shapes: Sequence[Sequence[int]]
-) -> Counter[str]:
-    """An ATS layer by the published formula; it attends from the sampled tokens alone, the published one from all."""
-    assert isinstance(layer, ATSBlock)
-    (entering, images, _), leaving = inputs_shapes[0], outputs_shapes[0][0]
-    return _by_key(layer.count_ops(entering, leaving) * images)
-
-
-def count_clustered_attention(
-    layer: nn.Module, inputs_shapes: Sequence[Sequence[int]], outputs_shapes: Sequence[Sequence[int]]
-) -> Counter[str]:
-    """The attention of ACT or SMYRF on queries (B, h, N, d) or (R, N, d) by the published formulas."""
-    assert isinstance(layer, (AdaClusteringAttention, SmyrfAttention))
-    *rows, tokens, width = inputs_shapes[0]
-    heads = math.prod(rows)
-    return _by_key(layer.count_ops(tokens, heads * width, heads))
-
-
-def count_evolution(
-    layer: nn.Module, inputs_shapes: Sequence[Sequence[int]], outputs_shapes: Sequence[Sequence[int]]
-) -> Counter[str]:
-    """A layer of Evo-ViT by the published formula, which averages whole attention maps."""
-    assert isinstance(layer, EvoEncoderBlock)
-    tokens, images, _ = inputs_shapes[0]
-    first, update = not any(inputs_shapes[1:]), any(outputs_shapes[1:])
-    return _by_key(layer.count_ops(tokens, first=first, update=update) * images)
-
-
-def _by_key(ops: OpCounts) -> Counter[str]:
-    """Analytic counts under the convention, by the keys of the published tool."""
-    counts: Counter[str] = Counter()
-    for kind, cost in CONVENTIONS["swag"].by_kind(ops).items():
-        counts[_KEYS.get(kind, kind if kind in _UNPREFIXED else f"aten::{kind}")] += cost
-    return counts
-
-
-LAYERS: dict[type[nn.Module], Rule] = {
-    TokenClusteringBlock: count_clustering,
-    ATSBlock: count_sampling,
-    AdaClusteringAttention: count_clustered_attention,
-    SmyrfAttention: count_clustered_attention,
-    EvoEncoderBlock: count_evolution,
-}
-"""Layers that are counted as a whole: class -> rule(layer, inputs_shapes, outputs_shapes)."""
+_OWN = "="  # before a key that a handle gave
 
 # fmt: off
 _MOVES = frozenset((
@@ -141,18 +54,16 @@ def flop_count(
     model: nn.Module,
     inputs: Sequence[Any],
     whitelist: Collection[str] | None = None,
-    customized_ops: Mapping[str | type[nn.Module], Rule] | None = None,
+    customized_ops: Mapping[str | type[nn.Module], Handle] | None = None,
 ) -> dict[str, float]:
     """Operations of one forward pass in units of 1e9, by the keys of the published tool; their sum is its total.
 
     Args:
-        model: network in the mode to be counted (evaluation mode for the published numbers), on any device; on the meta
-            device nothing is computed. Wrappers of torch.compile and data parallelism are looked through.
-        inputs: what ``model.forward`` takes.
+        model, inputs: see ``count_operations``.
         whitelist: operations to count, such as ``aten::linear``; all that are supported if None. With a whitelist, no
             layer is counted as a whole.
-        customized_ops: rules added to, or put in place of, those of ``SUPPORTED_OPS`` (operation name -> handle of
-            ``jit_handles``) and ``LAYERS`` (class of modules -> rule for everything inside them).
+        customized_ops: handles added to, or put in place of, ``SUPPORTED_OPS`` (operation name -> handle as those of
+            ``jit_handles``), and for everything inside modules of a class (class -> handle).
 
     Returns:
         Key -> G: ``linear``, ``bmm``, ``conv``, ``softmax``, ``batchnorm`` (both normalisations), ``aten::add``, ...
@@ -162,87 +73,56 @@ def flop_count(
             if the model's operations cannot be seen.
     """
     custom = dict(customized_ops or {})
-    rules: dict[str, Rule] = dict(SUPPORTED_OPS)
-    rules.update({key: handle for key, handle in custom.items() if isinstance(key, str)})
-    layers = LAYERS | {key: handle for key, handle in custom.items() if not isinstance(key, str)}
+    rules = {name: _rule_of(name, handle) for name, handle in custom.items() if isinstance(name, str)}
+    layers = {
+        module: (lambda inside, args, out, module=module, handle=handle: _named(handle(module, *_shapes(args, out))))
+        for kind, handle in custom.items()
+        if not isinstance(kind, str)
+        for module in model.modules()
+        if isinstance(module, kind)
+    }
+    supported = SUPPORTED_OPS | rules
     if whitelist is not None:
-        if unknown := sorted(set(whitelist) - set(rules)):
+        if unknown := sorted(set(whitelist) - set(supported)):
             raise ValueError(
-                f"whitelist must be a subset of the supported operations; {unknown} are not. Supported: {sorted(rules)}"
+                f"whitelist must be a subset of the supported operations; {unknown} are not. "
+                f"Supported: {sorted(supported)}"
             )
-        rules = {name: handle for name, handle in rules.items() if name in whitelist}
-        layers = {}
-    model = unwrap(model)
-    check_countable(model)
-    counter = _OpCounter(rules, quiet=set() if whitelist is None else set(SUPPORTED_OPS))
-    with torch.inference_mode(), no_fastpath(), _layers_counted_whole(model, layers, counter), counter:
-        model(*inputs)
-    if skipped := sorted(counter.skipped - _reported):
+        rules |= {name: lambda args, out: {} for name in set(supported) - set(whitelist)}
+    counted = count_operations(model, *inputs, rules=rules, published=layers)
+    skipped = {name for name in counted.without_rule if name.removeprefix("aten::") not in _MOVES} - _reported
+    if skipped and whitelist is None:
         _reported.update(skipped)
-        _log.warning("operations that the convention does not count: %s", ", ".join(skipped))
-    return {key: count / 1e9 for key, count in counter.counts.items()}
+        _log.warning("operations that the convention does not count: %s", ", ".join(sorted(skipped)))
+    by_key: Counter[str] = Counter()
+    weights = CONVENTIONS["swag"].weights
+    for kind, amount in (counted.published if whitelist is None else counted.executed).items():
+        if kind.startswith(_OWN):
+            by_key[kind.removeprefix(_OWN)] += amount
+        elif weights.get(kind):
+            by_key[_KEYS.get(kind, f"aten::{kind}")] += amount * weights[kind]
+    return {key: count / 1e9 for key, count in by_key.items()}
 
 
-class _OpCounter(TorchDispatchMode):
-    """Apply the rules to each operation as the model wrote it; inference mode lets composite ones arrive whole."""
+def _rule_of(name: str, handle: Handle) -> Rule:
+    """The rule that a handle on shapes is."""
 
-    def __init__(self, rules: Mapping[str, Rule], quiet: set[str]) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-        self.skipped: set[str] = set()
-        self.paused = 0
-        self._rules = rules
-        self._quiet = quiet
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.paused:
-            return func(*args, **kwargs)
-        name = func._schema.name
-        rule = self._rules.get(name)
-        if rule is None:
-            with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-            result = func(*args, **kwargs)
-            if name.removeprefix("aten::") not in _MOVES and name not in self._quiet:
-                self.skipped.add(name)
-            return result
-        result = func(*args, **kwargs)
-        arguments = [argument.name for argument in func._schema.arguments]
-        operands = [*args, *(kwargs[key] for key in arguments[len(args) :] if key in kwargs)]
-        extra = {}
+    def rule(args: Sequence[Any], out: Any) -> Mapping[str, int]:
         if name == "aten::einsum":
-            extra["equation"] = operands[0]
-            operands = operands[1]
-        self.counts.update(rule(_shapes(operands), _shapes(tree_leaves(result)), **extra))
-        return result
+            return _named(handle(*_shapes(args[1], out), equation=args[0]))
+        return _named(handle(*_shapes(args, out)))
+
+    return rule
 
 
-def _shapes(values: Sequence[Any]) -> list[list[int]]:
-    """Shape of each operand; an empty list for one that is not a tensor."""
-    return [list(value.shape) if isinstance(value, Tensor) else [] for value in values]
+def _named(counts: Mapping[str, int]) -> dict[str, int]:
+    """Counts under keys that no kind has."""
+    return {_OWN + key: count for key, count in counts.items()}
 
 
-@contextmanager
-def _layers_counted_whole(
-    model: nn.Module, layers: Mapping[type[nn.Module], Rule], counter: _OpCounter
-) -> Iterator[None]:
-    """Count modules of the given classes by their handle, and nothing that happens inside them."""
-
-    def enter(*_: Any) -> None:
-        counter.paused += 1
-
-    def leave(handle: Rule, module: nn.Module, args: Any, result: Any) -> None:
-        counter.paused -= 1
-        if not counter.paused:
-            counter.counts.update(handle(module, _shapes(args), _shapes(tree_leaves(result))))
-
-    with ExitStack() as stack:
-        for module in model.modules():
-            for kind, handle in layers.items():
-                if isinstance(module, kind):
-                    stack.callback(module.register_forward_pre_hook(enter).remove)
-                    stack.callback(module.register_forward_hook(partial(leave, handle)).remove)
-        yield
+def _shapes(args: Sequence[Any], out: Any) -> tuple[list[list[int]], list[list[int]]]:
+    """Shape of each operand and result; an empty list for one that is not a tensor."""
+    operands, results = (
+        [list(x.shape) if isinstance(x, Tensor) else [] for x in xs] for xs in (args, tree_leaves(out))
+    )
+    return operands, results

@@ -1,53 +1,59 @@
-"""Cost of one operation from the shapes of its operands: the rules of the Hourglass repository's counting tool.
+"""Cost of one operation from the shapes of its operands: the published names of the rules of ``common.measure.flops``.
 
 Every handle has the signature ``handle(inputs_shapes, outputs_shapes, **kwargs) -> Counter``: the shapes of the tensors
 that enter and leave the operation (a list of sizes each; an operand that is not a tensor is an empty list), and further
-facts by keyword (``name`` of the counter key, ``equation`` of an einsum). The result maps the tool's key to operations.
-A multiply-accumulate is one. The names are those of the published tool, whose handles received traced values in place
-of shapes.
-
-Source: the convention ``swag`` of ``common.measure.flops``; the two agree, see ``tests/test_flop_count.py``.
+facts by keyword (``name`` of the counter key, ``equation`` of an einsum). The result maps the tool's key to operations
+under the convention ``swag``. The published handles received traced values in place of shapes.
 """
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+
+from common.measure.flops import CONVENTIONS, RULES
 
 Shape = Sequence[int]
 
 
-def addmm_flop_jit(inputs_shapes: Sequence[Shape], outputs_shapes: Sequence[Shape] = ()) -> Counter[str]:
-    """addmm(bias, a, b): rows x in x out; the bias is not counted."""
-    _, first, second = inputs_shapes[:3]
-    return Counter(addmm=_product(first, second, "addmm"))
+def _handle(key: str, operation: str) -> Callable[..., Counter[str]]:
+    """The handle of an operation of torch that has a rule."""
+
+    def handle(inputs_shapes: Sequence[Shape], outputs_shapes: Sequence[Shape] = ()) -> Counter[str]:
+        operands = [torch.empty(shape, device="meta") if shape else None for shape in inputs_shapes]
+        first, second = operands[-2:] if operation == "addmm" else (*operands, None)[:2]
+        if operation == "linear" and first is not None and second is not None and first.shape[-1] != second.shape[1]:
+            raise ValueError(f"{key}: the input has {first.shape[-1]} features, the weight expects {second.shape[1]}")
+        if operation in ("addmm", "bmm", "mm") and first is not None and second is not None:
+            inner = second.shape[-2] if second.dim() > 1 else second.shape[0]
+            if first.shape[-1] != inner:
+                raise ValueError(f"{key}: shapes {list(first.shape)} and {list(second.shape)} cannot be multiplied")
+        results = [torch.empty(shape, device="meta") for shape in outputs_shapes]
+        if operation == "linear":
+            results = [torch.empty(*first.shape[:-1], second.shape[0], device="meta")]  # pyright: ignore[reportOptionalMemberAccess]
+        counts = RULES[operation](operands, results[0] if results else None)
+        return Counter({key: CONVENTIONS["swag"].total(counts)})
+
+    return handle
 
 
-def bmm_flop_jit(inputs_shapes: Sequence[Shape], outputs_shapes: Sequence[Shape] = ()) -> Counter[str]:
-    """bmm(a, b): batch x n x k x m."""
-    first, second = inputs_shapes[:2]
-    return Counter(bmm=_product(first, second, "bmm"))
+addmm_flop_jit = _handle("addmm", "addmm")
+bmm_flop_jit = _handle("bmm", "bmm")
+matmul_flop_jit = _handle("matmul", "mm")
+linear_flop_jit = _handle("linear", "linear")
+conv_flop_jit = _handle("conv", "convolution")
+batchnorm_flop_jit = _handle("batchnorm", "layer_norm")
+softmax_flop_jit = _handle("softmax", "softmax")
+rsqrt_flop_jit = _handle("rsqrt", "rsqrt")
+dropout_flop_jit = _handle("dropout", "dropout")
 
 
-def matmul_flop_jit(inputs_shapes: Sequence[Shape], outputs_shapes: Sequence[Shape] = ()) -> Counter[str]:
-    """matmul(a, b): elements of the first times the last dimension of the second (1 if that is a vector)."""
-    first, second = inputs_shapes[:2]
-    return Counter(matmul=_product(first, second, "matmul"))
-
-
-def linear_flop_jit(inputs_shapes: Sequence[Shape], outputs_shapes: Sequence[Shape] = ()) -> Counter[str]:
-    """linear(x, weight, bias): rows x out x (in + 1); rows x out x in if there is no bias."""
-    features, (out_features, in_features) = inputs_shapes[0], inputs_shapes[1]
-    if features[-1] != in_features:
-        raise ValueError(f"linear: the input has {features[-1]} features, the weight expects {in_features}")
-    has_bias = len(inputs_shapes) > 2 and len(inputs_shapes[2]) > 0
-    return Counter(linear=math.prod(features[:-1]) * out_features * (in_features + has_bias))
-
-
-def conv_flop_jit(inputs_shapes: Sequence[Shape], outputs_shapes: Sequence[Shape]) -> Counter[str]:
-    """Convolution(x, weight, ...): output elements x input channels per group x kernel area, without the bias."""
-    return Counter(conv=math.prod(outputs_shapes[0]) * math.prod(inputs_shapes[1][1:]))
+def basic_binary_op_flop_jit(
+    inputs_shapes: Sequence[Shape], outputs_shapes: Sequence[Shape] = (), *, name: str
+) -> Counter[str]:
+    """Element-wise operation under the key ``name``: elements of the broadcast of its operands."""
+    return Counter({name: math.prod(torch.broadcast_shapes(*(tuple(shape) for shape in inputs_shapes)))})
 
 
 def einsum_flop_jit(
@@ -58,70 +64,15 @@ def einsum_flop_jit(
     Raises:
         ValueError: if the equation does not fit the shapes, or holds an ellipsis.
     """
-    terms = equation.replace(" ", "").split("->")[0].split(",")
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
     if "." in equation or [len(term) for term in terms] != [len(shape) for shape in inputs_shapes]:
         raise ValueError(f"einsum: cannot count {equation!r} for operands of shape {[list(s) for s in inputs_shapes]}")
-    sizes = dict(
-        pair for term, shape in zip(terms, inputs_shapes, strict=True) for pair in zip(term, shape, strict=True)
-    )
-    output = equation.replace(" ", "").partition("->")[2]
     if len(terms) == 1 and sorted(output) == sorted(terms[0]):
         return Counter(einsum=0)
+    sizes = {
+        letter: size
+        for term, shape in zip(terms, inputs_shapes, strict=True)
+        for letter, size in zip(term, shape, strict=True)
+    }
     return Counter(einsum=math.prod(sizes.values()))
-
-
-def batchnorm_flop_jit(inputs_shapes: Sequence[Shape], outputs_shapes: Sequence[Shape] = ()) -> Counter[str]:
-    """Batch and layer normalisation: four operations per element."""
-    return Counter(batchnorm=4 * math.prod(inputs_shapes[0]))
-
-
-def softmax_flop_jit(inputs_shapes: Sequence[Shape], outputs_shapes: Sequence[Shape] = ()) -> Counter[str]:
-    """Softmax: five operations per element."""
-    return Counter(softmax=5 * math.prod(inputs_shapes[0]))
-
-
-def rsqrt_flop_jit(inputs_shapes: Sequence[Shape], outputs_shapes: Sequence[Shape] = ()) -> Counter[str]:
-    """Reciprocal square root: two operations per element."""
-    return Counter(rsqrt=2 * math.prod(inputs_shapes[0]))
-
-
-def dropout_flop_jit(inputs_shapes: Sequence[Shape], outputs_shapes: Sequence[Shape] = ()) -> Counter[str]:
-    """Dropout: one operation per element, in evaluation and at rate zero too."""
-    return Counter(dropout=math.prod(inputs_shapes[0]))
-
-
-def basic_binary_op_flop_jit(
-    inputs_shapes: Sequence[Shape], outputs_shapes: Sequence[Shape] = (), *, name: str
-) -> Counter[str]:
-    """Element-wise operation under the key ``name``: elements of the broadcast of its operands."""
-    return Counter({name: math.prod(torch.broadcast_shapes(*(tuple(shape) for shape in inputs_shapes)))})
-
-
-def scaled_dot_product_attention_flop(
-    inputs_shapes: Sequence[Shape], outputs_shapes: Sequence[Shape] = ()
-) -> Counter[str]:
-    """Fused attention(q, k, v[, additive mask]) as its plain form: bmm twice, softmax, division of the query.
-
-    The published tool met attention only in this plain form; recent torch executes it as one operation.
-    """
-    query, key, value = inputs_shapes[:3]
-    scores = [*query[:-1], key[-2]]
-    counts = Counter(bmm=_product(query, [key[-1], key[-2]], "attention") + _product(scores, value, "attention"))
-    counts += softmax_flop_jit([scores])
-    counts["aten::div"] = math.prod(query)
-    if len(inputs_shapes) > 3 and inputs_shapes[3]:
-        counts += basic_binary_op_flop_jit([scores, inputs_shapes[3]], name="aten::add")
-    return counts
-
-
-def merge_wavg_flop(inputs_shapes: Sequence[Shape], outputs_shapes: Sequence[Shape]) -> Counter[str]:
-    """Fused merge_wavg(tokens, ...) -> rows as its plain form: tokens times their sizes, rows divided by theirs."""
-    return Counter({"aten::mul": math.prod(inputs_shapes[0]), "aten::div": math.prod(outputs_shapes[0])})
-
-
-def _product(first: Shape, second: Shape, operation: str) -> int:
-    """Multiply-accumulates of first @ second: elements of the first times the columns of the second."""
-    inner = second[-2] if len(second) > 1 else second[-1]
-    if first[-1] != inner:
-        raise ValueError(f"{operation}: shapes {list(first)} and {list(second)} cannot be multiplied")
-    return math.prod(first) * (second[-1] if len(second) > 1 else 1)

@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.measure import flops
-from common.measure.flops import OpCounts
 from hourglass_swag.models.ops.tokens import take_tokens
 from hourglass_swag.models.vision_transformer import SelfAttention
 
@@ -224,27 +222,3 @@ class AdaptiveTokenSampler(SelfAttention):
             return positions[:, :number], None
         numbers = torch.arange(number, device=counts.device)
         return positions[:, :number], (numbers < counts[:, None]).to(v.dtype)[..., None]
-
-    def count_ops(self, num_tokens: int, num_sampled: int | None = None) -> OpCounts:
-        """Of N tokens, U sampled: the published form, and the products that run here.
-
-        3NC(C+1) + 5NC + 2N^2 C + 2N^2 + 5hN^2 + hN + (R-1)^2 + 15(R-1) + UC(C+1). Of the 2N^2 C, 2UNC run here, and NC
-        for the class row. The softmax is spelt out: subtract, exp, multiply, add, divide.
-        """
-        N, C, h, R = num_tokens, self.embed_dim, self.num_heads, self.n_ref_tokens
-        U = N if num_sampled is None else num_sampled
-        return (
-            flops.linear(N, C, 3 * C)
-            + flops.mul(3 * N * C)  # the policy
-            + flops.div(N * C)
-            + flops.matmul(2, U, N, C)
-            + OpCounts(matmul_extra=N * C, matmul_saved=2 * (N - U) * N * C)
-            + flops.mul(N * N)  # who may attend whom
-            + flops.add(N * N)
-            + (flops.sub(h * N * N) + flops.elementwise("exp", h * N * N) + flops.mul(h * N * N))
-            + (flops.add(h * N * N + h * N) + flops.div(h * N * N))
-            + flops.elementwise("norm", N * C)
-            + flops.sub((R - 1) ** 2)  # distances between c and u
-            + OpCounts(cumsum=R - 1, add=2 * (R - 1), sub=4 * (R - 1), div=3 * (R - 1), mul=5 * (R - 1))  # c and u
-            + flops.linear(U, C, C)
-        )

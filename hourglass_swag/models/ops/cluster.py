@@ -16,6 +16,7 @@ One iteration, with the mask fixed by the initial assignment of token p to a cel
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.measure import flops
 from common.measure.flops import OpCounts
 
 MASK_DISTANCE = 1e16  # added to the squared distance outside the window
@@ -254,29 +254,22 @@ class TokenClusteringBlock(nn.Module):
         penalty = torch.zeros(allowed.shape, device=device, dtype=dtype)
         return penalty.masked_fill(~allowed, -self.temperture * MASK_DISTANCE)
 
-    def count_ops(
-        self, num_tokens: int, channels: int, num_spixels: int | None = None, *, return_labels: bool = False
-    ) -> OpCounts:
-        """Operations for one image, in the published formula's terms, the products being those really executed.
+    def published_ops(self, inside: OpCounts, args: Sequence[Any], result: Any) -> OpCounts:
+        """The published formula: other work around the same products.
 
         n_iters [PC + KC + 2KP (mul) + 2KP (add) + KP (sub) + 2KPC (matmul) + KP (softmax) + KC (div)], and 3KP for
         the window. The published tool sees |z|^2 computed, and the window in every pass; here neither is.
         """
-        grid = self.grid if num_spixels is None else cluster_grid(num_spixels)
-        if grid is None:
-            raise ValueError("num_spixels was given neither to TokenClusteringBlock nor to count_ops")
-        K, P, C = grid[0] * grid[1], num_tokens, channels
-        once = flops.pool(P * C) + flops.sub(2 * K * P) + flops.mul(K * P)
-        iteration = (
-            flops.mul(P * C + K * C + 2 * K * P)
-            + flops.add(2 * K * P)
-            + flops.sub(K * P)
-            + flops.matmul(2, K, P, C)
-            + flops.softmax(K * P)
-            + flops.div(K * C)
+        (B, C, H, W), K = args[0].shape, result[0].shape[1]
+        P, n = H * W, self.n_iters
+        return B * OpCounts(
+            mul=K * P + n * (P * C + K * C + 2 * K * P),
+            add=n * 2 * K * P,
+            sub=2 * K * P + n * K * P,
+            matmul=n * 2 * K * P * C,
+            softmax=n * K * P,
+            div=n * K * C,
         )
-        labels = flops.matmul(1, K, P, C) if return_labels else OpCounts()
-        return once + iteration * self.n_iters + labels
 
 
 class AvgPool(nn.Module):

@@ -17,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.measure import flops
-from common.measure.flops import OpCounts
 from hourglass_swag.models.ops.tokens import take_tokens
 
 Normalize = Literal["l2", "l1"]
@@ -142,15 +140,3 @@ class TokenReconstructionBlock(UnpoolingBase):
     def unpool(self, x: Tensor, state: State) -> Tensor:
         before, after = _remembered(state, "feat_before_pooling"), _remembered(state, "feat_after_pooling")
         return reconstruction_weights(before, after, self.k, self.temperture, self.normalize) @ x
-
-    def count_ops(self, num_tokens: int, num_clusters: int, channels: int) -> OpCounts:
-        """Operations for one image: the distances, the exponential, the norm, the weighted sum."""
-        P, K, C = num_tokens, num_clusters, channels
-        return (
-            flops.mul(P * C + K * C + P * K)
-            + flops.add(2 * P * K)
-            + flops.matmul(2, P, K, C)
-            + flops.elementwise("exp", P * K)
-            + flops.elementwise("norm", P * K)
-            + flops.div(P * K)
-        )

@@ -12,6 +12,7 @@ Letters: R rows (images x heads), N tokens, d channels of a head, H hash rounds,
     out[n]   = softmax(Q[cluster of n] K^T) V
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.measure import flops
 from common.measure.flops import OpCounts
 from hourglass_swag.models.ops import library
 from hourglass_swag.models.ops.ACT.extensions import broadcast_, count_groups, number_groups, plain, weighted_sum_
@@ -144,8 +144,8 @@ def cluster(codes: Tensor) -> tuple[Tensor, Tensor]:
     """Cluster of each token by its code (R, N), (R, N) int32, and the sizes of the clusters, (R, C) int32."""
     if codes.device.type == "meta":
         raise ClustersUnknown(
-            "how many clusters ACT forms depends on the weights and the picture, which the meta device does not "
-            "have: run the model on a picture, or give its count_ops the numbers (clusters=[...])"
+            "how many clusters ACT forms depends on the weights and the image, which the meta device does not "
+            "have: run the model on an image"
         )
     groups, counts = number_groups(codes)
     return groups, counts[:, : count_groups(groups)]
@@ -286,40 +286,25 @@ class AdaClusteringAttention(nn.Module):
         self.Q_clusters, self.K_clusters = (None if code is None else formed[i] for i, code in enumerate(codes))
         return out[0] if flat else out
 
-    def count_ops(
-        self, num_tokens: int, width: int, heads: int, clusters: tuple[int | Tensor | None, ...] | None = None
-    ) -> OpCounts:
-        """Operations for one image: attention between C_q queries and C_k keys, and the hash of what is clustered.
+    def published_ops(self, inside: OpCounts, args: Sequence[Any], result: Any) -> OpCounts:
+        """The published formula: attention between C_q queries and C_k keys, and the hash of what is clustered.
 
-        Per clustered side NE H MACs and h N H additions, quotients and differences; h C_q C_k products for the
-        temperature, and as many products and quotients for reweighting clustered keys. Sorting, grouping, averaging and
-        copying are not counted, as in the published tool.
-
-        Args:
-            num_tokens, width, heads: N, E = h d, h.
-            clusters: of queries and keys; None for those of the last call.
-
-        Raises:
-            ClustersUnknown: if that has not taken place.
+        Per clustered side NEH multiply-accumulates (E = h d), of which rounds behind the 32nd are spared here, and h N
+        H additions, quotients and differences; h C_q C_k products for the temperature, and as many products and
+        quotients for reweighting clustered keys. Sorting, grouping, averaging and copying are not counted.
         """
-        formed = (self.Q_clusters, self.K_clusters) if clusters is None else clusters
-        sizes, counts = [], OpCounts()
-        sides = ((self.group_Q, self.q_hashes), (self.group_K, self.k_hashes))
-        for (grouped, rounds), number in zip(sides, formed, strict=True):
-            if grouped and number is None:
-                raise ClustersUnknown(
-                    "how many clusters ACT forms depends on the weights and the picture: run the model on a picture "
-                    "first, or give the numbers (clusters=[...])"
-                )
-            sizes.append(int(number) if number is not None and grouped else num_tokens)
-            if grouped:
-                used = min(rounds, USED_ROUNDS)
-                elements = heads * num_tokens * rounds
-                counts += flops.matmul(1, num_tokens, used, width) + flops.add(elements) + flops.sub(elements)
-                counts += flops.div(elements) + OpCounts(matmul_saved=num_tokens * (rounds - used) * width)
-        logits = heads * sizes[0] * sizes[1]
-        counts += flops.attention(sizes[0], sizes[1], width, heads, scale_query=False) + flops.mul(logits)
-        return counts + flops.mul(logits) + flops.div(logits) if self.group_K else counts
+        *rows, N, d = args[0].shape
+        R = math.prod(rows)
+        rounds = self.group_Q * self.q_hashes + self.group_K * self.k_hashes
+        logits = R * int(self.Q_clusters or N) * int(self.K_clusters or N)
+        return OpCounts(
+            matmul=rounds * R * N * d + 2 * logits * d,
+            softmax=logits,
+            mul=logits * (2 if self.group_K else 1),
+            div=rounds * R * N + (logits if self.group_K else 0),
+            add=rounds * R * N,
+            sub=rounds * R * N,
+        )
 
 
 def _is_autocast(x: Tensor) -> bool:

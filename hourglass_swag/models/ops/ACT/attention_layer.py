@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.measure import flops
-from common.measure.flops import OpCounts
 from hourglass_swag.models.ops.ACT.ada_clustering_attention import AdaClusteringAttention
 
 
@@ -132,18 +130,3 @@ class AdaMultiheadAttention(nn.MultiheadAttention):
             )
         out = multi_head_attention_forward(query, key, value, self, self.attention, key_padding_mask)
         return out if self.batch_first else out.transpose(0, 1), None
-
-    def count_ops(self, num_tokens: int, clusters: tuple[int | Tensor | None, ...] | None = None) -> OpCounts:
-        """4NC(C + 1) for the projections, NC for scaling the queries, and the attention between clusters.
-
-        Args:
-            num_tokens: N.
-            clusters: see ``AdaClusteringAttention.count_ops``.
-        """
-        C = self.embed_dim
-        return (
-            flops.linear(num_tokens, C, 3 * C)
-            + flops.mul(num_tokens * C)
-            + self.attention.count_ops(num_tokens, C, self.num_heads, clusters)
-            + flops.linear(num_tokens, C, C)
-        )

@@ -17,6 +17,7 @@ with masked keys to whole clusters. Its results are not the published ones.
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.measure import flops
 from common.measure.flops import OpCounts
 from hourglass_swag.models.ops import library
 from hourglass_swag.models.ops.projections import draw_projections
@@ -308,25 +308,24 @@ class SmyrfAttention(nn.Module):
         )
         return (out, (order_q, order_k)) if return_attn_map else out
 
-    def count_ops(self, num_tokens: int, width: int, heads: int) -> OpCounts:
-        """Operations of self-attention for one image: lift, project, attend in clusters, combine.
+    def published_ops(self, inside: OpCounts, args: Sequence[Any], result: Any) -> OpCounts:
+        """The published formula for self-attention: lift, project, attend in clusters, combine.
 
-        2hN(d+2)T + 2TNcE MACs; div hTNc; sub 2hN + hTNc + hTN; dropout hTNc; add 2hNT + 3hTN; mul TNE, c being the
-        keys of a cluster. Exponentials, sorting and gathering are not counted, as in the published tool. The two extra
-        channels of the lift are not multiplied out here. With padding the clusters are the published ones and more.
+        2RN(d+2)T + 2TRNcd multiply-accumulates; div RTNc; sub 2RN + RTNc + RTN; dropout RTNc; add 5RTN; mul TRNd, c
+        being the keys of a cluster. The two extra channels of the lift are not multiplied out here. Exponentials,
+        sorting and gathering are not counted. With padding the clusters are the published ones and more.
         """
-        N, T, d = num_tokens, self.n_hashes, width // heads
+        R, N, d = args[0].shape
+        T = self.n_hashes
         places = -(-N // self.q_attn_size) * self.q_attn_size if self.padded else N
-        pairs = T * places * self.k_attn_size
-        return (
-            flops.matmul(2, heads * N, T, d)
-            + OpCounts(matmul_saved=2 * heads * N * EXTRA_CHANNELS * T)
-            + flops.matmul(2, 1, pairs, width)
-            + flops.div(heads * pairs)
-            + flops.sub(2 * heads * N + heads * pairs + heads * T * N)
-            + flops.dropout(heads * pairs)
-            + flops.add(5 * heads * T * N)
-            + flops.mul(T * N * width)
+        pairs = R * T * places * self.k_attn_size
+        return OpCounts(
+            matmul=2 * R * N * (d + EXTRA_CHANNELS) * T + 2 * pairs * d,
+            div=pairs,
+            sub=2 * R * N + pairs + R * T * N,
+            dropout=pairs,
+            add=5 * R * T * N,
+            mul=T * R * N * d,
         )
 
 

@@ -4,8 +4,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from common.measure import flops
-from common.measure.flops import OpCounts
 from hourglass_swag.models.ops.ACT.attention_layer import check_plain, project, split_heads
 from hourglass_swag.models.ops.smyrf.attn import SmyrfAttention
 
@@ -75,12 +73,3 @@ class SmyrfMultiheadAttention(nn.MultiheadAttention):
         out = self.attention(q, k, v, norm_factor=self.head_dim**0.5)
         out = self.out_proj(out.unflatten(0, (-1, self.num_heads)).transpose(1, 2).flatten(2))
         return out if self.batch_first else out.transpose(0, 1), None
-
-    def count_ops(self, num_tokens: int) -> OpCounts:
-        """4NC(C + 1) for the projections, and the attention in clusters."""
-        C = self.embed_dim
-        return (
-            flops.linear(num_tokens, C, 3 * C)
-            + self.attention.count_ops(num_tokens, C, self.num_heads)
-            + flops.linear(num_tokens, C, C)
-        )

@@ -364,20 +364,6 @@ def key_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
     return size.log().to(dtype).transpose(1, 2)[:, None]
 
 
-def count_ops(num_tokens: int, merged: int, channels: int, metric_channels: int) -> dict[str, int]:
-    """Operations of one matching and averaging, by kind, for one image.
-
-    N c divisions for the norm, ceil(N / 2) floor(N / 2) c multiply-accumulates for the similarity, N C products with
-    the size and U C divisions by it; comparing, sorting and moving are not counted.
-    """
-    half = num_tokens // 2
-    return {
-        "div": num_tokens * metric_channels + (num_tokens - merged) * channels,
-        "matmul": (num_tokens - half) * half * metric_channels,
-        "mul": num_tokens * channels,
-    }
-
-
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Computation in the tensors' own types, on devices that have automatic mixed precision at all."""
     if not torch.amp.is_autocast_available(device_type):

@@ -12,8 +12,6 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..merge import count_ops, merge_limit
-from ..utils import parse_r
 from .common import Patched, ToMeBlock, ToMeModel, attend, change_class, is_patched, make_info
 
 ATTENTION = ("SelfAttention", "MultiheadAttention")
@@ -48,16 +46,6 @@ class ToMeEncoderBlock(ToMeBlock):
             x = self.merge(x, keys, r)
         return x + block.mlp(block.ln_2(x))
 
-    def count_merging_ops(self, num_tokens: int, r: int, *, merged_before: bool) -> Any:
-        """Operations for one image of this layer: block(N, U), and what merging adds."""
-        block = cast(Any, self)
-        C, h = block.hidden_dim, block.num_heads
-        left = num_tokens - r
-        counts = block.self_attention.count_ops(num_tokens) + block.mlp.count_ops(left)
-        counts = counts + {"layer_norm": (num_tokens + left) * C, "dropout": num_tokens * C}
-        counts = counts + {"add": (num_tokens + left) * C + merged_before * h * num_tokens**2}
-        return counts + count_ops(num_tokens, r, C, C // h) if r else counts
-
 
 class ToMeEncoder(Patched):
     """Mixin of the encoder."""
@@ -69,20 +57,6 @@ class ToMeEncoder(Patched):
         for layer in encoder.layers:
             x = layer(x)
         return encoder.ln(x).transpose(0, 1)
-
-    def count_ops(self, num_tokens: int) -> Any:
-        """NC for the position embedding, NC for the dropout, the layers, 4UC for the norm."""
-        encoder, info = cast(Any, self), self._tome_info
-        width = encoder.pos_embedding.shape[2]
-        counts: Any = {"add": num_tokens * width, "dropout": num_tokens * width}
-        merged_before = False
-        for layer, r in zip(encoder.layers, parse_r(len(encoder.layers), info["r"]), strict=False):
-            r = min(r, merge_limit(num_tokens, info["prefix_tokens"]))
-            # The layer comes first: its counts know how to add.
-            counts = layer.count_merging_ops(num_tokens, r, merged_before=merged_before) + counts
-            merged_before |= r > 0 and info["prop_attn"]
-            num_tokens -= r
-        return counts + {"layer_norm": num_tokens * width}
 
 
 class ToMeVisionTransformer(ToMeModel):
