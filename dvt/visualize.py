@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from common.data.loaders import DataError, build_dataset, default_num_classes
-from common.ledger.report import Figure, Series, draw
+from common.ledger.plots import Figure, Series, draw
 from common.run import cli
 from common.run.checkpoint import CheckpointError
 from common.run.distributed import LaunchError, choose_device

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from common.ledger.report import Figure, Series, draw, markdown_table
+from common.ledger.plots import Figure, Series, draw
+from common.ledger.view import markdown_table
 from common.measure.flops import gmacs
 from common.run.distributed import get_logger, is_main
 from common.run.files import write_atomic

@@ -40,12 +40,16 @@ def versions() -> Mapping[str, str]:
 
 
 def source_files(paper: str, *, root: Path = ROOT) -> tuple[Path, ...]:
-    """Python files that a paper's numbers may depend on: its own and ``common``'s, without their tests."""
+    """Python files that a paper's numbers may depend on: its own and ``common``'s, without their tests.
+
+    Of the ledger only what measures: how a number is compared and shown does not change it.
+    """
+    shown = root / "common" / "ledger"
     files = [
         path
         for folder in (root / "common", root / paper)
         for path in folder.rglob("*.py")
-        if "tests" not in path.relative_to(folder).parts
+        if "tests" not in path.relative_to(folder).parts and (path.parent != shown or path.stem == "speeds")
     ]
     return tuple(sorted(files))
 

@@ -11,6 +11,7 @@ Everything between a marker and ``<!-- end -->`` is replaced:
     <!-- plot: hourglass_swag-all-methods -->   a figure, written to docs/plots/
     <!-- realised: hourglass_swag -->           recorded speed-ups beside what the counted costs promise
     <!-- equations -->                          the paper's equations, each linked to its function
+    <!-- tables -->29<!-- end -->               how many tables there are, inside a line
 
 Costs are computed (cached); speeds and accuracies come from ``results/`` alone, so the text does not depend on the
 machine that renders it.
@@ -20,19 +21,23 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from common.ledger.compare import Ledger, Request, build
+from common.ledger.compare import Ledger
 from common.ledger.equations import index
+from common.ledger.gather import Request, build
+from common.ledger.plots import Figure, draw, figures
 from common.ledger.realised import markdown_realised
-from common.ledger.report import Figure, draw, figures, markdown_of, markdown_summary
+from common.ledger.report import markdown_of, markdown_summary
 from common.ledger.tables import TableError, load_tables, papers
+from common.ledger.view import TableView, view_tables
 from common.run.files import ROOT, write_atomic
 
 KINDS = ("table", "ledger", "plot", "realised", "equations")
 MARKER = re.compile(rf"^<!-- (?P<kind>{'|'.join(KINDS)})(?:: (?P<name>\S+))? -->$", re.MULTILINE)
+COUNT = re.compile(r"(?<=<!-- tables -->)[^<\n]*(?=<!-- end -->)")
 END = "<!-- end -->"
 
 
@@ -60,9 +65,14 @@ class Renderer:
         return ledger
 
     @cached_property
+    def views(self) -> Mapping[str, TableView]:
+        """Every table as it is shown, by ``paper/table``."""
+        return {view.name: view for view in view_tables(self.ledger)}
+
+    @cached_property
     def figures(self) -> Mapping[str, Figure]:
         """Every figure by its key."""
-        return {figure.key: figure for figure in figures(self.ledger)}
+        return {figure.key: figure for figure in figures(list(self.views.values()))}
 
     def plot_path(self, key: str) -> Path:
         """Where a figure is kept for the READMEs."""
@@ -83,40 +93,36 @@ class Renderer:
             end = text.find(f"\n{END}", marker.end())
             if end < 0:
                 raise DocsError(f"{where}: the marker has no {END}")
-            makers: dict[str, Callable[[str, Path], str]] = {
-                "table": self._table,
-                "ledger": self._summary,
-                "plot": self._plot,
-                "realised": self._realised,
-                "equations": lambda name, path: index(path, self.root),
-            }
             if self.only not in (None, marker["kind"]):
                 continue
             try:
-                content = makers[marker["kind"]](marker["name"] or "", path)
+                content = self._content(marker["kind"], marker["name"] or "", path)
             except KeyError as error:
                 raise DocsError(f"{where}: {error.args[0]}") from error
             parts += [text[position : marker.end()], "\n", content]
             position = end
-        return "".join([*parts, text[position:]])
+        text = "".join([*parts, text[position:]])
+        return COUNT.sub(lambda _: str(len(self.views)), text) if self.only is None else text
 
-    def _table(self, name: str, path: Path) -> str:
-        tables = {f"{table.paper}/{table.name}": table for table in self.ledger.tables}
-        if name not in tables:
-            raise KeyError(f"there is no table {name!r}; the tables are {', '.join(tables)}")
-        return markdown_of(self.ledger, tables[name])
+    def _content(self, kind: str, name: str, path: Path) -> str:
+        """What stands between a marker and its end.
 
-    def _summary(self, name: str, path: Path) -> str:
-        return markdown_summary(self.ledger)
-
-    def _plot(self, name: str, path: Path) -> str:
-        if name not in self.figures:
-            raise KeyError(f"there is no figure {name!r}; the figures are {', '.join(self.figures)}")
-        link = os.path.relpath(self.plot_path(name), path.parent)
-        return f"![{self.figures[name].title}]({link})"
-
-    def _realised(self, name: str, path: Path) -> str:
-        return markdown_realised(self.ledger, name, root=self.root)
+        Raises:
+            KeyError: if the marker names nothing that exists.
+        """
+        if kind == "ledger":
+            return markdown_summary(list(self.views.values()))
+        if kind == "equations":
+            return index(path, self.root)
+        if kind == "realised":
+            return markdown_realised(self.ledger, name, root=self.root)
+        known: Mapping[str, object] = self.views if kind == "table" else self.figures
+        if name not in known:
+            what = "table" if kind == "table" else "figure"
+            raise KeyError(f"there is no {what} {name!r}; the {what}s are {', '.join(known)}")
+        if kind == "table":
+            return markdown_of(self.views[name])
+        return f"![{self.figures[name].title}]({os.path.relpath(self.plot_path(name), path.parent)})"
 
 
 def readmes(root: Path = ROOT) -> list[Path]:

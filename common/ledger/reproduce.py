@@ -1,7 +1,7 @@
 """The main job: every published value against the one that comes out here.
 
     python -m common.reproduce                                       # all papers: costs, recorded speeds
-    python -m common.reproduce hourglass_swag --table hourglass
+    python -m common.reproduce hourglass_swag --table hourglass           # one table in full
     python -m common.reproduce hourglass_swag --row hourglass-l16-12-23x23 --columns gmacs,throughput_ips
     python -m common.reproduce hourglass_swag --data /data/imagenet --format json --output ledger.json
 
@@ -10,15 +10,22 @@ when ``--columns`` names one. The exit status is 1 if a row failed, 2 if the com
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 from common.ledger import cache
-from common.ledger.compare import Ledger, Request, build, run_desk, select
-from common.ledger.report import FORMATS, legend, to_text, write_report
+from common.ledger.compare import Ledger
+from common.ledger.gather import Request, build, run_desk, select
+from common.ledger.report import FORMATS, write_report
 from common.ledger.tables import TableError, column, load_tables, papers
+from common.ledger.text import legend, to_text
 from common.run.files import ROOT, write_atomic
+
+DEVICE_FILES = ("/dev/nvidiactl", "/dev/nvhost-ctrl", "/dev/dxg", "/dev/kfd")
+"""Without any of these Linux has no device that torch calls cuda."""
 
 
 def parse_args(argv: Sequence[str] | None = None, *, root: Path = ROOT) -> argparse.Namespace:
@@ -91,7 +98,9 @@ def resolve_device(name: str) -> str:
     Raises:
         ValueError: if the device does not exist here.
     """
-    import torch  # slow to import, and a wrong command line should be answered at once
+    if name == "cpu" or (name == "auto" and sys.platform == "linux" and not any(map(os.path.exists, DEVICE_FILES))):
+        return "cpu"
+    import torch  # slow to import, and not every run needs it
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -134,27 +143,25 @@ def main(argv: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
     ledger = build(tables, request, all_tables=everything)
     if args.desk:
         run_desk(dict.fromkeys(table.paper for table in tables), request, ledger)
-    show(ledger, args)
-    return 1 if ledger.failures else 0
-
-
-def show(ledger: Ledger, args: argparse.Namespace) -> None:
-    """Print or write the ledger in the form asked for; totals and errors come last."""
     if args.format == "text":
-        asked = bool(args.papers or args.table or args.row)
-        text = to_text(ledger, collapse=not asked)
+        text = to_text(ledger, full=bool(args.table or args.row or args.columns))
     else:
         text = FORMATS[args.format](ledger)
-    screen = sys.stdout if args.format == "text" or args.output else sys.stderr
     if args.output:
         write_atomic(args.output, text)
-        print(legend(ledger))
-        print(f"Written: {args.output}")
+        print(f"{legend(ledger)}\nWritten: {args.output}")
     else:
         print(text, end="", flush=True)
+    screen = sys.stdout if args.format == "text" or args.output else sys.stderr
     if args.report:
         files = write_report(ledger, args.report, quiet=args.quiet)
         print(f"Report: {args.report / 'index.html'} and {len(files) - 1} other files in {args.report}", file=screen)
+    conclude(ledger, screen)
+    return 1 if ledger.failures else 0
+
+
+def conclude(ledger: Ledger, screen: TextIO) -> None:
+    """What came from the cache, errors, and totals as the last line."""
     if reused := cache.report_skipped():
         print(reused, file=screen)
     for failure in ledger.failures:

@@ -17,10 +17,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from common.ledger.tables import COLUMNS, TableError, load_tables, papers
 from common.run.files import ROOT, write_atomic
@@ -86,29 +87,31 @@ class Record:
     """the pass was captured as a CUDA graph and replayed"""
     origin: Origin | None = None
 
+    @property
+    def reference_key(self) -> str:
+        """``table/row`` of the row that it was measured against; empty if there is none."""
+        reference = self.reference_row or ""
+        return reference if "/" in reference or not reference else f"{self.table}/{reference}"
+
+    @property
+    def conditions(self) -> str:
+        """Precision, way of running and batch, in words."""
+        way = ", compiled" if self.compiled else ", CUDA graph" if self.cuda_graph else ""
+        return f"{self.dtype}{way}, batch {self.batch_size}"
+
     def as_dict(self) -> dict[str, Any]:
         """What a file holds about it."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "origin"}
 
 
-_RECORD_TYPES: Mapping[str, tuple[type, ...]] = {
-    "paper": (str,),
-    "table": (str,),
-    "row": (str,),
-    "column": (str,),
-    "value": (float, int),
-    "reference_row": (str, type(None)),
-    "reference_value": (float, int, type(None)),
-    "ratio": (float, int, type(None)),
-    "dtype": (str,),
-    "batch_size": (int,),
-    "resolution": (int, type(None)),
-    "compiled": (bool,),
-    "cuda_graph": (bool,),
-    "rounds": (int, type(None)),
-    "spread_percent": (float, int, type(None)),
-    "peak_memory_mb": (float, int, type(None)),
-}
+def _kinds(hint: Any) -> tuple[type, ...]:
+    kinds = get_args(hint) or (hint,)
+    return (float, int, *kinds[1:]) if kinds[0] is float else kinds
+
+
+_RECORD_TYPES = {name: _kinds(hint) for name, hint in get_type_hints(Record).items() if name != "origin"}
+
+
 _OPTIONAL_RECORD_KEYS = {"cuda_graph"}
 """keys that files written earlier lack"""
 _FILE_KEYS = {"format", "created", "commit", "device", "command", "records"}
@@ -196,36 +199,30 @@ def check_rows(records: Sequence[Record], *, where: str, root: Path = ROOT) -> N
         RecordError: naming the record and the nearest thing that exists.
     """
     known = papers(root)
-    tables = {}
-    for paper in {record.paper for record in records}:
-        if paper not in known:
-            raise RecordError(f"{where}: there is no paper {paper!r}; the papers are {list(known)}")
-        try:
-            tables[paper] = {table.name: table for table in load_tables(paper, root=root)}
-        except TableError as error:
-            raise RecordError(f"{where}: cannot read the tables of {paper}: {error}") from error
+    read_tables = cache(load_tables)
     for index, record in enumerate(records):
         here = f"{where}: record {index}"
-        table = tables[record.paper].get(record.table)
-        if table is None:
-            raise RecordError(
-                f"{here}: {record.paper} has no table {record.table!r}; the tables are {sorted(tables[record.paper])}"
-            )
-        rows = {row.id: row for row in table.rows}
+        if record.paper not in known:
+            raise RecordError(f"{where}: there is no paper {record.paper!r}; the papers are {list(known)}")
+        try:
+            tables = {table.name: table for table in read_tables(record.paper, root=root)}
+        except TableError as error:
+            raise RecordError(f"{where}: cannot read the tables of {record.paper}: {error}") from error
+        if record.table not in tables:
+            raise RecordError(f"{here}: {record.paper} has no table {record.table!r}; the tables are {sorted(tables)}")
+        rows = {row.id: row for row in tables[record.table].rows}
         if record.row not in rows:
             raise RecordError(f"{here}: table {record.table!r} has no row {record.row!r}; the rows are {sorted(rows)}")
-        known_column = COLUMNS.get(record.column)
-        is_speed = known_column is not None and known_column.kind == "speed"
+        published = rows[record.row].published
+        is_speed = record.column in COLUMNS and COLUMNS[record.column].kind == "speed"
         is_speedup = is_speed and bool(rows[record.row].dense) and record.ratio is not None
-        if record.column not in rows[record.row].published and not is_speedup:
+        if record.column not in published and not is_speedup:
             raise RecordError(
-                f"{here}: row {record.row!r} publishes no {record.column!r}; it publishes "
-                f"{sorted(rows[record.row].published)}"
+                f"{here}: row {record.row!r} publishes no {record.column!r}; it publishes {sorted(published)}"
             )
-        if record.reference_row is not None:
-            key = record.reference_row if "/" in record.reference_row else f"{record.table}/{record.reference_row}"
-            if key not in {row.key for other in tables[record.paper].values() for row in other.rows}:
-                raise RecordError(f"{here}: reference_row: {record.paper} has no row {key!r}")
+        key = record.reference_key
+        if key and key not in {row.key for table in tables.values() for row in table.rows}:
+            raise RecordError(f"{here}: reference_row: {record.paper} has no row {key!r}")
 
 
 def load_records(paper: str, *, root: Path = ROOT) -> list[Record]:
@@ -241,13 +238,8 @@ def load_records(paper: str, *, root: Path = ROOT) -> list[Record]:
             if record.paper != paper:
                 raise RecordError(f"{where}: holds a record of {record.paper!r}")
             assert record.origin is not None
-            origin = Origin(**{**_shallow(record.origin), "path": path})
-            records.append(Record(**record.as_dict(), origin=origin))
+            records.append(replace(record, origin=replace(record.origin, path=path)))
     return sorted(records, key=lambda record: record.origin.created if record.origin else "")
-
-
-def _shallow(origin: Origin) -> dict[str, Any]:
-    return {field.name: getattr(origin, field.name) for field in fields(origin)}
 
 
 def add(file: Path, *, force: bool = False, root: Path = ROOT) -> list[Path]:
@@ -299,18 +291,15 @@ def current_commit(root: Path = ROOT) -> str:
 
     Where there is no git history (a copied working tree), the environment variable COMMIT is asked; else "unknown".
     """
+    commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        status = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
+        head, status = (
+            subprocess.run(words, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+            for words in commands
         )
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("COMMIT", "") or "unknown"
-    return head.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
+    return head + ("-dirty" if status else "")
 
 
 def now() -> str:

@@ -8,7 +8,8 @@ names file, row and key. How to write one is shown by ``hourglass_swag/tables/ho
 import re
 import string
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
@@ -17,7 +18,6 @@ from typing import Any, Literal
 from common.run.files import ROOT
 
 Kind = Literal["cost", "speed", "accuracy"]
-NEEDS = ("data", "weights", "compute")
 
 
 class TableError(ValueError):
@@ -43,7 +43,6 @@ class NotImplementedYet(Unavailable):
 
     def __init__(self, model: str = "") -> None:
         super().__init__("", f"{model} is not implemented yet" if model else "not implemented yet")
-        self.model = model
 
 
 class NeedsWeights(Unavailable):
@@ -68,6 +67,16 @@ class NeedsCompute(Unavailable):
     """Needs a training run that is out of reach here."""
 
     status = "needs compute"
+
+
+class Cited(Unavailable):
+    """A baseline that the paper only quotes."""
+
+    status = "cited"
+
+
+NEEDS = {"data": NeedsData, "weights": NeedsWeights, "compute": NeedsCompute, "gpu": NeedsGpu}
+"""What a value may need, as a table file names it."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +136,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class DeskTable:
-    """The paper's table at desk size: measured here, on small real pictures, with nothing published to compare to."""
+    """The paper's table at desk size: measured here, on small real images, with nothing published to compare to."""
 
     title: str
     columns: Sequence[str]
@@ -203,11 +212,13 @@ class Row:
     def command(self, name: str) -> str:
         """The command that prints the number of a column."""
         if template := self.commands.get(name):
-            return " ".join(template.format_map(self._words()).split())
+            return " ".join(template.format_map(self.words).split())
         data = " --data DIR" if column(name).kind == "accuracy" else ""
         return f"python -m common.reproduce {self.paper} --table {self.table} --row {self.id} --columns {name}{data}"
 
-    def _words(self) -> dict[str, str]:
+    @property
+    def words(self) -> dict[str, str]:
+        """What the command templates may name."""
         words = {"arguments": self.arguments, "id": self.id}
         words["checkpoint"] = (self.checkpoint.url or self.checkpoint.name) if self.checkpoint else ""
         return words | dict(self.variables)
@@ -251,92 +262,115 @@ class Table:
         raise KeyError(row_id)
 
 
-_TABLE_KEYS = frozenset(
-    ("paper", "table", "title", "source", "dataset", "note", "plot", "convention", "tolerance", "commands", "needs")
-) | {"checkpoints", "rows", "order"}
-_ROW_KEYS = frozenset(
-    ("id", "method", "setting", "series", "arguments", "variables", "checkpoint", "dense", "cited", "published")
-) | {"label", "approximate", "reasons", "convention", "tolerance", "commands", "needs", "note"}
+Reader = Callable[[Any, str], Any]
+"""From a value and its place in the file to what it means; raises ``TableError``."""
 
 
-class _Reader:
-    """Typed access to one mapping of a table file; every complaint starts with where it is."""
-
-    def __init__(self, data: Mapping[str, Any], where: str, allowed: frozenset[str]) -> None:
-        self.data = data
-        self.where = where
-        if unknown := sorted(set(data) - allowed):
-            raise TableError(f"{where}: unknown keys {unknown}; the keys are {sorted(allowed)}")
-
-    def fail(self, key: str, problem: str) -> TableError:
-        return TableError(f"{self.where}: {key}: {problem}")
-
-    def text(self, key: str, *, required: bool = False) -> str:
-        value = self.data.get(key, "")
-        if not isinstance(value, str):
-            raise self.fail(key, f"expected text, got {value!r}")
-        if required and not value:
-            raise self.fail(key, "is missing")
+def _exactly(kind: type, words: str) -> Reader:
+    def read(value: Any, where: str) -> Any:
+        if type(value) is not kind:
+            raise TableError(f"{where}: expected {words}, got {value!r}")
         return value
 
-    def whole(self, key: str, default: int) -> int:
-        value = self.data.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.fail(key, f"expected a whole number, got {value!r}")
-        return value
+    return read
 
-    def flag(self, key: str) -> bool:
-        value = self.data.get(key, False)
-        if not isinstance(value, bool):
-            raise self.fail(key, f"expected true or false, got {value!r}")
-        return value
 
-    def texts(self, key: str) -> dict[str, str]:
-        value = self._mapping(key)
-        for name, word in value.items():
-            if not isinstance(word, str):
-                raise self.fail(f"{key}.{name}", f"expected text, got {word!r}")
-        return dict(value)
+_text, _whole, _flag = _exactly(str, "text"), _exactly(int, "a whole number"), _exactly(bool, "true or false")
 
-    def numbers(self, key: str) -> dict[str, Decimal]:
-        result: dict[str, Decimal] = {}
-        for name, value in self._mapping(key).items():
-            if isinstance(value, bool) or not isinstance(value, int | Decimal):
-                raise self.fail(f"{key}.{name}", f"expected a number with its published digits, got {value!r}")
-            result[name] = Decimal(value)
-            if not result[name].is_finite():
-                raise self.fail(f"{key}.{name}", f"expected a finite number, got {value!r}")
-        return result
 
-    def names(self, key: str) -> tuple[str, ...]:
-        value = self.data.get(key, [])
-        if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
-            raise self.fail(key, f"expected a list of column names, got {value!r}")
-        return tuple(value)
+def _number(value: Any, where: str) -> Decimal:
+    if type(value) not in (int, Decimal):
+        raise TableError(f"{where}: expected a number with its published digits, got {value!r}")
+    if not Decimal(value).is_finite():
+        raise TableError(f"{where}: expected a finite number, got {value!r}")
+    return Decimal(value)
 
-    def per_column(self, values: Mapping[str, Any], key: str) -> None:
-        """Every name in ``values`` must be a column."""
-        for name in values:
+
+def _tolerance(value: Any, where: str) -> Decimal:
+    if (number := _number(value, where)) < 0:
+        raise TableError(f"{where}: must not be negative, got {number}")
+    return number
+
+
+def _need(value: Any, where: str) -> str:
+    if value not in NEEDS:
+        raise TableError(f"{where}: must be one of {list(NEEDS)}, got {value!r}")
+    return value
+
+
+def _hash(value: Any, where: str) -> str:
+    if value and not re.fullmatch(r"[0-9a-f]{8,64}", _text(value, where)):
+        raise TableError(f"{where}: expected 8 to 64 hexadecimal digits, got {value!r}")
+    return value
+
+
+def _names(value: Any, where: str) -> frozenset[str]:
+    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+        raise TableError(f"{where}: expected a list of column names, got {value!r}")
+    return frozenset(value)
+
+
+def _mapping(read: Reader, *, columns: bool = True) -> Reader:
+    """Reads a mapping whose values ``read`` understands and whose names, if ``columns``, are columns."""
+
+    def read_all(value: Any, where: str) -> dict[str, Any]:
+        if not isinstance(value, Mapping):
+            raise TableError(f"{where}: expected a table of values, got {value!r}")
+        for name in value if columns else ():
             try:
                 column(name)
             except KeyError:
-                raise self.fail(
-                    f"{key}.{name}", f"is not a column; the columns are {sorted(COLUMNS)} and <data set>_percent"
-                ) from None
+                known = f"{sorted(COLUMNS)} and <data set>_percent"
+                raise TableError(f"{where}.{name}: is not a column; the columns are {known}") from None
+        return {name: read(entry, f"{where}.{name}") for name, entry in value.items()}
 
-    def needs(self) -> dict[str, str]:
-        needs = self.texts("needs")
-        self.per_column(needs, "needs")
-        for name, what in needs.items():
-            if what not in NEEDS:
-                raise self.fail(f"needs.{name}", f"must be one of {list(NEEDS)}, got {what!r}")
-        return needs
+    return read_all
 
-    def _mapping(self, key: str) -> Mapping[str, Any]:
-        value = self.data.get(key, {})
-        if not isinstance(value, Mapping):
-            raise self.fail(key, f"expected a table of values, got {value!r}")
-        return value
+
+Schema = Mapping[str, tuple[Reader, Any]]
+"""Key -> how it is read, and what stands for it where it is absent."""
+_PER_COLUMN: Schema = {
+    "convention": (_mapping(_text), {}),
+    "tolerance": (_mapping(_tolerance), {}),
+    "commands": (_mapping(_text), {}),
+    "needs": (_mapping(_need), {}),
+}
+"""What a table states for all of its rows and a row for itself."""
+_CHECKPOINT: Schema = {"url": (_text, ""), "sha256": (_hash, ""), "licence": (_text, ""), "note": (_text, "")}
+_ROW: Schema = {
+    **_PER_COLUMN,
+    **dict.fromkeys(
+        ("id", "method", "setting", "series", "label", "arguments", "checkpoint", "dense", "note"), (_text, "")
+    ),
+    "cited": (_flag, False),
+    "approximate": (_names, frozenset()),
+    "variables": (_mapping(_text, columns=False), {}),
+    "reasons": (_mapping(_text), {}),
+    "published": (_mapping(_number), {}),
+}
+_TABLE: Schema = {
+    **_PER_COLUMN,
+    **dict.fromkeys(("paper", "table", "title", "source", "dataset", "note"), (_text, "")),
+    "order": (_whole, 100),
+    "plot": (_mapping(_text, columns=False), {}),
+    "checkpoints": (_mapping(lambda value, where: value, columns=False), {}),
+    "rows": (_exactly(list, "[[rows]] sections"), []),
+}
+
+
+def _section(data: Any, where: str, schema: Schema, required: Sequence[str] = ()) -> dict[str, Any]:
+    """A section with every key of its schema; what is unknown, missing or of another type is an error."""
+    if not isinstance(data, Mapping):
+        raise TableError(f"{where}: expected a section, got {data!r}")
+    if unknown := sorted(set(data) - set(schema)):
+        raise TableError(f"{where}: unknown keys {unknown}; the keys are {sorted(schema)}")
+    values = {
+        key: read(data[key], f"{where}: {key}") if key in data else empty for key, (read, empty) in schema.items()
+    }
+    for key in required:
+        if not values[key]:
+            raise TableError(f"{where}: {key}: is missing")
+    return values
 
 
 def papers(root: Path = ROOT) -> tuple[str, ...]:
@@ -375,174 +409,116 @@ def load_table(path: Path) -> Table:
         data = tomllib.loads(path.read_text(encoding="utf-8"), parse_float=Decimal)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TableError(f"{where}: not valid TOML: {error}") from error
-    top = _Reader(data, where, _TABLE_KEYS)
-    paper, name = top.text("paper", required=True), top.text("table", required=True)
-    if paper != path.parent.parent.name:
-        raise top.fail("paper", f"is {paper!r}, but the file lies in {path.parent.parent.name!r}")
-    if name != path.stem:
-        raise top.fail("table", f"is {name!r}, but the file is called {path.name!r}")
-    defaults = {key: top.texts(key) for key in ("convention", "commands")} | {"needs": top.needs()}
-    tolerance = top.numbers("tolerance")
-    for key, values in {**defaults, "tolerance": tolerance}.items():
-        top.per_column(values, key)
-    checkpoints = _checkpoints(top)
-    entries = data.get("rows", [])
-    if not isinstance(entries, list) or not entries:
-        raise top.fail("rows", "a table needs at least one [[rows]]")
-    rows = tuple(_row(entry, index, top, defaults, tolerance, checkpoints) for index, entry in enumerate(entries))
-    table = Table(
-        paper=paper,
-        name=name,
-        title=top.text("title", required=True),
-        source=top.text("source", required=True),
-        dataset=top.text("dataset"),
-        note=top.text("note"),
-        plot=top.texts("plot"),
-        order=top.whole("order", 100),
-        checkpoints=checkpoints,
-        rows=rows,
-        path=path,
-    )
-    _check_table(table, top)
+    top = _section(data, where, _TABLE, ("paper", "table", "title", "source", "rows"))
+    if top["paper"] != path.parent.parent.name:
+        raise TableError(f"{where}: paper: is {top['paper']!r}, but the file lies in {path.parent.parent.name!r}")
+    if top["table"] != path.stem:
+        raise TableError(f"{where}: table: is {top['table']!r}, but the file is called {path.name!r}")
+    checkpoints: dict[str, Checkpoint] = {}
+    for name, entry in top.pop("checkpoints").items():
+        here = f"{where}: checkpoint {name!r}"
+        checkpoints[name] = Checkpoint(name, **_section(entry, here, _CHECKPOINT))
+        if not checkpoints[name].url and not checkpoints[name].note:
+            raise TableError(
+                f"{here}: url: is missing; if the address is not known, say in 'note' where the file comes from"
+            )
+    defaults = {key: top.pop(key) for key in _PER_COLUMN}
+    rows = [
+        _row(entry, f"{where}: ", index, {"paper": top["paper"], "table": top["table"]}, defaults, checkpoints)
+        for index, entry in enumerate(top.pop("rows"))
+    ]
+    table = Table(name=top.pop("table"), checkpoints=checkpoints, rows=tuple(rows), path=path, **top)
+    _check_table(table, where)
     return table
-
-
-def _checkpoints(top: _Reader) -> dict[str, Checkpoint]:
-    result: dict[str, Checkpoint] = {}
-    section = top.data.get("checkpoints", {})
-    if not isinstance(section, Mapping):
-        raise top.fail("checkpoints", f"expected [checkpoints.NAME] sections, got {section!r}")
-    for name, entry in section.items():
-        where = f"{top.where}: checkpoint {name!r}"
-        if not isinstance(entry, Mapping):
-            raise TableError(f"{where}: expected a section, got {entry!r}")
-        reader = _Reader(entry, where, frozenset(("url", "sha256", "licence", "note")))
-        checkpoint = Checkpoint(name, *(reader.text(key) for key in ("url", "sha256", "licence", "note")))
-        if checkpoint.sha256 and not re.fullmatch(r"[0-9a-f]{8,64}", checkpoint.sha256):
-            raise reader.fail("sha256", f"expected 8 to 64 hexadecimal digits, got {checkpoint.sha256!r}")
-        if not checkpoint.url and not checkpoint.note:
-            raise reader.fail("url", "is missing; if the address is not known, say in 'note' where the file comes from")
-        result[name] = checkpoint
-    return result
 
 
 def _row(
     entry: Any,
+    where: str,
     index: int,
-    top: _Reader,
-    defaults: Mapping[str, Mapping[str, str]],
-    tolerance: Mapping[str, Decimal],
+    names: Mapping[str, str],
+    defaults: Mapping[str, Mapping[str, Any]],
     checkpoints: Mapping[str, Checkpoint],
 ) -> Row:
-    if not isinstance(entry, Mapping):
-        raise top.fail(f"rows[{index}]", f"expected a [[rows]] section, got {entry!r}")
-    row_id = entry.get("id")
+    row_id = entry.get("id") if isinstance(entry, Mapping) else None
     if not isinstance(row_id, str) or not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", row_id):
-        raise top.fail(f"rows[{index}].id", f"must be lower-case letters, digits, '.', '_' and '-', got {row_id!r}")
-    reader = _Reader(entry, f"{top.where}: row {row_id!r}", _ROW_KEYS)
-    published = reader.numbers("published")
-    if not published:
-        raise reader.fail("published", "is missing; a row states at least one published value")
-    own = {key: reader.texts(key) for key in ("convention", "commands")} | {"needs": reader.needs()}
-    own_tolerance = reader.numbers("tolerance")
-    approximate = reader.names("approximate")
-    reasons = reader.texts("reasons")
-    for key, values in {**own, "published": published, "tolerance": own_tolerance}.items():
-        reader.per_column(values, key)
-    for key, names in {"approximate": approximate, "reasons": reasons, "tolerance": own_tolerance}.items():
-        if unpublished := sorted(set(names) - set(published)):
-            raise reader.fail(key, f"names columns without a published value: {unpublished}")
-    checkpoint = reader.text("checkpoint")
+        raise TableError(
+            f"{where}rows[{index}].id: must be lower-case letters, digits, '.', '_' and '-', got {row_id!r}"
+        )
+    where = f"{where}row {row_id!r}"
+    values = _section(entry, where, _ROW, ("method", "published"))
+    for key in ("approximate", "reasons", "tolerance"):
+        if unpublished := sorted(set(values[key]) - set(values["published"])):
+            raise TableError(f"{where}: {key}: names columns without a published value: {unpublished}")
+    checkpoint = values.pop("checkpoint")
     if checkpoint and checkpoint not in checkpoints:
-        raise reader.fail("checkpoint", f"{checkpoint!r} is not declared; declared are {sorted(checkpoints)}")
-    row = Row(
-        paper=top.text("paper"),
-        table=top.text("table"),
-        id=row_id,
-        method=reader.text("method", required=True),
-        setting=reader.text("setting"),
-        series=reader.text("series"),
-        label=reader.text("label") if "label" in entry else reader.text("setting") or reader.text("method"),
-        arguments=reader.text("arguments"),
-        variables=reader.texts("variables"),
-        checkpoint=checkpoints[checkpoint] if checkpoint else None,
-        dense=reader.text("dense"),
-        cited=reader.flag("cited"),
-        published=published,
-        approximate=frozenset(approximate),
-        reasons=reasons,
-        convention={**defaults["convention"], **own["convention"]},
-        tolerance={**tolerance, **own_tolerance},
-        commands={**defaults["commands"], **own["commands"]},
-        needs={**defaults["needs"], **own["needs"]},
-        note=reader.text("note"),
-    )
-    _check_row(row, reader)
+        raise TableError(f"{where}: checkpoint: {checkpoint!r} is not declared; declared are {sorted(checkpoints)}")
+    if "label" not in entry:
+        values["label"] = values["setting"] or values["method"]
+    values |= {key: {**defaults[key], **values[key]} for key in defaults}
+    row = Row(**names, checkpoint=checkpoints.get(checkpoint), **values)
+    if not row.cited:
+        _check_row(row, where)
     return row
 
 
-def _check_row(row: Row, reader: _Reader) -> None:
+def _check_row(row: Row, where: str) -> None:
     """What a row that can be reproduced must say about each of its columns."""
-    for name, value in row.tolerance.items():
-        if value < 0:
-            raise reader.fail(f"tolerance.{name}", f"must not be negative, got {value}")
-    for name in () if row.cited else row.published:
-        kind = column(name).kind
+    for name in row.published:
         if not row.convention.get(name):
-            raise reader.fail(f"convention.{name}", "is missing here and in the table")
-        if (kind != "cost" or name in row.approximate) and name not in row.tolerance:
-            raise reader.fail(f"tolerance.{name}", "is missing here and in the table")
-        template = row.commands.get(name, "")
+            raise TableError(f"{where}: convention.{name}: is missing here and in the table")
+        if (column(name).kind != "cost" or name in row.approximate) and name not in row.tolerance:
+            raise TableError(f"{where}: tolerance.{name}: is missing here and in the table")
         try:
-            fields = {word for _, word, _, _ in string.Formatter().parse(template) if word is not None}
+            fields = {
+                word for _, word, _, _ in string.Formatter().parse(row.commands.get(name, "")) if word is not None
+            }
         except ValueError as error:
-            raise reader.fail(f"commands.{name}", f"is not a valid template: {error}") from error
-        if unknown := sorted(fields - set(row._words())):
-            raise reader.fail(f"commands.{name}", f"uses {unknown}; known are {sorted(row._words())}")
+            raise TableError(f"{where}: commands.{name}: is not a valid template: {error}") from error
+        if unknown := sorted(fields - set(row.words)):
+            raise TableError(f"{where}: commands.{name}: uses {unknown}; known are {sorted(row.words)}")
         if "checkpoint" in fields and row.checkpoint is None:
-            raise reader.fail("checkpoint", f"is missing, and commands.{name} uses it")
+            raise TableError(f"{where}: checkpoint: is missing, and commands.{name} uses it")
 
 
-def _check_table(table: Table, top: _Reader) -> None:
-    ids = [row.id for row in table.rows]
-    if twice := sorted({name for name in ids if ids.count(name) > 1}):
-        raise top.fail("rows", f"ids {twice} appear more than once")
-    if unknown := sorted(set(table.plot) - {"x", "y", "overview", "panels"}):
-        raise top.fail("plot", f"unknown keys {unknown}; the keys are ['overview', 'panels', 'x', 'y']")
+def _check_table(table: Table, where: str) -> None:
+    counts = Counter(row.id for row in table.rows)
+    if twice := sorted(name for name, count in counts.items() if count > 1):
+        raise TableError(f"{where}: rows: ids {twice} appear more than once")
+    keys = ["overview", "panels", "x", "y"]
+    if unknown := sorted(set(table.plot) - set(keys)):
+        raise TableError(f"{where}: plot: unknown keys {unknown}; the keys are {keys}")
     if table.plot.get("panels", "series") != "series":
-        raise top.fail("plot.panels", f"can only be 'series', got {table.plot['panels']!r}")
-    for axis in ("x", "y"):
-        if table.plot and table.plot.get(axis) not in table.columns:
-            raise top.fail(f"plot.{axis}", f"must be one of the published columns {list(table.columns)}")
+        raise TableError(f"{where}: plot.panels: can only be 'series', got {table.plot['panels']!r}")
+    for axis in ("x", "y") if table.plot else ():
+        if table.plot.get(axis) not in table.columns:
+            raise TableError(f"{where}: plot.{axis}: must be one of the published columns {list(table.columns)}")
     if unused := sorted(set(table.checkpoints) - {row.checkpoint.name for row in table.rows if row.checkpoint}):
-        raise top.fail("checkpoints", f"no row uses {unused}")
+        raise TableError(f"{where}: checkpoints: no row uses {unused}")
 
 
 def _link(paper: str, tables: Sequence[Table]) -> list[Table]:
     """Resolve each row's ``dense`` to ``table/row`` and check what only all tables of a paper together show."""
+    rows: dict[str, Row] = {}
     where: dict[str, str] = {}
-    for table in tables:
-        for row in table.rows:
-            if row.id in where:
-                raise TableError(
-                    f"{paper}/tables/{table.name}.toml: row {row.id!r}: the id is already used in table "
-                    f"{where[row.id]!r}; ids are unique in a paper"
-                )
-            where[row.id] = table.name
-    rows = {row.key: row for table in tables for row in table.rows}
-    linked: list[Table] = []
-    for table in tables:
-        resolved: list[Row] = []
-        for row in table.rows:
-            if row.dense:
-                key = row.dense if "/" in row.dense else f"{table.name}/{row.dense}"
-                problem = f"{paper}/tables/{table.name}.toml: row {row.id!r}: dense: "
-                if key not in rows:
-                    raise TableError(f"{problem}there is no row {key!r}; write the id of a row, or table/row")
-                speeds = [name for name in row.published if column(name).kind == "speed"]
-                if missing := [name for name in speeds if name not in rows[key].published]:
-                    raise TableError(f"{problem}row {key!r} publishes no {missing}, so there is no ratio to it")
-                row = replace(row, dense=key)
-            resolved.append(row)
-        linked.append(replace(table, rows=tuple(resolved)))
-    return linked
+    for row in (row for table in tables for row in table.rows):
+        if row.id in where:
+            raise TableError(
+                f"{paper}/tables/{row.table}.toml: row {row.id!r}: the id is already used in table "
+                f"{where[row.id]!r}; ids are unique in a paper"
+            )
+        where[row.id], rows[row.key] = row.table, row
+
+    def resolved(row: Row) -> Row:
+        if not row.dense:
+            return row
+        key = row.dense if "/" in row.dense else f"{row.table}/{row.dense}"
+        problem = f"{paper}/tables/{row.table}.toml: row {row.id!r}: dense: "
+        if key not in rows:
+            raise TableError(f"{problem}there is no row {key!r}; write the id of a row, or table/row")
+        speeds = [name for name in row.published if column(name).kind == "speed"]
+        if missing := [name for name in speeds if name not in rows[key].published]:
+            raise TableError(f"{problem}row {key!r} publishes no {missing}, so there is no ratio to it")
+        return replace(row, dense=key)
+
+    return [replace(table, rows=tuple(resolved(row) for row in table.rows)) for table in tables]

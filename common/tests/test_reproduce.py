@@ -10,7 +10,8 @@ import pytest
 
 from common.ledger import cache
 from common.ledger import compare as ledger
-from common.ledger.compare import KEYS, Request, _listing, build, half_unit, run_desk
+from common.ledger.compare import KEYS, half_unit
+from common.ledger.gather import Request, _listing, build, run_desk
 from common.ledger.reproduce import main, parse_columns, resolve_device
 from common.ledger.tables import load_tables
 from common.run.files import ROOT

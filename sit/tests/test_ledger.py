@@ -7,7 +7,7 @@ import pytest
 import torch
 from timm.models._factory import create_model
 
-from common.ledger.compare import Request, build
+from common.ledger.gather import Request, build
 from common.ledger.tables import NeedsWeights, load_tables
 from common.run.files import ROOT
 from common.tests.reference import fill_

@@ -1,0 +1,328 @@
+"""What there is for each published value: computed now, kept in the cache, recorded in ``results/``, or missing.
+
+A paper takes part by a module ``<paper>/ledger.py``, found by name at run time, so that ``common`` imports no paper:
+
+    costs(row) -> {column: Measured}                           parameters, GMACs; "macs_g" for plain GMACs
+    speeds(rows, *, columns, device, progress) -> {(row id, column): Measured}      rows[0] is the dense row
+    accuracy(row, *, data, weights, device, progress) -> {column: Measured}
+    desk(*, folder, device, force, progress) -> DeskTable      the paper's experiment on small real images
+
+Each may raise a subclass of ``common.ledger.tables.Unavailable``. A paper without such a module is not implemented yet.
+The module is imported when something must be computed: what the cache holds needs neither it nor torch.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tqdm import tqdm
+
+from common.ledger.cache import cached, source_files
+from common.ledger.compare import BrokenAdapter, Ledger, Recorded, compare
+from common.ledger.results import Record, load_records
+from common.ledger.tables import NEEDS, Cited, DeskTable, Measured, NotImplementedYet, Row, Table, Unavailable, column
+from common.run.files import ROOT
+
+Answer = Mapping[Any, Measured] | Unavailable
+"""What an adapter says: values by column (speeds: by row and column), or why there are none."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to reproduce, and with what."""
+
+    columns: frozenset[str] | None = None
+    """None: all"""
+    data: Path | None = None
+    weights: Path | None = None
+    device: str = "cpu"
+    measure_speed: bool = False
+    force: bool = False
+    quiet: bool = True
+    """no progress bars"""
+    root: Path = ROOT
+
+    @property
+    def running(self) -> dict[str, Any]:
+        """What every question that computes is asked with."""
+        return {"device": self.device, "progress": not self.quiet}
+
+    def columns_of(self, row: Row, kind: str | None = None) -> list[str]:
+        """Published columns of a row that are asked for, of one kind or of all."""
+        wanted = [name for name in row.published if self.columns is None or name in self.columns]
+        return [name for name in wanted if kind is None or column(name).kind == kind]
+
+
+def select(tables: Iterable[Table], *, table: str | None = None, row: str | None = None) -> tuple[Table, ...]:
+    """Tables and rows of the given names.
+
+    Raises:
+        ValueError: if nothing has that name; the message lists what there is.
+    """
+    chosen = tuple(tables)
+    if table is not None:
+        known = sorted({entry.name for entry in chosen})
+        chosen = tuple(entry for entry in chosen if entry.name == table)
+        if not chosen:
+            raise ValueError(f"there is no table {table!r}; the tables are {', '.join(known)}")
+    if row is not None:
+        known = [entry.id for part in chosen for entry in part.rows]
+        narrowed = (replace(part, rows=tuple(entry for entry in part.rows if entry.id == row)) for part in chosen)
+        chosen = tuple(part for part in narrowed if part.rows)
+        if not chosen:
+            raise ValueError(f"there is no row {row!r}; the rows are {', '.join(known)}")
+    return chosen
+
+
+def build(tables: Sequence[Table], request: Request, *, all_tables: Sequence[Table] | None = None) -> Ledger:
+    """Work out every entry of some tables.
+
+    Args:
+        tables: what to reproduce, perhaps narrowed by ``select``.
+        request: what to do and what is at hand.
+        all_tables: complete tables of the same papers, where dense rows are looked up; ``tables`` if None.
+    """
+    ledger = Ledger(tables=tuple(tables))
+    for paper in dict.fromkeys(table.paper for table in tables):
+        own = [table for table in tables if table.paper == paper]
+        known = {row.key: row for table in all_tables or tables if table.paper == paper for row in table.rows}
+        with ledger.guard(paper):
+            _build_paper(paper, own, known, request, ledger)
+    return ledger
+
+
+def _build_paper(
+    paper: str, tables: Sequence[Table], known: Mapping[str, Row], request: Request, ledger: Ledger
+) -> None:
+    records = best_records(load_records(paper, root=request.root))
+    sources = {table.name: table.source for table in tables}
+    paths = {table.name: table.path for table in tables}
+    files = source_files(paper, root=request.root)
+    rows = [row for table in tables for row in table.rows if not row.cited]
+    costs: dict[str, Answer] = {}
+    for row in _bar(rows, f"{paper}: costs", request):
+        with ledger.guard(paper, row.table, row.id):
+            answer = _ask(paper, "costs", row, request, job=[row.table, row.id], files=(*files, paths[row.table]))
+            if not isinstance(answer, Unavailable) and (plain := answer.get("macs_g")):
+                ledger.plain_gmacs[paper, row.key] = plain.value
+                if counted := answer.get("gmacs"):
+                    note = f"{counted.source}; plain MACs {plain.value:.6g} G"
+                    answer = {**answer, "gmacs": replace(counted, source=note)}
+            costs[row.key] = answer
+    speeds: dict[str, Answer] = {}
+    if request.measure_speed:
+        built = [row for row in rows if isinstance(costs.get(row.key), Mapping)]
+        speeds = _speeds(paper, built, known, request, ledger)
+    quiet = request.data is None
+    for row in _bar([row for table in tables for row in table.rows], f"{paper}: accuracy", request, quiet):
+        if not row.cited and row.key not in costs:
+            continue  # it failed
+        with ledger.guard(paper, row.table, row.id):
+            answers = {"cost": costs.get(row.key, {}), "speed": speeds.get(row.key, {})}
+            answers["accuracy"] = _accuracy(row, request, answers["cost"])
+            found = [
+                (name, _find(row, name, answers, records.get((row.key, name)), sources))
+                for name in request.columns_of(row)
+            ]
+            ledger.entries += [
+                compare(row, name, value, known[row.dense] if row.dense else None) for name, value in found
+            ]
+
+
+def _find(
+    row: Row, name: str, answers: Mapping[str, Answer], record: Record | None, sources: Mapping[str, str]
+) -> Measured | Unavailable:
+    """What there is for one value: computed here, else recorded, else what is missing.
+
+    Raises:
+        LookupError: if the adapter leaves out a cost, and the table does not say what it needs.
+    """
+    if row.cited:
+        return Cited("", f"quoted in: {sources[row.table]}")
+    kind = column(name).kind
+    answer = answers["cost"] if isinstance(answers["cost"], NotImplementedYet) else answers[kind]
+    if not isinstance(answer, Unavailable):
+        if name in answer:
+            return answer[name]
+        need = row.needs.get(name, {"speed": "gpu", "accuracy": "data"}.get(kind, ""))
+        if not need:
+            raise LookupError(
+                f"{row.paper}.ledger.costs returned no {name!r}, and the table does not say what it needs"
+            )
+        answer = NEEDS[need]("", f"the cost of this row depends on its {need}" if kind == "cost" else "")
+    return answer if record is None else _as_recorded(row, name, record)
+
+
+def _as_recorded(row: Row, name: str, record: Record) -> Recorded:
+    """A record as a value to compare.
+
+    Raises:
+        ValueError: if a speed was measured against another row than the table compares it with.
+    """
+    assert record.origin is not None
+    is_speed = column(name).kind == "speed"
+    ratio = record.ratio
+    if is_speed and row.dense:
+        if ratio is None and record.reference_value is not None:
+            ratio = record.value / record.reference_value
+        if record.reference_key != row.dense or ratio is None:
+            raise ValueError(f"{name}: the record in results/ is not a ratio to {row.dense!r}: {record.origin.path}")
+    text = record.origin.text
+    convention = record.conditions if is_speed else row.convention[name]
+    return Recorded(record.value, convention, f"recorded: {text}", ratio, origin=text)
+
+
+def best_records(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
+    """One record per (table/row, column): an accelerator before a CPU, eager float32 as published, then the newest."""
+
+    def rank(record: Record) -> tuple[bool, bool, bool, str]:
+        assert record.origin is not None
+        accelerator = record.origin.device.get("type") != "cpu"
+        eager = not record.compiled and not record.cuda_graph
+        return (accelerator, record.dtype == "float32", eager, record.origin.created)
+
+    return {(f"{record.table}/{record.row}", record.column): record for record in sorted(records, key=rank)}
+
+
+# -------------------------------------------------------------------------------------------------- asking the papers
+
+
+def find_adapter(paper: str) -> ModuleType | None:
+    """The paper's ``ledger`` module; None if it has none.
+
+    Raises:
+        BrokenAdapter: if there is one, and it cannot be imported.
+    """
+    name = f"{paper}.ledger"
+    if importlib.util.find_spec(paper) is None or importlib.util.find_spec(name) is None:
+        return None
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise BrokenAdapter(f"{type(error).__name__}: {error}") from error
+
+
+def _ask(
+    paper: str,
+    method: str,
+    what: Row | Sequence[Row],
+    request: Request,
+    *,
+    job: Sequence[Any],
+    files: Sequence[Path] = (),
+    **options: Any,
+) -> Answer:
+    """What a paper's adapter answers, kept in the cache; what it cannot tell is returned, not raised."""
+
+    def compute() -> list[Any]:
+        adapter = find_adapter(paper)
+        if adapter is None:
+            raise NotImplementedYet(paper)
+        if not hasattr(adapter, method):
+            return []
+        with warnings.catch_warnings(action="ignore"):  # a library's, about its own insides
+            return [[key, asdict(measured)] for key, measured in getattr(adapter, method)(what, **options).items()]
+
+    try:
+        value = cached(
+            [method, paper, *job],
+            compute,
+            files=files or source_files(paper, root=request.root),
+            force=request.force,
+            folder=request.root / ".cache" / "leanvit",
+        )
+    except Unavailable as missing:
+        return missing
+    return {tuple(key) if isinstance(key, list) else key: Measured(**fields) for key, fields in value}
+
+
+def _accuracy(row: Row, request: Request, costs: Answer) -> Answer:
+    """Evaluate a row if there is something to evaluate on; else say nothing."""
+    wanted = request.columns_of(row, "accuracy")
+    if row.cited or not wanted or request.data is None or isinstance(costs, NotImplementedYet):
+        return {}
+    job = [row.table, row.id, _device_name(request.device), *map(_listing, (request.data, request.weights))]
+    folders = {"data": request.data, "weights": request.weights}
+    return _ask(row.paper, "accuracy", row, request, job=job, **folders, **request.running)
+
+
+def _speeds(
+    paper: str, rows: Sequence[Row], known: Mapping[str, Row], request: Request, ledger: Ledger
+) -> dict[str, Answer]:
+    """Measure the rows of each table together with their dense row, which goes first, and gets ratios to it."""
+    found: dict[str, Answer] = {}
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if request.columns_of(row, "speed"):
+            groups.setdefault((row.table, row.dense or row.key), []).append(row)
+    for (table, key), members in _bar(list(groups.items()), f"{paper}: speeds", request):
+        dense = known[key]
+        together = [dense, *(row for row in members if row.key != key)]
+        names = sorted({name for row in members for name in request.columns_of(row, "speed")})
+        job = [key, [row.key for row in together], names, _device_name(request.device)]
+        with ledger.guard(paper, table, ", ".join(row.id for row in members)):
+            answer = _ask(paper, "speeds", together, request, job=job, columns=names, **request.running)
+            if isinstance(answer, Unavailable):
+                found |= {row.key: answer for row in members}
+                continue
+            for row in together:
+                found[row.key] = {
+                    name: replace(speed, ratio=speed.ratio or speed.value / answer[dense.id, name].value)
+                    for (row_id, name), speed in answer.items()
+                    if row_id == row.id and (dense.id, name) in answer
+                }
+    return found
+
+
+def run_desk(papers: Iterable[str], request: Request, ledger: Ledger) -> None:
+    """Run the desk experiment of each paper that has one; results go to ``ledger.desk``."""
+    folder = request.root / ".cache" / "leanvit"
+    for paper in papers:
+
+        def compute(paper: str = paper) -> dict[str, Any] | None:
+            adapter = find_adapter(paper)
+            if adapter is None or not hasattr(adapter, "desk"):
+                return None
+            with warnings.catch_warnings(action="ignore"):
+                return asdict(adapter.desk(folder=folder / "desk" / paper, force=request.force, **request.running))
+
+        with ledger.guard(paper, what="desk experiment"):
+            files = source_files(paper, root=request.root)
+            job = ["desk", paper, request.device]
+            if (table := cached(job, compute, files=files, force=request.force, folder=folder)) is not None:
+                ledger.desk.append((paper, DeskTable(**table)))
+
+
+# ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _bar(items: Sequence[Any], what: str, request: Request, quiet: bool = False) -> Any:
+    """Progress bar over items, which appears when it has taken two seconds."""
+    return tqdm(items, desc=what, delay=2, leave=False, disable=quiet or request.quiet or not items)
+
+
+def _listing(folder: Path | None) -> list[Any] | None:
+    """What tells one state of a folder from another without reading its files."""
+    if folder is None:
+        return None
+    state = hashlib.sha256()
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if (place, name) != (str(folder), "train"))  # nothing trains here
+        for name in sorted(names):
+            found = os.stat(os.path.join(place, name))
+            state.update(f"{place}/{name} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return [str(folder.resolve()), state.hexdigest()]
+
+
+def _device_name(device: str) -> str:
+    """Name of a device for the cache, so that a result of one machine is not taken for another's."""
+    from common.measure.benchmark import device_name  # imports torch, which not every run needs
+
+    return device_name(device)

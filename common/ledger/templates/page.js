@@ -1,0 +1,53 @@
+for (const table of document.querySelectorAll("table.sortable")) {
+  const heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, index) => {
+    head.tabIndex = 0;
+    const sort = () => {
+      const up = head.getAttribute("aria-sort") !== "ascending";
+      heads.forEach(other => other.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", up ? "ascending" : "descending");
+      const value = row => row.cells[index].dataset.value ?? row.cells[index].textContent;
+      const rows = [...table.tBodies[0].rows].sort((a, b) => {
+        const x = value(a), y = value(b);
+        if (x === "" || y === "") return (x === "") - (y === "");
+        const order = isNaN(x) || isNaN(y) ? x.localeCompare(y, "en", {numeric: true}) : x - y;
+        return up ? order : -order;
+      });
+      table.tBodies[0].append(...rows);
+    };
+    head.addEventListener("click", sort);
+    head.addEventListener("keydown", event => { if (event.key === "Enter") sort(); });
+  });
+}
+
+const search = document.getElementById("search"), shown = document.getElementById("shown");
+const pills = [...document.querySelectorAll(".pill")];
+const cards = [...document.querySelectorAll("section[data-title]")];
+
+// A row stays if it holds every word of the search (its own text or its table's title) and one of the chosen statuses.
+function filter() {
+  const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+  const chosen = pills.filter(pill => pill.getAttribute("aria-pressed") === "true").map(pill => pill.dataset.status);
+  let count = 0;
+  for (const card of cards) {
+    let some = false;
+    for (const row of card.querySelector("tbody").rows) {
+      const text = (card.dataset.title + " " + row.textContent).toLowerCase();
+      const found = [...row.cells].some(cell => chosen.includes(cell.dataset.status));
+      row.hidden = !(words.every(word => text.includes(word)) && (found || !chosen.length));
+      some ||= !row.hidden;
+      count += !row.hidden;
+    }
+    card.hidden = !some;
+    document.querySelector(`li[data-card="${card.id}"]`).hidden = !some;
+  }
+  shown.textContent = words.length || chosen.length ? `${count} rows` : "";
+}
+
+search.addEventListener("input", filter);
+for (const pill of pills) {
+  pill.addEventListener("click", () => {
+    pill.setAttribute("aria-pressed", pill.getAttribute("aria-pressed") === "true" ? "false" : "true");
+    filter();
+  });
+}

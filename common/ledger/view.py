@@ -1,0 +1,225 @@
+"""Tables as they are shown: headings, cells and notes, worked out once for text, Markdown, HTML and the plots."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common.ledger.compare import Entry, Ledger, count_statuses
+from common.ledger.tables import DeskTable, Row, Table, column
+
+WAITING = ("not implemented yet", "cited")
+"""Statuses for which nothing can be done from the command line."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One published value beside what came out here."""
+
+    published: str = ""
+    """with its digits: ``~`` if it was read off a figure, ``x`` for a ratio to the dense row"""
+    absolute: str = ""
+    """the published speed where ``published`` is its ratio"""
+    here: str = ""
+    entry: Entry | None = None
+
+    @property
+    def status(self) -> str:
+        """The entry's; empty where the row has no such value."""
+        return self.entry.status if self.entry else ""
+
+
+@dataclass(frozen=True)
+class ColumnView:
+    """One column of a table: its heading, how it is counted, and a cell for each row."""
+
+    name: str
+    heading: str
+    convention: str
+    cells: tuple[Cell, ...]
+    plain: bool = False
+    """plain multiply-accumulates, beside a column that is counted in the paper's way; nothing is published"""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What several values of a table wait for."""
+
+    status: str
+    columns: str
+    """``gmacs of 1 row, fps of 3 rows``"""
+    command: str
+    """that of the first of them"""
+
+
+@dataclass(frozen=True)
+class TableView:
+    """One table, ready to be shown."""
+
+    table: Table
+    rows: tuple[Row, ...]
+    columns: tuple[ColumnView, ...]
+    entries: tuple[Entry, ...]
+    counts: Counter[str]
+
+    @property
+    def name(self) -> str:
+        """``paper/table``."""
+        return f"{self.table.paper}/{self.table.name}"
+
+    @property
+    def key(self) -> str:
+        """``paper-table``: of the figure, and of the place in the page."""
+        return f"{self.table.paper}-{self.table.name}"
+
+    @property
+    def overview(self) -> str:
+        """Key of the figure that it shares with other tables; empty if it has none."""
+        name = self.table.plot.get("overview")
+        return f"{self.table.paper}-{name}" if name else ""
+
+    @property
+    def idle(self) -> bool:
+        """Nothing can be reproduced yet: the published values stand alone."""
+        return all(status in WAITING for status in self.counts)
+
+    @property
+    def conventions(self) -> str:
+        """One sentence on how the columns are counted."""
+        texts = [f"{label_of(column.name)}: {column.convention}" for column in self.columns if column.convention]
+        return f"Conventions: {'; '.join(texts)}."
+
+    @property
+    def differing(self) -> list[Entry]:
+        """Values that came out otherwise."""
+        return [entry for entry in self.entries if entry.status == "differs"]
+
+    @property
+    def origins(self) -> list[str]:
+        """Where recorded values come from."""
+        return sorted({entry.origin for entry in self.entries if entry.status == "recorded" and entry.origin})
+
+    @property
+    def needs(self) -> list[Need]:
+        """What is missing, with one command for each thing."""
+        columns: dict[tuple[str, str], list[Entry]] = {}
+        for entry in self.entries:
+            if entry.status.startswith("needs"):
+                columns.setdefault((entry.status, entry.column), []).append(entry)
+        commands: dict[tuple[str, str], list[str]] = {}
+        for (status, name), group in columns.items():
+            text = f"{name} of {len(group)} row{'s' if len(group) > 1 else ''}"
+            commands.setdefault((status, group[0].command), []).append(text)
+        return [Need(status, ", ".join(texts), command) for (status, command), texts in commands.items()]
+
+
+def view_tables(ledger: Ledger) -> list[TableView]:
+    """Every table of a ledger that has an entry."""
+    found: dict[tuple[str, str], dict[tuple[str, str], Entry]] = {}
+    for entry in ledger.entries:
+        found.setdefault((entry.paper, entry.table), {})[entry.row, entry.column] = entry
+    return [
+        _view(table, entries, ledger.plain_gmacs)
+        for table in ledger.tables
+        if (entries := found.get((table.paper, table.name)))
+    ]
+
+
+def _view(
+    table: Table, entries: Mapping[tuple[str, str], Entry], plain_gmacs: Mapping[tuple[str, str], float]
+) -> TableView:
+    rows = [row for row in table.rows if any(key[0] == row.id for key in entries)]
+    plain = [plain_gmacs.get((table.paper, row.key)) for row in rows]
+    columns: list[ColumnView] = []
+    for name in table.columns:
+        cells = tuple(_cell(entries.get((row.id, name)), row) for row in rows)
+        if not any(cell.entry for cell in cells):
+            continue
+        ratio = any(cell.entry and cell.entry.is_ratio for cell in cells)
+        heading = f"{label_of(name)} / dense" if ratio else label_of(name)
+        convention = next((row.convention[name] for row in table.rows if row.convention.get(name)), "")
+        columns.append(ColumnView(name, heading, convention, cells))
+        if name == "gmacs" and any(value is not None for value in plain):
+            counted = tuple(Cell(here="" if value is None else f"{value:.2f}") for value in plain)
+            columns.append(ColumnView("macs_g", "plain GMACs", "", counted, plain=True))
+    return TableView(table, tuple(rows), tuple(columns), tuple(entries.values()), count_statuses(entries.values()))
+
+
+def _cell(entry: Entry | None, row: Row) -> Cell:
+    if entry is None:
+        return Cell()
+    published = ("~" if entry.column in row.approximate else "") + format_published(entry)
+    absolute = f"{row.published[entry.column]:f}" if entry.is_ratio else ""
+    return Cell(published, absolute, format_reproduced(entry), entry)
+
+
+def setting_of(row: Row) -> str:
+    """Series and setting, without repeating the method."""
+    series = "" if row.method.startswith(row.series) else row.series
+    return ", ".join(word for word in (series, row.setting) if word)
+
+
+def format_published(entry: Entry) -> str:
+    """Published value with its digits; ``x`` for a ratio to the dense row."""
+    if entry.published is None:
+        return ""
+    return f"{entry.published:f}x" if entry.is_ratio else f"{entry.published:f}"
+
+
+def format_reproduced(entry: Entry) -> str:
+    """Reproduced value, one digit more than published where it is compared."""
+    if entry.reproduced is None:
+        return ""
+    if entry.is_ratio:
+        return f"{entry.reproduced:.3f}x"
+    exponent = None if entry.published is None else entry.published.as_tuple().exponent
+    if column(entry.column).kind == "speed" or not isinstance(exponent, int):
+        return f"{entry.reproduced:.4g}" if entry.reproduced < 1000 else f"{entry.reproduced:.0f}"
+    digits = max(-exponent, 0)
+    extra = 0 if digits >= 4 else 1 + (digits == 0)
+    return f"{entry.reproduced:.{digits + extra}f}"
+
+
+def format_value(name: str, value: Any) -> str:
+    """Value of a desk table by the unit in its column's name."""
+    if value is None:
+        return ""
+    if not isinstance(value, float):
+        return str(value)
+    if name.endswith("_percent"):
+        return f"{value:.2f}"
+    if name.endswith(("_ips", "fps")):
+        return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+    if name.endswith("_m") or "macs" in name:
+        return f"{value:.4g}"
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def label_of(name: str) -> str:
+    """Heading of a column: its meaning with the unit."""
+    meaning = column(name)
+    if meaning.unit in ("", "G") or meaning.kind == "speed":
+        return meaning.label
+    return f"{meaning.label} ({meaning.unit})"
+
+
+def desk_cells(desk: DeskTable) -> list[list[str]]:
+    """A desk table's rows as text."""
+    return [[format_value(name, row.get(name)) for name in desk.columns] for row in desk.rows]
+
+
+def numeric_columns(desk: DeskTable) -> list[bool]:
+    """For each column of a desk table, whether it holds numbers."""
+    return [any(isinstance(row.get(name), int | float) for row in desk.rows) for name in desk.columns]
+
+
+def markdown_text(text: Any) -> str:
+    """Text on one line, in which nothing is taken for HTML: names of devices come from elsewhere."""
+    return " ".join(str(text).split()).replace("<", "&lt;")
+
+
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
+    """Lines of a Markdown table; the first ``left`` columns flush left."""
+    marks = [":--" if index < left else "--:" for index in range(len(heads))]
+    escaped = ([markdown_text(cell).replace("|", "\\|") for cell in row] for row in (heads, marks, *rows))
+    return [f"| {' | '.join(row)} |" for row in escaped]
