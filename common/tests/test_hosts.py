@@ -2,8 +2,12 @@
 
 import copy
 import io
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +16,11 @@ import torch
 from timm.layers import SwiGLUPacked
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer as TorchvisionViT
 
 from common.hosts import Effect, Facts, Lean, Method, NotAHost, Parts, Plan, PlanError, Tokens, explain, lean
 from common.hosts.network import find_host
+from common.run.files import ROOT
 
 SIDE = 32
 TINY = {"img_size": SIDE, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
@@ -163,6 +169,24 @@ def test_what_is_called_on_a_timm_network_works_as_before() -> None:
         fast.forward_intermediates(images)
     with pytest.raises(ValueError, match="attn_mask"):
         fast(images, attn_mask=torch.zeros(17, 17))
+
+
+def test_torchvision_networks() -> None:
+    torch.manual_seed(0)
+    net = TorchvisionViT(SIDE, 8, num_layers=4, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=5).double().eval()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, 0.05 if parameter.dim() > 1 else 0.3, 0.1)
+    images = torch.randn(2, 3, SIDE, SIDE, dtype=torch.float64)
+    torch.testing.assert_close(lean(net, Replace())(images), net(images), rtol=0, atol=1e-12)
+    fast = lean(net, Halve())
+    assert fast(images).shape == (2, 5)
+    assert fast.features(images).shape == (2, 32, 4, 4)
+    assert fast.tokens_per_layer() == [17, 17, 9, 9, 9]
+    assert list(fast.state_dict()) == list(net.state_dict())
+    assert torch.equal(copy.deepcopy(fast)(images), fast(images))
+    net.encoder.layers[1].self_attention = nn.MultiheadAttention(32, 2, batch_first=False)
+    with pytest.raises(NotAHost, match=r"encoder.layers.encoder_layer_1.self_attention is not a MultiheadAttention"):
+        lean(net, Halve())
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
@@ -316,3 +340,12 @@ def test_explain_tells_what_is_possible() -> None:
     answers = explain(build())
     assert set(answers) >= {"tome", "hourglass", "evit"}
     assert all(answer.startswith("possible: ") for answer in answers.values())
+
+
+def test_the_documented_module(tmp_path: Path) -> None:
+    """As typed in a folder that is not the checkout, with the checkout on the path."""
+    code = "import leanvit; print(leanvit.lean.__name__, leanvit.ToMe(r=16).r, hasattr(leanvit, 'Nothing'))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["lean", "16", "False"]

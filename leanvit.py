@@ -1,0 +1,26 @@
+"""Token methods on any Vision Transformer.
+
+    import leanvit, timm
+    net = timm.create_model("vit_small_patch14_reg4_dinov2", img_size=448)
+    fast = leanvit.lean(net, "tome", r=16)
+    fast(images)                # what net(images) returns
+    fast.features(images)       # (B, C, H / p, W / p), on the full grid again
+    leanvit.explain(net)        # which methods this network can have, or why not
+
+The methods themselves, to combine several in one call, are attributes: ``leanvit.ToMe(r=16)``. See ``common.hosts``.
+"""
+
+from typing import Any
+
+from common.hosts import Lean, Method, NotAHost, PlanError, explain, lean
+from common.hosts.network import METHODS, load
+
+__all__ = ["Lean", "Method", "NotAHost", "PlanError", "explain", "lean"]
+
+
+def __getattr__(name: str) -> Any:
+    """A method's class by its name; imported when asked for."""
+    for place in METHODS.values():
+        if place.endswith(f":{name}"):
+            return load(place)
+    raise AttributeError(f"leanvit has no {name!r}")
