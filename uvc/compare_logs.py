@@ -12,13 +12,13 @@ import argparse
 import json
 import re
 import sys
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.run.cli import make_parser
 from common.run.files import write_atomic
-from uvc.published_logs import STAGE1, STAGE2_BEST, STAGE2_TOP1, PublishedLog
 
 STAGE2 = "deit-small-stage2"
 
@@ -29,7 +29,7 @@ class LogError(ValueError):
 
 @dataclass(frozen=True)
 class Epoch:
-    """What a run's log says after an epoch; None where it does not say. ``epoch`` counts from 1; 0 is before any."""
+    """What a log says after an epoch; None where it does not say. ``epoch`` counts from 1; 0 is before any."""
 
     epoch: int
     top1_percent: float
@@ -38,6 +38,38 @@ class Epoch:
     expected_percent: float | None = None
     real_percent: float | None = None
     blocks: int | None = None
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class PublishedLog:
+    """A log of the release; of stage 2 the courses of the cost are not known."""
+
+    file: str
+    epochs: tuple[Epoch, ...]
+    budget: float = 0.5
+    warmup_epochs: int = 0
+    final_blocks: int | None = None
+    note: str = ""
+
+
+def read_published() -> dict[str, PublishedLog]:
+    """The logs of ``published_logs.toml`` by the names of ``--against``."""
+    facts = tomllib.loads(Path(__file__).with_name("published_logs.toml").read_text(encoding="utf-8"))
+    logs = {}
+    for name, log in facts["stage1"].items():
+        epochs = tuple(
+            Epoch(epoch, top1, loss, kept, expected, real, step=step)
+            for epoch, step, loss, top1, kept, expected, real in log["epochs"]
+        )
+        keys = ("file", "budget", "warmup_epochs", "final_blocks", "note")
+        logs[name] = PublishedLog(epochs=epochs, **{key: log[key] for key in keys})
+    stage2 = facts["stage2"]["deit-small"]
+    validations = sorted([*stage2["validations"], stage2["best"]])
+    return logs | {STAGE2: PublishedLog(stage2["file"], tuple(Epoch(number, top1) for number, top1 in validations))}
+
+
+PUBLISHED = read_published()
 
 
 @dataclass(frozen=True)
@@ -53,7 +85,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="folder with log.jsonl, that file, or a text log")
     parser.add_argument(
-        "--against", required=True, choices=[*STAGE1, STAGE2], help="published log; the last one is of stage 2"
+        "--against", required=True, choices=list(PUBLISHED), help="published log; the last one is of stage 2"
     )
     parser.add_argument("--budget", type=float, help="budget of the run (default: as its log says, else the log's)")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw both courses")
@@ -178,53 +210,48 @@ def check_stage2(run: Sequence[Epoch]) -> list[Check]:
     ]  # fmt: skip
 
 
-def print_courses(run: Sequence[Epoch], log: PublishedLog | None) -> None:
+COURSES = {
+    "top-1 (%)": "top1_percent", "masks kept (%)": "kept_percent", "expected cost (%)": "expected_percent",
+    "real cost (%)": "real_percent",
+}  # fmt: skip
+"""What is set side by side, by title."""
+
+
+def courses_of(log: PublishedLog) -> dict[str, str]:
+    """The courses that a published log tells."""
+    return {title: name for title, name in COURSES.items() if getattr(log.epochs[0], name) is not None}
+
+
+def print_courses(run: Sequence[Epoch], log: PublishedLog) -> None:
     """Both courses side by side."""
 
-    def cell(value: float | None) -> str:
+    def cell(epoch: Epoch | None, name: str) -> str:
+        value = getattr(epoch, name, None)
         return f"{value:8.2f}" if value is not None else f"{'-':>8}"
 
-    if log is None:
-        print(f"{'validation':>10} {'top-1':>8} {'log':>8}")
-        known = dict(STAGE2_TOP1) | {STAGE2_BEST[0]: STAGE2_BEST[1]}
-        mine = {epoch.epoch: epoch.top1_percent for epoch in run}
-        for number in sorted(set(known) | set(mine)):
-            print(f"{number:>10} {cell(mine.get(number))} {cell(known.get(number))}")
-        return
-    facts = {row.epoch: row for row in log.epochs}
-    print(f"{'':>5} {'top-1 %':^17} {'masks kept %':^17} {'expected cost %':^17} {'real cost %':^17}")
-    print("epoch" + f" {'run':>8} {'log':>8}" * 4)
-    mine = {epoch.epoch: epoch for epoch in run}
-    for number in sorted(set(mine) | set(facts)):
-        own, known = mine.get(number), facts.get(number)
-        names = ("top1_percent", "kept_percent", "expected_percent", "real_percent")
-        print(
-            f"{number:>5} " + " ".join(f"{cell(getattr(own, n, None))} {cell(getattr(known, n, None))}" for n in names)
-        )
+    courses, own = courses_of(log), {epoch.epoch: epoch for epoch in run}
+    published = {epoch.epoch: epoch for epoch in log.epochs}
+    if len(courses) > 1:
+        print(f"{'':>5} " + " ".join(f"{title:^17}" for title in courses))
+    print("epoch" + f" {'run':>8} {'log':>8}" * len(courses))
+    for number in sorted(own | published):
+        pair = own.get(number), published.get(number)
+        print(f"{number:>5} " + " ".join(cell(epoch, name) for name in courses.values() for epoch in pair))
 
 
-def draw(run: Sequence[Epoch], log: PublishedLog | None, path: Path) -> None:
-    """Accuracy and remaining cost of the run and of the published log, as a PNG."""
+def draw(run: Sequence[Epoch], log: PublishedLog, path: Path) -> None:
+    """Accuracy and, for stage 1, remaining cost of the run and of the published log, as a PNG."""
     import io
 
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2 if log else 1, figsize=(10 if log else 5, 4), squeeze=False, layout="constrained")
-    numbers = [epoch.epoch for epoch in run]
-    if log is None:
-        known = dict(sorted(({**STAGE2_TOP1, STAGE2_BEST[0]: STAGE2_BEST[1]}).items()))
-        courses = [("top-1 (%)", [e.top1_percent for e in run], list(known), list(known.values()))]
-    else:
-        there = [row.epoch for row in log.epochs]
-        courses = [
-            ("top-1 (%)", [e.top1_percent for e in run], there, [row.top1_percent for row in log.epochs]),
-            ("remaining cost (%)", [e.real_percent for e in run], there, [row.real_percent for row in log.epochs]),
-        ]
-    for axis, (label, own, there, published) in zip(axes[0], courses, strict=True):
-        axis.plot(there, published, "o-", color="0.6", markersize=3, label="published log")
-        pairs = [(n, value) for n, value in zip(numbers, own, strict=True) if value is not None]
-        axis.plot([n for n, _ in pairs], [value for _, value in pairs], "o-", markersize=3, label="this run")
-        axis.set(xlabel="epoch", ylabel=label)
+    courses = [(title, name) for title, name in courses_of(log).items() if name in ("top1_percent", "real_percent")]
+    figure, axes = plt.subplots(1, len(courses), figsize=(5 * len(courses), 4), squeeze=False, layout="constrained")
+    for axis, (title, name) in zip(axes[0], courses, strict=True):
+        for epochs, label, style in ((log.epochs, "published log", {"color": "0.6"}), (run, "this run", {})):
+            pairs = [(epoch.epoch, value) for epoch in epochs if (value := getattr(epoch, name)) is not None]
+            axis.plot(*zip(*pairs, strict=True), "o-", markersize=3, label=label, **style)
+        axis.set(xlabel="epoch", ylabel=title)
         axis.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
@@ -240,9 +267,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LogError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    log = STAGE1.get(args.against)
+    log = PUBLISHED[args.against]
     print_courses(run, log)
-    if log is None:
+    if args.against == STAGE2:
         checks = check_stage2(run)
     else:
         budget = args.budget if args.budget is not None else float(str(arguments.get("budget", log.budget)))
