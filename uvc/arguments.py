@@ -1,19 +1,36 @@
-"""Command lines of both stages, in the published names."""
+"""Command lines of both stages, in the published names; they end in ``uvc.settings``. Imports no torch."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
+import sys
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
 
 from common.run import cli
-from common.run.distributed import get_logger
-from uvc.data import DATASETS
-from uvc.schedules import DECAYS
+from common.run.errors import CheckpointError, DataError, UsageError
+from uvc.config import add_config_args, config_text, with_config
+from uvc.schedules import DECAYS, zlr_schedule
+from uvc.settings import (
+    Data,
+    JointRun,
+    JointSettings,
+    Mixing,
+    PostRun,
+    PrimalDualSettings,
+    Recipe,
+    Run,
+    Student,
+    Teacher,
+)
 
-logger = get_logger(__name__)
+Settings = TypeVar("Settings")
 
+DATASETS = ("imagenet", "cifar10", "cifar100", "digits", "folder", "tar")
 DEIT = "https://dl.fbaipublicfiles.com/deit/"
 WEIGHTS = {
     "deit_tiny_patch16_224": DEIT + "deit_tiny_patch16_224-a1311bcf.pth",
@@ -24,20 +41,31 @@ WEIGHTS = {
     "deit_base_distilled_patch16_224": DEIT + "deit_base_distilled_patch16_224-df68dfff.pth",
 }
 """Published dense checkpoints, what ``--model_path pretrained`` means."""
+MODEL_TYPE = "deit_tiny_distilled_patch16_224"
+"""The published default of ``--model_type``."""
 
 
 class Group:
-    """An argument group; every help text ends with the default."""
+    """An argument group: ``add(flag, kind, default, help)``; every help text ends with the default.
+
+    ``kind`` is what argparse calls type, ``bool`` for 1 or 0 as the published commands write it, or a tuple of choices.
+    """
 
     def __init__(self, parser: argparse.ArgumentParser, title: str) -> None:
         self.group = parser.add_argument_group(title)
 
-    def __call__(self, *flags: str, help: str, default: Any = None, **options: Any) -> None:
-        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
-        shown = "none" if shown in (None, "") else "off" if shown is False else shown
-        self.group.add_argument(
-            *flags, default=default, help=f"{help} (default: {shown})".replace("%", "%%"), **options
-        )
+    def __call__(self, flag: str, kind: Any, default: Any, help: str, **options: Any) -> None:
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        shown = int(shown) if isinstance(shown, bool) else "none" if shown in (None, "") else shown
+        if kind is bool:
+            options |= {"type": switch, "metavar": "0|1"}
+        else:
+            options["choices" if isinstance(kind, tuple) else "type"] = kind
+        self.group.add_argument(flag, default=default, help=f"{help} (default: {shown})".replace("%", "%%"), **options)
+
+    def on(self, flag: str, help: str) -> None:
+        """A switch that is off without it."""
+        self.group.add_argument(flag, action="store_true", help=f"{help} (default: off)")
 
 
 def switch(text: str) -> bool:
@@ -66,149 +94,115 @@ def share(text: str) -> float:
     return value
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, *, train_batch_size: int, workers: int) -> None:
+def rate(text: str) -> float:
+    """A learning rate: 0, which leaves things as they are, or more."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number from 0 on, got {text}")
+    return value
+
+
+def add_common_arguments(
+    parser: argparse.ArgumentParser, *, train_batch_size: int, workers: int, distillation: str
+) -> None:
     """Data, network, mixing, teacher and precision: what both stages share."""
     add = Group(parser, "data and network")
-    add("--name", default="debug", help="name of the run: its files go to OUTPUT_DIR/NAME")
-    add("--dataset", default="imagenet", choices=DATASETS, help="imagenet has train/ and val/ with a folder per class")
-    add("--data_dir", default="", metavar="DIR", help="folder of the dataset; digits need none")
-    add("--num_workers", type=cli.count, default=workers, metavar="N", help="loading processes per process")
-    add("--model_type", default="deit_tiny_distilled_patch16_224", metavar="NAME", help="architecture")
-    add("--model_path", default=None, metavar="FILE",
-        help="checkpoint or URL of the dense network, the teacher too unless --teacher-path names another; "
-        "'pretrained' is the published one of this architecture, which stage 2 takes where none is named")  # fmt: skip
-    add(
-        "--img_size",
-        type=cli.positive_int,
-        default=None,
-        metavar="PIXELS",
-        help="side of the input; none is the network's own",
-    )
-    add(
-        "--train_batch_size",
-        type=cli.positive_int,
-        default=train_batch_size,
-        metavar="N",
-        help="pictures per step and process",
-    )
-    add(
-        "--eval_batch_size",
-        type=cli.positive_int,
-        default=64,
-        metavar="N",
-        help="pictures per validation batch and process",
-    )
-    add("--enable_deit", type=switch, default=False, metavar="0|1",
-        help="1 for the *_distilled networks, whose token and head of distillation it stands for")  # fmt: skip
-    add(
-        "--enable_jumping",
-        type=switch,
-        default=False,
-        metavar="0|1",
-        help="the final norm takes the sum of all blocks' outputs",
-    )
-    add("--gpu_num", default=None, metavar="LIST", help="sets CUDA_VISIBLE_DEVICES where that is not set, such as 0,1")
+    add("--name", str, "debug", "name of the run: its files go to OUTPUT_DIR/NAME")
+    add("--dataset", DATASETS, "imagenet", "imagenet has train/ and val/ with a folder per class")
+    add("--data_dir", str, "", "folder of the dataset; digits need none", metavar="DIR")
+    add("--num_workers", cli.count, workers, "loading processes per process", metavar="N")
+    add("--model_type", str, MODEL_TYPE, "architecture", metavar="NAME")
+    add("--model_path", str, None,
+        "checkpoint or URL of the dense network, the teacher too unless --teacher-path names another; "
+        "'pretrained' is the published one of this architecture, which stage 2 takes where none is named",
+        metavar="FILE")  # fmt: skip
+    add("--img_size", cli.positive_int, None, "side of the input; none is the network's own", metavar="PIXELS")
+    add("--train_batch_size", cli.positive_int, train_batch_size, "images per step and process", metavar="N")
+    add("--eval_batch_size", cli.positive_int, 64, "images per validation batch and process", metavar="N")
+    add("--enable_deit", bool, False,
+        "1 for the *_distilled networks, whose token and head of distillation it stands for")  # fmt: skip
+    add("--enable_jumping", bool, False, "the final norm takes the sum of all blocks' outputs")
+    add("--gpu_num", str, None, "sets CUDA_VISIBLE_DEVICES where that is not set, such as 0,1", metavar="LIST")
+
     add = Group(parser, "mixing")
-    add("--mixup", type=float, default=0.8, metavar="ALPHA", help="mixup's Beta parameter; 0 for no mixup")
-    add("--cutmix", type=float, default=1.0, metavar="ALPHA", help="CutMix's Beta parameter; 0 for no CutMix")
-    add(
-        "--cutmix-minmax",
-        type=float,
-        nargs="+",
-        default=None,
-        metavar="SHARE",
-        help="smallest and largest side of CutMix's box",
-    )
-    add("--mixup-prob", type=cli.fraction, default=0.8, help="probability of mixing a batch")
-    add("--mixup-switch-prob", type=cli.fraction, default=0.5, help="probability of CutMix where both are on")
-    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="what one mixing ratio is drawn for")
-    add("--smoothing", type=cli.fraction, default=0.1, help="label smoothing")
+    add("--mixup", float, 0.8, "mixup's Beta parameter; 0 for no mixup", metavar="ALPHA")
+    add("--cutmix", float, 1.0, "CutMix's Beta parameter; 0 for no CutMix", metavar="ALPHA")
+    add("--cutmix-minmax", float, None, "smallest and largest side of CutMix's box", nargs="+", metavar="SHARE")
+    add("--mixup-prob", cli.fraction, 0.8, "probability of mixing a batch")
+    add("--mixup-switch-prob", cli.fraction, 0.5, "probability of CutMix where both are on")
+    add("--mixup-mode", ("batch", "pair", "elem"), "batch", "what one mixing ratio is drawn for")
+    add("--smoothing", cli.fraction, 0.1, "label smoothing")
+
     add = Group(parser, "optimisation")
-    add("--learning_rate", type=cli.positive_float, default=1e-4, help="learning rate of the weights")
-    add(
-        "--max_grad_norm",
-        type=cli.positive_float,
-        default=1.0,
-        metavar="NORM",
-        help="largest L2 norm of all gradients together",
-    )
-    add("--gradient_accumulation_steps", type=cli.positive_int, default=1, metavar="N",
-        help="parts in which a batch of --train_batch_size is taken")  # fmt: skip
-    add("--fp16", action="store_true", default=False, help="the same as --amp fp16")
-    add("--enable_writer", type=switch, default=False, metavar="0|1", help="1 is the same as --tensorboard")
+    add("--learning_rate", rate, 1e-4, "learning rate of the weights")
+    add("--max_grad_norm", cli.positive_float, 1.0, "largest L2 norm of all gradients together", metavar="NORM")
+    add("--gradient_accumulation_steps", cli.positive_int, 1,
+        "parts in which a batch of --train_batch_size is taken", metavar="N")  # fmt: skip
+    add.on("--fp16", "the same as --amp fp16")
+    add("--enable_writer", bool, False, "1 is the same as --tensorboard")
 
-
-def add_teacher_arguments(parser: argparse.ArgumentParser, *, kind: str) -> None:
-    """The teacher and its weight in the loss."""
     add = Group(parser, "distillation")
-    add("--teacher-model", default="", metavar="NAME", help="architecture of the teacher; none is --model_type")
-    add("--teacher-path", default="", metavar="FILE", help="its checkpoint; none is --model_path")
-    add("--distillation-type", default=kind, choices=("none", "soft", "hard"), help="what is learned from the teacher")
-    add("--distillation-alpha", type=cli.fraction, default=0.5, help="weight of the distillation in the loss")
-    add("--distillation-tau", type=cli.positive_float, default=1.0, help="temperature; soft only")
+    add("--teacher-model", str, "", "architecture of the teacher; none is --model_type", metavar="NAME")
+    add("--teacher-path", str, "", "its checkpoint; none is --model_path", metavar="FILE")
+    add("--distillation-type", ("none", "soft", "hard"), distillation, "what is learned from the teacher")
+    add("--distillation-alpha", cli.fraction, 0.5, "weight of the distillation in the loss")
+    add("--distillation-tau", cli.positive_float, 1.0, "temperature; soft only")
+    add_config_args(parser)
 
 
 def joint_parser(description: str | None) -> argparse.ArgumentParser:
     """Flags of stage 1."""
     parser = cli.make_parser(description)
-    add_common_arguments(parser, train_batch_size=1024, workers=4)
-    add_teacher_arguments(parser, kind="hard")
+    add_common_arguments(parser, train_batch_size=1024, workers=4, distillation="hard")
     add = Group(parser, "stage 1")
-    add("--pretrained", type=switch, default=True, metavar="0|1", help="load --model_path into the student")
-    add("--official", action="store_true", default=False,
-        help="the published behaviour where it is not what was meant: z keeps its first rate, patch gates are plain "
-        "parameters, old zeros stay in masks, one epoch more, noisy validation, bare state dicts")  # fmt: skip
-    add("--weight_decay", type=float, default=0.05, help="decay of every parameter")
-    add("--num_epochs", type=cli.positive_int, default=20, help="epochs, one more under --official")
-    add("--decay_type", default="cosine", choices=DECAYS, help="course of the learning rate")
-    add("--warmup_steps", type=cli.count, default=500, help="steps over which the learning rate rises")
-    add("--enable_warmup", type=switch, default=True, metavar="0|1", help="0 leaves the epochs of warm-up out")
-    add("--warmup_epochs", type=cli.count, default=5, help="first epochs, in which nothing is pruned or skipped")
-    add("--warmup_lr", type=cli.positive_float, default=1e-4, help="learning rate of the first step of each of them")
-    add(
-        "--warmup_reset", type=switch, default=False, metavar="0|1", help="start optimizer and schedule anew after them"
-    )
-    add(
-        "--log_interval",
-        type=cli.positive_int,
-        default=2000,
-        metavar="N",
-        help="steps between records of the structure",
-    )
+    add("--pretrained", bool, True, "load --model_path into the student")
+    add.on("--official",
+           "the published behaviour where it is not what was meant: z keeps its first rate, patch gates are plain "
+           "parameters, old zeros stay in masks, one epoch more, noisy validation, bare state dicts")  # fmt: skip
+    add("--weight_decay", float, 0.05, "decay of every parameter")
+    add("--num_epochs", cli.positive_int, 20, "epochs, one more under --official")
+    add("--decay_type", DECAYS, "cosine", "course of the learning rate")
+    add("--warmup_steps", cli.count, 500, "steps over which the learning rate rises")
+    add("--enable_warmup", bool, True, "0 leaves the epochs of warm-up out")
+    add("--warmup_epochs", cli.count, 5, "first epochs, in which nothing is pruned or skipped")
+    add("--warmup_lr", rate, 1e-4, "learning rate of the first step of each of them")
+    add("--warmup_reset", bool, False, "start optimizer and schedule anew after them")
+    add("--log_interval", cli.positive_int, 2000, "steps between records of the structure", metavar="N")
+
     add = Group(parser, "primal and dual variables")
-    add("--budget", type=share, default=0.5, help="share of the dense network's cost that may remain")
-    add("--enable_pruning", type=switch, default=True, metavar="0|1", help="learn s and r; 0 learns gates alone")
-    add("--soptim", default="sgd", choices=("sgd", "adam", "rmsprop"), help="optimizer of s")
-    add("--roptim", default="sgd", choices=("sgd", "adam", "rmsprop"), help="optimizer of r")
-    add("--slr", type=float, default=0.02, help="learning rate of s")
-    add("--rlr", type=float, default=0.02, help="learning rate of r")
-    add("--ylr", type=float, default=1e-4, help="learning rate of y")
-    add("--plr", type=float, default=1e-4, help="learning rate of p")
-    add("--zlr_schedule_list", type=numbers, default=[10.0, 20.0, 30.0, 40.0, 50.0], metavar="LIST",
-        help="learning rates of z, spread evenly over the epochs; under --official the first one alone")  # fmt: skip
-    add("--sl2wd", type=float, default=0.0, help="decay of s and r relative to their bounds")
-    add(
-        "--z_grad_clip",
-        type=cli.positive_float,
-        default=0.5,
-        help="bound of cost minus budget where it is differentiated",
-    )
-    add("--flops_with_mhsa", type=switch, default=True, metavar="0|1", help="0 counts the output projections alone")
+    add("--budget", share, 0.5, "share of the dense network's cost that may remain")
+    add("--enable_pruning", bool, True, "learn s and r; 0 learns gates alone")
+    add("--soptim", ("sgd", "adam", "rmsprop"), "sgd", "optimizer of s")
+    add("--roptim", ("sgd", "adam", "rmsprop"), "sgd", "optimizer of r")
+    add("--slr", float, 0.02, "learning rate of s")
+    add("--rlr", float, 0.02, "learning rate of r")
+    add("--ylr", float, 1e-4, "learning rate of y")
+    add("--plr", float, 1e-4, "learning rate of p")
+    add("--zlr_schedule_list", numbers, [10.0, 20.0, 30.0, 40.0, 50.0],
+        "learning rates of z, spread evenly over the epochs; under --official the first one alone",
+        metavar="LIST")  # fmt: skip
+    add("--sl2wd", float, 0.0, "decay of s and r relative to their bounds")
+    add("--z_grad_clip", cli.positive_float, 0.5, "bound of cost minus budget where it is differentiated")
+    add("--flops_with_mhsa", bool, True,
+        "0 puts the budget on the output projections alone; what is printed and written as remaining cost is the whole "
+        "network's all the same, as in stage 2")  # fmt: skip
+
     add = Group(parser, "gates")
-    add("--enable_block_gating", type=switch, default=True, metavar="0|1", help="learn to skip blocks")
-    add("--use_gumbel", type=switch, default=True, metavar="0|1", help="1 Gumbel softmax gates, 0 soft-L0 gates")
-    add("--glr", type=float, default=1e-3, help="learning rate of the gates' SGD")
-    add("--gating_interval", type=cli.positive_int, default=100, metavar="N", help="steps between its updates")
-    add("--gating_weight", type=float, default=5.0, help="factor on the cost's gradient there")
-    add("--eps", type=cli.positive_float, default=0.1, help="epsilon of soft-L0 gates")
-    add("--eps_decay", type=cli.positive_float, default=0.92, help="factor on it at each epoch after the warm-up")
-    add("--enable_patch_gating", type=int, default=2, choices=(0, 1, 2),
-        help="0 off, 1 a learned gate per patch position, 2 selection of patch tokens by image")  # fmt: skip
-    add("--patch_ratio", type=cli.fraction, default=0.9, help="share of patch tokens kept in mode 2")
-    add("--patch_weight", type=float, default=5.0, help="factor on the cost's gradient of the patch gates, mode 1")
-    add("--patch_l1_weight", type=float, default=0.01, help="factor on the sum of the patch gates in the loss, mode 1")
-    add("--patchlr", type=float, default=0.01, help="learning rate of the patch gates, mode 1")
-    add("--patchloss", default="l1", choices=("l1",), help="penalty on the patch gates, mode 1")
+    add("--enable_block_gating", bool, True, "learn to skip blocks")
+    add("--use_gumbel", bool, True, "1 Gumbel softmax gates, 0 soft-L0 gates")
+    add("--glr", float, 1e-3, "learning rate of the gates' SGD")
+    add("--gating_interval", cli.positive_int, 100, "steps between its updates", metavar="N")
+    add("--gating_weight", float, 5.0, "factor on the cost's gradient there")
+    add("--eps", cli.positive_float, 0.1, "epsilon of soft-L0 gates")
+    add("--eps_decay", cli.positive_float, 0.92, "factor on it at each epoch after the warm-up")
+    add("--enable_patch_gating", int, 2,
+        "0 off, 1 a learned gate per patch position, 2 selection of patch tokens by image",
+        choices=(0, 1, 2))  # fmt: skip
+    add("--patch_ratio", cli.fraction, 0.9, "share of patch tokens kept in mode 2")
+    add("--patch_weight", float, 5.0, "factor on the cost's gradient of the patch gates, mode 1")
+    add("--patch_l1_weight", float, 0.01, "factor on the sum of the patch gates in the loss, mode 1")
+    add("--patchlr", float, 0.01, "learning rate of the patch gates, mode 1")
+    add("--patchloss", ("l1",), "l1", "penalty on the patch gates, mode 1")
     cli.add_ignored_args(
         parser,
         {
@@ -218,9 +212,10 @@ def joint_parser(description: str | None) -> argparse.ArgumentParser:
             "--fp16_opt_level": "mixed precision is torch's own; --amp chooses it",
             "--loss_scale": "the loss scale of --amp fp16 adapts by itself",
             "--save_budgets": "no file is written at these budgets",
-            "--post_learning_rate": "post_train.py is a program of its own",
-            "--post_weight_decay": "post_train.py is a program of its own",
-            "--post_num_epochs": "post_train.py is a program of its own",
+            **dict.fromkeys(
+                ("--post_learning_rate", "--post_weight_decay", "--post_num_epochs"),
+                "post_train.py is a program of its own",
+            ),
             "--use_distribute": "the launcher decides",
             "--enable_part_gating": "gates of block halves take no part in network or cost",
         },
@@ -235,18 +230,17 @@ def joint_parser(description: str | None) -> argparse.ArgumentParser:
 def post_parser(description: str | None) -> argparse.ArgumentParser:
     """Flags of stage 2."""
     parser = cli.make_parser(description)
-    add_common_arguments(parser, train_batch_size=64, workers=8)
-    add_teacher_arguments(parser, kind="none")
+    add_common_arguments(parser, train_batch_size=64, workers=8, distillation="none")
     add = Group(parser, "stage 2")
-    add("--checkpoint_dir", default="", metavar="FILE", help="file of stage 1, or an official state dict with masks")
-    add("--pretrained", type=switch, default=False, metavar="0|1", help="1 is refused: --checkpoint_dir names the file")
-    add("--patch_mode", default="auto", choices=("auto", "off", "soft", "hard", "remove"),
-        help="what patch gates of the file do; auto is what the file says, soft where it does not")  # fmt: skip
-    add("--opt", default="adamw", metavar="NAME", help="timm's name of the optimiser")
-    add("--opt-eps", type=cli.positive_float, default=1e-8, help="its epsilon")
-    add("--opt-betas", type=float, nargs="+", default=None, metavar="BETA", help="its betas; none is its own")
-    add("--momentum", type=float, default=0.9, help="of SGD-like optimisers")
-    add("--weight-decay", type=float, default=0.05, help="decay of matrices; biases, norms and tokens have none")
+    add("--checkpoint_dir", str, "", "file of stage 1, or an official state dict with masks", metavar="FILE")
+    add("--pretrained", bool, False, "1 is refused: --checkpoint_dir names the file")
+    add("--patch_mode", ("auto", "off", "soft", "hard", "remove"), "auto",
+        "what patch gates of the file do; auto is what the file says, soft where it does not")  # fmt: skip
+    add("--opt", str, "adamw", "timm's name of the optimiser", metavar="NAME")
+    add("--opt-eps", cli.positive_float, 1e-8, "its epsilon")
+    add("--opt-betas", float, None, "its betas; none is its own", nargs="+", metavar="BETA")
+    add("--momentum", float, 0.9, "of SGD-like optimisers")
+    add("--weight-decay", float, 0.05, "decay of matrices; biases, norms and tokens have none")
     cli.add_schedule_args(parser, epochs=100)
     cli.add_ignored_args(
         parser,
@@ -257,12 +251,9 @@ def post_parser(description: str | None) -> argparse.ArgumentParser:
             "--warmup_steps": "the warm-up is --warmup-epochs",
             "--clip-grad": "gradients are clipped by --max_grad_norm",
             "--lr": "the rate is --learning_rate",
-            "--color-jitter": "pictures are cropped and flipped alone",
-            "--aa": "pictures are cropped and flipped alone",
+            **dict.fromkeys(("--color-jitter", "--aa"), "images are cropped and flipped alone"),
             "--train-interpolation": "it is bilinear",
-            "--reprob": "nothing is erased",
-            "--remode": "nothing is erased",
-            "--recount": "nothing is erased",
+            **dict.fromkeys(("--reprob", "--remode", "--recount"), "nothing is erased"),
             "--fp16_opt_level": "mixed precision is torch's own; --amp chooses it",
             "--loss_scale": "the loss scale of --amp fp16 adapts by itself",
             "--use_distribute": "the launcher decides",
@@ -270,7 +261,7 @@ def post_parser(description: str | None) -> argparse.ArgumentParser:
     )  # fmt: skip
     cli.add_ignored_args(
         parser,
-        {"--repeated-aug": "pictures are not repeated", "--no-repeated-aug": "pictures are not repeated"}
+        dict.fromkeys(("--repeated-aug", "--no-repeated-aug"), "images are not repeated")
         | {"--resplit": "batches are not split"},
         nargs=0,
     )  # fmt: skip
@@ -278,35 +269,110 @@ def post_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def finish(args: argparse.Namespace) -> argparse.Namespace:
-    """Resolve what flags mean together; the same for both stages."""
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse, with the settings of ``--config``, and resolve what flags mean together; the same for both stages.
+
+    Besides the flags the namespace holds ``stated_model_type``, None where ``--model_type`` is left at its default.
+    """
+    words = with_config(parser, sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(words, argparse.Namespace(model_type=None))
+    args.stated_model_type = args.model_type
+    args.model_type = args.model_type or MODEL_TYPE
     if args.fp16:
         args.amp = "fp16"
     args.tensorboard = args.tensorboard or args.enable_writer
+    if args.print_config:
+        print(config_text(parser, args))
+        raise SystemExit(0)
     if args.gpu_num is not None and args.device != "cpu":
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", args.gpu_num.replace(" ", ""))
+    if args.distillation_type != "none" and args.teacher_model and not re.search("deit|t2t", args.teacher_model):
+        raise UsageError(f"--teacher-model must be a deit or t2t network, got {args.teacher_model!r}")
     if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
-        raise SystemExit("error: --cutmix-minmax takes two shares, the smallest and the largest")
+        raise UsageError("--cutmix-minmax takes two shares, the smallest and the largest")
     for name in ("model_path", "teacher_path"):
         if getattr(args, name) == "pretrained":
             model = args.model_type if name == "model_path" else args.teacher_model or args.model_type
             if model not in WEIGHTS:
-                raise SystemExit(f"error: no published dense checkpoint of {model} is known; name a file with --{name}")
+                raise UsageError(f"no published dense checkpoint of {model} is known; name a file with --{name}")
             setattr(args, name, WEIGHTS[model])
     if args.train_batch_size % args.gradient_accumulation_steps:
-        raise SystemExit(
-            f"error: --train_batch_size {args.train_batch_size} is no multiple of --gradient_accumulation_steps "
+        raise UsageError(
+            f"--train_batch_size {args.train_batch_size} is no multiple of --gradient_accumulation_steps "
             f"{args.gradient_accumulation_steps}"
         )
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixes and args.train_batch_size // args.gradient_accumulation_steps < 2:
-        raise SystemExit(
-            "error: mixup and CutMix pair pictures: --train_batch_size over --gradient_accumulation_steps must be at "
-            "least 2, or give --mixup 0 --cutmix 0"
+        raise UsageError(
+            "mixup and CutMix pair images: --train_batch_size over --gradient_accumulation_steps must be at least 2, "
+            "or give --mixup 0 --cutmix 0"
         )
     return args
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse and resolve."""
-    return finish(parser.parse_args(argv))
+def check_files(args: argparse.Namespace) -> None:
+    """Whether the local files and folders that flags name exist, before anything heavy is loaded.
+
+    Raises:
+        CheckpointError, DataError: one does not.
+    """
+    for name in ("checkpoint_dir", "model_path", "teacher_path", "resume"):
+        value = getattr(args, name, None)
+        if value and value != "auto" and "://" not in value and not Path(value).exists():
+            raise CheckpointError(f"--{name} {value}: no such file")
+    if args.dataset in ("imagenet", "folder", "tar"):
+        if not args.data_dir:
+            raise DataError(f"--data_dir is missing: name the folder of the dataset {args.dataset!r}")
+        if not Path(args.data_dir).expanduser().exists():
+            raise DataError(f"--data_dir {args.data_dir}: no such folder")
+
+
+def take(kind: type[Settings], args: argparse.Namespace, **more: Any) -> Settings:
+    """Settings whose fields are flags, apart from those in ``more``."""
+    named = {item.name: getattr(args, item.name) for item in fields(kind) if item.name not in more}  # pyright: ignore[reportArgumentType]
+    return kind(**named, **more)
+
+
+def take_run(args: argparse.Namespace, **more: Any) -> Run:
+    """How a run proceeds; ``more`` are flags whose value was found otherwise."""
+    folder = Path(args.output_dir) / args.name if args.output_dir else None
+    return take(Run, args, folder=folder, arguments={**vars(args), **more})
+
+
+def take_teacher(args: argparse.Namespace, model_type: str, model_path: str | None) -> Teacher:
+    """The teacher of a network: the dense one of the same architecture unless flags name another."""
+    return take(Teacher, args, model_type=args.teacher_model or model_type, source=args.teacher_path or model_path)
+
+
+def joint_run(args: argparse.Namespace) -> JointRun:
+    """Stage 1 out of its flags."""
+    learned = args.enable_patch_gating == 1 and not args.official
+    zlr = args.zlr_schedule_list
+    primal_dual = take(
+        PrimalDualSettings, args, zlr=zlr[0], block_gating=args.enable_block_gating, pruning=args.enable_pruning,
+        learn_patches=learned, with_mhsa=args.flops_with_mhsa,
+    )  # fmt: skip
+    course = take(
+        JointSettings, args,
+        warmup_epochs=args.warmup_epochs if args.enable_warmup or args.official else 0,
+        zlr_schedule={0: zlr[0]} if args.official else zlr_schedule(zlr, args.num_epochs),
+        parts=args.gradient_accumulation_steps, total_steps=1,
+        select_ratio=args.patch_ratio if args.enable_patch_gating == 2 else None,
+        patch_l1_weight=args.patch_l1_weight if learned else 0.0,
+    )  # fmt: skip
+    return take(
+        JointRun, args, data=take(Data, args), mixing=take(Mixing, args), student=take(Student, args),
+        teacher=take_teacher(args, args.model_type, args.model_path), run=take_run(args), primal_dual=primal_dual,
+        course=course,
+    )  # fmt: skip
+
+
+def post_run(args: argparse.Namespace, model_type: str) -> PostRun:
+    """Stage 2 out of its flags, for a network whose name its file may have said."""
+    path = args.model_path
+    if args.stated_model_type is None and path == WEIGHTS[MODEL_TYPE]:
+        path = None  # "pretrained" meant the network of the file
+    return PostRun(
+        take(Data, args), take(Mixing, args), take_teacher(args, model_type, path or WEIGHTS.get(model_type)),
+        take_run(args, model_type=model_type), take(Recipe, args),
+    )  # fmt: skip

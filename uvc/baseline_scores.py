@@ -9,7 +9,7 @@ L blocks, H heads, d channels of a head, D width, M hidden neurons, B batch, T t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
@@ -56,7 +56,7 @@ def taylor_scores(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) ->
     return scores
 
 
-def synflow_scores(model: GatedTransformer, image_size: int | Sequence[int]) -> dict[str, Tensor]:
+def synflow_scores(model: GatedTransformer) -> dict[str, Tensor]:
     """|g w| where all weights, biases, tokens and positions are replaced by their absolute values.
 
     g is the gradient of the sum of the logits of an image of ones; no data are needed. Weights are as before after.
@@ -64,8 +64,7 @@ def synflow_scores(model: GatedTransformer, image_size: int | Sequence[int]) -> 
     model.zero_grad(set_to_none=True)
     with _absolute(model):
         like = next(model.parameters())
-        sides = (image_size, image_size) if isinstance(image_size, int) else image_size
-        ones = torch.ones(1, 3, *sides, dtype=like.dtype, device=like.device)
+        ones = torch.ones(1, 3, *model.image_size, dtype=like.dtype, device=like.device)
         logits_of(model, ones).sum().backward()
         scores = {name: (_gradient(weight) * weight).detach().abs() for name, weight in _weights(model).items()}
     model.zero_grad(set_to_none=True)

@@ -12,25 +12,13 @@ The last line is the remaining cost by the paper's rules in percent, as in the p
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from common.measure.benchmark import compare, device_name, random_images
-from common.measure.flops import CONVENTIONS, count_parameters
 from common.run import cli
-from common.run.checkpoint import CheckpointError
-from common.run.distributed import choose_device, run
-from uvc.checkpoints import load_masked, name_in
-from uvc.compact_files import example_images, export_onnx, export_program, load_compact, save_compact, to_timm
-from uvc.cost_model import CostModel
-from uvc.models.compact import CompactViT, padded
-from uvc.models.gates import GatedTransformer, apply_masks_
-from uvc.removal import Compressed, compress, dense_config
+from common.run.errors import CheckpointError
+from common.run.program import run
 
 AGREEMENT = 1e-4
 """Largest difference of float32 logits, relative to the largest, that still counts as rounding."""
@@ -72,66 +60,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def costs_of(model: GatedTransformer, compressed: Compressed) -> dict[str, float]:
-    """Counted by the paper's rules and really there: GMACs, share of the dense network, parameters."""
-    cost, network = CostModel.of(model, dtype=torch.float64), compressed.network
-    ratio, full = cost.of_structure(compressed.structure), float(cost.full)
-    with torch.device("meta"):
-        dense = CompactViT(dense_config(network.config, compressed.structure))
-    rules = CONVENTIONS["uvc"]
-    real, real_full = rules.total(network.count_ops()), rules.total(dense.count_ops())
-    return {
-        "remaining_percent": 100 * ratio,
-        "counted_gmacs": ratio * full / 1e9,
-        "dense_gmacs": full / 1e9,
-        "real_gmacs": real / 1e9,
-        "real_remaining_percent": 100 * real / real_full,
-        "padding_gmacs": network.padded_macs() / 1e9,
-        "params_m": count_parameters(network) / 1e6,
-        "dense_params_m": count_parameters(dense) / 1e6,
-    }
-
-
-@torch.no_grad()
-def difference(network: torch.nn.Module, masked: GatedTransformer, images: torch.Tensor) -> float:
-    """Largest difference of the logits, relative to the largest logit."""
-    want, got = masked(images), network(images)
-    return float((got - want).abs().max() / want.abs().max().clamp_min(1e-12))
-
-
-def measure(compressed: Compressed, versions: dict[str, CompactViT], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Speed-up of each version over the dense network, and what of the counted saving it realises."""
-    device, dtype = choose_device(args.device), getattr(torch, args.dtype)
-    config = compressed.network.config
-    dense = CompactViT(dense_config(config, compressed.structure))
-    networks = {"dense": dense} | versions
-    networks = {name: deepcopy(network).to(device, dtype).eval() for name, network in networks.items()}
-    images = random_images(args.batch_size, config.image_size[0], device, dtype)
-    clock = time.perf_counter
-    if args.processor_time:
-        clock = time.process_time
-        torch.set_num_threads(1)
-    speeds = compare(networks, images, baseline="dense", rounds=args.rounds, progress="benchmark", clock=clock)
-    full = CONVENTIONS["uvc"].total(dense.count_ops())
-    where = device_name(device) + (", processor time, 1 thread" if args.processor_time else "")
-    rows = []
-    for name, paired in speeds.items():
-        share, speed = CONVENTIONS["uvc"].total(networks[name].count_ops()) / full, paired.speed
-        rows.append({
-            "network": name, "latency_ms": speed.latency_ms, "throughput_ips": speed.throughput_ips,
-            "speedup": paired.speedup, "flops_ratio": 1 / share, "realised": paired.speedup * share,
-            "device": where, "dtype": args.dtype, "batch_size": args.batch_size,
-        })  # fmt: skip
-    return rows
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Compress, write, check; returns costs, agreement and speeds."""
     args = parse_args(argv)
-    model, said = load_masked(args.checkpoint, args.model_type)
-    apply_masks_(model)
-    name = args.model_type or str(said.get("model_type") or name_in(Path(args.checkpoint).name))
-    compressed = compress(model, multiple=args.round_to, drop_patches=args.drop_patches, name=name)
+    if "://" not in args.checkpoint and not Path(args.checkpoint).is_file():
+        raise CheckpointError(f"{args.checkpoint}: no such file; give a checkpoint of stage 1 or 2")
+    from common.run.distributed import choose_device
+    from uvc.compact_costs import costs_of, difference, measure_speeds
+    from uvc.compact_files import example_images, export_onnx, export_program, load_compact, save_compact, to_timm
+    from uvc.loading import load_masked
+    from uvc.models.compact import padded
+    from uvc.removal import compress
+
+    masked = load_masked(args.checkpoint, args.model_type)
+    model = masked.model
+    compressed = compress(model, multiple=args.round_to, drop_patches=args.drop_patches, name=masked.model_type)
     if not compressed.structure.running:
         print("warning: every block is skipped; nothing but the embedding and the head is left", file=sys.stderr)
     facts: dict[str, Any] = costs_of(model, compressed)
@@ -159,7 +102,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         versions = {"compact": padded(network), "compact, exact sizes": padded(network, 1)}
         if args.round_to > 1:
             versions[f"compact, multiples of {args.round_to}"] = network
-        facts["speeds"] = measure(compressed, versions, args)
+        facts["speeds"] = measure_speeds(
+            compressed, versions, device=choose_device(args.device), dtype=args.dtype, batch=args.batch_size,
+            rounds=args.rounds, processor_time=args.processor_time,
+        )  # fmt: skip
         for row in facts["speeds"]:
             print(f"{row['network']}: {row['latency_ms']:.2f} ms, {row['throughput_ips']:.1f} images/s, "
                   f"{row['speedup']:.2f} x of {row['flops_ratio']:.2f} x ({100 * row['realised']:.0f} % realised); "
@@ -172,4 +118,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]), expected=(CheckpointError, ValueError, ModuleNotFoundError, OSError))
+    run(main, expected=(ValueError, ModuleNotFoundError, OSError))

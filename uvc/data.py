@@ -1,4 +1,4 @@
-"""Pictures and mixing as both stages use them."""
+"""Images and mixing as both stages use them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from torchvision import transforms
 from common.data.loaders import DataError, build_dataset, eval_transform, train_transform
 from common.data.transforms import Transform
 from common.run.cli import DATASET_NAMES
+from uvc.settings import Mixing
 
-DATASETS = ("imagenet", "cifar10", "cifar100", "digits", "folder", "tar")
 HALF = (0.5, 0.5, 0.5)
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def build_transforms(dataset: str, size: int) -> tuple[Transform, Transform]:
-    """Transforms of training and validation pictures to (3, size, size).
+    """Transforms of training and validation images to (3, size, size).
 
     ImageNet: random resized crop and flip, bilinear, no further augmentation; validation resizes to 256/224 of the size
-    and crops the centre. CIFAR: crops of at least 5 %, validation resizes. Digits and other pictures of up to 32
+    and crops the centre. CIFAR: crops of at least 5 %, validation resizes. Digits and other images of up to 32
     pixels: padded random crops.
     """
     if dataset in ("cifar10", "cifar100"):
@@ -55,56 +55,47 @@ def open_datasets(
     return None if only_evaluate else build_dataset(name, folder or None, "train", train), held_out
 
 
-def first_of_each_class(pictures: Dataset[Any], share: float) -> Dataset[Any]:
-    """The first ``share`` of each class's pictures, rounded up, in the order of the data set; 1 takes all.
+def first_of_each_class(images: Dataset[Any], share: float) -> Dataset[Any]:
+    """The first ``share`` of each class's images, rounded up, in the order of the data set; 1 takes all.
 
     Raises:
-        DataError: the data set does not tell its labels without opening its pictures.
+        DataError: the data set does not tell its labels without opening its images.
     """
     if share >= 1:
-        return pictures
-    labels = getattr(pictures, "targets", None)
-    labels = getattr(getattr(pictures, "reader", None), "targets", None) if labels is None else labels
+        return images
+    labels = getattr(images, "targets", None)
+    labels = getattr(getattr(images, "reader", None), "targets", None) if labels is None else labels
     if labels is None:
-        raise DataError(f"{type(pictures).__name__} does not list its labels, so no share of each class can be taken")
+        raise DataError(f"{type(images).__name__} does not list its labels, so no share of each class can be taken")
     numbers = np.asarray(labels)
     chosen = [np.flatnonzero(numbers == label) for label in np.unique(numbers)]
     chosen = [places[: math.ceil(share * len(places))] for places in chosen]
-    subset = Subset(pictures, sorted(np.concatenate(chosen).tolist()))
-    subset.classes = getattr(pictures, "classes", None)  # pyright: ignore[reportAttributeAccessIssue] - as others have
+    subset = Subset(images, sorted(np.concatenate(chosen).tolist()))
+    subset.classes = getattr(images, "classes", None)  # pyright: ignore[reportAttributeAccessIssue] - as others have
     return subset
 
 
-def build_mix(
-    classes: int,
-    *,
-    mixup: float,
-    cutmix: float,
-    cutmix_minmax: list[float] | None,
-    prob: float,
-    switch_prob: float,
-    mode: str,
-    smoothing: float,
-) -> Mix:
+def build_mix(classes: int, mixing: Mixing) -> Mix:
     """A function of images and labels (B,) to mixed images and class probabilities (B, classes).
 
-    An odd last picture is left out, since mixing pairs them. Without mixup and CutMix labels are smoothed alone.
+    An odd last image is left out, since mixing pairs them. Without mixup and CutMix labels are smoothed alone.
     """
-    if not (mixup > 0 or cutmix > 0 or cutmix_minmax):
+    if not (mixing.mixup > 0 or mixing.cutmix > 0 or mixing.cutmix_minmax):
 
         def smooth(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            return images, mixup_target(targets, classes, 1.0, smoothing)
+            return images, mixup_target(targets, classes, 1.0, mixing.smoothing)
 
         return smooth
-    mixing = Mixup(
-        mixup, cutmix, cutmix_minmax, prob, switch_prob, mode, label_smoothing=smoothing, num_classes=classes
-    )
+    mixer = Mixup(
+        mixing.mixup, mixing.cutmix, mixing.cutmix_minmax, mixing.mixup_prob, mixing.mixup_switch_prob,
+        mixing.mixup_mode, label_smoothing=mixing.smoothing, num_classes=classes,
+    )  # fmt: skip
 
     def mix(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         even = len(images) - len(images) % 2
         if even == 0:
-            raise ValueError("mixup pairs pictures: --train_batch_size (after accumulation) must be at least 2")
-        images, targets = mixing(images[:even].clone(), targets[:even])
+            raise ValueError("mixup pairs images: --train_batch_size (after accumulation) must be at least 2")
+        images, targets = mixer(images[:even].clone(), targets[:even])
         return images, targets
 
     return mix

@@ -19,10 +19,9 @@ from common.measure.benchmark import compare, device_name
 from common.measure.flops import CONVENTIONS
 from common.run.checkpoint import load_safely, save_atomic
 from uvc import baselines, joint_train, post_train
-from uvc.checkpoints import load_masked
 from uvc.cost_model import CostModel
 from uvc.data import open_datasets
-from uvc.loading import save_masked
+from uvc.loading import load_masked, save_masked
 from uvc.models.compact import padded
 from uvc.models.gates import GatedTransformer
 from uvc.pruning import update_masks_
@@ -170,7 +169,7 @@ def uniform_numbers(cost: CostModel, depth: int, budget: float) -> tuple[int, in
 
 def reduce_uniformly(dense: Path, path: Path, budget: float) -> Path:
     """Mask the weakest heads and neurons of every block alike, and write the result for stage 2."""
-    model, _ = load_masked(dense)
+    model = load_masked(dense).model
     depth = len(model.blocks)
     heads, neurons = uniform_numbers(CostModel.of(model, dtype=torch.float64), depth, budget)
     s = torch.tensor([[heads, neurons]], dtype=torch.float32).expand(depth, 2)
@@ -180,7 +179,7 @@ def reduce_uniformly(dense: Path, path: Path, budget: float) -> Path:
 
 def measure(known: list[dict[str, Any]], folder: Path, device: torch.device, *, progress: bool) -> DeskTable:
     """Costs and speeds of the trained networks, all timed in turns."""
-    masked = {f"{row['method']} {row['setting']}".strip(): load_masked(folder / row["file"])[0] for row in known}
+    masked = {f"{row['method']} {row['setting']}".strip(): load_masked(folder / row["file"]).model for row in known}
     models = {name: padded(compress(model).network).to(device) for name, model in masked.items()}
     images = held_out(BATCH[device.type]).to(device)
     speeds = compare(
@@ -205,8 +204,8 @@ def measure(known: list[dict[str, Any]], folder: Path, device: torch.device, *, 
         columns=COLUMNS,
         rows=lines,
         notes=(
-            f"{MODEL}: 6 blocks of 4 heads, width 64, 16 patches of 32x32 pictures; dense trained for {DENSE_EPOCHS} "
-            f"epochs on 1,437 digits, evaluated on the 360 others (one picture is 0.28 points). UVC: {STAGE1_EPOCHS} "
+            f"{MODEL}: 6 blocks of 4 heads, width 64, 16 patches of 32x32 images; dense trained for {DENSE_EPOCHS} "
+            f"epochs on 1,437 digits, evaluated on the 360 others (one image is 0.28 points). UVC: {STAGE1_EPOCHS} "
             f"epochs of stage 1 (again with a lower aim where the budget was missed), then {STAGE2_EPOCHS} of stage 2; "
             f"the others {STAGE1_EPOCHS + STAGE2_EPOCHS} epochs.",
             "cost_percent is the remaining cost by the paper's rules, to be held against the budget; weights_percent "
@@ -233,5 +232,5 @@ def nonzero_share(model: GatedTransformer) -> float:
 
 def held_out(number: int) -> Tensor:
     """The first held-out digits, from the start again if need be, (number, 3, 32, 32)."""
-    _, pictures = open_datasets("digits", None, 32, only_evaluate=True)
-    return torch.stack([pictures[index % 360][0] for index in range(number)])
+    _, images = open_datasets("digits", None, 32, only_evaluate=True)
+    return torch.stack([images[index % 360][0] for index in range(number)])

@@ -6,26 +6,28 @@ FILE is a checkpoint of stage 1 or 2, ours or a published one, or a compact netw
 the share of the cost that remains by the paper's rules.
 """
 
+from __future__ import annotations
+
 import argparse
 import io
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from common.run.checkpoint import CheckpointError
 from common.run.cli import make_parser
-from common.run.distributed import run
+from common.run.errors import CheckpointError
 from common.run.files import write_atomic
-from uvc.checkpoints import load_masked
-from uvc.compact_files import read_description
-from uvc.structure import Structure
+from common.run.program import run
+
+if TYPE_CHECKING:
+    from uvc.structure import Structure
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("file", metavar="FILE", help="checkpoint with masks, or FILE.safetensors of compress.py")
     parser.add_argument("--model_type", default="", metavar="NAME", help="architecture (default: as the file says)")
-    parser.add_argument("--output", required=True, type=Path, metavar="PNG", help="picture to write")
+    parser.add_argument("--output", required=True, type=Path, metavar="PNG", help="image to write")
     return parser.parse_args(argv)
 
 
@@ -34,7 +36,7 @@ def draw_structure(structure: Structure, *, title: str = "") -> bytes:
 
     Args:
         structure: what survives.
-        title: over the picture.
+        title: over the image.
     """
     import matplotlib.pyplot as plt
     from matplotlib.patches import Rectangle
@@ -78,13 +80,17 @@ def load_structure(file: str, model_type: str = "") -> tuple[Structure, float | 
     Raises:
         CheckpointError: the file is neither.
     """
+    if not Path(file).is_file():
+        raise CheckpointError(f"{file}: no such file; give a checkpoint of stage 1 or 2, or a file of compress.py")
+    from uvc.compact_files import read_description
+    from uvc.cost_model import CostModel
+    from uvc.loading import load_masked
+    from uvc.structure import Structure
+
     if file.endswith(".safetensors"):
         content = read_description(file)
-        percent = content.get("costs", {}).get("remaining_percent")
-        return Structure.from_dict(content["structure"]), percent
-    from uvc.cost_model import CostModel
-
-    model, _ = load_masked(file, model_type)
+        return Structure.from_dict(content["structure"]), content.get("costs", {}).get("remaining_percent")
+    model = load_masked(file, model_type).model
     structure = Structure.from_model(model)
     return structure, 100 * CostModel.of(model).of_structure(structure)
 
@@ -103,4 +109,4 @@ def main(argv: Sequence[str] | None = None) -> Structure:
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]), expected=(CheckpointError, ValueError, OSError))
+    run(main, expected=(ValueError, OSError))

@@ -12,7 +12,6 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.losses import DistillationLoss
-from common.run.distributed import World, get_logger, get_world_size, is_main
+from common.run.distributed import World, get_world_size
 from common.run.engine import Optimization, StepInfo, evaluate
 from common.run.files import write_atomic
 from common.run.metrics import Record
+from common.run.program import get_logger, is_main
 from uvc.data import Mix
 from uvc.loading import save_masked
 from uvc.losses import patch_penalty
 from uvc.models.gates import GatedTransformer, count_mask_elements
 from uvc.pruning import group_scores, masked_weights, update_masks_
 from uvc.schedules import selection_tau, zlr_at
+from uvc.settings import JointSettings
 from uvc.structure import Structure
 from uvc.uvc_optimizer import PrimalDual
 
@@ -56,7 +57,7 @@ def back_propagate(
     """
     images, targets = batch
     if len(images) % parts:
-        raise ValueError(f"a batch of {len(images)} pictures cannot be taken in {parts} equal parts")
+        raise ValueError(f"a batch of {len(images)} images cannot be taken in {parts} equal parts")
     sums: dict[str, Tensor] = {}
     pieces = list(zip(images.chunk(parts), targets.chunk(parts), strict=True))
     for index, piece in enumerate(pieces):
@@ -71,37 +72,6 @@ def back_propagate(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage 1
-
-
-@dataclass(frozen=True)
-class JointSettings:
-    """Course of stage 1.
-
-    Attributes:
-        warmup_epochs: first epochs, in which every block's update is halved and nothing is pruned or skipped.
-        warmup_lr: learning rate of the first step of each of them.
-        warmup_reset: forget the optimizer's moments and start the schedule anew after them.
-        zlr_schedule: learning rate of z by the epoch from which it holds; the first epoch is 1.
-        eps_decay: factor on eps of the soft-L0 gates at the start of each later epoch.
-        parts: pieces of a batch, see ``back_propagate``.
-        select_ratio: share of patch tokens that selection by image keeps; None selects none.
-        total_steps: of the run, for the temperature of this selection.
-        patch_l1_weight: factor on the sum of the patch gates in the loss; 0 where patches are not learned.
-        official: masks keep stale zeros, evaluation is of the noisy soft network, files are bare state dicts.
-        log_interval: steps between records of the structure.
-    """
-
-    warmup_epochs: int = 5
-    warmup_lr: float = 1e-4
-    warmup_reset: bool = False
-    zlr_schedule: Mapping[int, float] = field(default_factory=lambda: {0: 10.0})
-    eps_decay: float = 0.92
-    parts: int = 1
-    select_ratio: float | None = None
-    total_steps: int = 1
-    patch_l1_weight: float = 0.0
-    official: bool = False
-    log_interval: int = 2000
 
 
 class JointTraining:
@@ -218,7 +188,9 @@ class JointTraining:
                 self.dumps.add(info.step, row)
         return {"resource": resource, "z": float(self.primal_dual.z)}
 
-    def evaluate(self, loader: Iterable[Any], world: World, *, amp: str = "none") -> dict[str, float]:
+    def evaluate(
+        self, loader: Iterable[Any], world: World, *, amp: str = "none", show_progress: bool = False
+    ) -> dict[str, float]:
         """Accuracy and remaining cost after an epoch, and this epoch's file.
 
         By default of the network that stage 2 would start from: weights masked, blocks run or not, patches removed. In
@@ -230,7 +202,7 @@ class JointTraining:
                 stack.enter_context(masked_weights(self.model))
                 stack.enter_context(deployed_gates(self.model, remove=self.primal_dual.settings.learn_patches))
             metrics: dict[str, float] = evaluate(
-                self.model, loader, device=world.device, amp=amp, show_progress=False, title="validation"
+                self.model, loader, device=world.device, amp=amp, show_progress=show_progress, title="validation"
             )
         metrics |= self.report(metrics)
         if self.folder is not None and is_main():
@@ -258,12 +230,12 @@ class JointTraining:
         self.scheduler.step()
 
     def deployed_ratio(self) -> float:
-        """Remaining cost by the hard gates and the masks to come. Waits for the device."""
+        """Remaining cost of the whole network by the hard gates and the masks to come. Waits for the device."""
         state = self.primal_dual
         run = torch.tensor(self.model.runs()).to(state.s) if state.settings.block_gating else None
         patches = self.model.patch_gating if state.settings.learn_patches else None
         with torch.no_grad():
-            return float(state.cost.ratio(state.s, state.r, group_scores(self.model).heads, run, patches))
+            return float(state.whole_cost.ratio(state.s, state.r, group_scores(self.model).heads, run, patches))
 
     def structure(self) -> Structure:
         """What survives by the masks and the hard gates. Waits for the device."""
@@ -299,6 +271,8 @@ class JointTraining:
             self.steps, self.epoch + 1, float(kept) / 1e6, size / 1e6, 100 * float(kept) / size,
         )  # fmt: skip
         logger.info("Expectation FLOPs: %.2f%% Real FLOPs: %.2f%%", 100 * expected, 100 * remaining)
+        if not self.primal_dual.settings.with_mhsa:
+            logger.info("(expected: of the output projections, which the budget holds; real: of the whole network)")
         if not self.warming_up and running < FEW_BLOCKS <= len(self.model.blocks):
             logger.warning(
                 "only %d of %d blocks run: the budget is met by skipping alone. A lower --gating_weight or --glr, "
@@ -418,7 +392,11 @@ class FineTuning:
         self.steps = info.step
         return self.observe(info) if self.observe is not None else {}
 
-    def evaluate(self, loader: Iterable[Any], world: World, *, amp: str = "none") -> dict[str, float]:
+    def evaluate(
+        self, loader: Iterable[Any], world: World, *, amp: str = "none", show_progress: bool = False
+    ) -> dict[str, float]:
         """Accuracy of the masked network."""
         self.apply_masks()
-        return evaluate(self.model, loader, device=world.device, amp=amp, show_progress=False, title="validation")
+        return evaluate(
+            self.model, loader, device=world.device, amp=amp, show_progress=show_progress, title="validation"
+        )

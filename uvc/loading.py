@@ -1,8 +1,12 @@
-"""Reading weights: dense networks, files of stage 1 and 2 of ours, and official bare state dicts with masks."""
+"""Reading and writing weights: dense networks, our files of stage 1 and 2, published bare state dicts with masks.
+
+A published file is the bare state dict of the gated network with ``.mask`` entries; ours hold it under ``model``, with
+what else is to be known beside it. All are read without running code.
+"""
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,19 +15,29 @@ from typing import Any
 
 from torch import Tensor
 
-from common.run.checkpoint import CheckpointError, load_safely, load_strict, locate, save_atomic, select_state
-from common.run.distributed import get_logger, main_process_first
-from uvc import checkpoints
-from uvc.models import MODELS
-from uvc.models.gates import GatedTransformer, PatchMode, apply_masks_
+from common.run.checkpoint import load_safely, load_strict, locate, save_atomic, select_state
+from common.run.distributed import main_process_first
+from common.run.errors import CheckpointError
+from common.run.program import get_logger
+from uvc.models import MODELS, create
+from uvc.models.gates import GatedTransformer, apply_masks_, register_masks
 from uvc.structure import Structure
 
 logger = get_logger(__name__)
 
-OWN = ("block_skip_gating", "*.attn_skip_gating", "*.mlp_skip_gating", "patch_gating", "gumbel.*", "*.mask")
-"""Entries that a dense checkpoint lacks."""
-
+OWN = ("*_gating", "gumbel.*", "*.mask")
+"""Entries that a dense checkpoint lacks; then everything is kept."""
 METADATA = "uvc"
+"""Where our files say what they are, besides the flags of a training state under ``args``."""
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A masked network, and what its file says besides the weights (nothing in a published file)."""
+
+    model: GatedTransformer
+    model_type: str
+    metadata: Mapping[str, Any]
 
 
 def read_state(source: str | os.PathLike[str], *, prefer_ema: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -38,11 +52,25 @@ def read_state(source: str | os.PathLike[str], *, prefer_ema: bool = False) -> t
     """
     with main_process_first():
         path = locate(source)
+    if path.suffix == ".safetensors" and _is_compact(path):
+        raise CheckpointError(f"{path}: it is a compact network of compress.py; give the masked checkpoint it is from")
     content = load_safely(path)
     keys = ("state_dict_ema", "model", "state_dict") if prefer_ema else ("model", "state_dict_ema", "state_dict")
-    state = select_state(content, keys, source=str(path))
-    metadata = content.get(METADATA) if isinstance(content, Mapping) else None
-    return state, dict(metadata) if isinstance(metadata, Mapping) else {}
+    said: dict[str, Any] = {}
+    for key in ("args", METADATA):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            said |= content[key]
+    return select_state(content, keys, source=str(path)), said
+
+
+def _is_compact(file: Path) -> bool:
+    """Whether a safetensors file is one of compress.py."""
+    from uvc.compact_files import read_description  # needed here only, and it brings exporters along
+
+    try:
+        return bool(read_description(file))
+    except CheckpointError:
+        return False
 
 
 def load_dense(
@@ -65,8 +93,7 @@ def load_dense(
     own = model.state_dict()
     masks = [key for key in state if key.endswith(".mask")]
     for key in masks:
-        weight = f"{key.removesuffix('.mask')}.weight"
-        mask = state.pop(key)
+        weight, mask = f"{key.removesuffix('.mask')}.weight", state.pop(key)
         if weight in state and state[weight].shape == mask.shape:
             state[weight] = state[weight] * mask
     if masks:
@@ -89,40 +116,88 @@ def load_dense(
     load_strict(model, state, allow_missing=OWN, allow_unexpected=("patch_gating",), source=source)
 
 
-@dataclass(frozen=True)
-class Masked:
-    """A masked network and what its file says: the names are those of ``save_masked``."""
+def load_masked(source: str | os.PathLike[str], model_type: str = "", *, patch: str = "") -> Masked:
+    """The network of a checkpoint with its weights masked and its blocks fixed, on the CPU, in evaluation mode.
 
-    model: GatedTransformer
-    model_type: str
-    metadata: Mapping[str, Any]
-
-
-def load_masked(
-    source: str | os.PathLike[str], *, model_type: str | None = None, patch_mode: PatchMode | None = None
-) -> Masked:
-    """The network of a stage-1 or stage-2 file with its weights masked, blocks and patches fixed, gates frozen.
+    Sizes (classes, depth, resolution and so on) are those of the weights; the name says what they do not tell, such
+    as the number of heads.
 
     Args:
-        source: a file of ours, or an official bare state dict with ``.mask`` entries.
-        model_type: needed for files that do not say it.
-        patch_mode: what patch gates do; None takes what the file says, and ``soft`` where there are gates but no word.
+        source: file or URL of stage 1 or 2, ours or published; a dense checkpoint keeps everything.
+        model_type: name of the architecture; empty: from the file, or from its name, which both stages begin with it.
+        patch: how patch gates act, see ``GateSettings.patch``; empty: as the file says, else softly if there are any.
 
     Raises:
-        CheckpointError: no model type known, another network than the file's, or entries that do not fit, listed.
+        CheckpointError: not readable, of another architecture, or the name is not known; the message says what to do.
     """
-    with main_process_first():
-        path = locate(source)
-    model, metadata = checkpoints.load_masked(path, model_type or "", patch=patch_mode or "")
-    stated = metadata.get("model_type")
-    if model_type is not None and stated is not None and stated != model_type:
-        raise CheckpointError(f"{path} is of {stated}, not of {model_type}: give --model_type {stated}")
+    state, said = read_state(source)
+    stated = said.get("model_type")
+    name = model_type or str(stated or name_in(Path(source).name))
+    if not name:
+        raise CheckpointError(f"{source}: it does not say which architecture it is of; add --model_type NAME")
+    try:
+        model = create(name, **sizes_of(state, name, source=str(source)))
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}; name the right one with --model_type") from error
+    if stated and stated != name:
+        raise CheckpointError(f"{source} is of {stated}, not of {name}: give --model_type {stated}")
+    if "patch_gating" in state:
+        model.add_patch_gates()
+        model.gates.patch = patch or said.get("patch_mode") or "soft"  # pyright: ignore[reportAttributeAccessIssue]
+    elif patch not in ("", "off"):
+        raise CheckpointError(f"{source}: it has no patch_gating, so its patches cannot be treated as {patch!r}")
+    if name.startswith("t2t") and "gumbel.weight" in state:
+        model.add_token_scores()  # pyright: ignore[reportCallIssue]
+    register_masks(model)
+    load_strict(model, state, allow_missing=OWN, source=str(source))
+    model.gates.jumping = bool(said.get("enable_jumping") or said.get("jumping"))
     apply_masks_(model)
     model.fix_blocks()
-    freeze_structure(model)
-    if all(bool(mask.all()) for name, mask in model.named_buffers() if name.endswith("mask")) and all(model.runs()):
-        logger.warning("%s: no weight is masked and every block runs: this is the dense network", path)
-    return Masked(model, str(model_type or stated or checkpoints.name_in(path.name)), metadata)
+    return Masked(model.eval(), name, said)
+
+
+def sizes_of(state: Mapping[str, Tensor], name: str, *, source: str = "checkpoint") -> dict[str, Any]:
+    """Arguments for ``create`` that differ from the named architecture's because the weights say so.
+
+    Raises:
+        CheckpointError: these are no weights of a DeiT or T2T-ViT, or their width is not that of ``name``.
+    """
+    try:
+        classes, width = state["head.weight"].shape
+        positions = state["pos_embed"].shape[1] - 1 - ("dist_token" in state)
+        hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+    except KeyError as error:
+        raise CheckpointError(
+            f"{source}: there is no {error.args[0]!r} in it, so it is no DeiT or T2T-ViT in the published names"
+        ) from error
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    ratio = (hidden + 0.5) / width  # whose product with the width is rounded down
+    sizes: dict[str, Any] = {"num_classes": classes, "depth": depth, "mlp_ratio": ratio}
+    expected = MODELS[name][1].get("embed_dim") if name in MODELS else width
+    if expected != width:
+        raise CheckpointError(f"{source}: its width is {width}, that of {name} is {expected}; check --model_type")
+    t2t, distilled = "tokens_to_token.project.weight" in state, "dist_token" in state
+    if name in MODELS and t2t != name.startswith("t2t"):
+        raise CheckpointError(f"{source}: it is {'a T2T-ViT' if t2t else 'a DeiT'}, not {name}; check --model_type")
+    side = math.isqrt(positions)
+    if side * side != positions:
+        raise CheckpointError(f"{source}: {positions} patches are no square; only square images are handled here")
+    if t2t:
+        return sizes | {"img_size": 16 * side, "token_dim": state["tokens_to_token.project.weight"].shape[1] // 9}
+    if name in MODELS and distilled != bool(MODELS[name][1].get("distilled")) and not name.startswith("deit_desk"):
+        raise CheckpointError(
+            f"{source}: it has {'a' if distilled else 'no'} distillation token, unlike {name}; check --model_type"
+        )
+    _, channels, patch, _ = state["patch_embed.proj.weight"].shape
+    return sizes | {
+        "img_size": patch * side, "patch_size": patch, "in_chans": channels, "distilled": distilled,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+    }  # fmt: skip
+
+
+def name_in(file: str) -> str:
+    """The longest known architecture that a file name begins with, or nothing."""
+    return max((name for name in MODELS if file.startswith(name)), key=len, default="")
 
 
 def freeze_structure(model: GatedTransformer) -> None:
@@ -170,24 +245,7 @@ def save_masked(
         state, num_heads=model.num_heads, remove_patches=remove, num_prefix_tokens=model.num_prefix_tokens
     )
     metadata = {
-        "model_type": model_type,
-        "img_size": image_size(model),
-        "patch_mode": patch_mode,
-        "jumping": model.gates.jumping,
-        "structure": json.loads(structure.to_json()),
-        **more,
-    }
+        "model_type": model_type, "img_size": model.image_size[0], "patch_mode": patch_mode,
+        "jumping": model.gates.jumping, "structure": structure.to_dict(), **more,
+    }  # fmt: skip
     return save_atomic({"model": state, METADATA: metadata}, path)
-
-
-def image_size(model: GatedTransformer) -> int:
-    """Side of the network's input in pixels."""
-    if hasattr(model, "patch_embed"):
-        size: Any = model.patch_embed.img_size  # pyright: ignore[reportAttributeAccessIssue]
-        return int(size[0])
-    return int(model.img_size)  # pyright: ignore[reportArgumentType]
-
-
-def default_image_size(model_type: str) -> int:
-    """Side of the input of a network by its name."""
-    return int(MODELS[model_type][1].get("img_size", 224)) if model_type in MODELS else 224

@@ -143,10 +143,10 @@ def _config(model: GatedTransformer, structure: Structure, multiple: int, name: 
     if isinstance(model, GatedT2TViT):
         stages = model.tokens_to_token
         channels = stages.attention1.kqv.in_features // 49
-        size = {"image_size": (model.img_size, model.img_size), "patch_size": 0, "in_chans": channels}
+        size = {"image_size": model.image_size, "patch_size": 0, "in_chans": channels}
         return CompactConfig(**shared, **size, token_dim=stages.attention1.width)
     embed: Any = model.patch_embed
-    size = {"image_size": tuple(embed.img_size), "patch_size": embed.patch_size[0]}
+    size = {"image_size": model.image_size, "patch_size": embed.patch_size[0]}
     return CompactConfig(**shared, **size, in_chans=embed.proj.in_channels)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Stage 1 of UVC on DeiT-Tiny at half the cost: the published command.
 # Published log (2 GPUs x 128, patch gating off): about 42.7 % of the cost after 31 epochs, 56.3 % top-1 before stage 2.
-# Hardware: 2 GPUs as here; one epoch is 1.28 million pictures, 1251 steps at 2 x 512.
+# Hardware: 2 GPUs as here; one epoch is 1.28 million images, 1251 steps at 2 x 512.
 #
 #   DATA=DIR bash uvc/run_uvc_train.sh [more flags of joint_train.py, which win over those below]
 #

@@ -2,53 +2,46 @@
 
     python uvc/step_cost.py --model_type deit_small_patch16_224 --batch 64
 
-A training step is teacher and student forward, backward, clipping and AdamW, on random pictures. Both are timed in turn
+A training step is teacher and student forward, backward, clipping and AdamW, on random images. Both are timed in turn
 in the same rounds, so that a machine that slows down slows both; the shares are medians. Memory is the peak of what is
 allocated while each runs, on top of what was there.
 """
 
+from __future__ import annotations
+
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from common.measure.benchmark import device_name, synchronize
 from common.run import cli
-from common.run.distributed import World, choose_device, run
-from common.run.engine import Optimization, autocast
-from uvc.data import build_mix
-from uvc.engine import JointSettings, JointTraining
-from uvc.loading import default_image_size, freeze_idle
-from uvc.losses import objective
-from uvc.models import create
-from uvc.models.gates import register_masks
-from uvc.schedules import warmup_factor
-from uvc.uvc_optimizer import PrimalDual, PrimalDualSettings
+from common.run.program import run
+
+if TYPE_CHECKING:
+    import torch
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--model_type", default="deit_tiny_patch16_224", metavar="NAME", help="architecture")
-    parser.add_argument("--batch", type=cli.positive_int, default=64, help="pictures per step (default: 64)")
-    parser.add_argument("--rounds", type=cli.positive_int, default=10, help="timed rounds (default: 10)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument(
-        "--amp", type=cli.amp_mode, default="none", help="mixed precision: none, fp16 or bf16 (default: none)"
-    )
+    add = parser.add_argument
+    add("--model_type", default="deit_tiny_patch16_224", metavar="NAME", help="architecture")
+    add("--batch", type=cli.positive_int, default=64, help="images per step (default: 64)")
+    add("--rounds", type=cli.positive_int, default=10, help="timed rounds (default: 10)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--amp", type=cli.amp_mode, default="none", help="mixed precision: none, fp16 or bf16 (default: none)")
     return parser.parse_args(argv)
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
     """Peak of memory allocated while ``function`` runs, in bytes on top of what was allocated before."""
+    import torch
+
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         function()
-        synchronize(device)
+        torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
@@ -68,29 +61,34 @@ def measure_step(
 
     Args:
         model_type: a name of ``uvc.models``, with random weights.
-        batch: pictures. rounds: timed rounds after two untimed ones.
+        batch: images. rounds: timed rounds after two untimed ones.
         device, amp: where and how precisely.
     """
-    model = register_masks(create(model_type)).to(device).train()
+    import torch
+
+    from common.measure.benchmark import synchronize
+    from common.run.engine import Optimization, autocast
+    from uvc.build import create_named
+    from uvc.data import build_mix
+    from uvc.engine import FineTuning
+    from uvc.loading import freeze_idle
+    from uvc.losses import objective
+    from uvc.models.gates import register_masks
+    from uvc.settings import Mixing, PrimalDualSettings
+    from uvc.uvc_optimizer import PrimalDual
+
+    model = register_masks(create_named(model_type)).to(device).train()
     freeze_idle(model)
-    teacher = create(model_type).to(device).eval().requires_grad_(False)
+    model.gates.block_gating = True
+    teacher = create_named(model_type).to(device).eval().requires_grad_(False)
     teacher.fix_blocks((True,) * len(teacher.blocks))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    state = PrimalDual(model, PrimalDualSettings(slr=1.0, rlr=1.0, gating_interval=50))
-    model.gates.block_gating = True
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_factor("constant", warmup_steps=0, total_steps=1))
-    training = JointTraining(
-        model, model, optimizer=optimizer, scheduler=scheduler, primal_dual=state,
-        criterion=objective(teacher, kind="soft", alpha=0.1), settings=JointSettings(warmup_epochs=0),
-        mix=build_mix(
-            model.num_classes, mixup=0, cutmix=0, cutmix_minmax=None, prob=0, switch_prob=0, mode="batch",
-            smoothing=0.1,
-        ),
-    )  # fmt: skip
-    size = default_image_size(model_type)
-    images = torch.randn(batch, 3, size, size, device=device)
-    targets = torch.randint(0, model.num_classes, (batch,), device=device)
     optimization = Optimization(optimizer, clip_grad=1.0)
+    state = PrimalDual(model, PrimalDualSettings(slr=1.0, rlr=1.0, gating_interval=50))
+    criterion = objective(teacher, kind="soft", alpha=0.1)
+    training = FineTuning(model, model, criterion=criterion, mix=build_mix(model.num_classes, Mixing()))
+    images = torch.randn(batch, 3, *model.image_size, device=device)
+    targets = torch.randint(0, model.num_classes, (batch,), device=device)
 
     def train() -> None:
         optimization.zero_grad()
@@ -118,11 +116,14 @@ def measure_step(
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure and print."""
     args = parse_args(argv)
-    world = World(0, 1, 0, choose_device(args.device), None)
-    values = measure_step(
-        args.model_type, batch=args.batch, rounds=args.rounds, device=world.device, amp=args.amp
-    )  # fmt: skip
-    print(f"{args.model_type}, batch {args.batch}, {args.amp}, {device_name(world.device)}, torch {torch.__version__}")
+    import torch
+
+    from common.measure.benchmark import device_name
+    from common.run.distributed import choose_device
+
+    device = choose_device(args.device)
+    values = measure_step(args.model_type, batch=args.batch, rounds=args.rounds, device=device, amp=args.amp)
+    print(f"{args.model_type}, batch {args.batch}, {args.amp}, {device_name(device)}, torch {torch.__version__}")
     print(f"training step   {values['train_ms']:9.1f} ms  {values['train_peak_mib']:9.1f} MiB")
     print(f"primal-dual step {values['primal_dual_ms']:8.1f} ms  {values['primal_dual_peak_mib']:9.1f} MiB")
     print(f"share of the primal-dual step {values['share_percent']:.2f} %")
@@ -130,4 +131,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]), expected=(ValueError,))
+    run(main, expected=(ValueError,))

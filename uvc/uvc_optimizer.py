@@ -23,49 +23,10 @@ from torch import Tensor
 from uvc.cost_model import CostModel, ProjectedCostModel, clamp_closed
 from uvc.models.gates import GatedTransformer, gate_weights
 from uvc.pruning import GroupScores, group_scores, least_sum, proximal_step_, removal
+from uvc.settings import PrimalDualSettings
 
 INITIAL_DUAL = 1e-3
 JUST_BELOW = 1 + 1e-8
-
-
-@dataclass(frozen=True)
-class PrimalDualSettings:
-    """Numbers of the step, in the published flags' names where there is one.
-
-    Attributes:
-        budget: B, remaining share of the cost.
-        slr, rlr, ylr, plr, zlr: learning rates of s, r, y, p and z.
-        soptim, roptim: sgd, adam or rmsprop.
-        sl2wd: adds sl2wd * s / bound to the gradient of s, likewise for r.
-        z_grad_clip: R - B is kept within plus or minus this before it is differentiated; z sees it unclipped.
-        block_gating: learn the block gates.
-        pruning: learn s and r; False leaves them at zero, and the weights to their own step.
-        glr, gating_interval, gating_weight: of their SGD: learning rate, steps between updates, factor on the
-            gradient of the cost.
-        learn_patches: patch gates enter the cost and have an optimizer of their own here.
-        patchlr, patch_weight: its learning rate, and the factor on the gradient of the cost.
-        with_mhsa: False takes the cost of the output projections alone.
-    """
-
-    budget: float = 0.5
-    slr: float = 0.02
-    rlr: float = 0.02
-    ylr: float = 1e-4
-    plr: float = 1e-4
-    zlr: float = 10.0
-    soptim: str = "sgd"
-    roptim: str = "sgd"
-    sl2wd: float = 0.0
-    z_grad_clip: float = 0.5
-    block_gating: bool = True
-    pruning: bool = True
-    glr: float = 1e-3
-    gating_interval: int = 100
-    gating_weight: float = 5.0
-    learn_patches: bool = False
-    patchlr: float = 0.01
-    patch_weight: float = 5.0
-    with_mhsa: bool = True
 
 
 def build_variable_optimizer(name: str, variable: Tensor, lr: float) -> torch.optim.Optimizer:
@@ -127,7 +88,7 @@ class PrimalDual:
         y: (L, 2). p: (L, H). z: () duals of the same, and of the budget.
         zlr: learning rate of z.
         generator: source of the noise; None takes the global one.
-        cost: R.
+        cost: R, which the budget holds. whole_cost: the same unless that is of the output projections alone.
     """
 
     def __init__(self, model: GatedTransformer, settings: PrimalDualSettings, *, seed: int | None = 0) -> None:
@@ -153,7 +114,8 @@ class PrimalDual:
             self.patch_optimizer = torch.optim.SGD([model.patch_gating], lr=settings.patchlr, momentum=0.9)
         self.zlr = settings.zlr
         self.count = 0
-        self.cost = (CostModel if settings.with_mhsa else ProjectedCostModel).of(model)
+        self.whole_cost = CostModel.of(model)
+        self.cost = self.whole_cost if settings.with_mhsa else ProjectedCostModel.of(model)
         self.generator = None
         if seed is not None:
             self.generator = torch.Generator(device=gates.device).manual_seed(seed)

@@ -46,6 +46,12 @@ MODELS: dict[str, tuple[Callable[..., GatedTransformer], dict[str, Any]]] = {
 """Name -> class and its arguments; ``deit_desk`` and ``deit_desk8``, with a quarter of its tokens, are small networks
 of ours for the handwritten digits."""
 
+
+def input_size(name: str) -> int:
+    """Side of a network's input in pixels, where nothing else is asked for."""
+    return MODELS[name][1].get("img_size", 224) if name in MODELS else 224
+
+
 _REFUSED: tuple[tuple[str, str], ...] = (
     (r"(R50-)?ViT-.*", "has no gates (separate q, k and v, no skip logits), so neither stage of UVC runs with it"),
     (

@@ -91,7 +91,7 @@ class GatedDeiT(GatedTransformer):
         self.hidden_dim = int(embed_dim * mlp_ratio)
         self.num_prefix_tokens = 2 if distilled else 1
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
-        self.num_patches = self.patch_embed.num_patches
+        self.num_patches, self.image_size = self.patch_embed.num_patches, tuple(self.patch_embed.img_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_patches + self.num_prefix_tokens, embed_dim))
         self.register_parameter("dist_token", nn.Parameter(torch.zeros(1, 1, embed_dim)) if distilled else None)

@@ -146,6 +146,7 @@ class GatedTransformer(nn.Module):
     """Base of the backbones: L blocks with skip gates. A subclass makes ``blocks``, ``norm`` and the embedding.
 
     Attributes:
+        image_size: (height, width) of the input in pixels.
         gates: the settings of the forward pass.
         block_skip_gating: logits (L, 2), initially (-1, 1).
         patch_gating: logits (1, N, 1) after ``add_patch_gates``, else None.
@@ -164,6 +165,7 @@ class GatedTransformer(nn.Module):
     num_patches: int
     num_prefix_tokens: int
     num_classes: int
+    image_size: tuple[int, int]
 
     def __init__(self, depth: int) -> None:
         super().__init__()

@@ -83,7 +83,7 @@ class GatedT2TViT(GatedTransformer):
         self.embed_dim, self.num_heads, self.num_classes = embed_dim, num_heads, num_classes
         self.hidden_dim = int(embed_dim * mlp_ratio)
         self.num_prefix_tokens = 1
-        self.img_size = img_size
+        self.image_size = img_size, img_size
         self.tokens_to_token = TokensToToken(img_size, in_chans, token_dim, embed_dim)
         self.num_patches = self.tokens_to_token.num_patches
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -105,8 +105,8 @@ class GatedT2TViT(GatedTransformer):
 
     def forward_features(self, images: Tensor, tau: float = -1.0, ratio: float = 0.9) -> Tensor:
         """Normalised tokens (B, T, D); arguments as ``forward``."""
-        if images.shape[-2:] != (self.img_size, self.img_size):
-            raise ValueError(f"expected images of {self.img_size} x {self.img_size}, got {tuple(images.shape[-2:])}")
+        if images.shape[-2:] != self.image_size:
+            raise ValueError(f"expected images of {self.image_size}, got {tuple(images.shape[-2:])}")
         x = self.gate_patches(self.tokens_to_token(images))  # (B, N, D)
         if tau > 0:
             if not hasattr(self, "gumbel"):

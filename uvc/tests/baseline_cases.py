@@ -39,7 +39,7 @@ def run_scores(case: Case, checks: Checks) -> None:
     if case.name.startswith("bp_magnitude"):
         scores = scoring.magnitude_scores(model)
     elif case.name.startswith("bp_synflow"):
-        scores = scoring.synflow_scores(model, case.build["img_size"])
+        scores = scoring.synflow_scores(model)
     else:
         scores = scoring.taylor_scores(model, taylor_batches(case, model.num_classes))
     masks = scoring.masks_of(scores, float(case.raw["density"]), scope="local" if "local" in case.name else "global")

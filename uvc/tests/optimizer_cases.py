@@ -12,8 +12,9 @@ from common.tests.reference import Case, Checks, NotCovered
 from uvc.cost_model import CostModel, ProjectedCostModel
 from uvc.models.gates import GatedTransformer, count_mask_elements, register_masks
 from uvc.pruning import blocks_of, group_scores, least_sum, proximal_step_, prune_weights_, removal, update_masks_
+from uvc.settings import PrimalDualSettings
 from uvc.tests.model_cases import NUMBER, build_model, mac_rows, replay, tensor
-from uvc.uvc_optimizer import PrimalDual, PrimalDualSettings
+from uvc.uvc_optimizer import PrimalDual
 
 
 def pruning_numbers(case: Case, model: GatedTransformer, fs: float, fr: float) -> tuple[Tensor, Tensor]:

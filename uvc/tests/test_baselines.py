@@ -8,6 +8,7 @@ import torch
 
 from common.measure.flops import CONVENTIONS
 from common.run.checkpoint import load_safely, save_atomic
+from common.run.errors import DataError
 from uvc import baselines
 from uvc.baseline_scores import (
     best,
@@ -88,7 +89,7 @@ def test_taylor_is_first_order_in_the_loss(model):
 
 def test_synflow_leaves_the_weights_alone(model):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    scores = synflow_scores(model, 16)
+    scores = synflow_scores(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert set(scores) == set(prunable(model))
 
@@ -165,15 +166,15 @@ def test_a_run_too_short_for_its_pruning_events_is_refused(dense, tmp_path):
 
 
 def test_a_share_of_each_class():
-    pictures, _ = open_datasets("digits", None, 32)
-    fifth = first_of_each_class(pictures, 0.2)
-    labels = [pictures.targets[index] for index in fifth.indices]
-    assert len(fifth) == sum(math.ceil(0.2 * pictures.targets.count(digit)) for digit in range(10))
+    images, _ = open_datasets("digits", None, 32)
+    fifth = first_of_each_class(images, 0.2)
+    labels = [images.targets[index] for index in fifth.indices]
+    assert len(fifth) == sum(math.ceil(0.2 * images.targets.count(digit)) for digit in range(10))
     assert [labels.count(digit) for digit in range(10)] == [
-        math.ceil(0.2 * pictures.targets.count(digit)) for digit in range(10)
+        math.ceil(0.2 * images.targets.count(digit)) for digit in range(10)
     ]
-    assert first_of_each_class(pictures, 1.0) is pictures
-    with pytest.raises(baselines.DataError, match="does not list its labels"):
+    assert first_of_each_class(images, 1.0) is images
+    with pytest.raises(DataError, match="does not list its labels"):
         first_of_each_class(torch.utils.data.TensorDataset(torch.zeros(3)), 0.5)
 
 

@@ -12,8 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 from common.run.checkpoint import CheckpointError, load_safely, save_atomic
 from common.run.files import ROOT
 from uvc import compress as command
-from uvc.checkpoints import load_masked
 from uvc.compact_files import example_images, load_compact, save_compact, to_timm
+from uvc.loading import load_masked
 from uvc.models.gates import apply_masks_
 from uvc.pruning import blocks_of
 from uvc.removal import compress
@@ -36,7 +36,7 @@ def test_from_a_published_file_to_every_format(checkpoint, tmp_path, capsys):
     words = ["--checkpoint", str(checkpoint), "--output", str(out), "--round-to", "8"]
     facts = command.main([*words, "--export", f"{out}.pt2", "--onnx", f"{out}.onnx"])
     assert capsys.readouterr().out.splitlines()[-1] == f"remaining {facts['remaining_percent']:.2f} %"
-    model, _ = load_masked(checkpoint)
+    model = load_masked(checkpoint).model
     apply_masks_(model)
     compact = load_compact(f"{out}.safetensors")
     images = example_images(compact.network.config)
@@ -113,7 +113,8 @@ def test_a_dense_checkpoint_keeps_everything_and_ours_say_what_they_are(tmp_path
     model, _, _ = random_network(1, **SMALL)
     dense = {key: value for key, value in model.state_dict().items() if not key.endswith(("mask", "gating"))}
     save_atomic({"model": dense, "args": {"model_type": "deit_desk"}}, tmp_path / "ours.pth")
-    loaded, arguments = load_masked(tmp_path / "ours.pth")
+    masked = load_masked(tmp_path / "ours.pth")
+    loaded, arguments = masked.model, masked.metadata
     assert arguments == {"model_type": "deit_desk"}
     compressed = compress(loaded)
     assert compressed.structure.running == (0, 1, 2)

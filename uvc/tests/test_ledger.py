@@ -71,12 +71,11 @@ def test_uniform_reduction_is_just_within_the_budget(budget):
 
 
 def test_uniform_reduction_takes_the_same_from_every_block(tmp_path: Path):
-    from uvc.checkpoints import load_masked
-    from uvc.loading import save_masked
+    from uvc.loading import load_masked, save_masked
     from uvc.models.gates import register_masks
 
     dense = save_masked(tmp_path / "dense.pth.tar", register_masks(create(desk.MODEL)), model_type=desk.MODEL)
-    model, _ = load_masked(desk.reduce_uniformly(dense, tmp_path / "half.pth.tar", 0.5))
+    model = load_masked(desk.reduce_uniformly(dense, tmp_path / "half.pth.tar", 0.5)).model
     blocks = Structure.from_model(model).blocks
     assert len({(len(block.heads), block.num_values, len(block.neurons)) for block in blocks}) == 1
     assert desk.nonzero_share(model) < 0.7

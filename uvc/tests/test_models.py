@@ -43,16 +43,16 @@ def test_every_listed_name_builds_or_says_why_not():
 def test_counted_cost_is_what_is_executed(name):
     with torch.device("meta"):
         model = create(name, num_classes=10)
-        pictures = torch.zeros(2, 3, model.img_size if hasattr(model, "img_size") else 32, 224 if "t2t" in name else 32)
+        images = torch.zeros(2, 3, model.img_size if hasattr(model, "img_size") else 32, 224 if "t2t" in name else 32)
     model.fix_blocks((True,) * len(model.blocks))
-    executed = count_executed_macs(model, pictures)
+    executed = count_executed_macs(model, images)
     head = 2 * model.embed_dim * 10
     if name == "deit_desk":
         assert executed - head == model.mac_counts(2).total
     else:  # the tokens-to-token stage is counted by rules of its own
         blocks = sum(sum(row) for row in model.mac_counts(2).blocks)
         del model.blocks[:]
-        assert executed - count_executed_macs(model, pictures) == blocks
+        assert executed - count_executed_macs(model, images) == blocks
 
 
 def test_a_gate_must_be_strictly_above_to_run(model, images):

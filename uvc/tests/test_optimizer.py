@@ -11,9 +11,10 @@ from uvc.losses import objective
 from uvc.models import create
 from uvc.models.gates import register_masks
 from uvc.pruning import ceil_straight_through, group_scores, least_sum, masked_weights, update_masks_
+from uvc.settings import PrimalDualSettings
 from uvc.structure import Structure
 from uvc.tests.model_cases import float64
-from uvc.uvc_optimizer import PrimalDual, PrimalDualSettings, build_variable_optimizer
+from uvc.uvc_optimizer import PrimalDual, build_variable_optimizer
 
 FAST = {"slr": 1.0, "rlr": 1.0, "zlr": 5.0, "z_grad_clip": 1.0, "gating_interval": 4, "glr": 0.1}
 

@@ -181,7 +181,7 @@ def test_bad_shapes_are_refused():
         CompactConfig.from_dict({"blocks": [{"heads": 3}], "image_size": [4, 4]})
 
 
-def test_a_wrong_picture_size_is_refused():
+def test_a_wrong_image_size_is_refused():
     model, _, _ = random_network(0, **SMALL)
     with pytest.raises(ValueError, match=r"expected images of \(16, 16\)"):
         compress(model).network(torch.zeros(1, 3, 32, 32).double())

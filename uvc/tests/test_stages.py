@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from ml_collections import ConfigDict
 
-from common.run.engine import Optimization
+from common.run.engine import Optimization, evaluate
+from common.run.errors import UsageError
 from common.run.files import ROOT
 from common.tests.forks import free_port, run_forked, torchrun_variables
 from uvc import arguments, joint_train, post_train
+from uvc.build import build_primal_dual, build_student, load_network
 from uvc.engine import FineTuning, JointTraining
 from uvc.loading import load_masked
 from uvc.models import DESK, MODELS, create
@@ -120,7 +123,7 @@ def test_published_scripts_with_two_processes(material, tmp_path):
     result = json.loads((folder / "result.json").read_text())
     assert printed.stdout.strip().splitlines()[-1].startswith(f"top-1 {result['top1_percent']:.3f} %")
     again = post_train.main(["--checkpoint_dir", str(folder / "deit_desk.pth.tar"), "--data_dir", material.data,
-                             "--num_workers", "0", "--device", "cpu", "--eval"])  # fmt: skip
+                             "--num_workers", "0", "--device", "cpu", "--eval", "--output_dir", ""])  # fmt: skip
     assert again["top1_percent"] == result["top1_percent"]
 
 
@@ -172,7 +175,7 @@ def test_the_file_holds_the_architecture_found(found, material):
     assert masked.model.gates.patch == "remove"
     kept = content["uvc"]["variables"]["heads_kept"]
     assert [len(block.heads) for block in structure.blocks] <= kept
-    result = post_train.main(stage2(material, Path(), found.file, "--eval"))
+    result = post_train.main(stage2(material, Path(), found.file, "--eval", "--output_dir", ""))
     assert result["top1_percent"] == found.metrics["top1_percent"]
     assert result["remaining_cost_percent"] == pytest.approx(found.metrics["remaining_cost_percent"], abs=1e-3)
     again = joint_train.main(
@@ -187,7 +190,7 @@ def test_stage1_starts_again_from_a_file_of_its_own(found, material, tmp_path):
     content["block_skip_gating"][2] = torch.tensor([1.0, -1.0])
     torch.save(content, tmp_path / "again.pth")
     words = stage1(material, tmp_path, "--model_path", str(tmp_path / "again.pth"), "--teacher-path", material.dense)
-    model = joint_train.build_model(joint_train.parse_args(words), 2)
+    model = build_student(arguments.joint_run(joint_train.parse_args(words)).student, 2)
     assert model.runs() == (True, True, False, True, True, True)
     weight, mask = content["blocks.1.mlp.fc2.weight"], content["blocks.1.mlp.fc2.mask"]
     assert not mask.all()
@@ -411,7 +414,7 @@ def test_stage1_refuses(words, message):
     ],
 )
 def test_flags_that_cannot_be(words, message, capsys):
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises((SystemExit, UsageError)) as error:
         joint_train.parse_args(words)
     assert message in capsys.readouterr().err + str(error.value)
 
@@ -446,8 +449,10 @@ def test_the_teacher_of_stage2_is_that_of_the_file(words, path, tmp_path, monkey
     torch.save(create("deit_small_patch16_224").state_dict(), file)
     words = [*words, "--checkpoint_dir", str(file)]
     args = post_train.parse_args(words)
-    assert post_train.load_network(args, words).model_type == args.model_type == "deit_small_patch16_224"
-    assert args.model_path == path
+    name = load_network(args.checkpoint_dir, args.stated_model_type, img_size=None).model_type
+    settings = arguments.post_run(args, name)
+    assert name == settings.teacher.model_type == settings.run.arguments["model_type"] == "deit_small_patch16_224"
+    assert settings.teacher.source == path
 
 
 def test_a_network_of_which_nothing_runs(found, material, tmp_path, capfd):
@@ -461,6 +466,100 @@ def test_a_network_of_which_nothing_runs(found, material, tmp_path, capfd):
 
 
 def test_a_budget_beyond_the_clip_is_warned_of(capfd):
-    args = joint_train.parse_args([*DIGITS, *FREE, "--budget", "0.3"])
-    joint_train.build_primal_dual(args, joint_train.build_model(args, 10))
+    settings = arguments.joint_run(joint_train.parse_args([*DIGITS, *FREE, "--budget", "0.3"]))
+    build_primal_dual(build_student(settings.student, 10), settings.primal_dual, seed=0)
     assert "--z_grad_clip 0.7 avoids that" in capfd.readouterr().err
+
+
+# Evaluation, the measure of the cost, and settings in files
+
+
+def test_evaluation_prints_and_writes_every_number(found, material, tmp_path, capfd, monkeypatch):
+    shown: list[bool] = []
+
+    def seen(*args: Any, show_progress: bool, **named: Any) -> dict[str, float]:
+        shown.append(show_progress)
+        return evaluate(*args, show_progress=show_progress, **named)
+
+    monkeypatch.setattr("uvc.engine.evaluate", seen)
+    resumed = ["--eval", "--resume", str(found.folder / "last.pth")]
+    for program, words in (
+        (post_train, stage2(material, tmp_path / "post", found.file, "--eval")),
+        (joint_train, stage1(material, tmp_path / "joint", *resumed)),
+    ):
+        result = program.main(words)
+        printed = capfd.readouterr()
+        folder = Path(words[words.index("--output_dir") + 1]) / RUN
+        assert json.loads((folder / "result.json").read_text()) == result
+        assert not (folder / "log.jsonl").exists()
+        top1, cost = f"top-1 {result['top1_percent']:.3f} %", f"remaining cost {result['remaining_cost_percent']:.2f} %"
+        last = f"{top1}, {cost}, top-5 {result['top5_percent']:.3f} %, loss {result['loss']:.4f}"
+        assert printed.out.splitlines()[-1] == last
+        assert shown.pop() is True
+
+
+def test_rates_of_zero_leave_the_weights(material, tmp_path):
+    rates = ["--learning_rate", "0", "--warmup_lr", "0", "--num_epochs", "1", "--enable_pruning", "0"]
+    joint_train.main(stage1(material, tmp_path, *rates))
+    state = torch.load(tmp_path / RUN / "deit_desk_1.pth.tar", weights_only=True)["model"]
+    dense = torch.load(material.dense, weights_only=True)["model"]
+    assert all(torch.equal(state[name], value) for name, value in dense.items())
+
+
+def test_both_stages_mean_the_same_cost_whatever_the_budget_is_on(material, tmp_path, capfd):
+    flags = ["--flops_with_mhsa", "0", "--num_epochs", "1", "--warmup_epochs", "0", "--enable_patch_gating", "0"]
+    found = joint_train.main(stage1(material, tmp_path, *flags))
+    assert "expected: of the output projections" in capfd.readouterr().err
+    file = tmp_path / RUN / "deit_desk_1.pth.tar"
+    result = post_train.main(stage2(material, Path(), file, "--eval", "--output_dir", ""))
+    assert result["remaining_cost_percent"] == pytest.approx(found["remaining_cost_percent"], abs=1e-3)
+    assert found["remaining_cost_percent"] != pytest.approx(found["expected_cost_percent"], abs=0.01)
+
+
+def test_settings_in_a_file(tmp_path, capsys):
+    words = ["--model_type", "deit_desk", "--budget", "0.4", "--zlr_schedule_list", "1,5", "--official", "--eval"]
+    words += ["--cutmix-minmax", "0.2", "0.5", "--enable_pruning", "0"]
+    with pytest.raises(SystemExit):
+        joint_train.parse_args([*words, "--print_config"])
+    printed = capsys.readouterr().out
+    (tmp_path / "run.yaml").write_text(printed)
+    python = "from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({'run': {'budget': 0.3}})\n"
+    (tmp_path / "run.py").write_text(python)
+    (tmp_path / "run.json").write_text('{"budget": 0.3, "zlr_schedule_list": [2, 3]}')
+    typed = vars(joint_train.parse_args(words)) | {"config": str(tmp_path / "run.yaml")}
+    read = joint_train.parse_args(["--config", str(tmp_path / "run.yaml")])
+    assert vars(read) == typed
+    assert joint_train.parse_args([f"--config={tmp_path / 'run.yaml'}", "--budget", "0.6"]).budget == 0.6
+    assert joint_train.parse_args(["--config", str(tmp_path / "run.py")]).budget == 0.3
+    assert joint_train.parse_args(["--config", str(tmp_path / "run.json")]).zlr_schedule_list == [2, 3]
+    config = ConfigDict({"run": {"budget": 0.3, "zlr_schedule_list": (2, 3)}})
+    (tmp_path / "tagged.yaml").write_text(config.to_yaml())
+    assert joint_train.parse_args(["--config", str(tmp_path / "tagged.yaml")]).zlr_schedule_list == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", '{"bugdet": 0.3}', "there is no flag --bugdet"),
+        ("a.json", "[1]", "holds a list"),
+        ("a.json", "{", "JSONDecodeError"),
+        ("a.yaml", "a: !!python/object/apply:os.system ['true']", "ConstructorError"),
+        ("a.py", "x = 1", "KeyError: 'get_config'"),
+        ("a.py", "import ml_collections_is_not_here", "ml_collections_is_not_here"),
+    ],
+)
+def test_files_of_settings_that_cannot_be_used(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=message):
+        joint_train.parse_args(["--config", str(tmp_path / name)])
+    with pytest.raises(UsageError, match="no such file"):
+        joint_train.parse_args(["--config", str(tmp_path / "none.json")])
+
+
+def test_without_ml_collections_one_message(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "ml_collections", None)
+    with pytest.raises(UsageError, match=r"pip install 'leanvit\[papers\]'"):
+        joint_train.parse_args(["--print_config"])
+    (tmp_path / "a.py").write_text("import ml_collections")
+    with pytest.raises(UsageError, match=r"pip install 'leanvit\[papers\]'"):
+        joint_train.parse_args(["--config", str(tmp_path / "a.py")])

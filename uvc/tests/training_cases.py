@@ -12,12 +12,13 @@ from common.run import cli
 from common.run.distributed import World
 from common.run.engine import Optimization, StepInfo
 from common.tests.reference import Case, Checks, NotCovered, image
-from uvc.engine import FineTuning, JointSettings, JointTraining
+from uvc.engine import FineTuning, JointTraining
 from uvc.loading import freeze_structure
 from uvc.losses import objective
 from uvc.models.gates import GatedTransformer, register_masks
 from uvc.pruning import update_masks_
 from uvc.schedules import selection_tau, warmup_factor, zlr_schedule
+from uvc.settings import JointSettings
 from uvc.tests.model_cases import NUMBER, build_model, replay, tensor
 from uvc.tests.optimizer_cases import apply_gate_args, compare, settings_of, stated_numbers, trajectory
 from uvc.uvc_optimizer import PrimalDual

@@ -1,0 +1,167 @@
+"""Networks and masks of the pruning baselines, at the start of a run and while it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from common.data.loaders import num_classes, train_loader
+from common.run.distributed import get_world_size
+from common.run.engine import StepInfo
+from common.run.errors import UsageError
+from common.run.program import get_logger
+from uvc import baseline_scores as scoring
+from uvc.build import create_named
+from uvc.data import open_datasets
+from uvc.loading import Masked, freeze_structure, load_masked
+from uvc.models import input_size
+from uvc.models.gates import GatedTransformer, register_masks
+from uvc.settings import Data
+
+logger = get_logger(__name__)
+
+SMALL = 0.01
+"""A gradient's element is next to nothing below this share of its layer's root mean square."""
+
+
+def open_dense(data: Data, model_type: str, source: str | None, *, img_size: int | None) -> Masked:
+    """The dense network of a checkpoint with masks of ones, or one of random weights without it."""
+    if source:
+        model = load_masked(source, model_type).model
+    else:
+        size = img_size or input_size(model_type)
+        _, held_out = open_datasets(data.dataset, data.data_dir, size, only_evaluate=True)
+        model = register_masks(create_named(model_type, num_classes=num_classes(held_out), img_size=size))
+    model.fix_blocks([True] * len(model.blocks))
+    return Masked(model, model_type, {})
+
+
+def prepare(model: GatedTransformer, scratch: str | None) -> None:
+    """Freeze what masks and gates leave out; with the name of a network, start from random weights of it."""
+    if scratch is not None:
+        fresh = create_named(scratch, num_classes=model.num_classes, img_size=model.image_size[0])
+        own = {name: value for name, value in fresh.state_dict().items() if not name.endswith("gating")}
+        model.load_state_dict(own, strict=False)
+    freeze_structure(model)
+
+
+def scoring_batches(data: Data, model: GatedTransformer, images: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Training batches up to a number of images; each rank has its own, and rank 0's scores are taken."""
+    dataset, _ = open_datasets(data.dataset, data.data_dir, model.image_size[0])
+    assert dataset is not None
+    device, seen = next(model.parameters()).device, 0
+    for inputs, labels in train_loader(dataset, batch_size=data.train_batch_size, workers=0, seed=data.seed):
+        yield inputs.to(device), labels.to(device)
+        seen += len(inputs)
+        if seen >= images:
+            return
+
+
+def prune(
+    model: GatedTransformer,
+    method: str,
+    data: Data,
+    *,
+    density: float,
+    scope: scoring.Scope,
+    score_images: int,
+    attention_density: float,
+    mlp_density: float,
+) -> None:
+    """Set the masks that hold from the first step on; arguments as the flags of ``baselines.py``."""
+    scores: dict[str, Tensor] | None = None
+    model.train()  # as the release scores
+    if method == "omp":
+        scores = scoring.magnitude_scores(model)
+    elif method == "taylor":
+        scores = scoring.taylor_scores(model, scoring_batches(data, model, score_images))
+    elif method == "synflow":
+        scores = scoring.synflow_scores(model)
+    elif method == "gradient-sparsity":
+        generator = torch.Generator().manual_seed(data.seed)
+        layers = scoring.magnitude_scores(model)
+        scores = {name: torch.rand(value.shape, generator=generator).to(value) for name, value in layers.items()}
+    elif method == "structured":
+        heads, neurons, _ = scoring.structured_scores(model, *next(scoring_batches(data, model, 1)))
+        kept = scoring.best(heads, attention_density), scoring.best(neurons, mlp_density)
+        scoring.set_structured_masks_(model, *kept)
+    if scores is not None:
+        scoring.set_masks_(model, scoring.masks_of(scores, density, scope=scope))
+    if get_world_size() > 1:  # ranks may have scored other images
+        for name, mask in model.named_buffers():
+            if name.endswith("mask"):
+                torch.distributed.broadcast(mask, src=0)
+    logger.info("%s: %.2f %% of the weights are kept", method, 100 * scoring.density_of(model))
+
+
+class Gradual:
+    """Gradual magnitude pruning: before a step that is one of its events, masks of the sparsity then due.
+
+    Args:
+        model: takes the masks.
+        start, interval, times: steps before the first interval, steps of an interval, and events.
+        density: share of weights kept at the end.
+        scope: of the threshold.
+    """
+
+    def __init__(
+        self, model: GatedTransformer, *, start: int, interval: int, times: int, density: float, scope: scoring.Scope
+    ) -> None:
+        self.model, self.density, self.scope = model, density, scope
+        self.start, self.interval, self.times = start, interval, times
+
+    def __call__(self, steps: int) -> bool:
+        """Called with the number of steps done; whether masks changed."""
+        event, rest = divmod(steps - self.start, self.interval)
+        if rest or not 1 <= event <= self.times:
+            return False
+        sparsity = scoring.gmp_sparsity(
+            steps, start=self.start, interval=self.interval, times=self.times, final=1 - self.density
+        )
+        scores = scoring.magnitude_scores(self.model)
+        scoring.set_masks_(self.model, scoring.masks_of(scores, 1 - sparsity, scope=self.scope))
+        logger.info("gmp at step %d: sparsity %.2f %%", steps, 100 * sparsity)
+        return True
+
+    def check(self, steps: int) -> None:
+        """Whether a run of so many steps reaches the last event.
+
+        Raises:
+            UsageError: it does not, and would end above its density.
+        """
+        last = self.start + self.times * self.interval
+        if last >= steps:
+            raise UsageError(
+                f"gmp would not reach its density: its last event is before step {last + 1}, the run has {steps} "
+                "steps. Give a smaller --t_start, --delta_t or --pruning_times, or more --epochs"
+            )
+
+
+def gradient_observer(model: GatedTransformer, interval: int) -> Callable[[StepInfo], dict[str, float]]:
+    """``gradient_sparsity`` every so many steps, the last values in between."""
+    observed: dict[str, float] = {}
+
+    def observe(info: StepInfo) -> dict[str, float]:
+        if info.step % interval == 0 or not observed:
+            observed.update(gradient_sparsity(model))
+        return observed
+
+    return observe
+
+
+@torch.no_grad()
+def gradient_sparsity(model: GatedTransformer) -> dict[str, float]:
+    """Percent of the kept weights' gradients that are zero, or next to nothing in their layer. Waits for the device."""
+    zero = small = total = 0.0
+    for layer in scoring.prunable(model).values():
+        gradient = layer.get_parameter("weight").grad
+        if gradient is None:
+            continue
+        kept = gradient[layer.get_buffer("mask") != 0].abs()
+        if kept.numel():
+            zero += float((kept == 0).sum())
+            small += float((kept <= SMALL * kept.square().mean().sqrt()).sum())
+            total += kept.numel()
+    return {"gradient_zero_percent": 100 * zero / max(total, 1), "gradient_small_percent": 100 * small / max(total, 1)}
