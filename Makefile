@@ -2,7 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
+UV = $(PY) -m uv pip install --python $(PY)
+PACKAGES := $(VENV)/.packages
 STAMP := $(VENV)/.installed
+DIRECTORIES := common scala hourglass_swag dvt sit uvc
+# Extras of pyproject.toml, and the address of an index with another torch, e.g. the one without CUDA.
+EXTRAS ?= dev
+TORCH_INDEX ?=
 # Extra words for the main job, e.g. `make reproduce PAPER=hourglass_swag FORCE=1 ARGS="--columns gmacs"`.
 PAPER ?=
 ARGS ?=
@@ -11,19 +17,31 @@ BUDGET_S ?= 480
 # Threads that wait must not spin: on a machine shared with anything else, spinning made small networks 50 times slower.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help install reproduce test check format docs bench gpu clean
+.PHONY: help install dependencies operators reproduce test check format docs bench gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-install: $(STAMP)  ## create .venv with the pinned versions and this project (editable)
+install: $(STAMP)  ## create .venv with the pinned versions and this project (editable); EXTRAS names what is optional
 
-$(STAMP): pyproject.toml constraints.txt
+# The packages alone, without this project: a change of the source does not install them again.
+dependencies: $(PACKAGES)
+
+$(PACKAGES): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v < (3, 14) or sys.exit(f"LeanViT needs Python 3.11 to 3.13, but $(PYTHON) is {v.major}.{v.minor}. Name another: make install PYTHON=python3.12")'
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
-	$(PY) -m uv pip install --python $(PY) -c constraints.txt -e '.[dev]'
+	$(UV) --compile-bytecode -c constraints.txt -r pyproject.toml $(addprefix --extra ,$(EXTRAS)) \
+		$(if $(TORCH_INDEX),--index $(TORCH_INDEX) --index-strategy unsafe-best-match)
 	@touch $@
+
+$(STAMP): $(PACKAGES)
+	$(UV) --no-deps -c constraints.txt -e .
+	@$(PY) -m compileall -q $(DIRECTORIES)
+	@touch $@
+
+operators: install  ## compile the optional operators of ACT, SMYRF and ToMe (a C++ compiler; nvcc for those on GPUs)
+	$(UV) --no-deps --no-build-isolation ./hourglass_swag/models/ops -e ./hourglass_swag/models/ops/tome
 
 reproduce: install  ## the main job: the ledger of published tables, and the desk experiments
 	$(PY) -m common.reproduce $(PAPER) --desk --report report $(if $(FORCE),--force) $(ARGS)
@@ -31,10 +49,13 @@ reproduce: install  ## the main job: the ledger of published tables, and the des
 test: install  ## the test suite (CPU; GPU tests skip themselves)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(ARGS)
 
-check: install  ## lint, format and types, changing nothing
+check: install  ## lint, format and types, changing nothing; lines of Python without tests
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/basedpyright
+	@count() { git ls-files "$$1*.py" | grep -vE "/tests/|$$2" | tr '\n' '\0' | xargs -0 cat | wc -l; }; \
+	echo "lines of Python without tests: $$(count '' '^$$') in all, $$(count common/ledger/ '^$$') in common/ledger/," \
+		"$$(count common/ '^common/(ledger|hosts)/') in the rest of common/ without hosts/"
 
 format: install  ## apply the formatter and the safe fixes
 	$(PY) -m ruff check --fix .
