@@ -1,1 +1,4 @@
-"""Slicing Vision Transformer for Flexible Inference (NeurIPS 2024)."""
+"""Slicing Vision Transformer for Flexible Inference (NeurIPS 2024).
+
+One network, cut to any width without retraining.
+"""

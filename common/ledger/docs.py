@@ -10,6 +10,7 @@ Everything between a marker and ``<!-- end -->`` is replaced:
     <!-- ledger -->                             the shortened ledger: values by status, one line per table
     <!-- plot: hourglass_swag-all-methods -->   a figure, written to docs/plots/
     <!-- realised: hourglass_swag -->           recorded speed-ups beside what the counted costs promise
+    <!-- papers -->                             one line per paper: what it is, and its values by status
     <!-- equations -->                          the paper's equations, each linked to its function
     <!-- tables -->29<!-- end -->               how many tables there are, inside a line
 
@@ -28,6 +29,7 @@ from pathlib import Path
 from common.ledger.compare import Ledger
 from common.ledger.equations import index
 from common.ledger.gather import Request, build
+from common.ledger.overview import papers_table
 from common.ledger.plots import Figure, draw, figures
 from common.ledger.realised import markdown_realised
 from common.ledger.report import markdown_of, markdown_summary
@@ -35,7 +37,7 @@ from common.ledger.tables import TableError, load_tables, papers
 from common.ledger.view import TableView, view_tables
 from common.run.files import ROOT, write_atomic
 
-KINDS = ("table", "ledger", "plot", "realised", "equations")
+KINDS = ("table", "ledger", "plot", "realised", "equations", "papers")
 MARKER = re.compile(rf"^<!-- (?P<kind>{'|'.join(KINDS)})(?:: (?P<name>\S+))? -->$", re.MULTILINE)
 COUNT = re.compile(r"(?<=<!-- tables -->)[^<\n]*(?=<!-- end -->)")
 END = "<!-- end -->"
@@ -114,6 +116,8 @@ class Renderer:
             return markdown_summary(list(self.views.values()))
         if kind == "equations":
             return index(path, self.root)
+        if kind == "papers":
+            return papers_table(self.ledger, self.root)
         if kind == "realised":
             return markdown_realised(self.ledger, name, root=self.root)
         known: Mapping[str, object] = self.views if kind == "table" else self.figures
