@@ -51,3 +51,5 @@ for (const pill of pills) {
     filter();
   });
 }
+
+if (matchMedia("(max-width: 40rem)").matches) document.querySelectorAll("nav details").forEach(part => part.open = false);
