@@ -11,12 +11,14 @@ Each may raise a subclass of ``common.ledger.tables.Unavailable``. A paper witho
 The module is imported when something must be computed: what the cache holds needs neither it nor torch.
 """
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
 import os
+import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -222,13 +224,12 @@ def _ask(
     """What a paper's adapter answers, kept in the cache; what it cannot tell is returned, not raised."""
 
     def compute() -> list[Any]:
-        adapter = find_adapter(paper)
-        if adapter is None:
-            raise NotImplementedYet(paper)
-        if not hasattr(adapter, method):
-            return []
-        with warnings.catch_warnings(action="ignore"):  # a library's, about its own insides
-            return [[key, asdict(measured)] for key, measured in getattr(adapter, method)(what, **options).items()]
+        with _programs():
+            adapter = find_adapter(paper)
+            if adapter is None:
+                raise NotImplementedYet(paper)
+            found = getattr(adapter, method)(what, **options) if hasattr(adapter, method) else {}
+        return [[key, asdict(measured)] for key, measured in found.items()]
 
     try:
         value = cached(
@@ -287,10 +288,10 @@ def run_desk(papers: Iterable[str], request: Request, ledger: Ledger) -> None:
     for paper in papers:
 
         def compute(paper: str = paper) -> dict[str, Any] | None:
-            adapter = find_adapter(paper)
-            if adapter is None or not hasattr(adapter, "desk"):
-                return None
-            with warnings.catch_warnings(action="ignore"):
+            with _programs():
+                adapter = find_adapter(paper)
+                if adapter is None or not hasattr(adapter, "desk"):
+                    return None
                 return asdict(adapter.desk(folder=folder / "desk" / paper, force=request.force, **request.running))
 
         with ledger.guard(paper, what="desk experiment"):
@@ -301,6 +302,28 @@ def run_desk(papers: Iterable[str], request: Request, ledger: Ledger) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
+
+
+class _Screen:
+    """A stream without the settings that some programs print first, as published: ``Namespace(...)``."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return len(text) if text.startswith("Namespace(") else self._stream.write(text)
+
+
+@contextlib.contextmanager
+def _programs() -> Iterator[None]:
+    """Keep the ledger's output free of what a paper's programs and their libraries have to say."""
+    screen: Any = _Screen(sys.stderr)
+    silent, out, err = warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout, contextlib.redirect_stderr
+    with silent, out(screen), err(screen):
+        yield
 
 
 def _bar(items: Sequence[Any], what: str, request: Request, quiet: bool = False) -> Any:

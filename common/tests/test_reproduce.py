@@ -3,7 +3,10 @@
 import csv
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from decimal import Decimal
 
 import pytest
@@ -155,6 +158,19 @@ def test_one_failing_row_does_not_lose_the_others(tmp_path, capsys):
     assert "1 errors" in captured.err
 
 
+def test_what_programs_and_libraries_print_is_not_in_the_ledger(tmp_path, capsys):
+    lines = ["import argparse, warnings", "print(argparse.Namespace(lr=1))", "print('a program')"]
+    lines += ["warnings.warn('a library')"]
+    noise = "".join(f"    {line}\n" for line in lines)
+    write_paper(tmp_path, adapter=ADAPTER.replace('    CALLS.append(("costs"', f'{noise}    CALLS.append(("costs"'))
+    with importable(tmp_path):
+        assert main([], root=tmp_path) == 0
+    captured = capsys.readouterr()
+    assert not re.search("Namespace|a program|a library", captured.out)
+    assert "a program" in captured.err
+    assert not re.search("Namespace|a library", captured.err)
+
+
 def test_a_cost_that_is_not_returned_is_an_error(tmp_path):
     write_paper(tmp_path, table=TABLE.replace('gmacs = "weights", ', ""))
     with importable(tmp_path):
@@ -258,6 +274,28 @@ def test_wrong_command_lines_are_answered_with_what_there_is(paper, capsys, word
         status = exit_.code
     assert status == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--tabel", "x"], ["fakepaper", "--row", "half", "--columns", "gmacs"]])
+def test_help_mistakes_and_cached_rows_import_no_torch(paper, words):
+    """Nor the paper: the row was computed before."""
+    assert main(["--quiet"], root=paper) == 0
+    program = (
+        "import sys, pathlib, common.reproduce\n"
+        "try: status = common.reproduce.main(sys.argv[2:], root=pathlib.Path(sys.argv[1]))\n"
+        "except SystemExit as error: status = error.code\n"
+        "heavy = {'torch', 'torchvision', 'timm', 'matplotlib', 'fakepaper.ledger'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    path = os.pathsep.join([str(paper), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(paper), *words],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_columns_that_a_table_lacks_are_no_error():
