@@ -76,6 +76,7 @@ def citations(path: Path) -> Iterator[Citation]:
                 continue
             for number, item in enumerate(re.split(r";\s+", " ".join(source["places"].split()))):
                 place, _, states = item.rstrip(".").partition(": ")
+                place = re.split(r"\. (?=[A-Z])", place)[0]  # a remark in a sentence of its own
                 if number == 0 or PLACE.match(place):
                     states = states or docstring.partition("\n")[0].rstrip(".")
                     yield Citation(source["paper"], source["name"] or "", place, states, function, path, node.lineno)

@@ -26,7 +26,7 @@ class Block:
         """Rank the tokens by |a_i|, see ``a_b``.
 
         Source: EViT, arXiv:2202.07800, "Attentive token identification".
-        Source: arXiv:2105.15075, Eq. 9.
+        Source: arXiv:2105.15075, Eq. 9. In print it is the other way round.
         """
 
 
