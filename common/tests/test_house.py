@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,71 @@ def test_imports_point_one_way() -> None:
                 continue  # this test, for one, asks the papers' parsers
             wrong = forbidden & set(imported(path))
             assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
+ROOMS = {
+    "run": set(),
+    "data": {"run"},
+    "measure": {"run"},
+    "hosts": {"measure", "run"},
+    "ledger": {"measure", "data", "run"},
+}
+"""Room of ``common/`` -> the rooms that it may import; modules beside the rooms may be imported by all but ``run``."""
+
+
+def modules_imported(path: Path, *, at_start: bool = False) -> set[str]:
+    """Modules of this repository that a file imports, each with those that hold it; ``at_start``: not in functions."""
+
+    def nodes(tree: ast.AST) -> Iterator[ast.AST]:
+        for node in ast.iter_child_nodes(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                continue
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                continue
+            yield node
+            yield from nodes(node)
+
+    tree = ast.parse(path.read_text())
+    found: set[str] = set()
+    for node in nodes(tree) if at_start else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] in ("common", *PAPERS)}
+
+
+def test_rooms_import_downwards() -> None:
+    for room, allowed in ROOMS.items():
+        for path in (ROOT / "common" / room).rglob("*.py"):
+            rooms = {name.split(".")[1] for name in modules_imported(path) if name.count(".")} & ROOMS.keys()
+            assert rooms <= allowed | {room}, f"{path.relative_to(ROOT)} imports {sorted(rooms - allowed - {room})}"
+
+
+def test_only_entry_points_and_what_the_ledger_asks_import_the_ledger() -> None:
+    for paper in PAPERS:
+        inner = ("arguments.py", "build.py", "loading.py", "engine.py", "losses.py", "models", "methods")
+        for path in (ROOT / paper).rglob("*.py"):
+            if path.relative_to(ROOT / paper).parts[0] in inner:
+                assert not any(name.startswith("common.ledger") for name in modules_imported(path)), path
+    for path in (ROOT / "common").glob("*.py"):
+        if any(name.startswith("common.ledger") for name in modules_imported(path)):
+            assert "__main__" in path.read_text(), f"{path.relative_to(ROOT)} is no entry point"
+
+
+def test_the_house_has_no_circle() -> None:
+    """No module needs, while it is imported, one that needs it."""
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in ("common", *PAPERS)
+        for path in (ROOT / package).rglob("*.py")
+        if "tests" not in path.parts
+    }
+    needs = {name: (modules_imported(path, at_start=True) & files.keys()) - {name} for name, path in files.items()}
+    try:
+        tuple(TopologicalSorter(needs).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(reversed(error.args[1])))
 
 
 def test_models_see_neither_parser_nor_loop() -> None:
