@@ -4,7 +4,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from common.hosts import BlockView, Facts, Host, Lean, NotAHost, Parts, Tokens
+from common.hosts import BlockView, Facts, Host, Lean, NotAHost, Parts, Rotation, Tokens
 from common.hosts.host import refuse_hooks
 from hourglass_swag.models.vision_transformer import Encoder, EncoderBlock, SelfAttention, VisionTransformer
 
@@ -22,10 +22,10 @@ class SwagBlock(BlockView):
                 raise NotAHost(f"{name}{part} is not a plain {kind.__name__}, but {type(found).__name__}")
         refuse_hooks([(name, module), (f"{name}.self_attention", self.module.self_attention)])
 
-    def block(self, x: Tensor) -> Tensor:
+    def block(self, x: Tensor, rotation: Rotation | None) -> Tensor:
         return self.module(x.transpose(0, 1)).transpose(0, 1)
 
-    def qkv(self, x: Tensor) -> Parts:
+    def qkv(self, x: Tensor, rotation: Rotation | None) -> Parts:
         attention = self.module.self_attention
         rate = attention.dropout if self.module.training else 0.0
         return Parts(*attention.project(self.module.ln_1(x)), attention.head_dim**-0.5, rate)

@@ -72,11 +72,15 @@ class ToMe(Method):
         assert isinstance(self.r, list)
         if not min(self.r[layer], merge_limit(tokens.x.shape[1], tokens.prefix)):
             return tokens
-        merge, unmerge = bipartite_soft_matching(parts.k.mean(dim=1), self.r[layer], prefix_tokens=tokens.prefix)
+        merge, unmerge = bipartite_soft_matching(parts.metric.mean(dim=1), self.r[layer], prefix_tokens=tokens.prefix)
         x, size = merge_wavg(merge, tokens.x, tokens.size)
+        rotation = tokens.rotation
+        if rotation is not None:
+            places = F.pad(rotation.coordinates.expand(len(x), -1, -1), (0, 0, tokens.prefix, 0))
+            rotation = rotation.at(merge_wavg(merge, places, tokens.size)[0][:, tokens.prefix :])
         bias = size[..., 0].log() if self.prop_attn else None
         undo = unmerge if tokens.prefix < 2 else _restore_order(unmerge)
-        return tokens.update(x=x, size=size, key_bias=bias, grid=None, undone_by=undo)
+        return tokens.update(x=x, size=size, key_bias=bias, rotation=rotation, grid=None, undone_by=undo)
 
 
 def _restore_order(unmerge: Any) -> Any:
@@ -142,11 +146,18 @@ class Hourglass(Method):
             raise PlanError("hourglass: the patches are not on a grid any more")
         prefix, patches = tokens.x[:, : tokens.prefix], tokens.x[:, tokens.prefix :]
         features = patches.transpose(1, 2).unflatten(2, tokens.grid)
+        rotation = tokens.rotation
         if self.temperature == "auto":
-            clusters = cluster_free_of_scale(features, self.clusters, self.iters, self.window // 2)
+            clusters, weights = cluster_free_of_scale(features, self.clusters, self.iters, self.window // 2)
+            if rotation is not None:
+                places = rotation.coordinates.to(weights.dtype).expand(len(weights), -1, -1)
+                rotation = rotation.at(average_tokens(places, weights))
         else:
             block = TokenClusteringBlock(self.clusters, self.iters, self.temperature, self.window)
             clusters, _ = block(features, return_labels=False)
+            if rotation is not None:  # clusters begin and stay around the cells of their grid
+                places = rotation.coordinates.mT.unflatten(2, tokens.grid)
+                rotation = rotation.at(F.adaptive_avg_pool2d(places, self.clusters).flatten(2).mT)
 
         def undo(x: Tensor) -> Tensor:
             if self.reconstruction_temperature == "auto":
@@ -156,7 +167,8 @@ class Hourglass(Method):
                 weights = reconstruction_weights(patches, clusters, self.k, tau, self.norm)
             return torch.cat([x[:, : tokens.prefix], weights @ x[:, tokens.prefix :]], dim=1)
 
-        return tokens.update(x=torch.cat([prefix, clusters], dim=1), grid=None, undone_by=undo)
+        x = torch.cat([prefix, clusters], dim=1)
+        return tokens.update(x=x, rotation=rotation, grid=None, undone_by=undo)
 
 
 def _grid_of(share: float, grid: tuple[int, int], wanted: int | None) -> tuple[int, int]:
@@ -187,7 +199,7 @@ def _scale(distances: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def cluster_free_of_scale(features: Tensor, grid: tuple[int, int], iters: int, radius: int) -> Tensor:
+def cluster_free_of_scale(features: Tensor, grid: tuple[int, int], iters: int, radius: int) -> tuple[Tensor, Tensor]:
     """Token clustering whose temperature is 5 / m, m per image from the initial centroids.
 
     Args:
@@ -196,20 +208,21 @@ def cluster_free_of_scale(features: Tensor, grid: tuple[int, int], iters: int, r
         iters, radius: iterations; cells that a patch may move in either direction.
 
     Returns:
-        (B, rows x columns, C).
+        Clusters (B, rows x columns, C), and the weights of the patches in them, (B, H x W, rows x columns).
     """
     tokens = features.flatten(2).transpose(1, 2)
     z = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     centroids = F.adaptive_avg_pool2d(features, grid).flatten(2).transpose(1, 2).to(z.dtype)
     size = (features.shape[2], features.shape[3])
     far = ~allowed_clusters(size, grid, radius, device=z.device, dtype=z.dtype)  # (P, K)
+    weights = (~far).to(z.dtype).expand(len(z), -1, -1)
     tau = None
     for _ in range(iters):
         distances = _distances(z, centroids)
         tau = TEMPERATURE / _scale(distances) if tau is None else tau
         weights = (-tau * distances).masked_fill(far, -torch.inf).softmax(2)
         centroids = average_tokens(z, weights)
-    return centroids.to(tokens.dtype)
+    return centroids.to(tokens.dtype), weights
 
 
 def weights_free_of_scale(before: Tensor, after: Tensor, k: int, norm: Literal["l1", "l2"]) -> Tensor:
@@ -288,9 +301,18 @@ class EViT(Method):
             weights = ranked.values[:, kept:, None].to(x.dtype)
             parts_left.append((others * weights).sum(1, keepdim=True))
         undo = _Undrop(tokens.prefix, index, kept, chosen, others, self.restore)
+        rotation = tokens.rotation
+        if rotation is not None and self.fuse:
+            places = rotation.coordinates.expand(len(x), -1, -1)
+            share = ranked.values[:, kept:, None] / ranked.values[:, kept:, None].sum(1, keepdim=True)
+            fused = (take_tokens(places, ranked.indices[:, kept:]) * share).sum(1, keepdim=True)
+            rotation = rotation.at(torch.cat([take_tokens(places, ranked.indices[:, :kept]), fused], dim=1))
+        elif rotation is not None:
+            rotation = rotation.take(ranked.indices[:, :kept])
         size = None if tokens.size is None else _follow(tokens.size, tokens.prefix, index[:, :kept], self.fuse)
         bias = None if tokens.key_bias is None or size is None else size[..., 0].log()
-        return tokens.update(x=torch.cat(parts_left, dim=1), size=size, key_bias=bias, grid=None, undone_by=undo)
+        x = torch.cat(parts_left, dim=1)
+        return tokens.update(x=x, size=size, key_bias=bias, rotation=rotation, grid=None, undone_by=undo)
 
 
 def _follow(size: Tensor, prefix: int, index: Tensor, fuse: bool) -> Tensor:

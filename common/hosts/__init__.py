@@ -6,7 +6,7 @@ methods a network can have, and why not the others. Imports ``measure`` and ``ru
 
 from common.hosts.host import BlockView, Facts, Host, NotAHost
 from common.hosts.network import Lean, explain, lean
-from common.hosts.runner import Effect, Method, Parts, Plan, PlanError, Tokens
+from common.hosts.runner import Effect, Method, Parts, Plan, PlanError, Rotation, Tokens
 
 __all__ = [
     "BlockView",
@@ -19,6 +19,7 @@ __all__ = [
     "Parts",
     "Plan",
     "PlanError",
+    "Rotation",
     "Tokens",
     "explain",
     "lean",

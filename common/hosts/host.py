@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from common.hosts.runner import Parts, Plan, Tokens
+from common.hosts.runner import Parts, Plan, Rotation, Tokens
 from common.measure.flops import evaluating
 from common.run.errors import UsageError
 
@@ -47,12 +47,12 @@ class BlockView(ABC):
     """One pre-norm block as parts."""
 
     @abstractmethod
-    def block(self, x: Tensor) -> Tensor:
+    def block(self, x: Tensor, rotation: Rotation | None) -> Tensor:
         """The host's own forward, (B, N, C) to (B, N, C)."""
 
     @abstractmethod
-    def qkv(self, x: Tensor) -> Parts:
-        """Norm and projections of tokens (B, N, C)."""
+    def qkv(self, x: Tensor, rotation: Rotation | None) -> Parts:
+        """Norm, projections and rotation of tokens (B, N, C)."""
 
     @abstractmethod
     def project(self, heads: Tensor, parts: Parts) -> Tensor:

@@ -16,7 +16,12 @@ from common.run.errors import UsageError
 if TYPE_CHECKING:
     from common.hosts.host import Host
 
-HOSTS = ("common.hosts.timm_vit:TimmViT", "common.hosts.torchvision_vit:TorchvisionViT", "hourglass_swag.host:SwagViT")
+HOSTS = (
+    "common.hosts.timm_vit:TimmViT",
+    "common.hosts.timm_eva:TimmEva",
+    "common.hosts.torchvision_vit:TorchvisionViT",
+    "hourglass_swag.host:SwagViT",
+)
 METHODS = {
     "tome": "hourglass_swag.methods:ToMe",
     "hourglass": "hourglass_swag.methods:Hourglass",
@@ -125,7 +130,7 @@ def find_host(net: nn.Module) -> "Host":
             return family(net)
     kind = type(net)
     raise NotAHost(
-        f"{kind.__module__}.{kind.__name__} is not a host; known are the VisionTransformer of timm and of torchvision, "
+        f"{kind.__module__}.{kind.__name__} is not a host; known are timm's VisionTransformer and Eva, torchvision's, "
         "and the SWAG networks"
     )
 

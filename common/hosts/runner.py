@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from common.measure.attention import attention
@@ -29,6 +30,34 @@ class PlanError(UsageError):
 
 
 @dataclass(frozen=True)
+class Rotation:
+    """Rotary position embedding of the patches: angles that are linear in a patch's row and column."""
+
+    table: Tensor
+    """sines, then cosines, of the angles: (P, 2 d) for all images, or (B, 1, P, 2 d)"""
+    coordinates: Tensor
+    """rows and columns, whole numbers until tokens merge, (1 or B, P, 2)"""
+    first: Tensor
+    """angles of the patch in row 0 and column 0, (d,)"""
+    rates: Tensor
+    """angles per row and per column, (2, d)"""
+
+    def take(self, index: Tensor) -> "Rotation":
+        """That of some patches, exactly: ``index`` is (B, K)."""
+        rows = index[..., None]
+        table = self.table.expand(index.shape[0], 1, *self.table.shape[-2:])[:, 0]
+        table = table.gather(1, rows.expand(-1, -1, table.shape[2]))[:, None]
+        coordinates = self.coordinates.expand(index.shape[0], -1, -1).gather(1, rows.expand(-1, -1, 2))
+        return replace(self, table=table, coordinates=coordinates)
+
+    def at(self, coordinates: Tensor) -> "Rotation":
+        """That of tokens elsewhere: ``coordinates`` is (B, K, 2)."""
+        angles = self.first + coordinates.to(self.rates.dtype) @ self.rates
+        table = torch.cat([angles.sin(), angles.cos()], dim=-1)[:, None]
+        return replace(self, table=table.to(self.table.dtype), coordinates=coordinates)
+
+
+@dataclass(frozen=True)
 class Tokens:
     """What a pass carries from block to block."""
 
@@ -42,6 +71,8 @@ class Tokens:
     """patches that each token stands for, (B, N, 1); None for one each"""
     key_bias: Tensor | None = None
     """added to the attention scores of each key, (B, N)"""
+    rotation: Rotation | None = None
+    """of the patches, where the host rotates queries and keys"""
     undo: tuple[Callable[[Tensor], Tensor], ...] | None = ()
     """the way back: each undoes one reduction, (B, U, C) to (B, N, C); None where nobody will ask for it"""
 
@@ -67,12 +98,19 @@ class Parts:
     q: Tensor
     k: Tensor
     v: Tensor
-    """each (B, h, N, d)"""
+    """each (B, h, N, d), queries and keys rotated where the host does"""
     scale: float
     dropout: float = 0.0
     """rate at the attention weights, 0 in evaluation"""
+    keys: Tensor | None = None
+    """keys before their rotation, by which tokens are compared; None where they are ``k``"""
     extra: Any = None
     """what the view needs again in ``project``"""
+
+    @property
+    def metric(self) -> Tensor:
+        """Keys without positions, (B, h, N, d)."""
+        return self.k if self.keys is None else self.keys
 
 
 @dataclass(frozen=True)
@@ -176,7 +214,7 @@ class Plan:
             if lengths is not None:
                 lengths.append(tokens.x.shape[1])
             if acting["attend"] or acting["between"] or tokens.key_bias is not None or self.opened:
-                parts, memo = view.qkv(tokens.x), None
+                parts, memo = view.qkv(tokens.x, tokens.rotation), None
                 if acting["attend"]:
                     heads, memo = acting["attend"][0].attend(layer, tokens, parts)
                 else:
@@ -186,7 +224,7 @@ class Plan:
                     tokens = method.between(layer, tokens, parts, memo)
                 tokens = tokens.update(x=tokens.x + view.mlp(tokens.x))
             else:
-                tokens = tokens.update(x=view.block(tokens.x))
+                tokens = tokens.update(x=view.block(tokens.x, tokens.rotation))
             for method in acting["after"]:
                 tokens = method.after(layer, tokens)
         if lengths is not None:

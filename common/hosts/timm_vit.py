@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from common.hosts.host import BlockView, Facts, Host, NotAHost, refuse_hooks
 from common.hosts.network import Lean
-from common.hosts.runner import Parts, Tokens
+from common.hosts.runner import Parts, Rotation, Tokens
 from common.run.errors import UsageError
 
 BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
@@ -34,10 +34,10 @@ class TimmBlock(BlockView):
                 raise NotAHost(f"{name}{part}.{sorted(unknown)[0]} is a part that {kind.__name__} has not")
         refuse_hooks([(name, module), (f"{name}.attn", self.module.attn)])
 
-    def block(self, x: Tensor) -> Tensor:
+    def block(self, x: Tensor, rotation: Rotation | None) -> Tensor:
         return self.module(x)
 
-    def qkv(self, x: Tensor) -> Parts:
+    def qkv(self, x: Tensor, rotation: Rotation | None) -> Parts:
         block, attn = self.module, self.module.attn
         y = block.norm1(x)
         q, k, v = attn.qkv(y).unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)

@@ -9,7 +9,7 @@ from torchvision.models.vision_transformer import Encoder, EncoderBlock, VisionT
 
 from common.hosts.host import BlockView, Facts, Host, NotAHost, refuse_hooks
 from common.hosts.network import Lean
-from common.hosts.runner import Parts, Tokens
+from common.hosts.runner import Parts, Rotation, Tokens
 
 
 class TorchvisionBlock(BlockView):
@@ -28,10 +28,10 @@ class TorchvisionBlock(BlockView):
             raise NotAHost(f"{name}.self_attention is not a MultiheadAttention with packed weights, batch first")
         refuse_hooks([(name, module), (f"{name}.self_attention", attention)])
 
-    def block(self, x: Tensor) -> Tensor:
+    def block(self, x: Tensor, rotation: Rotation | None) -> Tensor:
         return self.module(x)
 
-    def qkv(self, x: Tensor) -> Parts:
+    def qkv(self, x: Tensor, rotation: Rotation | None) -> Parts:
         attention = self.module.self_attention
         y = F.linear(self.module.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
         q, k, v = y.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)

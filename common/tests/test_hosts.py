@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from timm.layers import SwiGLUPacked
+from timm.models.eva import Eva
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer as TorchvisionViT
@@ -169,6 +170,101 @@ def test_what_is_called_on_a_timm_network_works_as_before() -> None:
         fast.forward_intermediates(images)
     with pytest.raises(ValueError, match="attn_mask"):
         fast(images, attn_mask=torch.zeros(17, 17))
+
+
+EVA = {
+    "EVA-02": {"use_rot_pos_emb": True, "swiglu_mlp": True, "scale_mlp": True, "qkv_fused": False},
+    "DINOv3": {
+        "use_rot_pos_emb": True,
+        "use_abs_pos_emb": False,
+        "rope_type": "dinov3",
+        "init_values": 0.1,
+        "num_reg_tokens": 4,
+        "rope_rotate_half": True,
+        "attn_type": "rope",
+        "global_pool": "avg",
+    },
+    "EVA, no rotation": {"use_abs_pos_emb": True},
+    "rectangular": {"use_rot_pos_emb": True, "img_size": (32, 48), "qk_norm": True},
+}
+
+
+def build_eva(name: str) -> Eva:
+    torch.manual_seed(0)
+    shape = {"img_size": SIDE, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+    net = Eva(**shape | EVA[name]).double().eval()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, 0.05 if parameter.dim() > 1 else 0.3, 0.1)
+    return net
+
+
+@pytest.mark.parametrize("name", EVA)
+def test_eva_networks(name: str) -> None:
+    net = build_eva(name)
+    images = images_for(net)
+    assert torch.equal(lean(net)(images), net(images))
+    torch.testing.assert_close(lean(net, Replace())(images), net(images), rtol=0, atol=1e-12)
+    features = lean(net, Drop()).features(images)
+    assert features.shape == (2, 32, *net.patch_embed.grid_size)
+    patches = net.patch_embed.num_patches
+    assert lean(net, Drop()).tokens_per_layer()[-1] == net.num_prefix_tokens + patches // 2
+
+
+@dataclass(frozen=True)
+class Drop(Halve):
+    """Drops every second patch, and with it its rotation."""
+
+    name = "drop"
+    hook: str = "after"
+
+    def _reduce(self, tokens: Tokens) -> Tokens:
+        prefix, patches = tokens.x[:, : tokens.prefix], tokens.x[:, tokens.prefix :]
+        index = torch.arange(0, patches.shape[1], 2, device=patches.device).expand(len(patches), -1)
+        return tokens.update(
+            x=torch.cat([prefix, patches[:, ::2]], 1),
+            rotation=tokens.rotation and tokens.rotation.take(index),
+            grid=None,
+            undone_by=lambda x: torch.cat([x[:, : tokens.prefix], x[:, tokens.prefix :].repeat_interleave(2, 1)], 1),
+        )
+
+
+def test_a_dropped_patch_takes_its_rotation_with_it() -> None:
+    net = build_eva("DINOv3")
+    images = images_for(net)
+    x, rope = net._pos_embed(net.patch_embed(images))
+    left = [*range(5), *range(5, x.shape[1], 2)]
+    for index, block in enumerate(net.blocks):
+        x = block(x, rope=rope)
+        if index == 1:
+            x, rope = x[:, left], rope[::2]
+    restored = net.norm(x)[:, 5:].repeat_interleave(2, 1)
+    torch.testing.assert_close(lean(net, Drop()).forward_features(images)[:, 5:], restored, rtol=0, atol=1e-12)
+
+
+def test_the_rotation_between_two_patches_is_the_mean_angle() -> None:
+    net = build_eva("EVA-02")
+    rotation = find_host(net).embed(net, images_for(net)).rotation
+    assert rotation is not None
+    at_grid = rotation.at(rotation.coordinates).table[0, 0]
+    torch.testing.assert_close(at_grid, rotation.table, rtol=0, atol=1e-5, check_dtype=False)
+    between = rotation.at(torch.tensor([[[0.5, 2.0], [1.0, 2.5]]])).table[0, 0]
+    sine, cosine = between.chunk(2, dim=1)
+    torch.testing.assert_close(sine.square() + cosine.square(), torch.ones_like(sine), rtol=0, atol=1e-6)
+    s, c = rotation.table.unflatten(0, (4, 4)).chunk(2, dim=2)
+    for place, (a, b) in enumerate((((0, 2), (1, 2)), ((1, 2), (1, 3)))):
+        doubled = torch.stack([s[a] * c[b] + c[a] * s[b], c[a] * c[b] - s[a] * s[b]])  # of the sum of both angles
+        found = torch.stack([2 * sine[place] * cosine[place], cosine[place].square() - sine[place].square()])
+        torch.testing.assert_close(found, doubled, rtol=0, atol=1e-5, check_dtype=False)
+
+
+def test_rotations_that_cannot_be_continued_are_refused() -> None:
+    net = build_eva("EVA-02")
+    net.rope.in_pixels = True
+    with pytest.raises(NotAHost, match="more than half a turn"):
+        lean(net, Drop())
+    net.rope = nn.Identity()
+    with pytest.raises(NotAHost, match=r"rope \(Identity\)"):
+        lean(net, Drop())
 
 
 def test_torchvision_networks() -> None:

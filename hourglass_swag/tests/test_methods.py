@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor
 
@@ -92,6 +93,18 @@ def test_features_are_restored_on_every_grid(name: str, prefix: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_networks_that_rotate(name: str) -> None:
+    torch.manual_seed(0)
+    shape = {"img_size": 40, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+    net = Eva(**shape, use_rot_pos_emb=True, num_reg_tokens=2).double().eval()
+    fast = lean(net, METHODS[name])
+    features = fast.features(images(40))
+    assert features.shape == (2, 32, 5, 5)
+    torch.testing.assert_close(fast.features(images(40)[:1]), features[:1], rtol=0, atol=1e-11)
+    assert lean(net, ToMe(r=0))(images(40)).equal(net(images(40)))
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_a_nan_stays_in_its_image(name: str) -> None:
     fast, batch = lean(timm(), METHODS[name]), images(40, 3)
     expected = fast(batch)
@@ -131,8 +144,8 @@ def test_methods_compose() -> None:
 def test_the_automatic_temperature_is_free_of_scale(factor: float) -> None:
     torch.manual_seed(0)
     features = torch.randn(2, 8, 6, 6, dtype=torch.float64)
-    clusters = cluster_free_of_scale(features, (3, 3), 5, 1)
-    scaled = cluster_free_of_scale(features * factor, (3, 3), 5, 1)
+    clusters, _ = cluster_free_of_scale(features, (3, 3), 5, 1)
+    scaled, _ = cluster_free_of_scale(features * factor, (3, 3), 5, 1)
     torch.testing.assert_close(scaled / factor, clusters, rtol=1e-9, atol=1e-9)
     tokens = features.flatten(2).mT
     weights = weights_free_of_scale(tokens, clusters, 3, "l1")
