@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from common.ledger.results import current_commit, now
 from common.measure.benchmark import compare, describe_device, random_images
 from common.run.cli import count, positive_int
-from common.run.distributed import LaunchError, choose_device
+from common.run.errors import LaunchError
 from common.run.files import write_atomic
+from common.run.launch import choose_device
 from dvt.dynamic import DynamicClassifier, DynamicOutput
 from dvt.evaluation import cascade_gflops
 from dvt.exits import BUDGETS, NOBODY, confidence_and_prediction, exit_shares, find_thresholds

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from common.run.checkpoint import CheckpointError, TrainingState, load_safely, load_strict, locate, select_state
-from common.run.distributed import get_logger, main_process_first
+from common.run.launch import main_process_first
+from common.run.program import get_logger
 from dvt.models import EXITS
 
 logger = get_logger(__name__)

@@ -19,9 +19,10 @@ from timm.loss.jsd import JsdCrossEntropy
 from torch import Tensor, nn
 
 from common.run.checkpoint import Progress
-from common.run.distributed import broadcast_buffers, reduce_sums, unwrap
 from common.run.engine import autocast
+from common.run.launch import broadcast_buffers, reduce_sums
 from common.run.metrics import ProgressLine
+from common.run.wrapping import unwrap
 from dvt.models import EXITS, Cascade
 
 

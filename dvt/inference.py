@@ -22,8 +22,10 @@ from common.data.loaders import DataError, default_num_classes
 from common.measure.flops import gmacs
 from common.run import cli
 from common.run.checkpoint import CheckpointError
-from common.run.distributed import LaunchError, choose_device, get_logger
+from common.run.errors import LaunchError
 from common.run.files import write_atomic
+from common.run.launch import choose_device
+from common.run.program import get_logger
 from dvt.arguments import add_inference_args
 from dvt.checkpoints import Packed, load_weights, read, read_packed
 from dvt.evaluation import (

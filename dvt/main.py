@@ -24,9 +24,10 @@ from torch import nn
 from common.data.loaders import DataError
 from common.run import cli
 from common.run.checkpoint import CheckpointError, CheckpointManager, TrainingState, plain
-from common.run.distributed import get_logger, is_main, launch, run, seed_everything
 from common.run.engine import NonFiniteLoss, prepare_network, train
 from common.run.files import write_atomic
+from common.run.launch import launch, seed_everything
+from common.run.program import get_logger, is_main, run
 from dvt import arguments
 from dvt.checkpoints import load_weights, read, resume
 from dvt.engine import evaluate_exits

@@ -17,7 +17,9 @@ from typing import Any
 from common.data.loaders import DataError, default_num_classes
 from common.run import cli
 from common.run.checkpoint import CheckpointError, save_atomic
-from common.run.distributed import LaunchError, choose_device, get_logger
+from common.run.errors import LaunchError
+from common.run.launch import choose_device
+from common.run.program import get_logger
 from dvt.checkpoints import load_weights, read
 from dvt.evaluation import (
     PICTURES,

@@ -18,9 +18,9 @@ from torch import nn
 from common.data.loaders import build_dataset, eval_loader, eval_transform, train_loader
 from common.run import cli
 from common.run.checkpoint import TrainingState
-from common.run.distributed import get_logger
 from common.run.files import write_atomic
 from common.run.metrics import Record
+from common.run.program import get_logger
 from dvt.augmentation import IMAGENET_MEAN, IMAGENET_STD, make_erasing, make_train_transform
 from dvt.checkpoints import load_weights, read
 from dvt.engine import CascadeStep, build_criterion

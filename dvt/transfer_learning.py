@@ -30,9 +30,10 @@ from common.run.checkpoint import (
     save_atomic,
     select_state,
 )
-from common.run.distributed import get_logger, is_main, launch, run, seed_everything
 from common.run.engine import NonFiniteLoss, prepare_network, train
+from common.run.launch import launch, seed_everything
 from common.run.metrics import Record
+from common.run.program import get_logger, is_main, run
 from dvt import cifar
 from dvt.checkpoints import WEIGHT_KEYS, read
 from dvt.engine import CascadeStep, evaluate_exits

@@ -28,8 +28,9 @@ from common.data.loaders import DataError, build_dataset, default_num_classes
 from common.ledger.plots import Figure, Series, draw
 from common.run import cli
 from common.run.checkpoint import CheckpointError
-from common.run.distributed import LaunchError, choose_device
+from common.run.errors import LaunchError
 from common.run.files import write_atomic
+from common.run.launch import choose_device
 from dvt.checkpoints import load_weights, read, read_packed
 from dvt.evaluation import PICTURES, Scores, collect_scores, held_out_loader
 from dvt.exits import BUDGETS, first_exit

@@ -21,7 +21,8 @@ from torch import nn
 
 from common.measure.benchmark import BenchmarkError
 from common.run.checkpoint import CheckpointError
-from common.run.distributed import LaunchError, choose_device
+from common.run.errors import LaunchError
+from common.run.launch import choose_device
 from hourglass_swag.tools.costs import Costs, add_cost_network_args, build_network, count_costs, parse_network
 from hourglass_swag.tools.parser import HelpFormatter, add_model_args
 from hourglass_swag.tools.speed import (

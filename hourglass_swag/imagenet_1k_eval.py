@@ -23,9 +23,10 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from common.data.loaders import DataError, build_dataset, eval_loader
 from common.measure.benchmark import describe_device
 from common.run.checkpoint import CheckpointError
-from common.run.distributed import World, get_logger, launch, main_process_first, run
 from common.run.engine import amp_dtype
 from common.run.files import write_atomic
+from common.run.launch import World, launch, main_process_first
+from common.run.program import get_logger, run
 from hourglass_swag.evaluation import evaluate, swag_eval_transform
 from hourglass_swag.models import create
 from hourglass_swag.models.ops.smyrf.attn import ClusterSizeError

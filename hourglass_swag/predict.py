@@ -25,7 +25,8 @@ from torch import nn  # noqa: E402
 
 from common.data.loaders import DataError  # noqa: E402
 from common.run.checkpoint import CheckpointError  # noqa: E402
-from common.run.distributed import LaunchError, choose_device  # noqa: E402
+from common.run.errors import LaunchError  # noqa: E402
+from common.run.launch import choose_device  # noqa: E402
 from hourglass_swag.evaluation import transform_image  # noqa: E402
 from hourglass_swag.models import IMAGENET_CLASSES, create  # noqa: E402
 from hourglass_swag.tools.parser import (  # noqa: E402

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from common.data.loaders import DataError, build_dataset, eval_loader, train_loader, train_transform
 from common.run import cli
 from common.run.checkpoint import CheckpointError, CheckpointManager, TrainingState, save_atomic
-from common.run.distributed import get_logger, is_main, launch, run, seed_everything
 from common.run.engine import NonFiniteLoss, evaluate, prepare_network, train
+from common.run.launch import launch, seed_everything
 from common.run.metrics import Record
+from common.run.program import get_logger, is_main, run
 from hourglass_swag.evaluation import swag_eval_transform
 from hourglass_swag.models import create
 from hourglass_swag.tools.parser import model_choices

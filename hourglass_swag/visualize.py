@@ -20,7 +20,8 @@ from torch import nn
 
 from common.data.loaders import BadPictureError, DataError, load_picture
 from common.run.checkpoint import CheckpointError
-from common.run.distributed import LaunchError, choose_device
+from common.run.errors import LaunchError
+from common.run.launch import choose_device
 from hourglass_swag.evaluation import transform_image
 from hourglass_swag.models import create
 from hourglass_swag.predict import trained_resolution

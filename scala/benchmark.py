@@ -24,8 +24,9 @@ import torch
 
 from common.measure.benchmark import NotEnoughMemory, compare, describe_device, random_images
 from common.run import cli
-from common.run.distributed import choose_device, run
 from common.run.files import write_atomic
+from common.run.launch import choose_device
+from common.run.program import run
 from scala.engine_scala import AtRatio
 from scala.models_scala import MODELS, create
 from scala.standalone import describe, standalone_state

@@ -25,7 +25,8 @@ from common.data.loaders import (
 from common.losses import DistillationLoss
 from common.run import cli
 from common.run.checkpoint import CheckpointError, load_safely, load_strict, locate, select_state
-from common.run.distributed import get_logger, main_process_first
+from common.run.launch import main_process_first
+from common.run.program import get_logger
 from scala import models_mobilenet, models_scala, models_uniformer
 from scala.arguments import DEFAULTS
 from scala.engine_scala import CosineCurve

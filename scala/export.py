@@ -27,8 +27,8 @@ from common.measure.benchmark import random_images
 from common.measure.flops import count_parameters, gmacs
 from common.run import cli
 from common.run.checkpoint import CheckpointError
-from common.run.distributed import get_logger, run
 from common.run.files import write_atomic
+from common.run.program import get_logger, run
 from scala.engine_scala import AtRatio
 from scala.loading import load_trained
 from scala.standalone import describe, load_standalone, save_standalone, standalone_state

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.measure.flops import OpCounts
-from common.run.distributed import get_world_size, reduce_sums
+from common.run.launch import get_world_size, reduce_sums
 from scala.slicing import Ratio, SliceRule, Width, exact, sliced_size
 
 NORM_EPS = 1e-5

@@ -35,10 +35,11 @@ from common.data.loaders import (
 from common.measure.flops import gmacs
 from common.run import cli
 from common.run.checkpoint import CheckpointError, CheckpointManager, TrainingState
-from common.run.distributed import get_logger, launch, run, seed_everything
 from common.run.engine import NonFiniteLoss, evaluate, prepare_network, train
 from common.run.files import write_atomic
+from common.run.launch import launch, seed_everything
 from common.run.metrics import Record
+from common.run.program import get_logger, run
 from scala.loading import Trained, load_trained
 from scala.main_scala import allow_widths
 from scala.probing import (

@@ -19,7 +19,8 @@ import scala.models_mobilenet
 import scala.models_scala
 import scala.models_uniformer  # noqa: F401 - the four register their networks with timm
 from common.run.checkpoint import CheckpointError, load_safely, load_strict, locate, select_state
-from common.run.distributed import get_logger, main_process_first
+from common.run.launch import main_process_first
+from common.run.program import get_logger
 from scala.slicing import WidthGrid, find_ratio, make_grid
 
 logger = get_logger(__name__)

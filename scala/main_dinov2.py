@@ -33,9 +33,10 @@ from common.data.loaders import (
 )
 from common.run import cli
 from common.run.checkpoint import CheckpointError, CheckpointManager, TrainingState, save_atomic
-from common.run.distributed import World, get_logger, is_main, launch, reduce_sums, run, seed_everything
 from common.run.engine import NonFiniteLoss, autocast, prepare_network, train
+from common.run.launch import World, launch, reduce_sums, seed_everything
 from common.run.metrics import Record
+from common.run.program import get_logger, is_main, run
 from scala.engine_scala import TRANSFER_TYPES, ScaleCoordination
 from scala.features import FeatureLosses, FeatureStudent, FeatureWeights, build_student, load_teacher
 from scala.main_scala import allow_widths

@@ -24,8 +24,9 @@ from common.data.loaders import DataError, eval_loader, train_loader
 from common.measure.flops import count_parameters
 from common.run import cli
 from common.run.checkpoint import CheckpointError, CheckpointManager, TrainingState, load_safely
-from common.run.distributed import World, get_logger, launch, run, seed_everything
 from common.run.engine import NonFiniteLoss, prepare_network, train
+from common.run.launch import World, launch, seed_everything
+from common.run.program import get_logger, run
 from scala import arguments, building, sweep
 from scala.building import SettingError
 from scala.engine_scala import LaggingSchedule, ScaleCoordination, evaluate_width

@@ -10,8 +10,8 @@ import torch
 from common.ledger.plots import Figure, Series, draw
 from common.ledger.view import markdown_table
 from common.measure.flops import gmacs
-from common.run.distributed import get_logger, is_main
 from common.run.files import write_atomic
+from common.run.program import get_logger, is_main
 from scala.engine_scala import evaluate_width
 
 logger = get_logger(__name__)

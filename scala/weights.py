@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.run.checkpoint import CheckpointError, list_key_differences
-from common.run.distributed import get_logger
+from common.run.program import get_logger
 
 logger = get_logger(__name__)
 

@@ -28,8 +28,9 @@ from common.data.loaders import (
 )
 from common.run import cli
 from common.run.checkpoint import load_strict
-from common.run.distributed import World, get_logger
 from common.run.engine import amp_dtype, prepare_network
+from common.run.launch import World
+from common.run.program import get_logger
 from sit.arguments import network_options
 from sit.engine import get_param_groups, store_for_autocast, training_step
 from sit.loading import (

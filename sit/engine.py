@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.run.distributed import reduce_sums
 from common.run.engine import evaluate as evaluate_images
+from common.run.launch import reduce_sums
 from sit.losses import DistillationLoss
 
 RTSM_FACTOR = 5.0

@@ -25,7 +25,8 @@ from common.run.checkpoint import (
     save_atomic,
     select_state,
 )
-from common.run.distributed import get_logger, main_process_first
+from common.run.launch import main_process_first
+from common.run.program import get_logger
 from sit.models.lvvit import FACTORIES, LVViT
 from sit.sizes import SIZES
 

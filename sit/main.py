@@ -26,9 +26,10 @@ from timm.utils.model_ema import ModelEmaV3
 from common.data.loaders import DataError, Loader
 from common.measure.benchmark import describe_device
 from common.run.checkpoint import CheckpointError, CheckpointManager, TrainingState
-from common.run.distributed import World, get_logger, is_main, launch, run, seed_everything
 from common.run.engine import NonFiniteLoss, train
 from common.run.files import write_atomic
+from common.run.launch import World, launch, seed_everything
+from common.run.program import get_logger, is_main, run
 from sit import build
 from sit.arguments import parse_args as parse_flags
 from sit.engine import adjust_learning_rate, evaluate, rates_line, summary_line
@@ -147,7 +148,7 @@ def run_with(args: argparse.Namespace) -> dict[str, float]:
 
 
 EXPECTED = (DataError, CheckpointError, NonFiniteLoss, build.FlagError)
-"""Errors whose message says all; see ``common.run.distributed.run``."""
+"""Errors whose message says all; see ``common.run.launch.run``."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:

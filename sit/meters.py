@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.run.distributed import is_main
 from common.run.engine import StepInfo
 from common.run.files import write_atomic
 from common.run.metrics import Record
+from common.run.program import is_main
 
 
 class SmoothedValue:

@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     from common.ledger import results
     from common.measure.benchmark import describe_device, device_name
-    from common.run.distributed import choose_device
     from common.run.files import ROOT
+    from common.run.launch import choose_device
     from sit import timing
 
     device = choose_device(args.device)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from common.data.loaders import num_classes, train_loader
-from common.run.distributed import get_world_size
 from common.run.engine import StepInfo
 from common.run.errors import UsageError
+from common.run.launch import get_world_size
 from common.run.program import get_logger
 from uvc import baseline_scores as scoring
 from uvc.build import create_named

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Score, mask, train; returns the best accuracy and the cost."""
     args = parse_args(argv)
     arguments.check_files(args)
-    from common.run.distributed import launch, seed_everything
+    from common.run.launch import launch, seed_everything
     from uvc import baseline_runs
     from uvc.stages import fine_tune
 

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     if "://" not in args.checkpoint and not Path(args.checkpoint).is_file():
         raise CheckpointError(f"{args.checkpoint}: no such file; give a checkpoint of stage 1 or 2")
-    from common.run.distributed import choose_device
+    from common.run.launch import choose_device
     from uvc.compact_costs import costs_of, difference, measure_speeds
     from uvc.compact_files import example_images, export_onnx, export_program, load_compact, save_compact, to_timm
     from uvc.loading import load_masked

@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.losses import DistillationLoss
-from common.run.distributed import World, get_world_size
 from common.run.engine import Optimization, StepInfo, evaluate
 from common.run.files import write_atomic
+from common.run.launch import World, get_world_size
 from common.run.metrics import Record
 from common.run.program import get_logger, is_main
 from uvc.data import Mix

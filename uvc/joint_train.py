@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run stage 1, or with ``--eval`` only evaluate what ``--resume`` names; returns the last numbers."""
     args = parse_args(argv)
     arguments.check_files(args)
-    from common.run.distributed import launch, seed_everything
+    from common.run.launch import launch, seed_everything
     from uvc.stages import learn
 
     world = launch(args.device, local_rank=args.local_rank)

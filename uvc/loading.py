@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from common.run.checkpoint import load_safely, load_strict, locate, save_atomic, select_state
-from common.run.distributed import main_process_first
 from common.run.errors import CheckpointError
+from common.run.launch import main_process_first
 from common.run.program import get_logger
 from uvc.models import MODELS, create
 from uvc.models.gates import GatedTransformer, apply_masks_, register_masks

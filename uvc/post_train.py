@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if not args.checkpoint_dir:
         raise UsageError("--checkpoint_dir is missing: name the file that joint_train.py wrote after an epoch")
     arguments.check_files(args)
-    from common.run.distributed import launch, seed_everything
+    from common.run.launch import launch, seed_everything
     from uvc.build import load_network
     from uvc.stages import fine_tune
 

@@ -15,10 +15,10 @@ from torch import nn
 from common.data.loaders import eval_loader, num_classes, train_loader
 from common.run import cli
 from common.run.checkpoint import CheckpointManager, TrainingState
-from common.run.distributed import World
 from common.run.engine import StepInfo, prepare_network, train
 from common.run.errors import UsageError
 from common.run.files import write_atomic
+from common.run.launch import World
 from common.run.metrics import Record
 from common.run.program import get_logger, is_main
 from uvc.build import build_objective, build_primal_dual, build_student

@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     import torch
 
     from common.measure.benchmark import device_name
-    from common.run.distributed import choose_device
+    from common.run.launch import choose_device
 
     device = choose_device(args.device)
     values = measure_step(args.model_type, batch=args.batch, rounds=args.rounds, device=device, amp=args.amp)

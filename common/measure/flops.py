@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common.run.distributed import unwrap
+from common.run.wrapping import unwrap
 
 KINDS: dict[str, str] = {
     "linear": "multiply-accumulates of linear layers: rows x in x out",

@@ -23,9 +23,9 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from common.run.checkpoint import CheckpointManager, Stateful, TrainingState
-from common.run.distributed import World
 from common.run.engine import Trainer
 from common.run.errors import UsageError
+from common.run.launch import World
 from common.run.metrics import Record
 from common.run.precision import make_scaler
 from common.run.settings import OptimizerSettings, RunSettings, ScheduleSettings

@@ -12,9 +12,10 @@ here; one that a published command passes all the same goes through :func:`add_i
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 AMP_MODES = ("none", "fp16", "bf16")
 DATASET_NAMES = {
@@ -30,9 +31,18 @@ DATASET_NAMES = {
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that names a mistake once, however many processes of a job read the same flags."""
+
+    def error(self, message: str) -> NoReturn:
+        if os.environ.get("RANK", "0") != "0":
+            self.exit(2)
+        super().error(message)
+
+
 def make_parser(description: str | None = None, **options: Any) -> argparse.ArgumentParser:
     """A parser that keeps the line breaks of ``description`` and takes no abbreviated flags."""
-    return argparse.ArgumentParser(
+    return Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.run.checkpoint import CheckpointManager, TrainingState
-from common.run.distributed import World, broadcast_buffers, reduce_sums
 from common.run.errors import NonFiniteLoss as NonFiniteLoss
 from common.run.errors import UsageError
+from common.run.launch import World, broadcast_buffers, reduce_sums
 from common.run.metrics import Means, ProgressLine, Record
 from common.run.precision import amp_dtype as amp_dtype
 from common.run.precision import autocast as autocast

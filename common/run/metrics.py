@@ -13,8 +13,9 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from common.run.distributed import get_world_size, is_main, reduce_sums
 from common.run.files import write_atomic
+from common.run.launch import get_world_size, reduce_sums
+from common.run.program import is_main
 
 FIRST_LINE_S = 2.0
 BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"

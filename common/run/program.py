@@ -11,14 +11,26 @@ if __name__ == "__main__":
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
+import re
+import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable
-from typing import Any, TextIO, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from common.run.errors import EXPECTED
 
 Result = TypeVar("Result")
+
+AGENTS = ("torch.distributed.run", "torch.distributed.launch")
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal to get when the parent ends
+PATIENCE_S = 2.0
+LOST_PEER = r"(?i)connection (closed|reset) by peer|gloo.*(closed|timed out)|NCCL.*remote process"
 
 
 def get_rank() -> int:
@@ -41,32 +53,78 @@ def run(main: Callable[[], Result], *, expected: tuple[type[Exception], ...] = (
     """Call ``main()``; a failure on one rank ends the whole job, printing that rank's error.
 
     Args:
-        main: the entry point; it calls ``common.run.distributed.launch`` itself.
+        main: the entry point; it calls ``common.run.launch.launch`` itself.
         expected: errors besides those of ``common.run.errors`` whose message says all a user needs; they print one line
-            instead of a traceback and exit with status 1.
+            instead of a traceback and exit with status 1. A job of several ranks prints it once.
 
     Returns:
         What ``main`` returns, after the process group is gone.
     """
     expected = (*EXPECTED, *expected)
+    agent = _find_agent()
     try:
         result = main()
     except BaseException as error:
-        if _process_group():
-            from common.run import distributed  # loaded already: it made the group
-
-            if isinstance(error, SystemExit) and not error.code:
-                distributed.shutdown()
-                raise
-            distributed.leave(error, expected)
-        if isinstance(error, expected):
+        helped = isinstance(error, SystemExit) and not error.code
+        if helped:
+            _shutdown()
+        elif agent or _process_group():
+            _leave(error, agent, mistake=isinstance(error, (*expected, SystemExit)))
+        elif isinstance(error, expected):
             raise SystemExit(f"error: {error}") from error
         raise
-    if _process_group():
-        from common.run import distributed
-
-        distributed.shutdown()
+    _shutdown()
     return result
+
+
+def _shutdown() -> None:
+    if _process_group():
+        from common.run.launch import shutdown  # loaded already: it made the group
+
+        shutdown()
+
+
+def _find_agent() -> int:
+    """Process number of the torchrun that started this process, which ends with it; 0 where there is none."""
+    parent = os.getppid()
+    try:
+        words = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace").split("\0")[:4]
+    except OSError:
+        return 0
+    names = {Path(word).name for word in words}
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not names & {"torchrun", *AGENTS}:
+        return 0
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    return parent
+
+
+def _leave(error: BaseException, agent: int, *, mistake: bool) -> NoReturn:
+    """End a rank of a larger job for good: no clean-up that waits for the other ranks.
+
+    torchrun answers every failure with some 35 lines about its processes. After a user's mistake, which all ranks make
+    and rank 0 reports in its one line, it gets a signal that it does not handle instead, and says nothing.
+    """
+    rank = int(os.environ.get("RANK", get_rank()))
+    status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+    text = f"error: {error}\n"
+    if isinstance(error, SystemExit):
+        text = "" if isinstance(error.code, int) else f"{error.code}\n"  # argparse, for one, has spoken already
+    elif isinstance(error, KeyboardInterrupt):
+        status, text = 130, "interrupted\n"
+    elif not mistake:
+        text = "error:\n" + "".join(traceback.format_exception(error))
+    follows = isinstance(error, RuntimeError) and re.search(LOST_PEER, str(error)) is not None
+    if follows or (mistake and rank):
+        time.sleep(PATIENCE_S)  # the rank that knows the reason speaks first, and its end ends this process
+    if follows:
+        text = "stopped: another rank is gone\n"
+    sys.stdout.flush()
+    if text:
+        sys.stderr.write(text if mistake and not rank else f"[rank {rank}] {text}")
+    sys.stderr.flush()
+    if agent and mistake and os.getppid() == agent:
+        os.kill(agent, signal.SIGUSR1)
+    os._exit(status)
 
 
 class _RankZeroHandler(logging.StreamHandler):

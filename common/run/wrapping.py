@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
-    from common.run.distributed import World
+    from common.run.launch import World
 
 
 def prepare_network(

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from common.data.loaders import eval_loader, train_loader
 from common.run.build import build_average, build_optimizer, build_run, build_schedule
 from common.run.cli import add_runtime_args, make_parser
-from common.run.distributed import World, launch, reduce_sums, run, seed_everything
 from common.run.engine import StepInfo, evaluate
+from common.run.launch import World, launch, reduce_sums, seed_everything
+from common.run.program import run
 from common.run.settings import OptimizerSettings, RunSettings, ScheduleSettings
 
 EPOCHS = 3

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from common.data.loaders import eval_loader, train_loader
 from common.run.checkpoint import CheckpointManager, TrainingState, load_safely
-from common.run.distributed import World, launch, run
 from common.run.engine import (
     MOST_PENDING,
     NonFiniteLoss,
@@ -34,7 +33,9 @@ from common.run.engine import (
     to_device,
     train,
 )
+from common.run.launch import World, launch
 from common.run.metrics import Means, Record
+from common.run.program import run
 from common.tests.forks import run_forked, torchrun_variables
 from common.tests.jobs import Pictures, tiny_model, training
 

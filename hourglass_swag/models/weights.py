@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.run.checkpoint import CheckpointError, fetch, hub_folder, list_key_differences, load_safely, select_state
-from common.run.distributed import get_logger
+from common.run.program import get_logger
 
 logger = get_logger(__name__)
 

@@ -1,4 +1,4 @@
-"""The published script's own flags for several processes, mapped on the launchers of ``common.run.distributed``."""
+"""The published script's own flags for several processes, mapped on the launchers of ``common.run.launch``."""
 
 import argparse
 import os
@@ -10,7 +10,7 @@ from urllib.parse import urlparse
 
 import torch
 
-from common.run.distributed import get_logger
+from common.run.program import get_logger
 
 logger = get_logger(__name__)
 
@@ -49,7 +49,7 @@ def start_one_per_gpu(args: argparse.Namespace, script: str, argv: Sequence[str]
 
 
 def set_environment(args: argparse.Namespace) -> None:
-    """Describe to ``common.run.distributed`` a job whose every process was started by hand with its --rank.
+    """Describe to ``common.run.launch`` a job whose every process was started by hand with its --rank.
 
     Raises:
         SystemExit: if flags that belong together are incomplete.
@@ -78,7 +78,7 @@ def set_environment(args: argparse.Namespace) -> None:
 
 
 def device_name(args: argparse.Namespace) -> str:
-    """Value for ``common.run.distributed.launch``: ``--gpu N`` of a lone process means cuda:N."""
+    """Value for ``common.run.launch.launch``: ``--gpu N`` of a lone process means cuda:N."""
     if args.gpu is None or launched_already():
         return args.device
     return f"cuda:{args.gpu}"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.run.distributed import shutdown
 from common.run.files import ROOT
+from common.run.launch import shutdown
 from common.tests.forks import run_forked, torchrun_variables
 from sit import main
 from sit.tests.tools import SCRIPTS, SMALL, miniature_imagenet, words_of

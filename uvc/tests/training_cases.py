@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from common.losses import DistillationLoss
 from common.run import cli
-from common.run.distributed import World
 from common.run.engine import Optimization, StepInfo
+from common.run.launch import World
 from common.tests.reference import Case, Checks, NotCovered, image
 from uvc.engine import FineTuning, JointTraining
 from uvc.loading import freeze_structure

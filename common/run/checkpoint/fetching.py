@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from common.run.checkpoint.reading import load_safely
-from common.run.distributed import main_process_first
 from common.run.errors import CheckpointError
+from common.run.launch import main_process_first
 from common.run.program import is_main
 
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[A-Za-z0-9.]+$")

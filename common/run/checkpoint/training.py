@@ -18,9 +18,9 @@ from common.run.checkpoint.fetching import locate
 from common.run.checkpoint.loading import load_strict
 from common.run.checkpoint.reading import load_safely, select_state, some
 from common.run.checkpoint.writing import plain, save_atomic
-from common.run.distributed import gather_objects, get_world_size, main_process_first
 from common.run.errors import CheckpointError
 from common.run.files import stale
+from common.run.launch import gather_objects, get_world_size, main_process_first
 from common.run.program import get_logger, get_rank, is_main
 from common.run.wrapping import unwrap
 

@@ -14,8 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from common.run import distributed, program
-from common.run.distributed import LaunchError, choose_device, first_host, launch, reduce_sums, run, shutdown
+from common.run import launch as launching
+from common.run import program, wrapping
+from common.run.errors import LaunchError
+from common.run.launch import choose_device, launch, reduce_sums, shutdown
+from common.run.program import run
 from common.tests.forks import LAUNCH_VARIABLES, free_port, run_forked, torchrun_variables
 
 
@@ -32,14 +35,14 @@ def join() -> dict:
     def main() -> dict:
         world = launch("cpu", start_timeout_s=30)
         tensor = torch.tensor([1, 2**40 + world.rank])
-        with distributed.main_process_first():
+        with launching.main_process_first():
             order = time.monotonic()
         return {
             "world": (world.rank, world.size, world.local_rank, world.backend),
             "sums": reduce_sums({"a": 1, "b": torch.tensor(0.5) * world.rank}),
             "tensor": reduce_sums(tensor).tolist(),
             "untouched": tensor.tolist(),
-            "objects": distributed.gather_objects(world.rank * 10),
+            "objects": launching.gather_objects(world.rank * 10),
             "order": order,
         }
 
@@ -64,8 +67,8 @@ def test_single_process_needs_no_group(bare: pytest.MonkeyPatch) -> None:
     assert (world.rank, world.size, world.backend, world.is_main) == (0, 1, None, True)
     assert not dist.is_initialized()
     assert reduce_sums({"a": 3}) == {"a": 3.0}
-    assert distributed.gather_objects("x") == ["x"]
-    distributed.barrier()
+    assert launching.gather_objects("x") == ["x"]
+    launching.barrier()
     shutdown()
 
 
@@ -77,7 +80,7 @@ def test_torchrun_variables_make_a_group() -> None:
 
 def test_slurm_step_makes_a_group() -> None:
     port = str(free_port())
-    step = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost"}
+    step = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "MASTER_ADDR": "localhost"}
     ended = run_forked(
         join, [{**step, "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "MASTER_PORT": port} for rank in "01"]
     )
@@ -91,6 +94,7 @@ def test_slurm_step_makes_a_group() -> None:
         {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"},  # salloc's shell
         {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
         {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},  # srun --pty
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "localhost"},  # sbatch's
         {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"},
         {"WORLD_SIZE": "1"},
     ],
@@ -102,37 +106,6 @@ def test_one_task_is_one_process(bare: pytest.MonkeyPatch, environment: dict[str
     assert not dist.is_initialized()
 
 
-def test_batch_shell_of_a_larger_reservation_goes_on_alone(bare: pytest.MonkeyPatch) -> None:
-    """sbatch's own shell looks like task 0 of 8, which nobody else joins."""
-    environment = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "localhost"}
-    assert distributed._place(environment, None).wait_s == 20
-    bare.setattr(distributed, "_place", lambda *_: distributed._Place(0, 8, 0, "slurm", wait_s=0.5))
-    bare.setenv("SLURM_JOB_NODELIST", "localhost")
-    bare.setenv("MASTER_PORT", str(free_port()))
-    world = launch("cpu")
-    assert (world.size, world.backend) == (1, None)
-    assert not dist.is_initialized()
-
-
-@pytest.mark.parametrize(
-    ("nodelist", "host"),
-    [
-        ("node1", "node1"),
-        ("node[01-04,07],other", "node01"),
-        ("gpu-[7,9]", "gpu-7"),
-        ("rack[1-2]n[03-04]-ib,x", "rack1n03-ib"),
-        ("a,b", "a"),
-    ],
-)
-def test_first_host_of_a_node_list(nodelist: str, host: str) -> None:
-    assert first_host(nodelist) == host
-
-
-def test_unreadable_node_list_asks_for_the_address() -> None:
-    with pytest.raises(LaunchError, match="MASTER_ADDR"):
-        first_host("node[01-")
-
-
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
@@ -142,7 +115,7 @@ def test_unreadable_node_list_asks_for_the_address() -> None:
         ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "rank 2 is not one of 0 to 1"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "--local-rank"),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "MASTER_ADDR is missing"),
-        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "MASTER_ADDR"),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, "MASTER_ADDR is missing.*srun .*torchrun"),
     ],
 )
 def test_broken_environments_say_what_is_wrong(
@@ -157,8 +130,8 @@ def test_broken_environments_say_what_is_wrong(
 def test_flag_stands_in_for_a_missing_local_rank() -> None:
     """torch.distributed.launch without --use_env, of old, gives the flag and no LOCAL_RANK."""
     environment = {"RANK": "3", "WORLD_SIZE": "4"}
-    assert distributed._place(environment, 1).local_rank == 1
-    assert distributed._place({**environment, "LOCAL_RANK": "2"}, 1).local_rank == 2
+    assert launching._place(environment, 1).local_rank == 1
+    assert launching._place({**environment, "LOCAL_RANK": "2"}, 1).local_rank == 2
 
 
 def test_missing_partner_ends_with_an_error() -> None:
@@ -192,39 +165,6 @@ def test_device_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("cuda", local_rank=3, size=4, one_visible_gpu_is_mine=True) == torch.device("cuda:0")
 
 
-def fail_on(rank: int, how: str) -> None:
-    """Rank ``rank`` fails; the other waits for it in a collective, or is busy elsewhere."""
-
-    def main() -> None:
-        world = launch("cpu", start_timeout_s=30)
-        reduce_sums({"here": 1})
-        if world.rank == rank:
-            if how == "exit":
-                sys.exit(3)
-            raise ArithmeticError(f"rank {rank} broke on purpose")
-        if how == "busy":
-            time.sleep(60)
-        reduce_sums({"never": 1})
-
-    run(main, expected=(ArithmeticError,) if how == "expected" else ())
-
-
-@pytest.mark.parametrize(("rank", "how"), [(0, "busy"), (1, "busy"), (1, "waiting"), (1, "expected"), (1, "exit")])
-def test_failure_on_one_rank_ends_the_job_with_its_error(rank: int, how: str) -> None:
-    started = time.monotonic()
-    ended = run_forked(lambda: fail_on(rank, how), torchrun_variables(2))
-    assert time.monotonic() - started < 20
-    guilty, other = ended[rank], ended[1 - rank]
-    assert guilty.status == (3 if how == "exit" else 1)
-    assert other.status == 1
-    if how != "exit":
-        assert f"[rank {rank}] error" in guilty.output
-        assert "broke on purpose" in guilty.output
-    assert ("Traceback" in guilty.output) == (how in ("busy", "waiting"))
-    assert f"stopped because rank {rank} failed" in other.output
-    assert "Traceback" not in other.output
-
-
 def test_expected_errors_of_one_process_print_one_line(bare: pytest.MonkeyPatch) -> None:
     def main() -> None:
         raise LaunchError("do this")
@@ -241,31 +181,27 @@ def test_expected_errors_of_one_process_print_one_line(bare: pytest.MonkeyPatch)
 
 
 LAUNCHERS = {
-    "torchrun": ["torch.distributed.run", "--nproc_per_node=2"],
-    "launch": ["torch.distributed.launch", "--nproc_per_node=2"],
-    "launch --use_env": ["torch.distributed.launch", "--use_env", "--nproc_per_node=2"],
+    "torchrun": ["torch.distributed.run"],
+    "launch": ["torch.distributed.launch"],
+    "launch --use_env": ["torch.distributed.launch", "--use_env"],
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_real_launchers(launcher: str, tmp_path: Path) -> None:
+def start(launcher: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """The small job of two ranks."""
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
     script = Path(__file__).with_name("place_job.py")
-    fail = ["--fail-rank=1"] if launcher == "torchrun" else []
-    done = subprocess.run(
-        [sys.executable, "-m", *LAUNCHERS[launcher], f"--master_port={free_port()}", str(script), *fail],
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    if fail:
-        assert done.returncode != 0
-        assert "[rank 1] error:" in done.stderr
-        assert "ArithmeticError: rank 1 broke on purpose" in done.stderr
-        return
+    return subprocess.run(
+        [sys.executable, "-m", *LAUNCHERS[launcher], "--nproc_per_node=2", f"--master_port={free_port()}", str(script),
+         *words],
+        env={**environment, "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[2], capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_real_launchers(launcher: str) -> None:
+    done = start(launcher)
     assert done.returncode == 0, done.stderr
     rows = sorted((json.loads(line) for line in done.stdout.splitlines() if line), key=lambda row: row["rank"])
     assert [(row["rank"], row["local_rank"], row["size"]) for row in rows] == [(0, 0, 2), (1, 1, 2)]
@@ -273,21 +209,50 @@ def test_real_launchers(launcher: str, tmp_path: Path) -> None:
     assert [row["flag"] for row in rows] == ([0, 1] if launcher == "launch" else [-1, -1])
 
 
+@pytest.mark.parametrize(("rank", "how"), [(0, "busy"), (1, "bug")])
+def test_failure_on_one_rank_ends_the_job_with_its_error(rank: int, how: str) -> None:
+    """The other rank is busy, or waits in a collective."""
+    started = time.monotonic()
+    done = start("torchrun", f"--fail-rank={rank}", f"--how={how}")
+    assert time.monotonic() - started < 50
+    assert done.returncode == 1
+    assert f"[rank {rank}] error:\nTraceback" in done.stderr
+    assert f"ArithmeticError: rank {rank} broke" in done.stderr
+    assert f"[rank {1 - rank}]" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        (["--fail-rank=9", "--how=mistake"], ["error: give --less"]),
+        (["--fail-rank=1", "--how=mistake"], ["[rank 1] error: give --less"]),
+        (["--fail-rank=0", "--how=exit"], []),
+        (["--no-such-flag"], ["place_job.py: error: unrecognized arguments: --no-such-flag"]),
+    ],
+)
+def test_a_users_mistake_is_one_line_under_torchrun(words: list[str], lines: list[str]) -> None:
+    done = start("torchrun", *words)
+    assert done.returncode != 0
+    shown = [line for line in done.stderr.splitlines() if not line.startswith((" ", "usage:"))]
+    assert shown == lines, done.stderr
+    assert done.stdout == ""
+
+
 def test_seeds_differ_by_rank_and_cover_all_generators() -> None:
     def draw(seed: int, rank: int) -> tuple:
-        distributed.seed_everything(seed, rank)
+        launching.seed_everything(seed, rank)
         return random.random(), np.random.rand(), torch.rand(1).item()
 
     assert draw(3, 1) == draw(3, 1) == draw(4, 0)
     assert all(a != b for a, b in zip(draw(3, 0), draw(3, 1), strict=True))
     with pytest.raises(ValueError, match="--seed"):
-        distributed.seed_everything(-5, 0)
+        launching.seed_everything(-5, 0)
 
 
 def test_unwrap_removes_shells() -> None:
     model = nn.Linear(2, 2)
-    assert distributed.unwrap(nn.DataParallel(model)) is model
-    assert distributed.unwrap(model) is model
+    assert wrapping.unwrap(nn.DataParallel(model)) is model
+    assert wrapping.unwrap(model) is model
 
 
 def test_logger_speaks_on_rank_zero_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
