@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from common.run import cli
+from common.run.settings import (
+    AugmentationSettings,
+    DataSettings,
+    OptimizerSettings,
+    RunSettings,
+    ScheduleSettings,
+    Settings,
+)
 from sit.sizes import SIZES, TYPES
 
 DEAD = {
@@ -119,3 +128,65 @@ def _add_own_args(parser: argparse.ArgumentParser) -> None:
 def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:
     """Flags of a command line."""
     return get_args_parser(description).parse_args(argv)
+
+
+@dataclass(frozen=True)
+class SiTSettings(Settings):
+    """Flags of this paper alone, by their names."""
+
+    model: str
+    drop: float
+    drop_path: float
+    num_classes: int | None
+    distillation_type: str
+    teacher_model: str
+    teacher_path: str
+    extra_teacher_model: str
+    extra_teacher_path: str
+    lambda_token: float
+    lambda_logits: float
+    lambda_cnn: float
+    distillation_tau: float
+    finetune: str
+    finetune_key: str
+    allow_stripped: bool
+    token_label_data: str
+    dense_weight: float
+    linear_warmup: int
+    start_epoch: int
+    print_freq: int
+    options: Mapping[str, Any]
+    """what the flags change in a size; see :func:`network_options`"""
+
+    @property
+    def teaches(self) -> bool:
+        """Whether a loss needs the token teacher."""
+        return self.distillation_type == "frd" and bool(self.lambda_token or self.lambda_logits)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a command line says, once it is known where it runs."""
+
+    own: SiTSettings
+    data: DataSettings
+    augmentation: AugmentationSettings
+    optimizer: OptimizerSettings
+    schedule: ScheduleSettings
+    run: RunSettings
+    arguments: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, *, processes: int, on_gpu: bool) -> Job:
+        """Settings from flags; ``--amp auto`` is fp16 on CUDA, as published, and nothing on the CPU."""
+        scale = args.batch_size * processes / 512 if args.scale_lr else 1.0
+        amp = ("fp16" if on_gpu else "none") if args.amp == "auto" else args.amp
+        return cls(
+            SiTSettings.of(args, options=network_options(args)),
+            DataSettings.of(args, pin_mem=args.pin_mem and on_gpu),
+            AugmentationSettings.of(args),
+            OptimizerSettings.of(args, lr=args.lr * scale),
+            ScheduleSettings.of(args),
+            RunSettings.of(args, amp=amp),
+            vars(args),
+        )

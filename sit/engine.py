@@ -5,16 +5,17 @@ The loop of epochs, precision, clipping, averaging and checkpoints are ``common.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.run.checkpoint import TrainingState
 from common.run.engine import evaluate as evaluate_images
-from common.run.launch import reduce_sums
+from common.run.program import is_main
 from sit.losses import DistillationLoss
 
 RTSM_FACTOR = 5.0
@@ -104,63 +105,42 @@ def training_step(
     return criterion(images, network(images), targets).terms()
 
 
-def logits_of(outputs: Any) -> Tensor:
-    """Class logits of what a network returns in evaluation mode."""
-    return outputs if isinstance(outputs, Tensor) else outputs[0]
-
-
-class _BatchLosses:
-    """Passes batches and outputs through and adds up the mean loss of each batch."""
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-        self.sums = {"loss": 0.0, "batches": 0.0}
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        means: list[Tensor] = []  # on the device: nothing waits for them
-        for images, targets in self.loader:
-            self.targets = targets
-            yield images, targets
-            means.append(self.mean)
-        self.sums = {"loss": float(torch.stack(means).sum()) if means else 0.0, "batches": float(len(means))}
-
-    @property
-    def skipped(self) -> int:
-        return getattr(self.loader, "skipped", 0)
-
-    def output(self, outputs: Any) -> Tensor:
-        """Class logits; remembers their loss."""
-        logits = logits_of(outputs)
-        targets = self.targets.to(logits.device, non_blocking=True)
-        self.mean = F.cross_entropy(logits.double(), targets)
-        return logits
-
-
 def evaluate(data_loader: Iterable[Any], model: nn.Module, device: torch.device, **options: Any) -> dict[str, float]:
     """Accuracy and loss over the images of all ranks; see ``common.run.engine.evaluate``, whose options are taken.
 
     Returns:
         That function's result under the published names too: ``acc1``, ``acc5`` in percent, and ``loss``, which is the
-        mean over batches, each counted alike; ``picture_loss`` is the mean over images.
+        mean over batches, each counted alike; ``image_loss`` is the mean over images.
     """
-    losses = _BatchLosses(data_loader)
-    result = evaluate_images(model, losses, device=device, output=losses.output, **options)
-    sums = reduce_sums(losses.sums)
-    return {
-        **result,
-        "loss": sums["loss"] / sums["batches"],
-        "picture_loss": result["loss"],
-        "acc1": result["top1_percent"],
-        "acc5": result["top5_percent"],
-    }
+    options.setdefault("output", lambda outputs: outputs if isinstance(outputs, Tensor) else outputs[0])
+    result = evaluate_images(model, data_loader, device=device, **options)
+    loss = {"loss": result.pop("batch_loss"), "image_loss": result["loss"]}
+    return {**result, **loss, "acc1": result["top1_percent"], "acc5": result["top5_percent"]}
+
+
+def evaluate_both(state: TrainingState, loader: Iterable[Any], device: torch.device, *, amp: str) -> dict[str, float]:
+    """Accuracy of the weights and, under ``ema_``, of their average; prints the published line."""
+    result = evaluate(loader, state.model, device, amp=amp, show_progress=False)
+    average: Any = state.ema
+    if average is not None:
+        smoothed = average.module
+        if next(smoothed.parameters()).device != device:  # --model-ema-force-cpu
+            smoothed = copy.deepcopy(smoothed).to(device)
+        smooth = evaluate(loader, smoothed, device, amp=amp, show_progress=False)
+        result |= {f"ema_{name}": smooth[name] for name in ("loss", "acc1", "acc5")}
+    if is_main():
+        print(full_summary_line(result), flush=True)
+    return result
 
 
 def summary_line(result: Mapping[str, float]) -> str:
     """The published line with which an evaluation ends."""
     return f"* Acc@1 {result['acc1']:.3f} Acc@5 {result['acc5']:.3f} loss {result['loss']:.3f}"
+
+
+def full_summary_line(result: Mapping[str, float]) -> str:
+    """That line, and the loss that does not depend on the size of the batches."""
+    return f"{summary_line(result)} (mean over batches, as published; over images {result['image_loss']:.3f})"
 
 
 def store_for_autocast(teacher: nn.Module, dtype: torch.dtype | None) -> nn.Module:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.run.cli import make_parser, positive_int
+from common.run.program import run
 from sit.arguments import add_network_args, network_options
 from sit.sizes import TYPES
 
@@ -115,7 +116,4 @@ def main(argv: Sequence[str] | None = None) -> float:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RuntimeError, ValueError, ModuleNotFoundError) as error:  # CheckpointError among them
-        sys.exit(f"error: {error}")
+    run(main, expected=(RuntimeError, ValueError, ModuleNotFoundError))

@@ -19,13 +19,12 @@ from torch import Tensor
 from common.run.checkpoint import (
     CheckpointError,
     list_key_differences,
-    load_safely,
     load_strict,
-    locate,
+    read_checkpoint,
     save_atomic,
     select_state,
 )
-from common.run.launch import main_process_first
+from common.run.errors import UsageError
 from common.run.program import get_logger
 from sit.models.lvvit import FACTORIES, LVViT
 from sit.sizes import SIZES
@@ -88,13 +87,11 @@ def read_weights(source: str | os.PathLike[str], *, key: str = "model") -> Weigh
     Raises:
         CheckpointError: missing, damaged, no weights, or a training file without that key.
     """
-    with main_process_first():
-        path = locate(source)
-    content = load_safely(path)
+    content = read_checkpoint(source)
     if key != "model" and not isinstance(content.get(key) if isinstance(content, Mapping) else None, Mapping):
-        raise CheckpointError(f"{path}: holds no weights under {key!r}; was it trained with --model-ema?")
-    state = select_state(content, (key,), source=str(path))
-    return WeightsFile(state, str(path), bool(isinstance(content, Mapping) and content.get("stripped")))
+        raise CheckpointError(f"{source}: holds no weights under {key!r}; was it trained with --model-ema?")
+    state = select_state(content, (key,), source=str(source))
+    return WeightsFile(state, str(source), bool(isinstance(content, Mapping) and content.get("stripped")))
 
 
 def resize_pos_embed(embedding: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -276,14 +273,14 @@ def check_teacher_fits(student: LVViT, teacher: LVViT) -> None:
     """Whether the tokens and logits of the two can be compared.
 
     Raises:
-        ValueError: naming what differs.
+        UsageError: naming what differs.
     """
     for name, word in (
         ("embed_dim", "width"), ("depth", "blocks"), ("num_patches", "patches"), ("num_classes", "classes"),
     ):  # fmt: skip
         own, other = getattr(student, name), getattr(teacher, name)
         if own != other:
-            raise ValueError(
+            raise UsageError(
                 f"--teacher-model has {other} {word}, --model has {own}: the token loss compares them block by block, "
                 "so the teacher must be the same network without slimming"
             )

@@ -12,143 +12,123 @@ term, and log.txt with the published keys. The last line printed is the accuracy
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from timm.utils.model_ema import ModelEmaV3
-
-from common.data.loaders import DataError, Loader
-from common.measure.benchmark import describe_device
-from common.run.checkpoint import CheckpointError, CheckpointManager, TrainingState
-from common.run.engine import NonFiniteLoss, train
-from common.run.files import write_atomic
-from common.run.launch import World, launch, seed_everything
 from common.run.program import get_logger, is_main, run
-from sit import build
-from sit.arguments import parse_args as parse_flags
-from sit.engine import adjust_learning_rate, evaluate, rates_line, summary_line
-from sit.meters import Logs
-from sit.models import LVViT
+from sit.arguments import Job, get_args_parser
+
+if TYPE_CHECKING:
+    from common.run.launch import World
 
 logger = get_logger(__name__)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Flags of a command line; see ``sit.arguments``."""
-    return parse_flags(argv, __doc__)
+    return get_args_parser(__doc__).parse_args(argv)
 
 
-def evaluate_checkpoint(args: argparse.Namespace, world: World) -> dict[str, float]:
+def evaluate_checkpoint(job: Job, world: World) -> dict[str, float]:
     """Accuracy of --finetune, or of --resume; prints the published lines and writes results.json to --output_dir."""
-    if not args.finetune and not args.resume:
-        raise build.FlagError("--eval needs weights: --finetune FILE, or --resume FILE of a training run")
-    loader, classes = build.build_eval_loader(args, world)
-    args.finetune = args.finetune or args.resume
-    model = build.build_student(args, classes).to(world.device).deployed(fold_batch_norm=False)
-    network: Any = torch.compile(model) if args.compile else model
-    result = evaluate(loader, network, world.device, amp=build.resolve_amp(args, world))
-    report(args, world, result)
+    import torch
+
+    from common.data.build import build_loaders
+    from sit import build, engine
+    from sit.loading import read_weights
+
+    file = read_weights(job.own.finetune, key=job.own.finetune_key)
+    batches = build_loaders(
+        job.data, classes=job.own.num_classes or file.classes, eval_batch_size=int(1.5 * job.data.batch_size)
+    )
+    model = build.build_student(job.own, batches.classes, file, evaluates=True)
+    model = model.to(world.device).deployed(fold_batch_norm=False)
+    network: Any = torch.compile(model) if job.run.compile else model
+    result = engine.evaluate(batches.held_out, network, world.device, amp=job.run.amp)
+    report(job, world, result)
     return result
 
 
-def report(args: argparse.Namespace, world: World, result: dict[str, float]) -> None:
+def report(job: Job, world: World, result: dict[str, float]) -> None:
     """The published lines, the number of the table last, and the same as a file."""
+    from common.measure.benchmark import describe_device
+    from common.run.files import write_atomic
+    from sit.engine import full_summary_line
+
     if not world.is_main:
         return
-    print(summary_line(result))
-    if args.output_dir:
-        content = {"result": result, "arguments": vars(args), "processes": world.size}
+    print(full_summary_line(result))
+    if job.run.output_dir:
+        content = {"result": result, "arguments": job.arguments, "processes": world.size}
         text = json.dumps(content | {"device": describe_device(world.device)}, indent=1, default=str)
-        write_atomic(Path(args.output_dir, "results.json"), text + "\n")
+        write_atomic(Path(job.run.output_dir, "results.json"), text + "\n")
     print(f"Accuracy of the network on the {result['images']} test images: {result['acc1']:.1f}%", flush=True)
 
 
-def make_state(args: argparse.Namespace, model: LVViT, world: World) -> TrainingState:
-    """Model, optimiser and, with --model-ema, the average of the weights."""
-    average = None
-    if args.model_ema:
-        where = torch.device("cpu") if args.model_ema_force_cpu else None
-        average = ModelEmaV3(model, args.model_ema_decay, device=where)
-    optimizer = build.build_optimizer(args, model)
-    state = TrainingState(model, optimizer, ema=average, arguments=vars(args), device=world.device)
-    state.progress.epoch = args.start_epoch
-    return state
-
-
-def evaluate_both(state: TrainingState, loader: Loader, world: World, amp: str) -> dict[str, float]:
-    """Accuracy of the weights and, under ``ema_``, of their average."""
-    result = evaluate(loader, state.model, world.device, amp=amp, show_progress=False)
-    average: Any = state.ema
-    if average is not None:
-        smoothed = average.module
-        if next(smoothed.parameters()).device != world.device:  # --model-ema-force-cpu
-            smoothed = copy.deepcopy(smoothed).to(world.device)
-        smooth = evaluate(loader, smoothed, world.device, amp=amp, show_progress=False)
-        result |= {f"ema_{name}": smooth[name] for name in ("loss", "acc1", "acc5")}
-    if is_main():
-        print(summary_line(result), flush=True)
-    return result
-
-
-def train_model(args: argparse.Namespace, world: World) -> dict[str, float]:
+def train_model(job: Job, world: World) -> dict[str, float]:
     """All epochs and those of the cooldown; returns the last one's row."""
-    amp = build.resolve_amp(args, world)
-    test_batches, classes = build.build_eval_loader(args, world)
-    model = build.build_student(args, classes).to(world.device)
-    if args.token_label_data:
-        model.aux_head.requires_grad_(True)
-    state = make_state(args, model, world)
+    from common.data.build import build_loaders
+    from common.run.build import build_average, build_optimizer, build_run
+    from sit import build, engine
+    from sit.loading import read_weights
+    from sit.meters import Logs, PublishedRecord
+
+    own, schedule = job.own, job.schedule
+    batches = build_loaders(
+        job.data, None if own.token_label_data else job.augmentation, classes=own.num_classes,
+        eval_batch_size=int(1.5 * job.data.batch_size),
+    )  # fmt: skip
+    file = read_weights(own.finetune, key=own.finetune_key) if own.finetune else None
+    model = build.build_student(own, batches.classes, file, evaluates=False).to(world.device)
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
     logger.info("number of params: %d", trained)
-    epochs = args.epochs + args.cooldown_epochs
-    cooldown = f": {args.epochs} and a cooldown of {args.cooldown_epochs} at --min-lr (--cooldown-epochs)"
-    logger.info("training %d epochs%s", epochs, cooldown if args.cooldown_epochs else "")
-    folder = Path(args.output_dir) if args.output_dir else None
-    manager = CheckpointManager(folder, last="checkpoint.pth", best="best_checkpoint.pth") if folder else None
-    if args.resume:
-        (manager or CheckpointManager(".", metric=None)).resume(state, args.resume)
-    network, step = build.build_step(args, model, world, amp)
-    batches = build.build_train_loader(args, world)
-    logs = Logs(folder, trained, batches=len(batches), print_freq=args.print_freq, step=step,
-                tensorboard=args.tensorboard)  # fmt: skip
-    peak = build.peak_rate(args, world)
+    trainer = build_run(
+        model, world, job.run,
+        optimizer=build_optimizer(engine.get_param_groups(model, job.optimizer.weight_decay), job.optimizer),
+        schedule=None, epochs=schedule.epochs + schedule.cooldown_epochs, cooldown_epochs=schedule.cooldown_epochs,
+        average=build_average(model, job.optimizer), clip_grad=job.optimizer.clip_grad, arguments=job.arguments,
+        start_epoch=own.start_epoch, files=("checkpoint.pth", "best_checkpoint.pth"),
+        make_record=partial(PublishedRecord, n_parameters=trained), wrapped=build.wrapped(own, model),
+        show_progress=not own.print_freq,
+    )  # fmt: skip
+    assert trainer.network is not None
+    step = build.build_step(job, model, trainer.network, world.device)
+    images = batches.train or build.label_loader(own.token_label_data, job.data, job.augmentation)
+    logs = Logs(step, batches=len(images), print_freq=own.print_freq)
 
     def epoch_start(epoch: int) -> None:
-        groups = state.optimizer.param_groups  # pyright: ignore
-        rates = adjust_learning_rate(groups, peak, args.min_lr, epoch, args.epochs, warmup=args.linear_warmup)
+        groups, peak = trainer.optimization.optimizer.param_groups, job.optimizer.lr
+        rates = engine.adjust_learning_rate(
+            groups, peak, schedule.min_lr, epoch, schedule.epochs, warmup=own.linear_warmup
+        )
         logs.begin_epoch()
-        logger.info(rates_line(*rates))
+        logger.info(engine.rates_line(*rates))
 
-    row = train(
-        logs.step, state, batches, world=world, epochs=epochs, network=network, amp=amp,
-        clip_grad=args.clip_grad, evaluate_fn=partial(evaluate_both, state, test_batches, world, amp),
-        manager=manager, record=logs.record, save_every_steps=args.save_every_steps,
-        log_every_steps=args.log_every_steps, epoch_start=epoch_start, after_step=logs.after_step,
-        show_progress=not args.print_freq,
-    )  # fmt: skip
+    test = partial(engine.evaluate_both, trainer.state, batches.held_out, world.device, amp=job.run.amp)
+    row = trainer.fit(logs.step, images, evaluate_fn=test, epoch_start=epoch_start, after_step=logs.after_step)
     if is_main() and row:
-        print(f"Max accuracy: {state.progress.best if state.progress.best is not None else row['test_acc1']:.2f}%")
+        best = trainer.state.progress.best
+        print(f"Max accuracy: {row['test_acc1'] if best is None else best:.2f}%")
     return row
 
 
 def run_with(args: argparse.Namespace) -> dict[str, float]:
     """What one process does."""
+    from common.run.launch import launch, seed_everything
+    from sit.build import check_flags
+
     if args.output_dir:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     world = launch(args.device, local_rank=args.local_rank)
-    build.check_flags(args, world)
+    if args.eval:
+        args.finetune = args.finetune or args.resume
+    job = Job.of(args, processes=world.size, on_gpu=world.device.type == "cuda")
+    check_flags(job)
     seed_everything(args.seed)
-    return evaluate_checkpoint(args, world) if args.eval else train_model(args, world)
-
-
-EXPECTED = (DataError, CheckpointError, NonFiniteLoss, build.FlagError)
-"""Errors whose message says all; see ``common.run.launch.run``."""
+    return evaluate_checkpoint(job, world) if args.eval else train_model(job, world)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -156,5 +136,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     return run_with(parse_args(argv))
 
 
+def __getattr__(name: str) -> Any:
+    """``get_param_groups`` and ``adjust_learning_rate`` are published in this file."""
+    if name in ("get_param_groups", "adjust_learning_rate"):
+        from sit import engine
+
+        return getattr(engine, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]), expected=EXPECTED)
+    run(main)

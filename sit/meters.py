@@ -109,12 +109,12 @@ class PublishedRecord(Record):
     """``log.jsonl``, from which ``log.txt`` is written anew after every epoch, so that a resumed run repeats no line.
 
     Args:
-        folder: of both files.
+        path: of ``log.jsonl``.
         n_parameters: trained ones, for ``log.txt``.
     """
 
-    def __init__(self, folder: Path, n_parameters: int, *, tensorboard: bool = False) -> None:
-        super().__init__(folder / "log.jsonl", tensorboard=folder / "tensorboard" if tensorboard else None)
+    def __init__(self, path: Path, n_parameters: int, *, tensorboard: Path | None = None) -> None:
+        super().__init__(path, tensorboard=tensorboard)
         self.n_parameters = n_parameters
 
     def write(self, event: str, row: Mapping[str, Any]) -> None:
@@ -129,27 +129,21 @@ class Logs:
     """What watches the training step: the two learning rates for the record, and the published line of meters.
 
     Args:
-        folder: for :attr:`record`; None keeps nothing.
-        n_parameters: trained ones.
+        step: the training step to watch.
         batches: of an epoch.
         print_freq: steps between two lines; 0 prints none. The values stay on the device in between.
-        step: the training step to watch.
         clock: seconds; replaced in tests.
     """
 
     def __init__(
         self,
-        folder: Path | None,
-        n_parameters: int,
+        step: Callable[[Any], Mapping[str, Tensor]],
         *,
         batches: int,
         print_freq: int,
-        step: Callable[[Any], Mapping[str, Tensor]],
-        tensorboard: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.record = PublishedRecord(folder, n_parameters, tensorboard=tensorboard) if folder else None
-        self.batches, self.print_freq, self._step, self.clock = batches, print_freq, step, clock
+        self._step, self.batches, self.print_freq, self.clock = step, batches, print_freq, clock
         self.epoch = -1
         self.pending: list[tuple[float, Mapping[str, Tensor]]] = []
         self.ended = clock()

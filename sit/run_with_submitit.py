@@ -12,20 +12,17 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from common.run import cli
+from common.run.errors import UsageError
+from common.run.program import run
 from sit import main as program
 from sit.arguments import get_args_parser
 
 PUBLISHED_SHARED = Path("/checkpoint")
 """Where the published script expects a folder that every node sees."""
-
-
-class FolderError(ValueError):
-    """No folder for the job; the message says which flag gives one."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -51,7 +48,7 @@ def job_folder(args: argparse.Namespace) -> Path:
     """--job_dir, or %j in the shared folder.
 
     Raises:
-        FolderError: if there is neither.
+        UsageError: if there is neither.
     """
     if args.job_dir:
         return Path(args.job_dir)
@@ -59,9 +56,18 @@ def job_folder(args: argparse.Namespace) -> Path:
         return Path(args.shared_dir) / "%j"
     if PUBLISHED_SHARED.is_dir():
         return PUBLISHED_SHARED / os.environ.get("USER", "nobody") / "experiments" / "%j"
-    raise FolderError(
+    raise UsageError(
         f"no folder that every node sees: there is no {PUBLISHED_SHARED}; give --shared-dir DIR, or --job_dir DIR"
     )
+
+
+def in_folder_of_the_job(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags with the number of this job in --output_dir."""
+    import submitit  # an extra: leanvit[slurm]
+
+    args = copy.copy(args)
+    args.output_dir = args.output_dir.replace("%j", submitit.JobEnvironment().job_id)
+    return args
 
 
 class Trainer:
@@ -74,20 +80,13 @@ class Trainer:
         """One process: its place from submitit, then main.py."""
         import submitit  # an extra: leanvit[slurm]
 
-        place = submitit.JobEnvironment()
-        digits = "".join(letter for letter in place.job_id if letter.isdigit()) or "0"
-        os.environ.update(
-            RANK=str(place.global_rank),
-            WORLD_SIZE=str(place.num_tasks),
-            LOCAL_RANK=str(place.local_rank),
-            MASTER_ADDR=place.hostnames[0],
-            MASTER_PORT=str(20000 + int(digits) % 20000),
-        )
-        args = copy.copy(self.args)
-        args.output_dir = args.output_dir.replace("%j", place.job_id)
-        print(f"process {place.global_rank} of {place.num_tasks}, on {place.hostnames[0]}", flush=True)
+        os.environ.pop("MASTER_PORT", None)  # of the job that submitted this one
+        place = submitit.helpers.TorchDistributedEnvironment()
+        place.export(set_cuda_visible_devices=False, overwrite=True)
+        args = in_folder_of_the_job(self.args)
+        print(f"process {place.rank} of {place.world_size}, on {place.master_addr}", flush=True)
         try:
-            return program.run(lambda: program.run_with(args), expected=program.EXPECTED)
+            return run(lambda: program.run_with(args))
         except SystemExit as error:  # submitit takes an exception for a failure, an exit for a lost job
             if isinstance(error.code, int):  # submitit's own, to queue again
                 raise
@@ -98,8 +97,7 @@ class Trainer:
         import submitit  # an extra: leanvit[slurm]
 
         args = copy.copy(self.args)
-        folder = args.output_dir.replace("%j", submitit.JobEnvironment().job_id)
-        if (Path(folder) / "checkpoint.pth").exists():
+        if Path(in_folder_of_the_job(args).output_dir, "checkpoint.pth").exists():
             args.resume = "auto"
         print(f"queueing again, {'resuming' if args.resume else 'from the start'}", flush=True)
         return submitit.helpers.DelayedSubmission(Trainer(args))
@@ -144,7 +142,4 @@ def main(argv: Sequence[str] | None = None) -> object:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FolderError as error:
-        sys.exit(f"error: {error}")
+    run(main)

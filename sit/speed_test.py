@@ -22,6 +22,7 @@ from pathlib import Path
 
 from common.run.cli import make_parser, positive_float, positive_int
 from common.run.errors import UsageError
+from common.run.program import run
 from sit.sizes import SIZES
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -106,8 +107,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main, expected=(RuntimeError, ValueError))

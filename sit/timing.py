@@ -17,8 +17,8 @@ from common.ledger.results import Record
 from common.ledger.tables import Row, load_tables
 from common.measure.benchmark import BenchmarkError, Clock, PairedSpeed, compare, random_images, synchronize
 from common.measure.flops import gmacs
-from common.run.engine import autocast
 from common.run.files import ROOT
+from common.run.precision import autocast
 from sit.arguments import parse_args as parse_flags
 from sit.engine import get_param_groups, store_for_autocast, training_step
 from sit.losses import DistillationLoss

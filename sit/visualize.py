@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.run.cli import make_parser, positive_int
+from common.run.program import run
 from sit.arguments import add_network_args, network_options
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 PANEL = 150  # pixels of a column
 IMAGE_SHARE = 0.35  # how much of the grey image shines through a map
-NOTE = "Bright: a large share. Each map of a token is scaled to its own largest weight, which stands above it."
+NOTE = "Dark to bright: the smallest to the largest share in that map, which stand above it."
 
 
 class SlimmedStage(NamedTuple):
@@ -82,17 +83,16 @@ def choose_different(weights: Tensor, number: int) -> list[int]:
     return chosen
 
 
-def draw_map(axes: Any, image: Image.Image, values: Tensor, grid: tuple[int, int], top: float) -> None:
+def draw_map(axes: Any, image: Image.Image, values: Tensor, grid: tuple[int, int]) -> None:
     """A map over an image's patches in colour, the image shining through in grey.
 
     Args:
-        values: (N,), row by row of the grid.
-        top: the value that is brightest.
+        values: (N,), row by row of the grid; the smallest is darkest, the largest brightest.
     """
     axes.imshow(image.convert("L"), cmap="gray")
     axes.imshow(
-        values.reshape(grid).numpy(), cmap="inferno", vmin=0, vmax=max(top, 1e-12), alpha=1 - IMAGE_SHARE,
-        interpolation="bicubic", extent=(0, image.width, image.height, 0),
+        values.reshape(grid).numpy(), cmap="inferno", alpha=1 - IMAGE_SHARE,
+        interpolation="nearest", extent=(0, image.width, image.height, 0),
     )  # fmt: skip
 
 
@@ -109,19 +109,18 @@ def draw_sheet(
     from matplotlib.figure import Figure
 
     columns = 2 + max(min(tokens, len(stage.weights)) for stage in stages)
-    size = (columns * PANEL / 100, len(stages) * 1.35 * PANEL / 100 + 0.7)
+    size = (columns * PANEL / 100, len(stages) * 1.25 * PANEL / 100 + 0.5)
     figure = Figure(figsize=size, dpi=100, layout="constrained")
     figure.suptitle(f"{title}\n{NOTE}", fontsize=8)
     for axes, stage in zip(figure.subplots(len(stages), columns, squeeze=False), stages, strict=True):
-        largest = stage.taken.max().item()
         axes[0].imshow(image)
         labels = [f"after block {stage.block}\n{stage.entering} to {len(stage.weights)} tokens"]
-        draw_map(axes[1], image, stage.taken, grid, largest)
-        labels.append(f"all tokens\nup to {largest:.1f} equal shares")
+        draw_map(axes[1], image, stage.taken, grid)
+        labels.append(f"all tokens\n{stage.taken.min():.2f} to {stage.taken.max():.2f} equal shares")
         for panel, token in zip(axes[2:], choose_different(stage.weights, tokens), strict=False):
             weights = stage.weights[token]
-            draw_map(panel, image, weights, grid, weights.max().item())
-            labels.append(f"token {token}\nup to {weights.max():.2f}")
+            draw_map(panel, image, weights, grid)
+            labels.append(f"token {token}\n{weights.min():.3f} to {weights.max():.3f}")
         for panel, label in zip(axes, labels, strict=False):
             panel.set_title(label, fontsize=8)
         for panel in axes:
@@ -201,8 +200,4 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main, expected=(OSError, ValueError))

@@ -24,8 +24,9 @@ from torch.utils.data import TensorDataset
 
 from common.data.loaders import DataError, RepeatedSampler, build_dataset, eval_transform, train_loader
 from common.measure.flops import count_parameters
+from common.run.build import scaled_lr
 from common.run.checkpoint import list_key_differences
-from common.run.cli import dataset_name, scaled_lr
+from common.run.cli import dataset_name
 from common.tests import reference
 from common.tests.reference import Case, CaseError, Checks, NotCovered, Runner
 from sit import engine, models

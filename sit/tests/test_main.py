@@ -10,10 +10,14 @@ import torch
 from timm.models._factory import create_model
 
 from common.data.loaders import DataError
-from common.run.checkpoint import CheckpointError
+from common.run.build import build_optimizer
+from common.run.errors import CheckpointError, UsageError
+from common.run.program import run
+from common.run.settings import OptimizerSettings
 from common.tests.forks import run_forked
 from common.tests.jobs import digest
-from sit import build, main
+from sit import build, engine, main
+from sit.arguments import Job
 from sit.tests.tools import SMALL, miniature_imagenet
 
 
@@ -72,7 +76,7 @@ def test_a_published_training_file_resumes(folder: Path, tmp_path: Path) -> None
 
     model = create_model("sit_lvvit_desk", distillation_type="frd", num_classes=3)
     args = main.parse_args(words(folder))
-    optimizer = build.build_optimizer(args, model)
+    optimizer = build_optimizer(engine.get_param_groups(model, 0.05), OptimizerSettings.of(args))
     sum(value.sum() for value in model.parameters() if value.requires_grad).backward()  # pyright: ignore
     optimizer.step()
     content = {
@@ -130,18 +134,18 @@ def test_another_size_is_evaluated_with_resized_positions(folder: Path) -> None:
 
 
 BAD = [
-    (["--distillation-type", "frd", "--teacher-path", ""], build.FlagError, "--teacher-path FILE"),
-    (["--batch-size", "3"], build.FlagError, "--batch-size 3 must be even"),
-    (["--extra-teacher-model", "resnet10t"], build.FlagError, "--extra-teacher-path FILE"),
-    (["--extra-teacher-model", "x", "--distillation-type", "none"], build.FlagError, "needs --distillation-type frd"),
-    (["--extra-teacher-model", "nonet", "--extra-teacher-path", "x"], build.FlagError, "timm.list_models"),
+    (["--distillation-type", "frd", "--teacher-path", ""], UsageError, "--teacher-path FILE"),
+    (["--batch-size", "3"], UsageError, "--batch-size 3 must be even"),
+    (["--extra-teacher-model", "resnet10t"], UsageError, "--extra-teacher-path FILE"),
+    (["--extra-teacher-model", "x", "--distillation-type", "none"], UsageError, "needs --distillation-type frd"),
+    (["--extra-teacher-model", "nonet", "--extra-teacher-path", "x"], UsageError, "timm.list_models"),
     (["--teacher-path", "nowhere.pth"], CheckpointError, r"nowhere\.pth: no such file"),
-    (["--teacher-model", "sit_lvvit_tiny"], build.FlagError, "--teacher-model has 320 width, --model has 64"),
+    (["--teacher-model", "sit_lvvit_tiny"], UsageError, "--teacher-model has 320 width, --model has 64"),
     (["--repeated-aug"], DataError, "--no-repeated-aug"),
     (["--data-path", "nowhere"], DataError, "data directory nowhere does not exist"),
-    (["--eval", "--finetune", ""], build.FlagError, "--eval needs weights"),
-    (["--input-size", "34"], build.FlagError, "patches of 4 pixels do not fill 34 pixels; give a multiple, such as 32"),
-    (["--token-label-data", "x"], build.FlagError, "give --distillation-type none"),
+    (["--eval", "--finetune", ""], UsageError, "--eval needs weights"),
+    (["--input-size", "34"], UsageError, "patches of 4 pixels do not fill 34 pixels; give a multiple, such as 32"),
+    (["--token-label-data", "x"], UsageError, "give --distillation-type none"),
 ]
 
 
@@ -155,8 +159,7 @@ def test_bad_flags_are_named(folder: Path, more: list[str], error: type[Exceptio
 
 def test_a_rate_below_the_smallest_is_announced(folder: Path, capsys) -> None:
     args = main.parse_args(words(folder, "--lr", "1e-5", "--min-lr", "1e-5"))
-    world = main.World(0, 1, 0, torch.device("cpu"), None)
-    build.check_flags(args, world)
+    build.check_flags(Job.of(args, processes=1, on_gpu=False))
     assert "is below --min-lr 1e-05: the rate will rise" in capsys.readouterr().err
 
 
@@ -169,7 +172,7 @@ def test_expected_errors_end_with_one_line(folder: Path, capfd) -> None:
 
 def _as_program(argv: list[str]) -> None:
     os.environ.pop("RANK", None)
-    main.run(lambda: main.main(argv), expected=main.EXPECTED)
+    run(lambda: main.main(argv))
 
 
 def test_classes_are_those_of_the_data_and_a_replaced_head_is_announced(folder: Path, tmp_path: Path, capfd) -> None:
@@ -182,10 +185,10 @@ def test_classes_are_those_of_the_data_and_a_replaced_head_is_announced(folder: 
     main.main([*given, "--print-freq", "0", "--output_dir", str(tmp_path / "out")])
     assert torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)["model"]["head.bias"].shape == (3,)
     printed = capfd.readouterr().err
-    assert "classes: 3, those of the data" in printed
+    assert "the data set has 3 classes, not imagenet's 1000: so has the network" in printed
     assert "its head is for 1000 classes, the network for 3: the head was replaced" in printed
     assert main.main([*given, "--eval"])["images"] == 9
-    assert "the data has 3 classes" in capfd.readouterr().err
+    assert "the data set has 3 classes and the network 1000" in capfd.readouterr().err
     teacher = ["--distillation-type", "frd", "--teacher-model", "sit_lvvit_desk", "--teacher-path", file]
     with pytest.raises(CheckpointError, match=r"its head is for 1000 classes, the network for 3.*--num-classes 1000"):
         main.main([*given, *teacher])
@@ -193,4 +196,4 @@ def test_classes_are_those_of_the_data_and_a_replaced_head_is_announced(folder: 
 
 def test_the_total_of_the_epochs_is_said(folder: Path, capfd) -> None:
     main.main(words(folder, "--distillation-type", "none", "--cooldown-epochs", "2"))
-    assert "training 3 epochs: 1 and a cooldown of 2 at --min-lr (--cooldown-epochs)" in capfd.readouterr().err
+    assert "3 epochs in all: 1 and 2 of cooldown" in capfd.readouterr().err

@@ -10,6 +10,7 @@ import pytest
 import torch
 from timm.models._factory import create_model
 
+from common.run.errors import UsageError
 from sit import run_with_submitit as script
 from sit.tests.tools import SMALL, miniature_imagenet
 
@@ -81,7 +82,7 @@ def test_a_failure_is_reported_as_one(words: list[str], tmp_path: Path, monkeypa
 
 def test_folders(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(script, "PUBLISHED_SHARED", tmp_path / "nothing")
-    with pytest.raises(script.FolderError, match="give --shared-dir DIR, or --job_dir DIR"):
+    with pytest.raises(UsageError, match="give --shared-dir DIR, or --job_dir DIR"):
         script.job_folder(script.parse_args([]))
     assert script.job_folder(script.parse_args(["--job_dir", "a/%j"])) == Path("a/%j")
     assert script.job_folder(script.parse_args(["--shared-dir", "b"])) == Path("b/%j")

@@ -138,7 +138,7 @@ def test_published_lines_and_log(tmp_path, capsys):
         return {"loss": value, "loss_cls": value / 2}
 
     ticks = iter(float(tick) for tick in range(100))
-    logs = Logs(tmp_path, 123, batches=3, print_freq=2, step=step, clock=lambda: next(ticks))
+    logs = Logs(step, batches=3, print_freq=2, clock=lambda: next(ticks))
     for batch in range(3):
         logs.step(None)
         rates = logs.after_step(StepInfo(0, batch, batch + 1, (5e-4, 1e-4, 1e-4)))
@@ -147,8 +147,9 @@ def test_published_lines_and_log(tmp_path, capsys):
     assert len(lines) == 2  # the first and every second step, here also the last
     assert lines[0].startswith("Epoch: [0]  [0/3]  eta: 0:00:0")
     assert "lr: 0.000100  loss: 2.0000 (2.0000)  loss_cls: 1.0000 (1.0000)  time: " in lines[1]
-    assert isinstance(logs.record, PublishedRecord)
-    logs.record.write("epoch", {"epoch": 0, "step": 3, "train_lr": 5e-4, "train_lr_backbone": 1e-4, "test_acc1": 9.0})
+    PublishedRecord(tmp_path / "log.jsonl", 123).write(
+        "epoch", {"epoch": 0, "step": 3, "train_lr": 5e-4, "train_lr_backbone": 1e-4, "test_acc1": 9.0}
+    )
     assert json.loads((tmp_path / "log.txt").read_text()) == {
         "train_lr": 1e-4, "test_acc1": 9.0, "epoch": 0, "n_parameters": 123,
     }  # fmt: skip

@@ -56,7 +56,7 @@ def test_the_brightest_place_is_that_of_the_largest_weight():
     values[6] = 0.5  # second row, third column
     figure = Figure(figsize=(0.8, 0.8), dpi=100)
     axes = figure.add_axes((0, 0, 1, 1))
-    visualize.draw_map(axes, Image.new("RGB", (80, 80), (90, 90, 90)), values, (4, 4), 0.5)
+    visualize.draw_map(axes, Image.new("RGB", (80, 80), (90, 90, 90)), values, (4, 4))
     axes.axis("off")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
