@@ -23,7 +23,7 @@ from common.measure.flops import gmacs
 from sit import main
 from sit.loading import load_for_evaluation, read_weights
 from sit.models import LVViT
-from sit.models.lvvit import build_lvvit
+from sit.models.lvvit import build_lvvit, count_ops
 
 TEACHER_EPOCHS, STUDENT_EPOCHS = 24, 8
 EXPECTED_PERCENT = 90
@@ -91,7 +91,7 @@ def run(folder: Path, *, device: torch.device | str, force: bool, progress: bool
     timed = {job.name: networks[job.name] for job in RUNS if job.name == dense or job.name.startswith("frd")}
     label = "speed" if progress else None
     speeds = compare(timed, images, baseline=dense, warmup=WARMUP, rounds=ROUNDS, progress=label)
-    cost = {name: gmacs(network.count_ops()) for name, network in networks.items()}
+    cost = {name: gmacs(count_ops(network)) for name, network in networks.items()}
     rows = []
     for job in RUNS:
         same = f"frd-{job.ratio}" if job.ratio else dense  # networks of one ratio are equally fast

@@ -18,7 +18,7 @@ from common.measure.flops import gmacs
 from sit import desk as desk_experiment
 from sit.arguments import parse_args
 from sit.models import LVViT, count_published_parameters
-from sit.models.lvvit import build_lvvit
+from sit.models.lvvit import build_lvvit, count_ops
 
 
 def build_whole(row: Row) -> LVViT:
@@ -41,12 +41,12 @@ def costs(row: Row) -> dict[str, Measured]:
     """
     with torch.device("meta"):
         model = build_whole(row)
-    counts = model.count_ops()
+    counts = count_ops(model)
     name = f"{args_name(row)}, one image at {model.img_size}"
     convention = row.convention.get("gmacs", "fvcore")
     kinds = " + ".join(f"{kind} {counts[kind] / 1e9:.3f}" for kind in ("conv", "linear", "matmul"))
     norms = (5 * counts["layer_norm"] + 2 * counts["batch_norm"]) / 1e9
-    counted = f"count_ops() of {name}: {kinds} + normalisation {norms:.3f} G"
+    counted = f"operations of {name}: {kinds} + normalisation {norms:.3f} G"
     return {
         "params_m": Measured(
             count_published_parameters(model) / 1e6, row.convention.get("params_m", ""), f"parameters of {name}"

@@ -22,7 +22,7 @@ from common.run.precision import autocast
 from sit.arguments import parse_args as parse_flags
 from sit.engine import get_param_groups, store_for_autocast, training_step
 from sit.losses import DistillationLoss
-from sit.models.lvvit import LVViT, build_lvvit
+from sit.models.lvvit import LVViT, build_lvvit, count_ops
 from sit.sizes import SIZES
 
 
@@ -109,7 +109,7 @@ def run_pair(
     images = random_images(batch, models["student"].image_shape[0], device, dtype)
     networks: Any = {role: torch.compile(model) if compiled else model for role, model in models.items()}
     speeds = compare(networks, images, baseline="teacher", progress=name, **options)
-    cost = {role: gmacs(model.count_ops()) for role, model in models.items()}
+    cost = {role: gmacs(count_ops(model)) for role, model in models.items()}
     ratio = cost["teacher"] / cost["student"]
     for role, paired in speeds.items():
         speed = paired.speed

@@ -26,10 +26,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 from common.layers import init_linear
-from common.measure import flops
-from common.measure.flops import OpCounts
+from common.measure.flops import OpCounts, count_operations
 from common.run.errors import CheckpointError
-from sit.models.slimming import ReverseTSM, TokenSlimmingModule, count_mlp, layer_tokens, slimming_blocks, stage_tokens
+from sit.models.slimming import ReverseTSM, TokenSlimmingModule, layer_tokens, slimming_blocks, stage_tokens
 from sit.sizes import COMMON, SIZES, TYPES
 
 Tokens = list[Tensor]
@@ -94,20 +93,6 @@ class _ConvStem(nn.Module):
                 setattr(folded, f"bn{index}", nn.Identity())
         return folded
 
-    def count_ops(self) -> OpCounts:
-        """Cost for one image."""
-        counts, (rows, columns) = OpCounts(), (16 * side for side in self.grid)
-        for index, stride in enumerate(self.strides, start=1):
-            conv, norm = self.get_submodule(f"conv{index}"), self.get_submodule(f"bn{index}")
-            assert isinstance(conv, nn.Conv2d)
-            rows, columns = rows // stride, columns // stride
-            counts += flops.conv2d(rows, columns, conv.in_channels, conv.out_channels, 3, bias=conv.bias is not None)
-            if isinstance(norm, nn.BatchNorm2d):
-                counts += flops.batch_norm(rows * columns * conv.out_channels)
-            if index < len(self.strides):
-                counts += flops.gelu(rows * columns * conv.out_channels)
-        return counts
-
 
 class PatchEmbed4CG(_ConvStem):
     """Four convolutions, each of stride 2."""
@@ -137,10 +122,6 @@ class PatchEmbedNaive(nn.Module):
             found = "x".join(map(str, images.shape[2:]))
             raise ValueError(f"images of {found} in a network for {height}x{width} pixels")
         return self.proj(images)
-
-    def count_ops(self) -> OpCounts:
-        """Cost for one image."""
-        return flops.conv2d(*self.grid, self.proj.in_channels, self.proj.out_channels, self.proj.kernel_size[0])
 
 
 STEMS: Mapping[str, type[_ConvStem] | type[PatchEmbedNaive]] = {
@@ -224,13 +205,6 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=self.scale)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
-    def count_ops(self, number: int) -> OpCounts:
-        """Cost for ``number`` tokens of one image."""
-        inner = self.num_heads * self.head_dim
-        counts = flops.linear(number, self.qkv.in_features, 3 * inner, bias=self.qkv.bias is not None)
-        counts += flops.attention(number, number, inner, self.num_heads)
-        return counts + flops.linear(number, inner, self.proj.out_features)
-
 
 class Block(nn.Module):
     """Pre-norm transformer block whose branches are divided by ``skip_lam``, after drop path."""
@@ -266,12 +240,6 @@ class Block(nn.Module):
         share = 1 / self.skip_lam  # added and scaled in one kernel
         x = torch.add(x, self.drop_path(self.attn(self.norm1(x))), alpha=share)
         return torch.add(x, self.drop_path(self.mlp(self.norm2(x))), alpha=share)
-
-    def count_ops(self, number: int) -> OpCounts:
-        """Cost for ``number`` tokens of one image."""
-        elements = number * self.mlp.fc1.in_features
-        branches = self.attn.count_ops(number) + count_mlp(self.mlp, number)
-        return branches + 2 * (flops.layer_norm(elements) + flops.div(elements) + flops.add(elements))
 
 
 def get_dpr(drop_path_rate: float | Sequence[float], depth: int, drop_path_decay: str = "linear") -> list[float]:
@@ -555,34 +523,14 @@ class LVViT(nn.Module):
             model.patch_embed = model.patch_embed.fuse().requires_grad_(False)
         return model
 
-    def count_ops(self) -> OpCounts:
-        """Cost of one image in evaluation mode; the reverse modules and ``aux_head`` do not run there."""
-        counts = self.patch_embed.count_ops() + flops.add((self.num_patches + self.extra_tokens) * self.embed_dim)
-        first = self.extra_tokens
-        entered = self.layer_patches if self.slimmed else [self.num_patches] * (self.depth + 1)
-        slimming = dict(zip(self.slim_index, self.tsm, strict=True)) if self.slimmed else {}
-        for number, block in enumerate(self.blocks, start=1):
-            entering = entered[number - 1]
-            assert isinstance(block, Block)
-            counts += block.count_ops(first + entering)
-            if number in slimming:
-                slimmer = slimming[number]
-                assert isinstance(slimmer, TokenSlimmingModule)
-                counts += slimmer.count_ops(entering)
-        normed = first if self.logits_only else first + entered[self.depth]
-        heads = first if self.num_classes else 0
-        return (
-            counts + flops.layer_norm(normed * self.embed_dim) + flops.linear(heads, self.embed_dim, self.num_classes)
-        )
-
-    def count_recovery_ops(self) -> OpCounts:
-        """Cost of the reverse modules for one image, which run in training only."""
-        parts = [part for part in getattr(self, "rtsm", ()) if isinstance(part, ReverseTSM)]
-        return sum((part.count_ops() for part in parts), OpCounts())
-
 
 def _head(width: int, num_classes: int) -> nn.Module:
     return nn.Linear(width, num_classes) if num_classes else nn.Identity()
+
+
+def count_ops(model: LVViT) -> OpCounts:
+    """Operations of one image in evaluation mode, by kind; the reverse modules and ``aux_head`` do not run there."""
+    return count_operations(model, torch.empty(1, 3, *model.image_shape, device="meta")).published
 
 
 def count_published_parameters(model: nn.Module) -> int:

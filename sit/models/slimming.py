@@ -15,9 +15,6 @@ import torch.nn.functional as F
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
-from common.measure import flops
-from common.measure.flops import OpCounts
-
 
 def slim_tokens(tokens: Tensor, scores: Tensor) -> Tensor:
     """Aggregate N tokens softly into M; unlike pruning, none is discarded.
@@ -58,13 +55,6 @@ def layer_tokens(tokens: Sequence[int], stage_blocks: Sequence[int]) -> list[int
 def slimming_blocks(stage_blocks: Sequence[int]) -> list[int]:
     """Blocks, counted from 1, right after which tokens are slimmed: the last of each stage but the final one."""
     return list(accumulate(stage_blocks))[:-1]
-
-
-def count_mlp(mlp: Mlp, rows: int) -> OpCounts:
-    """Cost of an MLP for ``rows`` vectors."""
-    hidden = mlp.fc1.out_features
-    counts = flops.linear(rows, mlp.fc1.in_features, hidden) + flops.gelu(rows * hidden)
-    return counts + flops.linear(rows, hidden, mlp.fc2.out_features)
 
 
 class TokenSlimmingModule(nn.Module):
@@ -123,19 +113,6 @@ class TokenSlimmingModule(nn.Module):
         """(B, N, C) to (B, M, C)."""
         return slim_tokens(tokens, self.scores(tokens))
 
-    def count_ops(self, number: int) -> OpCounts:
-        """Cost for ``number`` input tokens of one image."""
-        _, fc1, _, fc2 = self.layers()
-        width, hidden, kept = fc1.in_features, fc1.out_features, fc2.out_features
-        return (
-            flops.layer_norm(number * width)
-            + flops.linear(number, width, hidden)
-            + flops.gelu(number * hidden)
-            + flops.linear(number, hidden, kept)
-            + flops.softmax(number * kept)
-            + flops.matmul(1, kept, width, number)
-        )
-
 
 class ReverseTSM(nn.Module):
     """Reverse token slimming module (RTSM): maps M slimmed tokens back to T, for training only.
@@ -164,15 +141,3 @@ class ReverseTSM(nn.Module):
         """
         recovered = self.mlp1(self.norm1(tokens).transpose(1, 2)).transpose(1, 2)  # (B, C, M) -> (B, C, T) -> (B, T, C)
         return recovered + self.mlp2(self.norm2(recovered))
-
-    def count_ops(self) -> OpCounts:
-        """Cost for one image."""
-        width = self.mlp2.fc1.in_features
-        kept, recovered = self.mlp1.fc1.in_features, self.mlp1.fc2.out_features
-        counts = flops.layer_norm(kept * width) + count_mlp(self.mlp1, width)
-        return (
-            counts
-            + flops.layer_norm(recovered * width)
-            + count_mlp(self.mlp2, recovered)
-            + flops.add(recovered * width)
-        )
