@@ -18,8 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.run import cli
 from common.run.program import get_logger, is_main, run
-from sit.arguments import Job, get_args_parser
+from sit.arguments import Job, check_paths, get_args_parser
 
 if TYPE_CHECKING:
     from common.run.launch import World
@@ -117,11 +118,15 @@ def train_model(job: Job, world: World) -> dict[str, float]:
 
 def run_with(args: argparse.Namespace) -> dict[str, float]:
     """What one process does."""
+    if args.output_dir:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    on_disk = cli.dataset_name(args.data_set) in ("imagenet", "inat18", "inat19", "folder", "tar")
+    resumed = "" if args.resume == "auto" else args.resume
+    teacher = "" if args.eval else args.teacher_path
+    check_paths(args.finetune, resumed, teacher, folder=args.data_path if on_disk else "")
     from common.run.launch import launch, seed_everything
     from sit.build import check_flags
 
-    if args.output_dir:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     world = launch(args.device, local_rank=args.local_rank)
     if args.eval:
         args.finetune = args.finetune or args.resume

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from common.run.cli import make_parser
 from common.run.program import run
+from sit.arguments import check_paths
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -30,6 +31,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     """Write the file and say what is gone."""
     args = parse_args(argv)
+    check_paths(args.checkpoint)
     from sit.loading import read_weights, strip, summarise
 
     report = strip(read_weights(args.checkpoint, key=args.key), args.output, half=args.half)

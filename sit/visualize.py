@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.run.cli import make_parser, positive_int
+from common.run.errors import DataError
 from common.run.program import run
-from sit.arguments import add_network_args, network_options
+from sit.arguments import add_network_args, check_paths, network_options
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from sit.models import LVViT
 
+SAMPLES = ("china.jpg", "flower.jpg")
 PANEL = 150  # pixels of a column
 IMAGE_SHARE = 0.35  # how much of the grey image shines through a map
 NOTE = "Dark to bright: the smallest to the largest share in that map, which stand above it."
@@ -140,7 +142,7 @@ def open_image(name: Path) -> Image.Image:
     if not name.exists() and kind == "digit" and number.isdigit():
         digits: Any = build_dataset("digits", None, "val", None)
         return digits[int(number) % len(digits)][0]
-    if not name.exists() and str(name) in ("china.jpg", "flower.jpg"):
+    if not name.exists() and str(name) in SAMPLES:
         from PIL import Image
         from sklearn.datasets import load_sample_image
 
@@ -166,6 +168,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Draw every image, on the CPU, where one takes less than a second; returns the files written."""
     args = parse_args(argv)
+    check_paths(args.weights)
+    for path in args.images:
+        if not path.exists() and not path.name.startswith("digit-") and str(path) not in SAMPLES:
+            raise DataError(f"{path}: no such file, and no image inside scikit-learn: {', '.join(SAMPLES)}, digit-N")
     import torch
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from common.tests.reference import read_cases, run_cases
+from common.tests.reference import array, fill_, read_cases, run_cases
+from sit.models import LVViT
 from sit.tests import cases as runner
 
 VECTORS = Path(__file__).parent / "vectors"
@@ -60,3 +62,23 @@ def test_the_runner_finds_what_is_wrong(tmp_path, capsys):
     assert "FAIL: samples" in lines["inat[0]"]
     assert "not covered: no runner for facts of strange" in lines["strange[0]"]
     assert runner.main([str(tmp_path), "--only", "step*"]) == 0
+
+
+def test_rectangular_images_and_what_is_not_covered(tmp_path, capsys):
+    """Height before width; a case that nobody can run makes the runner fail."""
+    options = {**next(case for case in CASES if case.name == "student-eval").build["kwargs"], "img_size": [32, 48]}
+    model = fill_(LVViT(**options).double(), 7).eval()
+    images = torch.from_numpy(array("image-32x48", (1, 3, 32, 48), 7))
+    with torch.no_grad():
+        logits, tokens = model(images)
+    case = {
+        "name": "wide", "seed": 7, "build": {"cls": "LVViT", "kwargs": options, "mode": "eval"},
+        "input": "fill.array('image-32x48', (1, 3, 32, 48), seed)", "outputs": ["logits", "tokens_3"],
+        "expect": {"num_patches": 6, "keeped_patches": [6, 3, 1]},
+    }  # fmt: skip
+    (tmp_path / "cases.json").write_text(json.dumps([case]))
+    np.savez(tmp_path / "cases.npz", **{"wide/logits": logits.numpy(), "wide/tokens_3": tokens[3].numpy()})
+    assert runner.main([str(tmp_path)]) == 0
+    (tmp_path / "cases.json").write_text(json.dumps([case, {"name": "odd", "build": {"cls": "Frobnicator"}}]))
+    assert runner.main([str(tmp_path)]) == 1
+    assert "1 passed, 0 failed, 1 not covered" in capsys.readouterr().out
