@@ -12,13 +12,17 @@ import torch
 from torch import nn
 
 from common.ledger.cache import FOLDER
+from common.ledger.results import Record
 from common.ledger.speeds import speeds_for_ledger
-from common.ledger.tables import DeskTable, Measured, NeedsWeights, Row
+from common.ledger.tables import DeskTable, Measured, NeedsWeights, Row, load_tables
+from common.measure.benchmark import BenchmarkError, PairedSpeed
 from common.measure.flops import gmacs
+from common.run.files import ROOT
 from sit import desk as desk_experiment
 from sit.arguments import parse_args
 from sit.models import LVViT, count_published_parameters
 from sit.models.lvvit import build_lvvit, count_ops
+from sit.sizes import SIZES
 
 
 def build_whole(row: Row) -> LVViT:
@@ -67,6 +71,34 @@ def speeds(
 ) -> dict[tuple[str, str], Measured]:
     """Speed of rows against their teacher, in turns; random weights, the networks as deployed."""
     return speeds_for_ledger(rows, build, columns=columns, device=device, progress=progress)
+
+
+def published_row(name: str) -> Row:
+    """The row of the table of students that a size belongs to.
+
+    Raises:
+        BenchmarkError: if it is no published size.
+    """
+    for table in load_tables("sit", root=ROOT):
+        for row in table.rows:
+            if row.dense and parse_args(shlex.split(row.arguments)).model == name:
+                return row
+    raise BenchmarkError(f"{name} has no published row, so --output cannot record it")
+
+
+def record_of(name: str, speeds: dict[str, PairedSpeed]) -> Record:
+    """What a pair measured, as a record."""
+    row = published_row(name)
+    student, teacher = speeds["student"], speeds["teacher"].speed
+    column = "fps" if student.speed.batch_size == 1 else "throughput_ips"
+    return Record(
+        paper="sit", table=row.table, row=row.id, column=column, value=student.speed.throughput_ips,
+        reference_row=row.dense, reference_value=teacher.throughput_ips, ratio=student.speedup,
+        dtype=student.speed.dtype, batch_size=student.speed.batch_size,
+        resolution=int(SIZES[name].get("img_size", 224)), compiled=student.speed.compiled,
+        rounds=student.speed.rounds, spread_percent=student.speed.spread_percent,
+        peak_memory_mb=student.speed.peak_memory_mb,
+    )  # fmt: skip
 
 
 def accuracy(

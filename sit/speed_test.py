@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     from common.measure.benchmark import describe_device, device_name
     from common.run.files import ROOT
     from common.run.launch import choose_device
-    from sit import timing
+    from sit import ledger, timing
 
     device = choose_device(args.device)
     if args.processor_time and device.type != "cpu":
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             speeds = timing.run_pair(name, device, dtype, compiled=args.compile, warmup=args.warmup, **common)
             answers[name] = speeds["student"].speedup
             if args.output:
-                records.append(timing.record_of(name, speeds))
+                records.append(ledger.record_of(name, speeds))
         if args.protocol in ("levit", "both"):
             answers[name] = timing.run_levit(
                 name, device, batch=args.batch_size, warmup_s=args.levit_warmup_s, seconds=args.levit_seconds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import statistics
 import time
 import warnings
@@ -13,17 +12,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.ledger.results import Record
-from common.ledger.tables import Row, load_tables
-from common.measure.benchmark import BenchmarkError, Clock, PairedSpeed, compare, random_images, synchronize
+from common.measure.benchmark import Clock, PairedSpeed, compare, random_images, synchronize
 from common.measure.flops import gmacs
-from common.run.files import ROOT
 from common.run.precision import autocast
-from sit.arguments import parse_args as parse_flags
 from sit.engine import get_param_groups, store_for_autocast, training_step
 from sit.losses import DistillationLoss
 from sit.models.lvvit import LVViT, build_lvvit, count_ops
-from sit.sizes import SIZES
 
 
 def pair(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, LVViT]:
@@ -121,34 +115,6 @@ def run_pair(
     speedup = speeds["student"].speedup
     print(f"{name}: {speedup:.2f}x, promised {ratio:.2f}x, realised/theoretical {speedup / ratio:.2f}", flush=True)
     return speeds
-
-
-def published_row(name: str) -> Row:
-    """The row of the table of students that a size belongs to.
-
-    Raises:
-        BenchmarkError: if it is no published size.
-    """
-    for table in load_tables("sit", root=ROOT):
-        for row in table.rows:
-            if row.dense and parse_flags(shlex.split(row.arguments)).model == name:
-                return row
-    raise BenchmarkError(f"{name} has no published row, so --output cannot record it")
-
-
-def record_of(name: str, speeds: dict[str, PairedSpeed]) -> Record:
-    """What a pair measured, as a record."""
-    row = published_row(name)
-    student, teacher = speeds["student"], speeds["teacher"].speed
-    column = "fps" if student.speed.batch_size == 1 else "throughput_ips"
-    return Record(
-        paper="sit", table=row.table, row=row.id, column=column, value=student.speed.throughput_ips,
-        reference_row=row.dense, reference_value=teacher.throughput_ips, ratio=student.speedup,
-        dtype=student.speed.dtype, batch_size=student.speed.batch_size,
-        resolution=int(SIZES[name].get("img_size", 224)), compiled=student.speed.compiled,
-        rounds=student.speed.rounds, spread_percent=student.speed.spread_percent,
-        peak_memory_mb=student.speed.peak_memory_mb,
-    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from torch import nn
 
 from common.ledger import results
 from common.measure.benchmark import BenchmarkError, PairedSpeed, Speed
-from sit import speed_test, timing
+from sit import ledger, speed_test, timing
 
 
 class Clock:
@@ -76,11 +76,11 @@ def test_a_record_can_be_filed(tmp_path: Path):
         return Speed(4, 4e3 / ips, ips, 1.0, None, "float32", "cpu", False, 5)
 
     speeds = {"teacher": PairedSpeed(speed(10.0), 1.0, None), "student": PairedSpeed(speed(25.0), 2.5, 1.0)}
-    record = timing.record_of("sit_lvvit_large", speeds)
+    record = ledger.record_of("sit_lvvit_large", speeds)
     assert (record.row, record.reference_row, record.resolution) == ("sit-l", "teachers/lvvit-l", 288)
     results.check_rows([record], where="test")
     with pytest.raises(BenchmarkError, match="no published row"):
-        timing.record_of("sit_lvvit_desk", speeds)
+        ledger.record_of("sit_lvvit_desk", speeds)
 
 
 def test_flags_that_do_not_go_together(capsys):
