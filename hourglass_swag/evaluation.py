@@ -4,6 +4,7 @@ The lines are those of the published script; the sums behind the last one are ex
 """
 
 import math
+import os
 import time
 from collections.abc import Iterable, Sequence
 from enum import Enum
@@ -22,6 +23,21 @@ from common.run.launch import World, reduce_sums
 def swag_eval_transform(resolution: int) -> Compose:
     """Shorter side to ``resolution`` pixels (bicubic), centre crop, ImageNet normalisation: crop ratio 1."""
     return eval_transform(resolution, crop_ratio=1.0, interpolation="bicubic")
+
+
+def read_picture(path: str | os.PathLike[str]) -> Image.Image:
+    """An image in RGB.
+
+    Raises:
+        DataError: naming the file, if it is missing or is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if getattr(error, "errno", None) is None and not isinstance(error, Image.DecompressionBombError):
+            raise DataError(f"{path} is not a picture that Pillow can read") from error
+        raise DataError(f"cannot read the picture {path}: {error}") from error
 
 
 def transform_image(image: Image.Image, resolution: int) -> Tensor:

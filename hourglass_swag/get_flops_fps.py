@@ -10,31 +10,25 @@ multiply-accumulate is 1). Then passes are timed: the median, each pass synchron
 the table's FPS.
 """
 
+from __future__ import annotations
+
 import argparse
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
+from common.run.errors import EXPECTED
+from hourglass_swag.tools.parser import HelpFormatter, add_cost_network_args, add_model_args, parse_network
 
-from common.measure.benchmark import BenchmarkError
-from common.run.checkpoint import CheckpointError
-from common.run.errors import LaunchError
-from common.run.launch import choose_device
-from hourglass_swag.tools.costs import Costs, add_cost_network_args, build_network, count_costs, parse_network
-from hourglass_swag.tools.parser import HelpFormatter, add_model_args
-from hourglass_swag.tools.speed import (
-    check_cpu,
-    device_line,
-    measure_speeds,
-    print_clustering_share,
-    print_speeds,
-    write_speeds,
-)
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    from hourglass_swag.tools.costs import Costs
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -59,7 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="OTHER",
         help="time another network in turns with this one: its name, or in quotes its name and method flags",
     )
-    group.add_argument("--dtype", default="float32", choices=list(DTYPES), help="precision that networks are cast to")
+    group.add_argument("--dtype", default="float32", choices=DTYPES, help="precision that networks are cast to")
     group.add_argument("--compile", action="store_true", help="compile the networks with torch.compile")
     group.add_argument("--no-speed", action="store_true", help="costs only")
     group.add_argument(
@@ -118,13 +112,23 @@ def print_costs(costs: Costs, label: str) -> None:
 
 def load(args: argparse.Namespace, network: argparse.Namespace, device: torch.device) -> nn.Module:
     """A network on the device, in the precision of --dtype."""
+    import torch
+
+    from hourglass_swag.tools.costs import build_network
+
     with torch.device("cpu" if args.weights or args.pretrained else device):
         model = build_network(network, pretrained=args.pretrained, weights=args.weights)
-    return model.to(device=device, dtype=DTYPES[args.dtype])
+    return model.to(device=device, dtype=getattr(torch, args.dtype))
 
 
 def main(args: argparse.Namespace) -> None:
     """Costs, then speed."""
+    import torch
+
+    from common.run.launch import choose_device
+    from hourglass_swag.tools import speed
+    from hourglass_swag.tools.costs import count_costs
+
     print(args)
     networks = parse_networks(args)
     costs = {
@@ -135,20 +139,20 @@ def main(args: argparse.Namespace) -> None:
         print_costs(cost, "" if name == args.model else f"{name}: ")
     if args.no_speed:
         return
-    device, dtype = choose_device(args.device), DTYPES[args.dtype]
+    device, dtype = choose_device(args.device), getattr(torch, args.dtype)
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    print(device_line(device, dtype, args.compile), flush=True)
+    print(speed.device_line(device, dtype, args.compile), flush=True)
     models = {name: load(args, network, device) for name, network in networks.items()}
     own, size, batch = models[args.model], args.resolution, args.batch_size
     if device.type == "cpu" and batch > 1:
         limit_s = None if args.paper else args.limit_s
         largest = models[max(costs, key=lambda name: costs[name].gflops)]
-        check_cpu(largest, size, batch, dtype, passes=args.runs * len(models), limit_s=limit_s)
+        speed.check_cpu(largest, size, batch, dtype, passes=args.runs * len(models), limit_s=limit_s)
     batches = {"fps": 1} if args.fps or batch == 1 else {}
     batches |= {"throughput_ips": batch} if batch > 1 else {}
     runnable = {name: torch.compile(model) for name, model in models.items()} if args.compile else models
-    speeds = measure_speeds(
+    speeds = speed.measure_speeds(
         runnable,  # pyright: ignore[reportArgumentType] - a compiled module is a module
         size,
         batches,
@@ -159,16 +163,16 @@ def main(args: argparse.Namespace) -> None:
         paper=args.paper,
     )
     if args.output:
-        write_speeds(args.output, speeds, networks, device, shlex.join(["python", *sys.argv]))
+        speed.write_speeds(args.output, speeds, networks, device, shlex.join(["python", *sys.argv]))
         print(f"Written to {args.output}")
     last = list(speeds.values())[-1][args.model].speed
-    print_clustering_share(own, size, device, dtype, last.batch_size if last.latency_ms < 5e3 else 1)
-    print_speeds(speeds, list(costs.values())[-1].gflops / costs[args.model].gflops)
+    speed.print_clustering_share(own, size, device, dtype, last.batch_size if last.latency_ms < 5e3 else 1)
+    speed.print_speeds(speeds, list(costs.values())[-1].gflops / costs[args.model].gflops)
 
 
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (BenchmarkError, CheckpointError, LaunchError, NotImplementedError, ValueError) as error:
+    except (*EXPECTED, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

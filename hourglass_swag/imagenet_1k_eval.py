@@ -7,6 +7,8 @@
 DIR holds val/<class>/ or img_val/<class>/. The last line printed is the accuracy in percent.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
@@ -14,24 +16,19 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-from torch.utils.data import Dataset, IterableDataset, Subset
-
-from common.data.loaders import DataError, build_dataset, eval_loader
-from common.measure.benchmark import describe_device
-from common.run.checkpoint import CheckpointError
-from common.run.engine import amp_dtype
-from common.run.files import write_atomic
-from common.run.launch import World, launch, main_process_first
+from common.run.errors import DataError
 from common.run.program import get_logger, run
-from hourglass_swag.evaluation import evaluate, swag_eval_transform
-from hourglass_swag.models import create
-from hourglass_swag.models.ops.smyrf.attn import ClusterSizeError
 from hourglass_swag.tools.parser import check_method_flags, get_default_parser, get_model_args, positionals_first
 from hourglass_swag.tools.processes import device_name, pictures_per_process, set_environment, start_one_per_gpu
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.utils.data import Dataset
+
+    from common.run.launch import World
 
 logger = get_logger(__name__)
 
@@ -72,6 +69,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
     """The network that the flags describe, in evaluation mode on ``device``."""
+    import torch
+
+    from common.run.launch import main_process_first
+    from common.run.precision import amp_dtype
+    from hourglass_swag.models import create
+
     if args.no_pretrained and not args.weights:
         logger.warning("--no-pretrained: the weights are random, so the accuracy means nothing")
     try:
@@ -93,6 +96,11 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
 
 def build_data(args: argparse.Namespace) -> Dataset[Any]:
     """The pictures to evaluate on."""
+    from torch.utils.data import IterableDataset, Subset
+
+    from common.data.loaders import build_dataset
+    from hourglass_swag.evaluation import swag_eval_transform
+
     dataset = build_dataset(
         args.dataset,
         args.data,
@@ -123,6 +131,14 @@ def warn_of_classes(dataset: Dataset[Any], model: nn.Module) -> None:
 
 def evaluate_network(args: argparse.Namespace) -> dict[str, Any]:
     """What one process does."""
+    import torch
+
+    from common.data.loaders import eval_loader
+    from common.measure.benchmark import describe_device
+    from common.run.files import write_atomic
+    from common.run.launch import launch
+    from hourglass_swag.evaluation import evaluate
+
     set_environment(args)
     world = launch(device_name(args), local_rank=args.local_rank)
     report_devices(args, world)
@@ -143,6 +159,8 @@ def report_devices(args: argparse.Namespace, world: World) -> None:
     """Say what runs where, on rank 0."""
     if not world.is_main:
         return
+    import torch
+
     print(args)
     if world.device.type == "cpu":
         print("using CPU, this will be slow")
@@ -156,10 +174,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the script; ``argv`` as on the command line. Returns what ``--output`` holds, but for the device."""
     args = parse_args(argv)
     if not args.multiprocessing_distributed:
-        return run(
-            partial(evaluate_network, args),
-            expected=(DataError, CheckpointError, ClusterSizeError, NotImplementedError),
-        )
+        return run(partial(evaluate_network, args))
     words = list(sys.argv[1:] if argv is None else argv)
     with TemporaryDirectory() as folder:
         output = args.output or Path(folder, "result.json")

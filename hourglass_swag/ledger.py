@@ -11,7 +11,7 @@ from torch import nn
 
 from common.ledger.cache import FOLDER
 from common.ledger.speeds import speeds_for_ledger
-from common.ledger.tables import DeskTable, Measured, NeedsWeights, NotImplementedYet, Row
+from common.ledger.tables import DeskTable, Measured, NeedsWeights, Row
 from common.measure.benchmark import random_images
 from common.measure.flops import Counted, count_parameters, gmacs
 from common.run.checkpoint import hub_folder
@@ -37,13 +37,8 @@ def build(row: Row) -> tuple[nn.Module, int]:
     """The row's network, with random weights, on torch's default device, and its resolution in pixels.
 
     The weights of ATS are such that as many tokens survive as the published cost implies, see ``tools/survivors.py``.
-
-    Raises:
-        NotImplementedYet: if its method is not built yet.
     """
     args = parse_network(row.arguments)
-    if REGISTRY[args.model].model is None:
-        raise NotImplementedYet(args.model)
     model = build_network(args)
     if row.id in IMPLIED_TOKENS and torch.get_default_device().type != "meta":
         assert isinstance(model, ATSVisionTransformer)
@@ -113,14 +108,12 @@ def accuracy(
 
     Raises:
         NeedsWeights: if the checkpoint is in neither.
-        NotImplementedYet: if the row's method is not built yet.
     """
     from hourglass_swag import imagenet_1k_eval
 
     args = parse_network(row.arguments)
     entry = REGISTRY[args.model]
-    if entry.model is None or entry.weights is None:
-        raise NotImplementedYet(args.model)
+    assert entry.weights is not None
     file = find_weights(entry.weights, weights)
     command = ["-b", "256", "--device", str(device), "--weights", str(file), "-p", "10" if progress else "1000000"]
     words = [*shlex.split(row.arguments), *command, str(data)]

@@ -13,30 +13,28 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 _CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if _CHECKOUT not in sys.path:
     sys.path.insert(0, _CHECKOUT)  # Cog's image holds the files alone, nothing is installed
 
-import torch  # noqa: E402 - from here on, modules found through the line above
-from PIL import Image, UnidentifiedImageError  # noqa: E402
-from torch import nn  # noqa: E402
-
-from common.data.loaders import DataError  # noqa: E402
-from common.run.checkpoint import CheckpointError  # noqa: E402
-from common.run.errors import LaunchError  # noqa: E402
-from common.run.launch import choose_device  # noqa: E402
-from hourglass_swag.evaluation import transform_image  # noqa: E402
+from common.run.errors import EXPECTED, DataError  # noqa: E402 - from here on, modules found through the line above
 from hourglass_swag.models import IMAGENET_CLASSES, create  # noqa: E402
 from hourglass_swag.tools.parser import (  # noqa: E402
     HelpFormatter,
     add_model_args,
+    add_weight_args,
     check_method_flags,
     get_model_args,
     model_choices,
     positionals_first,
+    trained_resolution,
 )
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import nn
 
 try:
     from cog import BasePredictor, Input, Path  # pyright: ignore[reportMissingImports]
@@ -49,9 +47,6 @@ except ModuleNotFoundError as error:  # outside Cog the class is an ordinary one
         """The default of an argument."""
         return default
 
-
-RESOLUTIONS = {"h14": 518, "l16": 512, "b16": 384, "regnety": 384, "desk": 32}
-"""Part of a name -> side in pixels at which the published classifier was trained."""
 
 PLAIN = [
     "vit_h14_in1k",
@@ -67,11 +62,6 @@ Guess = tuple[str, float]
 """Class name and probability."""
 
 
-def trained_resolution(name: str) -> int:
-    """Side in pixels of the images that a classifier of the registry was trained on."""
-    return next(side for part, side in RESOLUTIONS.items() if part in name)
-
-
 def class_names(number: int) -> list[str]:
     """Names of a classifier's outputs: ImageNet-1K's in the order of its synsets, as timm has them; else numbers."""
     if number != IMAGENET_CLASSES:
@@ -82,27 +72,22 @@ def class_names(number: int) -> list[str]:
     return [info.index_to_description(index) for index in range(number)]
 
 
-def read_picture(path: str | os.PathLike[str]) -> Image.Image:
-    """A picture in RGB.
+def classify(model: "nn.Module", picture: "Image.Image", resolution: int, topk: int) -> list[Guess]:
+    """The most probable classes of an image, best first; all of them if there are fewer than ``topk``.
 
     Raises:
-        DataError: naming the file, if it is missing or is no picture.
+        DataError: if the network's outputs are not finite.
     """
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except UnidentifiedImageError:
-        raise DataError(f"{path} is not a picture that Pillow can read") from None
-    except (OSError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read the picture {path}: {error}") from error
+    import torch
 
+    from hourglass_swag.evaluation import transform_image
 
-@torch.inference_mode()
-def classify(model: nn.Module, picture: Image.Image, resolution: int, topk: int) -> list[Guess]:
-    """The most probable classes of a picture, best first; all of them if there are fewer than ``topk``."""
     parameter = next(model.parameters())
-    logits = model(transform_image(picture, resolution).to(parameter.device, parameter.dtype))[0]
-    best = logits.float().softmax(0).topk(min(topk, len(logits)))
+    with torch.inference_mode():
+        logits = model(transform_image(picture, resolution).to(parameter.device, parameter.dtype))[0].float()
+    if not logits.isfinite().all():
+        raise DataError("the network gives outputs that are not finite numbers: the weights are damaged")
+    best = logits.softmax(0).topk(min(topk, len(logits)))
     names = class_names(len(logits))
     return [(names[index], share) for index, share in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
@@ -110,14 +95,16 @@ def classify(model: nn.Module, picture: Image.Image, resolution: int, topk: int)
 class Predictor(BasePredictor):  # pyright: ignore[reportGeneralTypeIssues, reportUntypedBaseClass]
     """Cog's interface. One network is held at a time: all six would take 7.6 GB."""
 
-    loaded: tuple[str, nn.Module] | None = None
+    loaded: "tuple[str, nn.Module] | None" = None
 
     def setup(self) -> None:
         """Nothing is loaded before it is known which network is wanted."""
         self.loaded = None
 
-    def load(self, name: str) -> nn.Module:
+    def load(self, name: str) -> "nn.Module":
         """A classifier, from checkpoints/<name>.torch beside this file or else from torch.hub's cache or address."""
+        from common.run.launch import choose_device
+
         if self.loaded is None or self.loaded[0] != name:
             self.loaded = None  # make room first
             file = pathlib.Path(__file__).parent / "checkpoints" / f"{name}.torch"
@@ -141,6 +128,8 @@ class Predictor(BasePredictor):  # pyright: ignore[reportGeneralTypeIssues, repo
             raise ValueError(f"model_name must be one of {', '.join(PLAIN)}, got {model_name!r}")
         if not 1 <= topk <= 10:
             raise ValueError(f"topk must be 1 to 10, got {topk}")
+        from hourglass_swag.evaluation import read_picture
+
         guesses = classify(self.load(model_name), read_picture(image), trained_resolution(model_name), topk)
         return [name for name, _ in guesses]
 
@@ -160,12 +149,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("-r", "--resolution", type=int, help="side of the input in pixels (default: as trained)")
     parser.add_argument("--topk", type=int, default=5, help="number of classes to name")
-    parser.add_argument(
-        "--weights",
-        metavar="FILE",
-        help="checkpoint of the published or of torchvision's layout; without it the published file is taken from "
-        "torch.hub's cache or downloaded into it",
-    )
+    add_weight_args(parser)
     parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda or cuda:N")
     add_model_args(parser)
     args = parser.parse_args(positionals_first(sys.argv[1:] if argv is None else argv))
@@ -180,16 +164,21 @@ def main(argv: Sequence[str] | None = None) -> list[list[Guess]]:
     """Classify the pictures of a command line; returns what it prints."""
     args = parse_args(argv)
     check_method_flags(args)
+    from common.run.launch import choose_device
+    from hourglass_swag.evaluation import read_picture
+
     pictures = [read_picture(path) for path in args.images]
     device = choose_device(args.device)
     model = create(
         args.model,
-        pretrained=True,
+        pretrained=not args.no_pretrained,
         weights=args.weights,
         image_size=args.resolution,
         **get_model_args(args),
     )
     model = model.eval().to(device)
+    if args.no_pretrained and not args.weights:
+        print("warning: the weights are random, so the classes mean nothing", file=sys.stderr)
     found = []
     for path, picture in zip(args.images, pictures, strict=True):
         print(f"{path}:")
@@ -202,6 +191,6 @@ def main(argv: Sequence[str] | None = None) -> list[list[Guess]]:
 if __name__ == "__main__":
     try:
         main()
-    except (CheckpointError, DataError, LaunchError, NotImplementedError, ValueError) as error:
+    except (*EXPECTED, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -7,29 +7,22 @@ Writes last.pth and best.pth (resumable with --resume auto), log.jsonl, and weig
 imagenet_1k_eval.py takes as --weights. The paper trains nothing; the recipe is DeiT's, and the desk network's is ours.
 """
 
+from __future__ import annotations
+
 import argparse
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from timm.data.mixup import Mixup
-from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.utils.model_ema import ModelEmaV3
-from torch import Tensor, nn
-
-from common.data.loaders import DataError, build_dataset, eval_loader, train_loader, train_transform
 from common.run import cli
-from common.run.checkpoint import CheckpointError, CheckpointManager, TrainingState, save_atomic
-from common.run.engine import NonFiniteLoss, evaluate, prepare_network, train
-from common.run.launch import launch, seed_everything
-from common.run.metrics import Record
 from common.run.program import get_logger, is_main, run
-from hourglass_swag.evaluation import swag_eval_transform
-from hourglass_swag.models import create
+from common.run.settings import AugmentationSettings, DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
 from hourglass_swag.tools.parser import model_choices
+
+if TYPE_CHECKING:
+    from timm.data.mixup import Mixup
+    from torch import Tensor, nn
 
 logger = get_logger(__name__)
 
@@ -77,9 +70,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def build_criterion(mixup: Mixup | None, smoothing: float) -> nn.Module:
     """Soft-target cross entropy under mixup, whose targets are smoothed already; else cross entropy with smoothing."""
-    if mixup is not None:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
+    from timm.loss.cross_entropy import SoftTargetCrossEntropy
+    from torch import nn
+
+    return SoftTargetCrossEntropy() if mixup is not None else nn.CrossEntropyLoss(label_smoothing=smoothing)
 
 
 def classification_step(
@@ -93,69 +87,44 @@ def classification_step(
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train, or with ``--eval`` only evaluate; returns the last epoch's numbers."""
     args = parse_args(argv)
+    from common.data.build import build_loaders, build_mixup
+    from common.run.build import build_run, scaled_lr
+    from common.run.checkpoint import save_atomic
+    from common.run.engine import evaluate
+    from common.run.launch import launch, seed_everything
+    from hourglass_swag.evaluation import swag_eval_transform
+    from hourglass_swag.models import create
+
     world = launch(args.device, local_rank=args.local_rank)
     seed_everything(args.seed)
-    name, bad = cli.dataset_name(args.data_set), "skip" if args.skip_bad_images else "raise"
-    open_split = partial(build_dataset, name, args.data_path, on_bad_image=bad, inat_category=args.inat_category)
-    held_out = open_split("val", swag_eval_transform(args.resolution))
-    test_batches = eval_loader(held_out, batch_size=2 * args.batch_size, workers=args.workers, pin_memory=args.pin_mem)
-
     model = create(args.model, image_size=args.resolution).to(world.device)
+    classes = int(model.num_classes)  # pyright: ignore[reportArgumentType] - every network of the registry has it
+    augmentation = AugmentationSettings.of(args)
+    batches = build_loaders(
+        DataSettings.of(args, input_size=args.resolution), None if args.eval else augmentation, classes=classes,
+        eval_batch_size=2 * args.batch_size, held_out=swag_eval_transform(args.resolution),
+    )  # fmt: skip
     test = partial(evaluate, device=world.device, amp=args.amp)
-    peak = cli.scaled_lr(args.lr, batch_size=args.batch_size, world_size=world.size) if args.scale_lr else args.lr
-    optimizer = cli.build_optimizer(
-        model, opt=args.opt, lr=peak, weight_decay=args.weight_decay, eps=args.opt_eps, betas=args.opt_betas,
-        momentum=args.momentum,
+    peak = scaled_lr(args.lr, batch_size=args.batch_size, world_size=world.size) if args.scale_lr else args.lr
+    trainer = build_run(
+        model, world, RunSettings.of(args), optimizer=OptimizerSettings.of(args, lr=peak),
+        schedule=ScheduleSettings.of(args), arguments=vars(args),
     )  # fmt: skip
-    scheduler, epochs = cli.build_schedule(
-        optimizer, epochs=args.epochs, sched=args.sched, warmup_epochs=args.warmup_epochs, warmup_lr=args.warmup_lr,
-        min_lr=args.min_lr, cooldown_epochs=args.cooldown_epochs, decay_epochs=args.decay_epochs,
-        decay_rate=args.decay_rate, patience_epochs=args.patience_epochs, noise=args.lr_noise,
-        noise_pct=args.lr_noise_pct, noise_std=args.lr_noise_std,
-    )  # fmt: skip
-    ema = None
-    if args.model_ema:
-        ema = ModelEmaV3(model, args.model_ema_decay, device=torch.device("cpu") if args.model_ema_force_cpu else None)
-    state = TrainingState(model, optimizer, scheduler, ema=ema, arguments=vars(args), device=world.device)
-    folder = Path(args.output_dir) if args.output_dir else None
-    manager = CheckpointManager(folder) if folder else None
-    if args.resume:
-        (manager or CheckpointManager(".", metric=None)).resume(state, args.resume)
     if args.eval:
-        result = test(model, test_batches)
+        result = test(model, batches.held_out)
         logger.info("Acc@1 %.3f Acc@5 %.3f", result["top1_percent"], result["top5_percent"])
         return result
-
-    picture = train_transform(
-        args.resolution, auto_augment=args.aa, color_jitter=args.color_jitter, hflip=args.hflip,
-        interpolation=args.train_interpolation, erase_probability=args.reprob, erase_mode=args.remode,
-        erase_count=args.recount,
-    )  # fmt: skip
-    batches = train_loader(
-        open_split("train", picture), batch_size=args.batch_size, workers=args.workers, seed=args.seed,
-        repeated_aug=args.repeated_aug, pin_memory=args.pin_mem,
-    )  # fmt: skip
-    mixup = None
-    if args.mixup or args.cutmix or args.cutmix_minmax:
-        mixup = Mixup(
-            args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
-            label_smoothing=args.smoothing, num_classes=int(model.num_classes),  # pyright: ignore[reportArgumentType] - every network of the registry has it
-        )  # fmt: skip
-    network = prepare_network(model, world, compiled=args.compile)
-    step = partial(classification_step, network=network, criterion=build_criterion(mixup, args.smoothing), mixup=mixup)
-    boards = folder / "tensorboard" if args.tensorboard and folder else None
-    row = train(
-        step, state, batches, world=world, epochs=epochs, network=network, amp=args.amp, clip_grad=args.clip_grad,
-        evaluate_fn=lambda: test(ema.module if ema else model, test_batches, show_progress=False), manager=manager,
-        record=Record(folder / "log.jsonl", tensorboard=boards) if folder else None,
-        save_every_steps=args.save_every_steps, log_every_steps=args.log_every_steps,
-    )  # fmt: skip
-    if folder and is_main():
-        kept = ema.module if ema else model
-        save_atomic({key: value.to("cpu") for key, value in kept.state_dict().items()}, folder / "weights.pth")
-        logger.info("weights for --weights: %s", folder / "weights.pth")
+    mixup = build_mixup(augmentation, classes)
+    criterion = build_criterion(mixup, args.smoothing)
+    step = partial(classification_step, network=trainer.network, criterion=criterion, mixup=mixup)
+    kept = trainer.state.ema.module if trainer.state.ema else model
+    row = trainer.fit(step, batches.train, evaluate_fn=lambda: test(kept, batches.held_out, show_progress=False))
+    if args.output_dir and is_main():
+        file = Path(args.output_dir) / "weights.pth"
+        save_atomic({key: value.to("cpu") for key, value in kept.state_dict().items()}, file)
+        logger.info("weights for --weights: %s", file)
     return row
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]), expected=(DataError, CheckpointError, NonFiniteLoss))
+    run(main)

@@ -9,32 +9,32 @@ layer that drops; patches dropped there are red, those dropped before it grey. A
 Layers count from 0, as in the flags. Token counts include the class token.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from PIL import Image
-from torch import nn
-
-from common.data.loaders import BadPictureError, DataError, load_picture
-from common.run.checkpoint import CheckpointError
-from common.run.errors import LaunchError
-from common.run.launch import choose_device
-from hourglass_swag.evaluation import transform_image
+from common.run.errors import EXPECTED
 from hourglass_swag.models import create
-from hourglass_swag.predict import trained_resolution
-from hourglass_swag.tools.drawing import Panel, cut_picture, draw_groups, draw_selection, draw_sheet, patch_side
 from hourglass_swag.tools.parser import (
     HelpFormatter,
     add_model_args,
+    add_weight_args,
     check_method_flags,
     get_model_args,
     model_choices,
     positionals_first,
+    trained_resolution,
 )
-from hourglass_swag.tools.tracing import Grouping, Stage, trace
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import nn
+
+    from hourglass_swag.tools.tracing import Stage
 
 FEW = 4  # panels of groups, unless --layers says which
 
@@ -59,13 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "-m", "--model", required=True, choices=choices, metavar="NAME", help=f"one of {', '.join(choices)}"
     )
     group.add_argument("-r", "--resolution", type=int, help="side of the input in pixels; without it that of training")
-    group.add_argument(
-        "--weights",
-        metavar="FILE",
-        help="checkpoint of the published or of torchvision's layout; without it the published file is taken from "
-        "torch.hub's cache or downloaded into it",
-    )
-    group.add_argument("--no-pretrained", action="store_true", help="random weights, for trying things out")
+    add_weight_args(group)
     group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda or cuda:N")
     group.add_argument("--seed", type=int, default=0, help="seed of random weights and of ACT's random projections")
     add_model_args(parser)
@@ -93,6 +87,10 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     Raises:
         ValueError: naming network and resolution, if they or a flag do not fit; and as ``create``.
     """
+    import torch
+
+    from common.run.launch import choose_device
+
     device = choose_device(args.device)
     torch.manual_seed(args.seed)
     options = {"image_size": args.resolution, **get_model_args(args)}
@@ -102,18 +100,6 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     except ValueError as error:
         raise ValueError(f"{args.model} at -r {args.resolution}: {error}") from error
     return model.eval().to(device)
-
-
-def read_picture(path: Path) -> Image.Image:
-    """A picture in RGB.
-
-    Raises:
-        DataError: naming the file, if it cannot be read or is no picture.
-    """
-    try:
-        return load_picture(path)
-    except BadPictureError as error:
-        raise DataError(f"{path} is not a picture that Pillow can read") from error
 
 
 def choose_stages(stages: Sequence[Stage], layers: Sequence[int] | None) -> list[Stage]:
@@ -127,25 +113,24 @@ def choose_stages(stages: Sequence[Stage], layers: Sequence[int] | None) -> list
         if missing := sorted(set(layers) - found.keys()):
             raise ValueError(f"--layers: nothing happens to the tokens in {missing}; it does in {sorted(found)}")
         return [found[layer] for layer in sorted(set(layers))]
-    if len(stages) <= FEW or not isinstance(stages[0], Grouping):
+    if len(stages) <= FEW or not hasattr(stages[0], "labels"):  # selections are few, and each matters
         return list(stages)
     return [stages[(i + 1) * len(stages) // FEW - 1] for i in range(FEW)]
 
 
 def draw(picture: Image.Image, stages: Sequence[Stage], title: str, notes: Sequence[str]) -> Image.Image:
-    """The picture, then a panel per stage."""
-    grid = round(len(patches_of(stages[0])) ** 0.5)
-    picture = cut_picture(picture, grid * patch_side(grid))
-    panels: list[Panel] = [(picture, "picture", f"{grid} x {grid} patches")]
-    for stage in stages:
-        paint = draw_groups if isinstance(stage, Grouping) else draw_selection
-        panels.append((paint(picture, patches_of(stage)), f"layer {stage.layer}", stage.caption))
-    return draw_sheet(title, notes, panels)
+    """The image, then a panel per stage."""
+    from hourglass_swag.tools import drawing
+    from hourglass_swag.tools.tracing import Grouping
 
-
-def patches_of(stage: Stage) -> torch.Tensor:
-    """Group or state of each patch, (P,)."""
-    return stage.labels if isinstance(stage, Grouping) else stage.states
+    patches = [stage.labels if isinstance(stage, Grouping) else stage.states for stage in stages]
+    grid = round(len(patches[0]) ** 0.5)
+    picture = drawing.cut_picture(picture, grid * drawing.patch_side(grid))
+    panels: list[drawing.Panel] = [(picture, "picture", f"{grid} x {grid} patches")]
+    for stage, shown in zip(stages, patches, strict=True):
+        paint = drawing.draw_groups if isinstance(stage, Grouping) else drawing.draw_selection
+        panels.append((paint(picture, shown), f"layer {stage.layer}", stage.caption))
+    return drawing.draw_sheet(title, notes, panels)
 
 
 def output_files(paths: Sequence[Path], model: str, folder: Path) -> list[Path]:
@@ -158,6 +143,11 @@ def output_files(paths: Sequence[Path], model: str, folder: Path) -> list[Path]:
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Draw the pictures of a command line; returns the files written."""
     args = parse_args(argv)
+    import torch
+
+    from hourglass_swag.evaluation import read_picture, transform_image
+    from hourglass_swag.tools.tracing import trace
+
     pictures = [read_picture(path) for path in args.images]
     model = build_model(args)
     notes = [legend for part, legend in LEGENDS.items() if part in args.model][:1]
@@ -182,6 +172,6 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
 if __name__ == "__main__":
     try:
         main()
-    except (CheckpointError, DataError, LaunchError, NotImplementedError, OSError, ValueError) as error:
+    except (*EXPECTED, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from common.measure.flops import evaluating
+from common.run.errors import UsageError
 
 Clock = Callable[[], float]
 """Seconds since any fixed moment; tests inject their own."""
@@ -41,7 +42,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class BenchmarkError(RuntimeError):
+class BenchmarkError(UsageError):
     """A measurement that cannot be made, with what to change."""
 
 

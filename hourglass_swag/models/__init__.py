@@ -4,28 +4,22 @@
     model = create("hourglass_vit_l16_in1k", image_size=512, clustering_location=12, num_cluster=529)
     model = vit_l16_in1k(pretrained=False, image_size=512)
 
-Every name is also a factory of this module (and a torch.hub name).
+Every name is also a factory of this module (and a torch.hub name). A class is imported when it is first wanted, so that
+the names cost nothing.
 """
+
+from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from common.run.errors import CheckpointError
 
-from common.run.checkpoint import CheckpointError
-from hourglass_swag.models.act_vision_transformer import ActViTDesk, ActViTH14, ActViTL16
-from hourglass_swag.models.ats_vision_transformer import ATSViTDesk, ATSViTH14, ATSViTL16
-from hourglass_swag.models.evit import EViTB16, EViTDesk, EViTH14, EViTL16
-from hourglass_swag.models.evo_vit import EvoViTDesk, EvoViTH14, EvoViTL16
-from hourglass_swag.models.hourglass_vit import HourglassViTDesk, HourglassViTH14, HourglassViTL16
-from hourglass_swag.models.regnet import RegNetY16gf, RegNetY32gf, RegNetY128gf
-from hourglass_swag.models.smyrf_vision_transformer import SmyrfViTDesk, SmyrfViTH14, SmyrfViTL16
-from hourglass_swag.models.tome_vit import ToMeViTDesk, ToMeViTH14, ToMeViTL16
-from hourglass_swag.models.vision_transformer import ViTB16, ViTDesk, ViTH14, ViTL16
-from hourglass_swag.models.weights import load_weights, published_weights
+if TYPE_CHECKING:
+    from torch import nn
 
 IMAGENET_CLASSES = 1000
 
@@ -35,64 +29,76 @@ class Entry:
     """One row of the registry.
 
     Attributes:
-        model: the class, or a function that builds the network; None for a method that is not implemented yet.
+        model: the class as "module.Class" of this package, or a function that builds the network.
         weights: file name of the published checkpoint; None if there is none.
         num_classes: outputs; None for a trunk that returns features.
         image_size: side in pixels, where it differs from the default of the class.
         fixed: arguments that belong to the name and cannot be changed.
     """
 
-    model: Callable[..., nn.Module] | None
+    model: str | Callable[..., nn.Module]
     weights: str | None
     num_classes: int | None = None
     image_size: int | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """Name of the class."""
+        return self.model.rpartition(".")[2] if isinstance(self.model, str) else self.model.__name__
+
+    def build(self, **arguments: Any) -> nn.Module:
+        """The network."""
+        if not isinstance(self.model, str):
+            return self.model(**arguments)
+        module, _, name = self.model.partition(".")
+        return getattr(import_module(f"{__name__}.{module}"), name)(**arguments)
 
 
 _BEFORE = {"cluster_after_output": False}  # the published rows cluster before the layer
 
 REGISTRY: dict[str, Entry] = {
     # trunks
-    "vit_b16": Entry(ViTB16, "vit_b16.torch"),
-    "vit_l16": Entry(ViTL16, "vit_l16.torch"),
-    "vit_h14": Entry(ViTH14, "vit_h14.torch"),
+    "vit_b16": Entry("vision_transformer.ViTB16", "vit_b16.torch"),
+    "vit_l16": Entry("vision_transformer.ViTL16", "vit_l16.torch"),
+    "vit_h14": Entry("vision_transformer.ViTH14", "vit_h14.torch"),
     # ImageNet-1K classifiers
-    "vit_b16_in1k": Entry(ViTB16, "vit_b16_in1k.torch", IMAGENET_CLASSES, image_size=384),
-    "vit_l16_in1k": Entry(ViTL16, "vit_l16_in1k.torch", IMAGENET_CLASSES),
-    "vit_h14_in1k": Entry(ViTH14, "vit_h14_in1k.torch", IMAGENET_CLASSES),
+    "vit_b16_in1k": Entry("vision_transformer.ViTB16", "vit_b16_in1k.torch", 1000, image_size=384),
+    "vit_l16_in1k": Entry("vision_transformer.ViTL16", "vit_l16_in1k.torch", 1000),
+    "vit_h14_in1k": Entry("vision_transformer.ViTH14", "vit_h14_in1k.torch", 1000),
     # Hourglass
-    "hourglass_vit_l16_in1k": Entry(HourglassViTL16, "vit_l16_in1k.torch", IMAGENET_CLASSES, fixed=_BEFORE),
-    "hourglass_vit_h14_in1k": Entry(HourglassViTH14, "vit_h14_in1k.torch", IMAGENET_CLASSES, fixed=_BEFORE),
+    "hourglass_vit_l16_in1k": Entry("hourglass_vit.HourglassViTL16", "vit_l16_in1k.torch", 1000, fixed=_BEFORE),
+    "hourglass_vit_h14_in1k": Entry("hourglass_vit.HourglassViTH14", "vit_h14_in1k.torch", 1000, fixed=_BEFORE),
     # the embedded experiment on digits
-    "vit_desk": Entry(ViTDesk, None, 10),
-    "hourglass_vit_desk": Entry(HourglassViTDesk, None, 10, fixed=_BEFORE),
-    "e_vit_desk": Entry(EViTDesk, None, 10),
-    "tome_vit_desk": Entry(ToMeViTDesk, None, 10),
-    "ats_vit_desk": Entry(ATSViTDesk, None, 10),
-    "act_vit_desk": Entry(ActViTDesk, None, 10),
-    "smyrf_vit_desk": Entry(SmyrfViTDesk, None, 10),
-    "evo_vit_desk": Entry(EvoViTDesk, None, 10),
+    "vit_desk": Entry("vision_transformer.ViTDesk", None, 10),
+    "hourglass_vit_desk": Entry("hourglass_vit.HourglassViTDesk", None, 10, fixed=_BEFORE),
+    "e_vit_desk": Entry("evit.EViTDesk", None, 10),
+    "tome_vit_desk": Entry("tome_vit.ToMeViTDesk", None, 10),
+    "ats_vit_desk": Entry("ats_vision_transformer.ATSViTDesk", None, 10),
+    "act_vit_desk": Entry("act_vision_transformer.ActViTDesk", None, 10),
+    "smyrf_vit_desk": Entry("smyrf_vision_transformer.SmyrfViTDesk", None, 10),
+    "evo_vit_desk": Entry("evo_vit.EvoViTDesk", None, 10),
     # methods compared with
-    "tome_vit_l16_in1k": Entry(ToMeViTL16, "vit_l16_in1k.torch", IMAGENET_CLASSES),
-    "tome_vit_h14_in1k": Entry(ToMeViTH14, "vit_h14_in1k.torch", IMAGENET_CLASSES),
-    "e_vit_b16_in1k": Entry(EViTB16, "vit_b16_in1k.torch", IMAGENET_CLASSES),
-    "e_vit_l16_in1k": Entry(EViTL16, "vit_l16_in1k.torch", IMAGENET_CLASSES),
-    "e_vit_h14_in1k": Entry(EViTH14, "vit_h14_in1k.torch", IMAGENET_CLASSES),
-    "ats_vit_l16_in1k": Entry(ATSViTL16, "vit_l16_in1k.torch", IMAGENET_CLASSES),
-    "ats_vit_h14_in1k": Entry(ATSViTH14, "vit_h14_in1k.torch", IMAGENET_CLASSES),
-    "act_vit_l16_in1k": Entry(ActViTL16, "vit_l16_in1k.torch", IMAGENET_CLASSES),
-    "act_vit_h14_in1k": Entry(ActViTH14, "vit_h14_in1k.torch", IMAGENET_CLASSES),
-    "smyrf_vit_l16_in1k": Entry(SmyrfViTL16, "vit_l16_in1k.torch", IMAGENET_CLASSES),
-    "smyrf_vit_h14_in1k": Entry(SmyrfViTH14, "vit_h14_in1k.torch", IMAGENET_CLASSES),
-    "evo_vit_l16_in1k": Entry(EvoViTL16, "vit_l16_in1k.torch", IMAGENET_CLASSES),
-    "evo_vit_h14_in1k": Entry(EvoViTH14, "vit_h14_in1k.torch", IMAGENET_CLASSES),
+    "tome_vit_l16_in1k": Entry("tome_vit.ToMeViTL16", "vit_l16_in1k.torch", 1000),
+    "tome_vit_h14_in1k": Entry("tome_vit.ToMeViTH14", "vit_h14_in1k.torch", 1000),
+    "e_vit_b16_in1k": Entry("evit.EViTB16", "vit_b16_in1k.torch", 1000),
+    "e_vit_l16_in1k": Entry("evit.EViTL16", "vit_l16_in1k.torch", 1000),
+    "e_vit_h14_in1k": Entry("evit.EViTH14", "vit_h14_in1k.torch", 1000),
+    "ats_vit_l16_in1k": Entry("ats_vision_transformer.ATSViTL16", "vit_l16_in1k.torch", 1000),
+    "ats_vit_h14_in1k": Entry("ats_vision_transformer.ATSViTH14", "vit_h14_in1k.torch", 1000),
+    "act_vit_l16_in1k": Entry("act_vision_transformer.ActViTL16", "vit_l16_in1k.torch", 1000),
+    "act_vit_h14_in1k": Entry("act_vision_transformer.ActViTH14", "vit_h14_in1k.torch", 1000),
+    "smyrf_vit_l16_in1k": Entry("smyrf_vision_transformer.SmyrfViTL16", "vit_l16_in1k.torch", 1000),
+    "smyrf_vit_h14_in1k": Entry("smyrf_vision_transformer.SmyrfViTH14", "vit_h14_in1k.torch", 1000),
+    "evo_vit_l16_in1k": Entry("evo_vit.EvoViTL16", "vit_l16_in1k.torch", 1000),
+    "evo_vit_h14_in1k": Entry("evo_vit.EvoViTH14", "vit_h14_in1k.torch", 1000),
     # convolutional networks of SWAG
-    "regnety_16gf": Entry(RegNetY16gf, "regnety_16gf.torch"),
-    "regnety_32gf": Entry(RegNetY32gf, "regnety_32gf.torch"),
-    "regnety_128gf": Entry(RegNetY128gf, "regnety_128gf.torch"),
-    "regnety_16gf_in1k": Entry(RegNetY16gf, "regnety_16gf_in1k.torch", IMAGENET_CLASSES, image_size=384),
-    "regnety_32gf_in1k": Entry(RegNetY32gf, "regnety_32gf_in1k.torch", IMAGENET_CLASSES, image_size=384),
-    "regnety_128gf_in1k": Entry(RegNetY128gf, "regnety_128gf_in1k.torch", IMAGENET_CLASSES, image_size=384),
+    "regnety_16gf": Entry("regnet.RegNetY16gf", "regnety_16gf.torch"),
+    "regnety_32gf": Entry("regnet.RegNetY32gf", "regnety_32gf.torch"),
+    "regnety_128gf": Entry("regnet.RegNetY128gf", "regnety_128gf.torch"),
+    "regnety_16gf_in1k": Entry("regnet.RegNetY16gf", "regnety_16gf_in1k.torch", 1000, image_size=384),
+    "regnety_32gf_in1k": Entry("regnet.RegNetY32gf", "regnety_32gf_in1k.torch", 1000, image_size=384),
+    "regnety_128gf_in1k": Entry("regnet.RegNetY128gf", "regnety_128gf_in1k.torch", 1000, image_size=384),
 }
 
 
@@ -123,15 +129,12 @@ def create(
 
     Raises:
         ValueError: unknown name.
-        NotImplementedError: a method that is not implemented yet.
         TypeError: an argument that the class does not have, or that belongs to the name.
         CheckpointError: weights that are missing, damaged or do not fit.
     """
     if name not in REGISTRY:
         raise ValueError(f"unknown model {name!r}; the names are {', '.join(REGISTRY)}")
     entry = REGISTRY[name]
-    if entry.model is None:
-        raise NotImplementedError(f"{name}: not implemented yet")
     if fixed := sorted(set(options) & set(entry.fixed)):
         raise TypeError(f"{name} fixes {', '.join(f'{key}={entry.fixed[key]}' for key in fixed)}")
     defaults = {"num_classes": entry.num_classes}
@@ -139,9 +142,13 @@ def create(
         defaults["image_size"] = entry.image_size
     arguments = defaults | options | dict(entry.fixed)
     if weights is None and not pretrained:
-        return entry.model(**arguments)
+        return entry.build(**arguments)
+    import torch
+
+    from hourglass_swag.models.weights import load_weights, published_weights
+
     with torch.device("meta"):  # nothing is initialised twice, and an unusable argument fails before any download
-        model = entry.model(**arguments)
+        model = entry.build(**arguments)
     if weights is None:
         if entry.weights is None:
             raise CheckpointError(
@@ -162,10 +169,9 @@ def _factory(name: str) -> Callable[..., nn.Module]:
         return create(name, pretrained=pretrained, progress=progress, weights=weights, **options)
 
     entry = REGISTRY[name]
-    what = "not implemented yet" if entry.model is None else entry.model.__name__
     factory.__name__ = factory.__qualname__ = name
     factory.__doc__ = (
-        f"{name} ({what}; {entry.num_classes or 'no'} classes).\n\n"
+        f"{name} ({entry.title}; {entry.num_classes or 'no'} classes).\n\n"
         "pretrained: load the published weights; progress: show a bar while downloading; weights: a checkpoint to load "
         "instead; further keywords go to the class, such as image_size."
     )

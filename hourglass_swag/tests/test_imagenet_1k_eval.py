@@ -15,7 +15,7 @@ from PIL import Image
 
 from common.tests.reference import build
 from hourglass_swag import imagenet_1k_eval
-from hourglass_swag.evaluation import AverageMeter, ProgressMeter, accuracy, make_meters
+from hourglass_swag.evaluation import AverageMeter, ProgressMeter, accuracy, make_meters, swag_eval_transform
 from hourglass_swag.models.vision_transformer import ViTDesk
 from hourglass_swag.tools import processes
 
@@ -102,9 +102,7 @@ def test_accuracy_is_that_of_the_network_on_the_transformed_pictures(material, c
     right = 0
     for path in sorted((material / "data" / "val").glob("*/*.png")):
         with Image.open(path) as picture, torch.no_grad():
-            right += int(model(imagenet_1k_eval.swag_eval_transform(32)(picture)[None]).argmax()) == (
-                path.parent.name == "n02"
-            )
+            right += int(model(swag_eval_transform(32)(picture)[None]).argmax()) == (path.parent.name == "n02")
     assert result["top1_percent"] == pytest.approx(100 * right / 7)
     assert capsys.readouterr().out.splitlines()[-1].startswith(f" *   Acc@1 {100 * right / 7:.3f} Acc@5 ")
 

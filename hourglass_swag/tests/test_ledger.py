@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from common.data.loaders import DataError
-from common.ledger.tables import NeedsWeights, NotImplementedYet, load_tables
+from common.ledger.tables import NeedsWeights, load_tables
 from common.measure.flops import count_executed_macs
 from common.run.files import ROOT
 from hourglass_swag import ledger
@@ -32,12 +32,6 @@ def test_published_gflops_(row) -> None:
         images = torch.empty(1, 3, size, size)
     assert measured["macs_g"].value == pytest.approx(count_executed_macs(model, images) / 1e9)
     assert sum(flop_count(model, (images,)).values()) == pytest.approx(measured["gmacs"].value, rel=1e-9)
-
-
-def test_rows_of_methods_to_come_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(REGISTRY, "tome_vit_l16_in1k", replace(REGISTRY["tome_vit_l16_in1k"], model=None))
-    with pytest.raises(NotImplementedYet, match="tome_vit_l16_in1k"):
-        ledger.costs(next(iter(TABLES["tome"].rows)))
 
 
 def test_accuracy_names_the_missing_checkpoint(tmp_path: Path) -> None:

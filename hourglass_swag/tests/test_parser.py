@@ -2,12 +2,17 @@
 
 import argparse
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from hourglass_swag import predict
 from hourglass_swag.imagenet_1k_eval import parse_args
+from hourglass_swag.models.ops.tome.tome.ops import FORMS
+from hourglass_swag.tools import parser
 from hourglass_swag.tools.parser import (
     boolean,
     check_method_flags,
@@ -151,3 +156,16 @@ def test_every_flag_is_read_somewhere():
             if flag.startswith((name, "ats_", "evo_", "evit_", "scatter")) or flag in get_model_args(method)
         }
     assert set(flags) - read == set()
+
+
+def test_the_forms_of_merging_are_those_of_the_package():
+    assert tuple(FORMS) == parser.FORMS
+
+
+@pytest.mark.parametrize("script", ["imagenet_1k_eval", "get_flops_fps", "predict", "visualize", "train"])
+def test_help_imports_nothing_heavy(script):
+    command = [sys.executable, "-X", "importtime", str(Path(__file__).parents[1] / f"{script}.py"), "--help"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment)
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert not imported & {"torch", "torchvision", "timm", "numpy", "PIL"}

@@ -18,7 +18,7 @@ from sklearn.datasets import load_sample_images
 from common.data.loaders import DataError
 from common.run.files import ROOT
 from common.tests.reference import build
-from hourglass_swag import models, predict
+from hourglass_swag import evaluation, models, predict
 from hourglass_swag.evaluation import transform_image
 from hourglass_swag.models.vision_transformer import VisionTransformer, ViTDesk
 
@@ -45,7 +45,7 @@ def small_classifiers(monkeypatch, tmp_path):
         assert image_size in (384, 512)
         return VisionTransformer(32, **SHAPE, **options)
 
-    monkeypatch.setattr(predict, "transform_image", lambda picture, resolution: transform_image(picture, 32))
+    monkeypatch.setattr(evaluation, "transform_image", lambda picture, resolution: transform_image(picture, 32))
     for seed, name in enumerate(("vit_b16_in1k", "vit_l16_in1k")):
         monkeypatch.setitem(models.REGISTRY, name, models.Entry(small, f"{name}.torch", 1000))  # pyright: ignore[reportArgumentType]
         state = build(VisionTransformer, seed, dtype=torch.float32, image_size=32, **SHAPE, num_classes=1000)
@@ -178,3 +178,19 @@ def test_wrong_flags_and_missing_weights(capsys):
     )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: cannot read the picture nowhere.jpg")
+
+
+def test_outputs_that_are_not_finite_are_an_error(tmp_path):
+    model = models.create("vit_desk", image_size=32)
+    state = {
+        name: value.fill_(float("nan")) if name == "class_token" else value
+        for name, value in model.state_dict().items()
+    }
+    torch.save(state, tmp_path / "broken.pth")
+    with pytest.raises(DataError, match="outputs that are not finite"):
+        predict.main([PHOTOS[0], "-m", "vit_desk", "--weights", str(tmp_path / "broken.pth")])
+
+
+def test_random_weights_are_said(capsys):
+    assert len(predict.main([PHOTOS[0], "-m", "vit_desk", "--no-pretrained"])[0]) == 5
+    assert "the weights are random" in capsys.readouterr().err

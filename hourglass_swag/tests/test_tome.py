@@ -528,3 +528,13 @@ def test_compiled_for_any_batch():
         for batch in (1, 3, 5):
             images = torch.randn(batch, 3, 32, 32)
             torch.testing.assert_close(compiled(images), model(images))
+
+
+def test_patching_again_takes_the_new_settings():
+    model = patched(r=3)
+    assert patch.swag(model, trace_source=True, prop_attn=False, scatter="native") is model
+    info = model._tome_info
+    assert (info["trace_source"], info["prop_attn"], info["scatter"], model.r) == (True, False, "native", 3)
+    with pytest.raises(ValueError, match="scatter must be one of"):
+        patch.swag(model, scatter="none")
+    assert info["trace_source"], "nothing is changed by what is refused"

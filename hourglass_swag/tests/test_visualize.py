@@ -13,7 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from common.run.errors import DataError
 from hourglass_swag import visualize
+from hourglass_swag.evaluation import read_picture
 from hourglass_swag.models import create
 from hourglass_swag.tests.counting import tokens_per_layer
 from hourglass_swag.tools.drawing import count_columns, draw_groups, draw_selection, draw_sheet, patch_side
@@ -301,8 +303,8 @@ def test_wrong_pictures_end_with_one_line(photo, tmp_path, monkeypatch, capsys):
         ("cut.jpg", "is not a picture that Pillow can read"),
         ("missing.jpg", "No such file"),
     ):
-        with pytest.raises(visualize.DataError, match=rf"{name}.*{message}"):
-            visualize.read_picture(tmp_path / name)
+        with pytest.raises(DataError, match=rf"{name}.*{message}"):
+            read_picture(tmp_path / name)
     monkeypatch.setattr(sys, "argv", ["visualize.py", "-m", "e_vit_desk", str(tmp_path / "text.jpg")])
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(visualize.__file__, run_name="__main__")

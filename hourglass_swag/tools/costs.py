@@ -1,8 +1,6 @@
 """Costs of one network of the registry, and the published rows that command-line words stand for."""
 
 import argparse
-import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -11,11 +9,11 @@ from torch import nn
 
 from common.ledger.tables import Row, load_tables
 from common.measure.flops import Counted, count_operations, count_parameters, gmacs
-from hourglass_swag.models import create, names
+from hourglass_swag.models import create
 from hourglass_swag.models.hourglass_vit import HourglassViT
 from hourglass_swag.models.ops.ACT.ada_clustering_attention import AdaClusteringAttention
 from hourglass_swag.models.ops.cluster import TokenClusteringBlock
-from hourglass_swag.tools.parser import DEFAULT_MODEL, add_model_args, check_method_flags, get_model_args
+from hourglass_swag.tools.parser import check_method_flags, get_model_args, parse_network
 
 
 @dataclass(frozen=True)
@@ -32,34 +30,6 @@ class Costs:
     """multiply-accumulates of the clustering step in percent of all; None without one"""
     counted_for: str | None = None
     """what the cost was counted for, where it depends on weights and image; None elsewhere"""
-
-
-def add_cost_network_args(parser: argparse.ArgumentParser) -> None:
-    """Flags that say which network is measured, at which resolution and, for once, with which weights."""
-    group = parser.add_argument_group("network")
-    choices = names()
-    group.add_argument(
-        "-m", "--model", default=DEFAULT_MODEL, choices=choices, metavar="NAME", help=f"one of {', '.join(choices)}"
-    )
-    group.add_argument("-r", "--resolution", type=int, default=224, help="side of the input in pixels")
-
-
-def parse_network(words: str | Sequence[str]) -> argparse.Namespace:
-    """Network, resolution and method flags from the words of a command line.
-
-    Raises:
-        ValueError: if they are not valid.
-    """
-    parser = argparse.ArgumentParser(prog="", add_help=False, allow_abbrev=False, exit_on_error=False)
-    add_cost_network_args(parser)
-    add_model_args(parser)
-    try:
-        args, unknown = parser.parse_known_args(shlex.split(words) if isinstance(words, str) else list(words))
-    except (argparse.ArgumentError, SystemExit) as error:
-        raise ValueError(f"{words!r} does not describe a network: {error}") from error
-    if unknown:
-        raise ValueError(f"{words!r} does not describe a network: unknown words {unknown}")
-    return args
 
 
 def build_network(args: argparse.Namespace, *, pretrained: bool = False, weights: str | None = None) -> nn.Module:

@@ -1,14 +1,24 @@
 """Command-line flags shared by the accuracy and the cost tool, and what of them reaches a network."""
 
 import argparse
+import shlex
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from hourglass_swag.models import names
-from hourglass_swag.models.ops.tome.tome.ops import FORMS
 
 DEFAULT_MODEL = "vit_b16_in1k"
+FORMS = ("auto", "native", "fused", "torch_scatter")  # of ToMe's merging, see tome/ops.py
+
+RESOLUTIONS = {"h14": 518, "l16": 512, "b16": 384, "regnety": 384, "desk": 32}
+"""Part of a name -> side in pixels at which the published classifier was trained."""
+
+
+def trained_resolution(name: str) -> int:
+    """Side in pixels of the images that a classifier of the registry was trained on."""
+    return next(side for part, side in RESOLUTIONS.items() if part in name)
+
 
 _TRUE = frozenset({"true", "t", "yes", "y", "on", "1"})
 _FALSE = frozenset({"false", "f", "no", "n", "off", "0", ""})
@@ -58,6 +68,17 @@ def model_choices() -> list[str]:
     return names(classifiers=True)
 
 
+def add_weight_args(group: Any) -> None:
+    """Flags that say with which weights; ``group`` is a parser or a group of one."""
+    group.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="checkpoint of the published or of torchvision's layout; without it the published file is taken from "
+        "torch.hub's cache or downloaded into it",
+    )
+    group.add_argument("--no-pretrained", action="store_true", help="random weights, for trying things out")
+
+
 def add_network_args(parser: argparse.ArgumentParser) -> None:
     """Flags that say which network, at which resolution, with which weights."""
     group = parser.add_argument_group("network")
@@ -70,13 +91,35 @@ def add_network_args(parser: argparse.ArgumentParser) -> None:
         help="a name of hubconf.py: " + ", ".join(model_choices()),
     )
     group.add_argument("-r", "--resolution", type=int, default=224, help="side of the input in pixels")
+    add_weight_args(group)
+
+
+def add_cost_network_args(parser: argparse.ArgumentParser) -> None:
+    """Flags that say which network is measured, at which resolution and, for once, with which weights."""
+    group = parser.add_argument_group("network")
+    choices = names()
     group.add_argument(
-        "--weights",
-        metavar="FILE",
-        help="checkpoint of the published or of torchvision's layout; without it the published file is taken from "
-        "torch.hub's cache or downloaded into it",
+        "-m", "--model", default=DEFAULT_MODEL, choices=choices, metavar="NAME", help=f"one of {', '.join(choices)}"
     )
-    group.add_argument("--no-pretrained", action="store_true", help="random weights, for trying things out")
+    group.add_argument("-r", "--resolution", type=int, default=224, help="side of the input in pixels")
+
+
+def parse_network(words: str | Sequence[str]) -> argparse.Namespace:
+    """Network, resolution and method flags from the words of a command line.
+
+    Raises:
+        ValueError: if they are not valid.
+    """
+    parser = argparse.ArgumentParser(prog="", add_help=False, allow_abbrev=False, exit_on_error=False)
+    add_cost_network_args(parser)
+    add_model_args(parser)
+    try:
+        args, unknown = parser.parse_known_args(shlex.split(words) if isinstance(words, str) else list(words))
+    except (argparse.ArgumentError, SystemExit) as error:
+        raise ValueError(f"{words!r} does not describe a network: {error}") from error
+    if unknown:
+        raise ValueError(f"{words!r} does not describe a network: unknown words {unknown}")
+    return args
 
 
 def add_model_args(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +148,7 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--scatter",
-        choices=list(FORMS),
+        choices=FORMS,
         default="auto",
         help="beyond the published flags: how merged tokens are averaged; auto: by the fused operator where it was "
         "built, else in plain PyTorch",

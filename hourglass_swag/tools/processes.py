@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlparse
 
-import torch
-
 from common.run.program import get_logger
 
 logger = get_logger(__name__)
@@ -32,6 +30,8 @@ def start_one_per_gpu(args: argparse.Namespace, script: str, argv: Sequence[str]
     Raises:
         SystemExit: with the job's status, if it fails.
     """
+    import torch
+
     machines = max(args.world_size, 1)
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={max(torch.cuda.device_count(), 1)}"]
     if machines == 1:
@@ -73,6 +73,8 @@ def set_environment(args: argparse.Namespace) -> None:
             MASTER_ADDR=host,
             MASTER_PORT=str(port),
         )
+        import torch
+
         if torch.cuda.is_available() and args.gpu is None and torch.cuda.device_count() > 1:
             logger.warning("--world-size without --gpu: every process of a machine takes its GPU 0")
 

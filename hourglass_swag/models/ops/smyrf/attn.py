@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.measure.flops import OpCounts
+from common.run.errors import UsageError
 from hourglass_swag.models.ops import library
 from hourglass_swag.models.ops.projections import draw_projections
 from hourglass_swag.models.ops.smyrf.utils import EXTRA_CHANNELS, lsh_clustering
@@ -43,7 +44,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, norm_factor: float = 1.0) -> Tensor:
     return (q @ k.mT / norm_factor).softmax(-1) @ v
 
 
-class ClusterSizeError(ValueError):
+class ClusterSizeError(UsageError):
     """Queries and keys of a batch that clusters of these sizes cannot share out."""
 
 

@@ -151,3 +151,13 @@ def _restore(mixin: type[Patched], kind: type[nn.Module]) -> nn.Module:
 def is_patched(model: nn.Module) -> bool:
     """Whether ``model`` was patched before, under whatever name this package was imported."""
     return hasattr(model, "_tome_info")
+
+
+def change_settings(model: nn.Module, *, trace_source: bool, prop_attn: bool, scatter: str) -> None:
+    """Give a patched network other settings.
+
+    Raises:
+        ValueError, ImportError: if ``scatter`` cannot be used here; nothing is changed then.
+    """
+    scatter = ops.check_form(scatter)
+    model._tome_info.update(trace_source=trace_source, prop_attn=prop_attn, scatter=scatter)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]

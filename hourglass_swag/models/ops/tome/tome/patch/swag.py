@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import Patched, ToMeBlock, ToMeModel, attend, change_class, is_patched, make_info
+from .common import Patched, ToMeBlock, ToMeModel, attend, change_class, change_settings, is_patched, make_info
 
 ATTENTION = ("SelfAttention", "MultiheadAttention")
 """Names of attention classes: ``in_proj_weight``, ``in_proj_bias``, ``out_proj`` and ``num_heads`` are what counts."""
@@ -76,13 +76,14 @@ def apply_patch(
         scatter: form of the merging, see ``tome.ops.FORMS``.
 
     Returns:
-        The model. Its state dict stays the same. A model patched before is returned unchanged.
+        The model. Its state dict stays the same. A model patched before takes the new settings and keeps its ``r``.
 
     Raises:
         TypeError: if the model has modules that this patch does not know, naming them; nothing is changed then.
         ValueError, ImportError: if ``scatter`` cannot be used here.
     """
     if is_patched(model):
+        change_settings(model, trace_source=trace_source, prop_attn=prop_attn, scatter=scatter)
         return model
     check_model(model)
     vit = cast(Any, model)

@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ..utils import parse_r
-from .common import Patched, ToMeBlock, ToMeModel, attend, change_class, is_patched, make_info
+from .common import Patched, ToMeBlock, ToMeModel, attend, change_class, change_settings, is_patched, make_info
 
 BLOCK_PARTS = frozenset({"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2", "drop_path"})
 ATTENTION_PARTS = frozenset({"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"})
@@ -89,7 +89,7 @@ def apply_patch(
         scatter: form of the merging, see ``tome.ops.FORMS``.
 
     Returns:
-        The model. Its state dict stays the same. A model patched before is returned unchanged.
+        The model. Its state dict stays the same. A model patched before takes the new settings and keeps its ``r``.
 
     Raises:
         ImportError: if timm is not installed.
@@ -97,6 +97,7 @@ def apply_patch(
         ValueError, ImportError: if ``scatter`` cannot be used here.
     """
     if is_patched(model):
+        change_settings(model, trace_source=trace_source, prop_attn=prop_attn, scatter=scatter)
         return model
     check_model(model)
     vit = cast(Any, model)
