@@ -106,10 +106,6 @@ class Ledger:
         """Entries per status, in the order of ``STATUSES``."""
         return count_statuses(self.entries)
 
-    def of(self, table: Table) -> dict[tuple[str, str], Entry]:
-        """(row, column) -> entry of one table."""
-        return {(e.row, e.column): e for e in self.entries if (e.paper, e.table) == (table.paper, table.name)}
-
     @contextmanager
     def guard(self, paper: str, table: str = "", row: str = "", what: str = "") -> Iterator[None]:
         """Note an exception as a failure and go on: one row's failure must not lose the others."""

@@ -140,18 +140,16 @@ def stale(root: Path = ROOT) -> list[Path]:
     Raises:
         DocsError: if a file cannot be rendered.
     """
-    renderer = Renderer(root)
-    found: list[Path] = []
-    for path in readmes(root):
-        text = path.read_text(encoding="utf-8")
-        if renderer.render(text, path) != text:
-            found.append(path)
-        found += [renderer.plot_path(key) for key in _plots(text) if not renderer.plot_path(key).exists()]
-    return found
+    return render_all(root, check=True)
 
 
-def render_all(root: Path = ROOT, only: str | None = None) -> list[Path]:
-    """Rewrite what is stale, and every figure in use; returns the READMEs that changed. ``only``: one kind of marker.
+def render_all(root: Path = ROOT, only: str | None = None, *, check: bool = False) -> list[Path]:
+    """Rewrite what is stale, and every figure in use; returns the READMEs that changed.
+
+    Args:
+        root: folder that holds the READMEs and the papers.
+        only: one kind of marker.
+        check: write nothing, and return also the figures that are missing.
 
     Raises:
         DocsError: if a file cannot be rendered; then nothing is written.
@@ -159,10 +157,12 @@ def render_all(root: Path = ROOT, only: str | None = None) -> list[Path]:
     renderer = Renderer(root, only)
     texts = {path: path.read_text(encoding="utf-8") for path in readmes(root)}
     renewed = {path: renderer.render(text, path) for path, text in texts.items()}
+    changed = [path for path in texts if renewed[path] != texts[path]]
     keys = dict.fromkeys(key for text in texts.values() for key in _plots(text))
+    if check:
+        return changed + [path for path in map(renderer.plot_path, keys) if not path.exists()]
     for key in keys if only in (None, "plot") else ():
         write_atomic(renderer.plot_path(key), *draw(renderer.figures[key], "png"))
-    changed = [path for path in texts if renewed[path] != texts[path]]
     for path in changed:
         write_atomic(path, renewed[path])
     return changed
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
     parser.add_argument("--only", choices=KINDS, help="this kind of marker alone")
     args = parser.parse_args(argv)
     try:
-        files = stale(root) if args.check else render_all(root, args.only)
+        files = render_all(root, args.only, check=args.check)
     except (DocsError, TableError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -8,12 +8,12 @@ import io
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from common.ledger.compare import Entry
-from common.ledger.tables import DeskTable, Row, Table, column
+from common.ledger.tables import DeskTable, Row, column
 from common.ledger.view import TableView
 
 Kind = Literal["here", "published", "differs"]
@@ -73,120 +73,80 @@ MARKERS = "osD^vPXh"
 def figures(views: Sequence[TableView], desks: Iterable[tuple[str, DeskTable]] = ()) -> list[Figure]:
     """Every figure: one per overview, one per table with a ``plot``, one per desk table with a ``plot``."""
     drawn = [view for view in views if view.table.plot]
-    overviews = dict.fromkeys(view.overview for view in drawn if view.overview)
-    found = [_overview(key, [view for view in drawn if view.overview == key]) for key in overviews]
-    found += [_table(view, views) for view in drawn if len(view.rows) > 2 or not view.overview]
+    rows = {(view.table.paper, row.key): row for view in views for row in view.rows}
+    entries = {(e.paper, f"{e.table}/{e.row}", e.column): e for view in views for e in view.entries}
+    plots = {(view.table.paper, view.table.name): view.table.plot for view in drawn}
+
+    def points(row: Row) -> dict[Kind, tuple[float, float]]:
+        """A row as published and, if both coordinates came out here, what they are; never one for the other."""
+        plot = plots.get((row.paper, row.table), {})
+        names = [plot[axis] for axis in ("x", "y") if plot.get(axis) in row.published]
+        if len(names) < 2:
+            return {}
+        found: dict[Kind, tuple[float, float]] = {"published": _pair(row.published[name] for name in names)}
+        here = [entries.get((row.paper, row.key, name)) for name in names]
+        values = [entry.reproduced for entry in here if entry and entry.reproduced is not None and not entry.is_ratio]
+        if len(values) == 2:
+            kind: Kind = "differs" if any(entry and entry.status == "differs" for entry in here) else "here"
+            found[kind] = _pair(values)
+        return found
+
+    found: list[Figure] = []
+    for key in dict.fromkeys(view.overview for view in drawn if view.overview):
+        sharing = [view for view in drawn if view.overview == key]
+        table = sharing[0].table
+        title = f"{table.paper}: {axis_label(table.plot['y'])} against {axis_label(table.plot['x'])}"
+        panels = _panels([row for view in sharing for row in view.rows], points, table.plot.get("panels") == "series")
+        found.append(_figure(key, title, table.plot, panels, clip=True))
+    for view in drawn:
+        if len(view.rows) > 2 or not view.overview:
+            keys = dict.fromkeys((row.paper, row.dense) for row in view.rows)
+            dense = [rows[key] for key in keys if key in rows and rows[key].table != view.table.name]
+            found.append(_figure(view.key, view.table.title, view.table.plot, _panels([*dense, *view.rows], points)))
     found += [_desk(paper, desk) for paper, desk in desks if desk.plot]
     return [figure for figure in found if any(figure.panels.values())]
 
 
-class _Points:
-    """Rows of some tables as points, collected in panels and series."""
-
-    def __init__(self, views: Iterable[TableView]) -> None:
-        self.rows = {row.key: (row, view.table) for view in views for row in view.rows}
-        self._entries = {(f"{e.table}/{e.row}", e.column): e for view in views for e in view.entries}
-        self._series: dict[str, dict[tuple[str, Kind], Series]] = {}
-
-    @property
-    def panels(self) -> dict[str, list[Series]]:
-        """What was added."""
-        return {panel: list(lines.values()) for panel, lines in self._series.items()}
-
-    def add(
-        self,
-        row: Row,
-        name: str,
-        label: str,
-        *,
-        panel: str = "",
-        joined: bool = True,
-        baseline: bool = False,
-        start: Row | None = None,
-    ) -> None:
-        """Add a row to a series: as published and, if both coordinates came out here, what they are.
-
-        Args:
-            row: what to add; nothing is drawn if it does not publish both coordinates.
-            name, panel: the series, and the panel that it is in.
-            label: text at the published point.
-            joined, baseline: look of the series.
-            start: row at which the series begins when it is new.
-        """
-        table = self.rows[row.key][1]
-        names = [table.plot[axis] for axis in ("x", "y")] if table.plot else []
-        if not names or any(name not in row.published for name in names):
-            return
-        lines = self._series.setdefault(panel, {})
-        look = {"joined": joined, "kind": "published", "baseline": baseline}
-        line = lines.setdefault((name, "published"), Series(name, **look))  # pyright: ignore[reportArgumentType]
-        if start is not None and not line.x and all(name in start.published for name in names):
-            line.add(_published(start, names), "")
-        line.add(_published(row, names), label)
-        entries = [entry for name in names if (entry := self._entries.get((row.key, name))) is not None]
-        if kind := _kind(entries):
-            x, y = (float(entry.reproduced or 0) for entry in entries)
-            here = lines.setdefault((name, kind), Series(name, joined=False, kind=kind, baseline=baseline))
-            here.add((x, y), "")
+def _pair(values: Iterable[Any]) -> tuple[float, float]:
+    x, y = map(float, values)
+    return x, y
 
 
-def _published(row: Row, names: Sequence[str]) -> tuple[float, float]:
-    return float(row.published[names[0]]), float(row.published[names[1]])
+def _figure(
+    key: str, title: str, plot: Mapping[str, str], panels: dict[str, list[Series]], *, clip: bool = False
+) -> Figure:
+    return Figure(key, title, axis_label(plot["x"]), axis_label(plot["y"]), panels, clip)
 
 
-def _kind(entries: Sequence[Entry]) -> Kind | None:
-    """How a point is drawn whose coordinates these are; None if one of them did not come out here."""
-    if len(entries) < 2 or any(entry.reproduced is None or entry.is_ratio for entry in entries):
-        return None
-    return "differs" if any(entry.status == "differs" for entry in entries) else "here"
+def _panels(
+    rows: Sequence[Row], points: Callable[[Row], Mapping[Kind, tuple[float, float]]], apart: bool | None = None
+) -> dict[str, list[Series]]:
+    """Rows as series, in panels.
 
-
-def _table(view: TableView, views: Sequence[TableView]) -> Figure:
-    """One table; the dense rows that it refers to join their series."""
-    points = _Points([other for other in views if other.table.paper == view.table.paper])
-    dense = dict.fromkeys(row.dense for row in view.rows if row.dense in points.rows)
-    extra = [points.rows[key][0] for key in dense if not key.startswith(f"{view.table.name}/")]
-    for row in [*extra, *view.rows]:
-        name = row.series or row.method
-        points.add(row, name, row.label, joined=name != "cited baselines")
-    return _figure(view.key, view.table.title, view.table, points)
-
-
-def _overview(key: str, views: Sequence[TableView]) -> Figure:
-    """Tables that share a figure; a line begins at the dense row if all of its rows are compared with that one."""
-    table = views[0].table
-    apart = table.plot.get("panels") == "series"
-    points = _Points(views)
-    baselines = {row.dense for row, _ in points.rows.values()}
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row, _ in points.rows.values():
-        name = row.method if apart else row.series or row.method
-        groups.setdefault((row.series if apart else "", name), []).append(row)
-    stars = {
-        panel: sum(row.key in baselines for (p, _), g in groups.items() if p == panel for row in g)
-        for panel, _ in groups
-    }
-    for (panel, name), rows in groups.items():
-        dense = {row.dense for row in rows}
-        start = points.rows.get(dense.pop()) if len(dense) == 1 else None
-        for row in rows:
-            baseline = row.key in baselines
-            label = "dense" if baseline and stars[panel] == 1 else "" if apart else row.label
-            points.add(
-                row,
-                name,
-                label,
-                panel=panel,
-                joined=not baseline,
-                baseline=baseline,
-                start=start[0] if start else None,
-            )
-    title = f"{table.paper}: {axis_label(table.plot['y'])} against {axis_label(table.plot['x'])}"
-    return _figure(key, title, table, points, clip=True)
-
-
-def _figure(key: str, title: str, table: Table, points: _Points, *, clip: bool = False) -> Figure:
-    return Figure(key, title, axis_label(table.plot["x"]), axis_label(table.plot["y"]), points.panels, clip)
+    Args:
+        rows: what to draw.
+        points: of a row, by kind.
+        apart: of an overview, in which the dense rows are stars, and a line begins at the dense row if all of its rows
+            are compared with that one: whether each backbone has a panel and each method a line; None: no overview.
+    """
+    known = {row.key: row for row in rows}
+    baselines = set() if apart is None else {row.dense for row in rows}
+    places = {row.key: (row.series, row.method) if apart else ("", row.series or row.method) for row in rows}
+    stars = Counter(places[row.key][0] for row in rows if row.key in baselines)
+    dense = {place: {row.dense for row in rows if places[row.key] == place} for place in places.values()}
+    panels: dict[str, dict[tuple[str, Kind], Series]] = {}
+    for row in rows:
+        panel, name = places[row.key]
+        baseline = row.key in baselines
+        label = "dense" if baseline and stars[panel] == 1 else "" if apart else row.label
+        for kind, point in points(row).items():
+            joined = kind == "published" and not baseline and name != "cited baselines"
+            lines = panels.setdefault(panel, {})
+            line = lines.setdefault((name, kind), Series(name, joined=joined, kind=kind, baseline=baseline))
+            if apart is not None and joined and not line.x and len(dense[panel, name]) == 1 and row.dense in known:
+                line.add(points(known[row.dense])[kind], "")
+            line.add(point, label if kind == "published" else "")
+    return {panel: list(lines.values()) for panel, lines in panels.items()}
 
 
 def _desk(paper: str, desk: DeskTable) -> Figure:
@@ -198,8 +158,7 @@ def _desk(paper: str, desk: DeskTable) -> Figure:
             name = str(row.get(desk.plot.get("series", ""), "measured"))
             line = series.setdefault(name, Series(name, joined=False))
             line.add((float(x), float(y)), str(row.get(desk.plot.get("label", ""), "")))
-    x_label, y_label = (axis_label(desk.plot[axis]) for axis in ("x", "y"))
-    return Figure(f"{paper}-{desk.key}", desk.title, x_label, y_label, {"": list(series.values())})
+    return _figure(f"{paper}-{desk.key}", desk.title, desk.plot, {"": list(series.values())})
 
 
 def axis_label(name: str) -> str:
@@ -343,8 +302,9 @@ def _add_legend(canvas: Any, panels: Mapping[str, Sequence[Series]], styles: Map
             handles.append(Line2D([], [], linestyle="none", label=name, **look))
     if kinds != {"here"}:
         meanings: dict[Kind, str] = {"published": "as published", "here": "measured here", "differs": "differs here"}
-        for kind in (kind for kind in meanings if kind in kinds):
-            handles.append(Line2D([], [], linestyle="none", label=meanings[kind], **_marking(kind, INK, "o")))
+        for kind, meaning in meanings.items():
+            if kind in kinds:
+                handles.append(Line2D([], [], linestyle="none", label=meaning, **_marking(kind, INK, "o")))
     if handles:
         longest = max(len(handle.get_label()) for handle in handles)
         columns = max(1, min(len(handles), int(width * 13 / (longest + 6))))

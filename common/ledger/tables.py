@@ -25,54 +25,49 @@ class TableError(ValueError):
 
 
 class Unavailable(Exception):
-    """A number that this machine or checkout cannot produce now; subclasses say what is missing."""
+    """A number that this machine or checkout cannot produce now; subclasses say what is missing.
+
+    Args:
+        command: produces the number; empty: the command of the row.
+        reason: in words; empty: what the status means.
+    """
 
     status = ""
+
+    def __init_subclass__(cls, status: str) -> None:
+        cls.status = status
 
     def __init__(self, command: str = "", reason: str = "") -> None:
         super().__init__(reason or command)
         self.command = command
-        """the command that produces the number; empty: the command of the row"""
         self.reason = reason
 
 
-class NotImplementedYet(Unavailable):
+class NotImplementedYet(Unavailable, status="not implemented yet"):
     """The model of a row is not built yet; the argument names it."""
-
-    status = "not implemented yet"
 
     def __init__(self, model: str = "") -> None:
         super().__init__("", f"{model} is not implemented yet" if model else "not implemented yet")
 
 
-class NeedsWeights(Unavailable):
+class NeedsWeights(Unavailable, status="needs weights"):
     """Needs a checkpoint."""
 
-    status = "needs weights"
 
-
-class NeedsData(Unavailable):
+class NeedsData(Unavailable, status="needs data"):
     """Needs a data set."""
 
-    status = "needs data"
 
-
-class NeedsGpu(Unavailable):
+class NeedsGpu(Unavailable, status="needs gpu"):
     """Needs an accelerator."""
 
-    status = "needs gpu"
 
-
-class NeedsCompute(Unavailable):
+class NeedsCompute(Unavailable, status="needs compute"):
     """Needs a training run that is out of reach here."""
 
-    status = "needs compute"
 
-
-class Cited(Unavailable):
+class Cited(Unavailable, status="cited"):
     """A baseline that the paper only quotes."""
-
-    status = "cited"
 
 
 NEEDS = {"data": NeedsData, "weights": NeedsWeights, "compute": NeedsCompute, "gpu": NeedsGpu}
@@ -485,9 +480,8 @@ def _check_table(table: Table, where: str) -> None:
     counts = Counter(row.id for row in table.rows)
     if twice := sorted(name for name, count in counts.items() if count > 1):
         raise TableError(f"{where}: rows: ids {twice} appear more than once")
-    keys = ["overview", "panels", "x", "y"]
-    if unknown := sorted(set(table.plot) - set(keys)):
-        raise TableError(f"{where}: plot: unknown keys {unknown}; the keys are {keys}")
+    if unknown := sorted(set(table.plot) - {"overview", "panels", "x", "y"}):
+        raise TableError(f"{where}: plot: unknown keys {unknown}; the keys are overview, panels, x and y")
     if table.plot.get("panels", "series") != "series":
         raise TableError(f"{where}: plot.panels: can only be 'series', got {table.plot['panels']!r}")
     for axis in ("x", "y") if table.plot else ():

@@ -64,7 +64,7 @@ def _summary(views: Sequence[TableView]) -> str:
         rows.append([view.name, str(len(view.entries)), *(str(view.counts[status] or "") for status in statuses)])
     totals = [sum(view.counts[status] for view in views) for status in statuses]
     rows.append([f"{len(views)} tables", str(sum(totals)), *map(str, totals)])
-    lines = [f"{line}" for line in align(rows)]
+    lines = align(rows)
     width = max(map(len, lines))
     titles = ["", *(view.table.title for view in views), ""]
     shown = [textwrap.shorten(title, WIDTH - width - 2, placeholder=" ...") for title in titles]
@@ -84,9 +84,8 @@ def _notes(view: TableView) -> str:
 
 def _wrap(text: str, first: str, others: str, *, ending: str = "") -> list[str]:
     """Lines that fit; commands end a line as the shell wants it."""
-    width = WIDTH - len(ending)
-    options = {"break_long_words": False, "break_on_hyphens": False}
-    lines = textwrap.wrap(text, width, initial_indent=first, subsequent_indent=others, **options)
+    wrapper = textwrap.TextWrapper(WIDTH - len(ending), first, others, break_long_words=False, break_on_hyphens=False)
+    lines = wrapper.wrap(text)
     return [line + ending for line in lines[:-1]] + lines[-1:]
 
 
