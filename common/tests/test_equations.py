@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from common.ledger.equations import citations, definitions, index
-from common.run.cache import ROOT
+from common.run.files import ROOT
 
 PAPERS = ("scala", "hourglass_swag", "dvt", "sit", "uvc")
 LINK = re.compile(r"\[`(?P<name>[\w.]+)`\]\((?P<path>[^)#\s]+\.py)#L(?P<line>\d+)\)")

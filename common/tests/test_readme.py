@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.run.cache import ROOT
+from common.run.files import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FIRST_SCREEN = README.partition("\n## ")[0]
