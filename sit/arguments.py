@@ -77,7 +77,7 @@ def get_args_parser(description: str | None = None) -> argparse.ArgumentParser:
     cli.add_augmentation_args(parser, color_jitter=0.4)
     cli.add_optimizer_args(parser, model_ema=False)
     cli.add_schedule_args(parser)
-    cli.add_runtime_args(parser)
+    cli.add_runtime_args(parser, amp="auto")
     _add_own_args(parser)
     cli.add_ignored_args(parser, DEAD)
     cli.add_ignored_args(parser, DEAD_LISTS, nargs="+")
@@ -114,8 +114,6 @@ def _add_distillation_args(parser: argparse.ArgumentParser) -> None:
 
 def _add_own_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("runtime of SiT").add_argument
-    add("--amp", choices=("auto", "none", "fp16", "bf16"), default="auto",
-        help="mixed precision; auto: fp16 on CUDA, as published, and none on the CPU (default: auto)")  # fmt: skip
     add("--hflip", type=cli.fraction, default=0.5, metavar="P",
         help="probability of a horizontal flip in training (default: 0.5)")  # fmt: skip
     add("--scale-lr", action=cli.Switch, default=True, help="--lr is for 512 images per step (default: on)")

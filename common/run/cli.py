@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 AMP_MODES = ("none", "fp16", "bf16")
+AMP_BY_DEVICE = ("on", "auto")
 DATASET_NAMES = {
     "IMNET": "imagenet",
     "CIFAR": "cifar100",
@@ -114,7 +115,7 @@ def fraction(text: str) -> float:
 
 
 def amp_mode(text: str) -> str:
-    if text not in AMP_MODES:
+    if text not in (*AMP_MODES, *AMP_BY_DEVICE):
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(AMP_MODES)}, got {text!r}")
     return text
 
@@ -269,12 +270,45 @@ def add_schedule_args(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     group.done()
 
 
+class _Apex(argparse.Action):
+    """``--apex-amp`` of published commands: torch's own mixed precision, and a word about it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        del parser, values
+        namespace.amp = "on"
+        if os.environ.get("RANK", "0") == "0":
+            print(f"warning: {option_string}: apex is not used, torch's own mixed precision is", file=sys.stderr)
+
+
+def _add_amp(group: _Group) -> None:
+    group.add(
+        "--amp",
+        "--native-amp",
+        nargs="?",
+        const="on",
+        type=amp_mode,
+        default="none",
+        metavar="MODE",
+        help="mixed precision: none, fp16 (CUDA only), bf16, auto (fp16 on CUDA, none on the CPU), or no word for fp16 "
+        "on CUDA and bf16 on the CPU",
+    )
+    group.group.add_argument(
+        "--apex-amp", action=_Apex, nargs=0, dest="amp", default=argparse.SUPPRESS,
+        help="of published commands: the same as --amp without a word (default: off)",
+    )  # fmt: skip
+
+
+def add_amp_args(parser: argparse.ArgumentParser, default: str = "none") -> None:
+    """--amp and --apex-amp alone, for a program that does not take the whole runtime group."""
+    _add_amp(_Group(parser, "mixed precision", {"amp": default}))
+
+
 def add_runtime_args(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     """--device, --amp, --compile, --seed, --output-dir, --resume, --eval, --tensorboard, --local-rank, ..."""
     group = _Group(parser, "runtime", defaults)
     add = group.add
     add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, or cuda:N")
-    add("--amp", type=amp_mode, default="none", metavar="{none,fp16,bf16}", help="mixed precision; fp16 on CUDA only")
+    _add_amp(group)
     add("--compile", action=Switch, default=False, help="run the model through torch.compile")
     add("--seed", type=count, default=0, help="of all random numbers; each process adds its rank")
     add(

@@ -8,16 +8,18 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from common.run.cli import AMP_MODES
+from common.run.cli import AMP_BY_DEVICE, AMP_MODES
 from common.run.errors import UsageError
 
 
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of ``--amp``; None for full precision.
+    """The dtype of ``--amp``; None for full precision. ``on`` and ``auto`` mean what suits the device.
 
     Raises:
         UsageError: an unknown name, or one this device cannot do, naming what it can.
     """
+    if amp in AMP_BY_DEVICE:
+        amp = "fp16" if device.type == "cuda" else {"on": "bf16", "auto": "none"}[amp]
     if amp not in AMP_MODES:
         raise UsageError(f"--amp must be one of {', '.join(AMP_MODES)}, got {amp!r}")
     if amp == "none":

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.run import build, cli
+from common.run import build, cli, precision
 from common.run.build import scaled_lr
 from common.run.cli import make_parser
 from common.run.errors import UsageError
@@ -235,3 +235,20 @@ def test_settings_are_read_by_the_flags_names() -> None:
     assert RunSettings.of(args).amp == "bf16"
     with pytest.raises(TypeError, match="ScheduleSettings needs epochs"):
         ScheduleSettings.of(argparse.Namespace(sched="cosine"))
+
+
+def test_amp_of_published_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    parse = full_parser().parse_args
+    assert [parse(words).amp for words in ([], ["--amp"], ["--native-amp"], ["--amp", "bf16"])] == [
+        "none", "on", "on", "bf16",
+    ]  # fmt: skip
+    assert parse(["--apex-amp", "--epochs", "3"]).amp == "on"
+    assert "--apex-amp: apex is not used" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(["--amp", "O1"])
+    assert precision.amp_dtype("on", torch.device("cpu")) is torch.bfloat16
+    assert precision.amp_dtype("on", torch.device("cuda")) is torch.float16
+    assert precision.amp_dtype("auto", torch.device("cpu")) is None
+    alone = make_parser()
+    cli.add_amp_args(alone, "auto")
+    assert (alone.parse_args([]).amp, alone.parse_args(["--amp"]).amp) == ("auto", "on")
