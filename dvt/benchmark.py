@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     import torch
 
     from common.measure.benchmark import random_images
-    from common.run.distributed import choose_device
+    from common.run.launch import choose_device
     from dvt.costs import exit_gflops
     from dvt.exits import confidence_and_prediction, exit_shares, find_thresholds
     from dvt.inference import described

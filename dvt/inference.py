@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         check_paths(dataset=args.dataset, root=args.data_url)
     from common.data.loaders import default_num_classes
     from common.run.checkpoint import read_checkpoint
-    from common.run.distributed import choose_device
+    from common.run.launch import choose_device
     from dvt.costs import exit_gflops
     from dvt.evaluation import ImageSource, budgeted, collect_scores, search_thresholds
     from dvt.loading import load_network, read_packed

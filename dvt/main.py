@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     from common.data.transforms import eval_transform
     from common.run.build import build_average, build_run
     from common.run.checkpoint import plain, read_checkpoint
-    from common.run.distributed import launch, seed_everything
+    from common.run.launch import launch, seed_everything
     from dvt.augmentation import IMAGENET_MEAN, IMAGENET_STD, make_erasing, make_train_transform
     from dvt.build import SummaryRecord, build_model, build_optimizer
     from dvt.engine import CascadeStep, evaluate_exits

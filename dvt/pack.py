@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
     check_paths([args.checkpoint], dataset=args.dataset, root=args.data)
     from common.data.loaders import default_num_classes
     from common.run.checkpoint import read_checkpoint, save_atomic
-    from common.run.distributed import choose_device
+    from common.run.launch import choose_device
     from dvt.evaluation import ImageSource, collect_scores, pack_checkpoint
     from dvt.loading import load_network
 

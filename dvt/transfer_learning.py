@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     from common.data.loaders import default_num_classes, eval_loader, train_loader
     from common.run.build import build_run
     from common.run.checkpoint import load_safely, save_atomic
-    from common.run.distributed import launch, seed_everything
+    from common.run.launch import launch, seed_everything
     from dvt import cifar
     from dvt.engine import CascadeStep, evaluate_exits
     from dvt.loading import start_transfer

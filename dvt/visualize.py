@@ -97,7 +97,7 @@ def draw_exits(args: argparse.Namespace) -> dict[str, str | bytes]:
     """The list of exits, and both sheets of images, by file name."""
     from common.data.loaders import build_dataset, default_num_classes
     from common.run.checkpoint import read_checkpoint
-    from common.run.distributed import choose_device
+    from common.run.launch import choose_device
     from dvt import drawing
     from dvt.evaluation import ImageSource, collect_scores
     from dvt.exits import first_exit

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Subset
 
 from common.data import build, loaders
-from common.run import distributed
+from common.run import launch
 from common.run.checkpoint import CheckpointError, CheckpointManager
 from common.run.errors import UsageError
 from common.run.files import ROOT
@@ -204,7 +204,7 @@ def test_bad_command_lines(capsys, tmp_path, monkeypatch):
     assert loaders.default_num_classes(args.dataset) == 100
     assert "--gp has no effect" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr(distributed, "launch", lambda *_, **__: distributed.World(0, 3, 0, torch.device("cpu"), None))
+        patch.setattr(launch, "launch", lambda *_, **__: launch.World(0, 3, 0, torch.device("cpu"), None))
         with pytest.raises(UsageError, match="a multiple of it"):
             transfer_learning.main(["--dataset", "cifar100"])
     with pytest.raises(CheckpointError, match=r"there is no .*last\.pth"):
