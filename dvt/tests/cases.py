@@ -24,7 +24,7 @@ from common.run import cli
 from common.tests import reference
 from common.tests.reference import Case, CaseError, Checks, NotCovered, Runner
 from dvt import cifar, exits
-from dvt.engine import build_criterion, exit_logits, summed_loss
+from dvt.losses import build_criterion, exit_logits, summed_loss
 from dvt.models import STAGE_NAMES, create_model
 from dvt.models.backbone import Backbone, StageOutput
 from dvt.models.cascade import Cascade, make_cascade
