@@ -29,10 +29,10 @@ from pathlib import Path
 from common.ledger.compare import Ledger
 from common.ledger.equations import index
 from common.ledger.gather import Request, build
-from common.ledger.overview import papers_table
+from common.ledger.overview import papers_table, tables_table
 from common.ledger.plots import Figure, draw, figures
 from common.ledger.realised import markdown_realised
-from common.ledger.report import markdown_of, markdown_summary
+from common.ledger.report import markdown_of
 from common.ledger.tables import TableError, load_tables, papers
 from common.ledger.view import TableView, view_tables
 from common.run.files import ROOT, write_atomic
@@ -113,7 +113,7 @@ class Renderer:
             KeyError: if the marker names nothing that exists.
         """
         if kind == "ledger":
-            return markdown_summary(list(self.views.values()))
+            return tables_table(self.ledger)
         if kind == "equations":
             return index(path, self.root)
         if kind == "papers":

@@ -1,8 +1,8 @@
-"""The papers in one table that is no wider than a page: what each is, and where its published values stand."""
+"""Where the published values stand, in tables no wider than a page: one line per paper, or one per table."""
 
 import ast
 import re
-from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.ledger.compare import Ledger
@@ -30,10 +30,26 @@ def describe(folder: Path) -> str:
 def papers_table(ledger: Ledger, root: Path) -> str:
     """One line per paper in Markdown, and the sum."""
     papers = dict.fromkeys(table.paper for table in ledger.tables)
-    statuses = {paper: Counter(e.status for e in ledger.entries if e.paper == paper) for paper in papers}
-    lines = [f"| Paper | values | {' | '.join(GROUPS)} |", f"| :-- |{' --: |' * (len(GROUPS) + 1)}"]
-    rows = [(describe(root / paper), statuses[paper]) for paper in papers]
-    for text, counts in [*rows, (f"all {len(ledger.tables)} tables", sum(statuses.values(), Counter[str]()))]:
-        numbers = [counts.total(), *(sum(counts[status] for status in group) for group in GROUPS.values())]
+    parts = [(describe(root / paper), [e.status for e in ledger.entries if e.paper == paper]) for paper in papers]
+    return _table("Paper", parts, f"all {len(ledger.tables)} tables")
+
+
+def tables_table(ledger: Ledger) -> str:
+    """One line per published table in Markdown, linked to its data, and the sum."""
+    parts = [
+        (
+            f"[{table.paper}/{table.name}]({table.paper}/tables/{table.name}.toml): {table.title}",
+            [entry.status for entry in ledger.of(table).values()],
+        )
+        for table in ledger.tables
+    ]
+    return _table("Table", parts, "all")
+
+
+def _table(heading: str, parts: Sequence[tuple[str, Sequence[str]]], total: str) -> str:
+    """Lines of (text, statuses of its values), and their sum."""
+    lines = [f"| {heading} | values | {' | '.join(GROUPS)} |", f"| :-- |{' --: |' * (len(GROUPS) + 1)}"]
+    for text, statuses in [*parts, (total, [status for _, found in parts for status in found])]:
+        numbers = [len(statuses), *(sum(status in group for status in statuses) for group in GROUPS.values())]
         lines.append(f"| {text} | {' | '.join(str(number or '') for number in numbers)} |")
     return "\n".join(lines)
