@@ -116,6 +116,8 @@ class TokenSelection(nn.Module):
 
     Raises:
         ValueError: if the keep rate is not in (0, 1].
+
+    Source: EViT, arXiv:2202.07800, Inattentive token fusion: x_fused = sum_i a_i x_i over the dropped patches.
     """
 
     def __init__(self, keep_rate: float, fuse_token: bool) -> None:

@@ -137,7 +137,10 @@ class EvoEncoderBlock(EncoderBlock):
         return x + self.mlp(self.ln_2(x)), row
 
     def mix(self, cls_attn: Tensor | None, row: Tensor | None) -> Tensor | None:
-        """(1 - t) a + t A."""
+        """(1 - t) a + t A.
+
+        Source: Evo-ViT, arXiv:2108.01390, class attention carried over layers: (1 - t) a + t A.
+        """
         if cls_attn is None or row is None:
             return row
         return (1 - self.tradeoff) * cls_attn + self.tradeoff * row

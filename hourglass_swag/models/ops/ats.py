@@ -53,6 +53,8 @@ def score_assignment_step(attention: Tensor, values: Tensor) -> tuple[Tensor, Te
 
     Returns:
         Sorted scores (B, N - 1), and the patches they belong to, 0 ... N - 2, (B, N - 1).
+
+    Source: ATS, arXiv:2111.15667, Section 3, Adaptive Token Sampler: S_j = A_1j |V_j| / sum_i A_1i |V_i|.
     """
     length = torch.linalg.vector_norm(values, dim=(1, 3), dtype=attention.dtype)  # |v| over all C channels, (B, N)
     scores = (attention[:, :, 0].sum(1) * length)[:, 1:]
@@ -115,6 +117,8 @@ def inverse_transform_sampling(
     Returns:
         Positions among the N tokens, (B, N): the class token, then survivors by ascending score, then zeros; and how
         many survive, class token included, (B,).
+
+    Source: ATS, arXiv:2111.15667, Section 3, Adaptive Token Sampler: inverse transform sampling of the cumulative sum.
     """
     patches = sorted_scores.shape[1]
     cdf = normalized_cdf(sorted_scores)

@@ -81,6 +81,8 @@ def assign_tokens(tokens: Tensor, centroids: Tensor, penalty: Tensor, temperatur
 
     Returns:
         A, (B, P, K); the weights of a token sum to one over the clusters.
+
+    Source: arXiv:2210.01035, token clustering layer: A = softmax_k(-tau |z_p - s_k|^2), clusters near p alone.
     """
     logits = penalty - temperature * centroids.square().sum(2)[:, None]  # (B, P, K)
     logits.baddbmm_(tokens, centroids.transpose(1, 2), alpha=2 * temperature)
@@ -88,7 +90,10 @@ def assign_tokens(tokens: Tensor, centroids: Tensor, penalty: Tensor, temperatur
 
 
 def average_tokens(tokens: Tensor, weights: Tensor) -> Tensor:
-    """Centroids (B, K, C): averages of tokens (B, P, C) under weights (B, P, K)."""
+    """Centroids (B, K, C): averages of tokens (B, P, C) under weights (B, P, K).
+
+    Source: arXiv:2210.01035, token clustering layer: s_k = sum_p A_pk z_p / sum_p A_pk.
+    """
     total = weights.sum(1).clamp_min(MIN_WEIGHT)  # (B, K)
     return weights.transpose(1, 2) @ tokens / total[..., None]
 
@@ -143,6 +148,8 @@ class TokenClusteringBlock(nn.Module):
 
         Returns:
             Average-pooled centroids (B, C, K) and cells (B, P) as whole numbers of the features' type.
+
+        Source: arXiv:2210.01035, token clustering layer: start from the adaptive average pool of the grid.
         """
         centroids = F.adaptive_avg_pool2d(images, (height, width)).flatten(2)
         labels = initial_labels(

@@ -52,6 +52,8 @@ def reconstruction_weights(before: Tensor, after: Tensor, k: int, temperature: f
 
     Raises:
         ValueError: if k is 0 or more than the number of clusters.
+
+    Source: arXiv:2210.01035, token reconstruction layer: exp(-tau |z_p - s_m|^2) over the k nearest clusters.
     """
     clusters = after.shape[1]
     if k == 0 or k > clusters:
@@ -126,6 +128,8 @@ class TokenReconstructionBlock(UnpoolingBase):
 
     Raises:
         ValueError: if k is 0 or ``normalize`` is unknown.
+
+    Source: arXiv:2210.01035, token reconstruction layer: each token from the refined clusters it resembled.
     """
 
     def __init__(self, k: int = 3, temperture: float = 0.05, normalize: Normalize = "l2") -> None:

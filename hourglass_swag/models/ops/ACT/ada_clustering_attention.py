@@ -46,6 +46,8 @@ def hash_codes(vectors: Tensor, alpha: Tensor, beta: Tensor, bucket_width: float
 
     Returns:
         Codes (..., N) int64. Equal codes mean the same cluster; from round 32 on nothing reaches the 64 bits.
+
+    Source: ACT, arXiv:2011.09315, hashing: h(x) = floor((a x + b) / w).
     """
     dim = vectors.shape[-1]
     alpha = alpha.reshape(dim, -1)[:, :USED_ROUNDS]
@@ -61,6 +63,8 @@ def calc_center(x: Tensor, groups: Tensor, counts: Tensor) -> Tensor:
 
     Args:
         x: tokens, (R, N, D); groups: (R, N) int32; counts: members of each cluster, (R, C).
+
+    Source: ACT, arXiv:2011.09315, prototypes: the mean of the tokens of equal code.
     """
     if library.serves(x.device, "weighted_sum"):
         members = counts.to(torch.promote_types(x.dtype, torch.float32))
@@ -92,6 +96,8 @@ class WeightedSoftMax:
     """``WeightedSoftMax.apply(logits, counts)``: a softmax in which key c stands for ``counts[c]`` equal keys.
 
     softmax(S) counts, divided by its sum over the keys, is the softmax of S + log(counts). Both broadcast.
+
+    Source: ACT, arXiv:2011.09315, attention to prototypes: a softmax weighted by their counts.
     """
 
     @staticmethod

@@ -21,7 +21,11 @@ EXTRA_CHANNELS = 2  # of the lifted vectors
 
 
 class XBOXPLUS:
-    """The lift, for queries (R, N, d) and keys (R, M, d) that are to be compared."""
+    """The lift, for queries (R, N, d) and keys (R, M, d) that are to be compared.
+
+    Source: SMYRF, arXiv:2010.05315, asymmetric transformations: F(q) = [q, 0, sqrt(M_Q^2 + M_K^2
+    - |q|^2)], G(k) = [k, sqrt(M_Q^2 + M_K^2 - |k|^2), 0].
+    """
 
     def __init__(self, queries: Tensor, keys: Tensor) -> None:
         self.queries, self.keys = queries, keys
@@ -73,6 +77,8 @@ def lsh_clustering(queries: Tensor, keys: Tensor, alpha: Tensor, beta: Tensor) -
 
     Returns:
         Positions by ascending u, (T, R, N) and (T, R, M).
+
+    Source: SMYRF, arXiv:2010.05315, adaptive clustering: equal parts of the order along random lines.
     """
     lift, dim = XBOXPLUS(queries, keys), queries.shape[-1]
     lines, offset = alpha.mT, beta.reshape(-1, 1)  # (T, d + 2), (T, 1)

@@ -199,7 +199,7 @@ def bipartite_soft_matching(
     Returns:
         (merge, unmerge): a ``Matching`` and its ``unmerge``, or ``do_nothing`` twice.
 
-    Source: arXiv:2210.09461, section 3, "Bipartite Soft Matching".
+    Source: ToMe, arXiv:2210.09461, section 3, "Bipartite Soft Matching".
     """
     rows, columns = int(class_token), int(distill_token)
     if prefix_tokens is not None:
@@ -263,7 +263,7 @@ def kth_bipartite_soft_matching(metric: Tensor, k: int, *, scatter: str = "auto"
     Raises:
         ValueError: if there are fewer than k tokens.
 
-    Source: arXiv:2210.09461, section 4.1, an alternative to alternating sets.
+    Source: ToMe, arXiv:2210.09461, section 4.1, an alternative to alternating sets.
     """
     if k <= 1:
         return do_nothing, do_nothing
@@ -295,7 +295,7 @@ def random_bipartite_soft_matching(
     Raises:
         ValueError: if r leaves no token.
 
-    Source: arXiv:2210.09461, section 4.1, random sets.
+    Source: ToMe, arXiv:2210.09461, section 4.1, random sets.
     """
     if r <= 0:
         return do_nothing, do_nothing
@@ -323,7 +323,7 @@ def merge_wavg(merge: Merge, x: Tensor, size: Tensor | None = None) -> tuple[Ten
     Returns:
         Tokens (B, U, C) and their sizes (B, U, 1); the sum of tokens times size is conserved.
 
-    Source: arXiv:2210.09461, section 3, "Tracking Token Size".
+    Source: ToMe, arXiv:2210.09461, section 3, "Tracking Token Size".
     """
     if isinstance(merge, Matching):
         return merge.average(x, size)
@@ -359,7 +359,7 @@ def key_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         Mask for ``scaled_dot_product_attention``, (B, 1, 1, N); it is never expanded to N x N here.
 
-    Source: arXiv:2210.09461, Eq. 1.
+    Source: ToMe, arXiv:2210.09461, Eq. 1.
     """
     return size.log().to(dtype).transpose(1, 2)[:, None]
 

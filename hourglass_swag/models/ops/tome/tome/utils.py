@@ -27,7 +27,7 @@ def parse_r(num_layers: int, r: R) -> list[int]:
         TypeError: if r is none of the three.
         ValueError: if a number is negative, or f is not between -1 and 1.
 
-    Source: arXiv:2210.09461, section 4.1, merging schedules; notation: the published code's ``inflect`` is f.
+    Source: ToMe, arXiv:2210.09461, section 4.1, merging schedules; notation: the published code's ``inflect`` is f.
     """
     if isinstance(r, tuple):
         if len(r) != 2:

@@ -121,7 +121,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, dropout: float 
     Returns:
         (B, heads, N, d).
 
-    Source: arXiv:2210.09461, Eq. 1.
+    Source: ToMe, arXiv:2210.09461, Eq. 1.
     """
     if size is not None and attention is not None and q.is_cuda:
         return attention(q, k, v, size[..., 0].log(), dropout=dropout)
