@@ -13,39 +13,35 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from common.measure.benchmark import NotEnoughMemory, compare, describe_device, random_images
 from common.run import cli
+from common.run.errors import UsageError
 from common.run.files import write_atomic
-from common.run.launch import choose_device
 from common.run.program import run
-from scala.engine_scala import AtRatio
-from scala.models_scala import MODELS, create
-from scala.standalone import describe, standalone_state
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
 BASELINES = ("timm", "stand-alone")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
-    add("--model", default="deit_small_distilled_patch16_224_scala", choices=sorted(MODELS), metavar="NAME",
+    add("--model", default="deit_small_distilled_patch16_224_scala", metavar="NAME",
         help="a DeiT of this package (default: deit_small_distilled_patch16_224_scala)")  # fmt: skip
     add("--ratios", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0], metavar="R",
         help="widths to measure (default: 0.25 0.5 0.75 1.0)")  # fmt: skip
-    add("--batch-size", "-b", type=cli.positive_int, default=32, help="pictures per pass (default: 32)")
+    add("--batch-size", "-b", type=cli.positive_int, default=32, help="images per pass (default: 32)")
     add("--rounds", type=cli.positive_int, default=20, help="timed passes of each network (default: 20)")
     add("--warmup", type=cli.count, default=3, help="passes before them (default: 3)")
-    add("--dtype", choices=sorted(DTYPES), default="float32", help="of weights and pictures (default: float32)")
+    add("--dtype", choices=DTYPES, default="float32", help="of weights and images (default: float32)")
     add("--compile", action=cli.Switch, default=False, help="run all three through torch.compile (default: off)")
     add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, or cuda:N (default: auto)")
     add("--processor-time", action=cli.Switch, default=False,
@@ -58,44 +54,78 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return build_parser().parse_args(argv)
 
 
-@torch.no_grad()
-def measure(args: argparse.Namespace, ratio: float, device: torch.device) -> dict[str, Any]:
+def measure(
+    name: str,
+    ratio: float,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    batch_size: int,
+    compiled: bool,
+    rounds: int,
+    warmup: int,
+    clock: Callable[[], float],
+) -> dict[str, Any]:
     """Speeds of the three networks at one width, and the ratios of their times."""
-    dtype = DTYPES[args.dtype]
+    import torch
+
+    from common.measure.benchmark import compare, random_images
+    from scala.engine_scala import AtRatio
+    from scala.models_scala import create
+    from scala.standalone import describe, standalone_state
+
     torch.manual_seed(0)
-    full = create(args.model).eval()
+    full = create(name).eval()
     standalone = describe(full, ratio)
     networks: dict[str, Any] = {
         "timm": standalone.build_timm(),
         "stand-alone": standalone.load(standalone_state(full, ratio)),
         "in place": AtRatio(full, ratio),
     }
-    networks = {name: network.eval().to(device, dtype) for name, network in networks.items()}
-    if args.compile:
-        networks = {name: torch.compile(network) for name, network in networks.items()}
-    images = random_images(args.batch_size, standalone.input_size, device, dtype)
-    clock = time.process_time if args.processor_time else time.perf_counter
-    row: dict[str, Any] = {"ratio": ratio, "width": full.embed_dim * ratio}
+    networks = {form: network.eval().to(device, dtype) for form, network in networks.items()}
+    if compiled:
+        networks = {form: torch.compile(network) for form, network in networks.items()}
+    images = random_images(batch_size, standalone.input_size, device, dtype)
     # once against each: the median of the ratios of single rounds is not the ratio of the medians
-    paired = {
-        baseline: compare(networks, images, baseline=baseline, rounds=args.rounds, warmup=args.warmup, clock=clock)
-        for baseline in BASELINES
+    with torch.no_grad():
+        paired = {
+            baseline: compare(networks, images, baseline=baseline, rounds=rounds, warmup=warmup, clock=clock)
+            for baseline in BASELINES
+        }
+    in_place = paired["stand-alone"]["in place"]
+    return {
+        "ratio": ratio,
+        "width": full.embed_dim * ratio,
+        "speeds": {form: asdict(result.speed) for form, result in paired["timm"].items()},
+        "stand-alone / timm": 1 / paired["timm"]["stand-alone"].speedup,
+        "in place / stand-alone": 1 / in_place.speedup,
+        "spread_percent": in_place.speedup_spread_percent,
     }
-    row["speeds"] = {name: asdict(result.speed) for name, result in paired["timm"].items()}
-    row["stand-alone / timm"] = 1 / paired["timm"]["stand-alone"].speedup
-    row["in place / stand-alone"] = 1 / paired["stand-alone"]["in place"].speedup
-    row["spread_percent"] = paired["stand-alone"]["in place"].speedup_spread_percent
-    return row
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     args = parse_args(argv)
+    import torch
+
+    from common.measure.benchmark import NotEnoughMemory, describe_device
+    from common.run.launch import choose_device
+
     device = choose_device(args.device)
     if args.processor_time:
         if device.type != "cpu":
-            sys.exit("error: --processor-time goes with --device cpu: a GPU's work does not count as processor time")
+            raise UsageError("--processor-time goes with --device cpu: a GPU's work does not count as processor time")
         torch.set_num_threads(1)
-    rows = [measure(args, ratio, device) for ratio in args.ratios]
+    try:
+        rows = [
+            measure(
+                args.model, ratio, device, getattr(torch, args.dtype), batch_size=args.batch_size,
+                compiled=args.compile, rounds=args.rounds, warmup=args.warmup,
+                clock=time.process_time if args.processor_time else time.perf_counter,
+            )
+            for ratio in args.ratios
+        ]  # fmt: skip
+    except NotEnoughMemory as error:
+        raise UsageError(str(error)) from error
     described = describe_device(device) | {"timing": "processor time" if args.processor_time else "elapsed time"}
     print(
         f"{args.model}, batch {args.batch_size}, {args.dtype}, {described['name']}, torch {described['torch']}, "
@@ -115,4 +145,4 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]), expected=(NotEnoughMemory, ValueError))
+    run(main)

@@ -1,7 +1,7 @@
 """The paper's first table at desk size: one small DeiT for all widths, on real handwritten digits.
 
 Every network is trained by ``main_scala.py`` through its ordinary flags and evaluated at r = 0.25, 0.5, 0.75 and 1.0 on
-the 360 held-out pictures of the 1,797 that ship inside scikit-learn:
+the 360 held-out images of the 1,797 that ship inside scikit-learn:
 
 - separate training: a network of each width by itself, the paper's baseline;
 - sliced without Scala: the one trained at full width alone, cut afterwards;
@@ -98,10 +98,10 @@ def _table(top1: Mapping[tuple[str, float], float]) -> DeskTable:
         rows=rows,
         notes=(
             f"Top-1 in percent at four width ratios: a plain DeiT of {DEPTH} blocks, width {WIDTH}, {HEADS} heads and "
-            f"16 patches, trained for {EPOCHS} epochs on 1,437 digits, evaluated on the 360 others. One picture is "
+            f"16 patches, trained for {EPOCHS} epochs on 1,437 digits, evaluated on the 360 others. One image is "
             "0.28 points, and one seed was trained.",
-            f"Millions of MACs per picture at these widths: {', '.join(f'{value:.2f}' for value in mmacs.values())}.",
-            f"Gain of {best} over separate training, in points: {gains}. A step of Scala passes every picture four "
+            f"Millions of MACs per image at these widths: {', '.join(f'{value:.2f}' for value in mmacs.values())}.",
+            f"Gain of {best} over separate training, in points: {gains}. A step of Scala passes every image four "
             "times; all networks saw the same number of epochs, as in the paper.",
         ),
     )

@@ -22,22 +22,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.run.engine import Optimization, evaluate
+from common.run.settings import Settings
+from common.run.wrapping import unwrap
+from scala.arguments import TRANSFER_TYPES
 from scala.losses import WidthLosses
 from scala.slicing import WidthGrid
 
-TRANSFER_TYPES = ("progressive", "US")
-"""Who teaches a slim width: the pass just before it, or the largest width (as in universally slimmable networks)."""
 SLIM_PASSES = ("3q", "2q", "1q")
 """Names of the slim passes in the record: upper middle, lower middle, smallest."""
 
 
 def draw_widths(grid: WidthGrid) -> tuple[float, float]:
-    """Stable sampling: one width of the upper half, then one of the lower, from Python's global generator.
+    """One width of the upper half, then one of the lower, from Python's global generator.
 
     Returns:
         w3 and w2, which are never far apart. Two draws, in this order, as the published sequence has them.
 
-    Source: arXiv:2412.04786, scale coordination.
+    Source: arXiv:2412.04786, Section 4.3 (Stable Sampling), Eq. 8: m = m~ eps, m~ uniform on each half.
     """
     upper = random.randint(*grid.upper_steps)
     lower = random.randint(*grid.lower_steps)
@@ -58,6 +59,8 @@ class ScaleCoordination:
         augment: mixup on the batch, or None.
         multi_hot: targets become 1 wherever they are above 0 (``--bce-loss``).
         twice: pass the batch twice, for losses that compare two sub-networks (``--cosub``).
+
+    Source: arXiv:2412.04786, Section 4.1: the sandwich rule, gradients of four widths summed.
 
     Gradients are exchanged between the ranks in the last pass only: the mean over ranks of the per-rank sums, at a
     quarter of the traffic. Every rank draws its own widths.
@@ -83,6 +86,9 @@ class ScaleCoordination:
         Returns:
             ``loss``, the sum over the passes; ``loss_full`` and, per slim pass, ``loss_3q`` and the part of it that is
             cross entropy, ``loss_3q_ce``, and so on: the names of the published log.
+
+        Source: arXiv:2412.04786, Section 4.3 (Progressive Knowledge Transfer), Eq. 5: the order of the passes, each
+        taught by the next larger width.
         """
         images, targets = self.prepare(*batch)
         warming = self.epoch() < self.full_warm_epoch
@@ -121,8 +127,7 @@ class ScaleCoordination:
 
     @property
     def _classes(self) -> int:
-        network: Any = getattr(self.network, "_orig_mod", self.network)
-        return int(getattr(network, "module", network).num_classes)
+        return int(unwrap(self.network).num_classes)  # pyright: ignore[reportArgumentType] - a number
 
 
 def to_multi_hot(targets: Tensor, classes: int) -> Tensor:
@@ -141,7 +146,7 @@ def _detach(outputs: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class CosineCurve:
+class CosineCurve(Settings):
     """The published course of the learning rate, f(t).
 
     Args:
@@ -240,8 +245,16 @@ class LaggingSchedule:
 # Evaluation
 
 
+def allow_widths(count: int) -> None:
+    """Let torch.compile keep one specialised graph per width."""
+    import torch._dynamo.config as config  # only where it is used: importing it takes seconds
+
+    config.specialize_float = True
+    config.recompile_limit = max(config.recompile_limit, 4 * count + 8)
+
+
 class AtRatio(nn.Module):
-    """A network at one width, as a function of the pictures alone; the average of both heads where there are two."""
+    """A network at one width, as a function of the images alone; the average of both heads where there are two."""
 
     def __init__(self, model: nn.Module, ratio: float) -> None:
         super().__init__()
@@ -256,5 +269,5 @@ class AtRatio(nn.Module):
 def evaluate_width(
     model: nn.Module, loader: Iterable[Any], ratio: float, *, device: torch.device, amp: str = "none", **options: Any
 ) -> dict[str, float]:
-    """Accuracy at one width; see ``common.run.engine.evaluate``. Each picture counts once, in ``loss`` too."""
+    """Accuracy at one width; see ``common.run.engine.evaluate``. Each image counts once, in ``loss`` too."""
     return evaluate(AtRatio(model, ratio), loader, device=device, amp=amp, **options)

@@ -28,11 +28,13 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from common.run.checkpoint import CheckpointError, load_safely, load_strict, locate, select_state
+from common.run.checkpoint import load_strict, select_state
+from common.run.errors import CheckpointError
 from scala.layers import Sliced, SlicedLayerNorm, SlicedLinear
 from scala.losses import transfer_loss
-from scala.models_scala import DistilledVisionTransformer_scala, VisionTransformer_scala
+from scala.models_scala import DistilledVisionTransformer_scala, VisionTransformer_scala, create
 from scala.slicing import Ratio, SliceRule, Width
+from scala.weights import read_checkpoint
 
 
 class Projection(nn.Module):
@@ -173,14 +175,13 @@ def load_teacher(name: str, path: str, *, img_size: int, num_classes: int | None
     if not isinstance(network, VisionTransformer) or not network.has_class_token:
         raise CheckpointError(f"--teacher-model {name} is a {type(network).__name__}, not a plain ViT with class token")
     if path:
-        file = locate(path)
-        state = select_state(load_safely(file), source=str(file))
+        state = select_state(read_checkpoint(path), source=path)
         try:
             state = checkpoint_filter_fn(state, network)
         except (KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{file}: no weights of {name} ({type(error).__name__}: {error})") from error
+            raise CheckpointError(f"{path}: no weights of {name} ({type(error).__name__}: {error})") from error
         spare = () if network.num_classes else ("head.*",)
-        load_strict(network, state, source=str(file), allow_unexpected=spare)
+        load_strict(network, state, source=path, allow_unexpected=spare)
     return FeatureTeacher(network)
 
 
@@ -275,8 +276,6 @@ def build_student(name: str, teacher: FeatureTeacher, weights: FeatureWeights, *
     """
     if weights.logit and not teacher.num_classes:
         raise ValueError("--lambda_logit needs a teacher with a classifier: this one gives features only")
-    if not timm.is_model(name) or not name.endswith("_scala"):
-        raise ValueError(f"--model {name!r} is no sliceable network: give a plain one that ends in _scala")
     classes = teacher.num_classes if weights.logit else 0
-    backbone: Any = timm.create_model(name, num_classes=classes, **options)
+    backbone = create(name, num_classes=classes, **options)
     return FeatureStudent(backbone, teacher.width, masked=weights.patch > 0, logits=weights.logit > 0)

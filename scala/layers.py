@@ -12,19 +12,36 @@ Legend: B batch, C channels, c = int(r C) channels of a slice, d = int(r D), r w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models import register_model
 from torch import Tensor, nn
 
-from common.measure.flops import OpCounts
+from common.measure.flops import OpCounts, count_operations
 from common.run.launch import get_world_size, reduce_sums
 from scala.slicing import Ratio, SliceRule, Width, exact, sliced_size
 
 NORM_EPS = 1e-5
 """Of every layer normalisation that runs: the published networks were trained with it, not with DeiT's 1e-6."""
+
+
+_PASSED_BY_TIMM = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+
+
+def register(name: str, make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Put a network into timm's registry: a factory that takes what timm adds and has no weights to give."""
+
+    def factory(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if pretrained:
+            raise ValueError(f"{name} has no weights to download, no published weights fit: train it, or load your own")
+        return make(**{key: value for key, value in kwargs.items() if key not in _PASSED_BY_TIMM})
+
+    factory.__name__ = factory.__qualname__ = name
+    factory.__module__, factory.__doc__ = make.__module__, f"{name}; see ``MODELS``."
+    return register_model(factory)
 
 
 class Sliced:
@@ -112,15 +129,6 @@ class SlicedConv2d(Sliced, nn.Conv2d):
         groups = own["weight"].shape[0] if self.groups > 1 else 1
         return F.conv2d(x, own["weight"], own.get("bias"), self.stride, self.padding, self.dilation, groups)  # pyright: ignore[reportArgumentType]
 
-    def count_ops(self, ratio: Ratio, pixels: int) -> OpCounts:
-        """Operations for ``pixels`` positions of the output."""
-        rows, *others = (
-            sliced_size(size, ratio) if axis in self.dims["weight"] else size
-            for axis, size in enumerate(self.weight.shape)
-        )
-        counts = OpCounts(conv=pixels * rows * math.prod(others))
-        return counts + OpCounts(conv_bias=pixels * rows) if self.bias is not None else counts
-
 
 class SlicedBatchNorm2d(Sliced, nn.Module):
     """Batch normalisation with shared affine weights and running statistics per trained width.
@@ -187,7 +195,10 @@ class SlicedBatchNorm2d(Sliced, nn.Module):
     def forward(self, x: Tensor, ratio: Ratio) -> Tensor:
         """(B, c, h, w) normalised; in training by its own statistics, which move the running ones of this width."""
         weight, bias = self.sliced(ratio).values()
-        mean, variance = self.statistics(ratio)
+        if weight.is_meta:  # a count of operations, which every width has
+            mean, variance = self.running_mean[: len(weight)], self.running_var[: len(weight)]
+        else:
+            mean, variance = self.statistics(ratio)
         if self.batches_seen is not None:  # calibration: the plain average over batches
             return F.batch_norm(x, mean, variance, weight, bias, True, 1 / (self.batches_seen + 1), self.eps)
         if self.training and exact(ratio) == self.largest:
@@ -277,3 +288,26 @@ def sliced_state_dict(model: nn.Module, ratio: Ratio) -> dict[str, Tensor]:
 def count_active_parameters(model: nn.Module, ratio: Ratio) -> int:
     """Entries of the weights that a width uses; works on the meta device."""
     return sum(value.numel() for value in sliced_state_dict(model, ratio).values())
+
+
+class SlicedNetwork:
+    """What a whole network says of its widths."""
+
+    def check_ratio(self, ratio: Ratio) -> Width:
+        """The exact width; one that the network cannot have is refused, naming those that it can (WidthError)."""
+        raise NotImplementedError
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images that it is built for."""
+        raise NotImplementedError
+
+    def count_parameters(self, ratio: Ratio) -> int:
+        """Parameters that a width touches: those of a stand-alone network of that width."""
+        return count_active_parameters(self, ratio)  # pyright: ignore[reportArgumentType] - a module
+
+    def count_ops(self, ratio: Ratio) -> OpCounts:
+        """Operations of one forward pass of one image at a width, from shapes alone."""
+        model: Any = self
+        images = torch.empty(1, *self.input_shape, device="meta", dtype=next(model.parameters()).dtype)
+        return count_operations(model, images, self.check_ratio(ratio)).executed

@@ -11,28 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from common.ledger.tables import DeskTable, Measured, NeedsData, NeedsWeights, Row, load_tables
+from common.measure.flops import gmacs
 from common.run.files import ROOT
-from scala import building, linear_probe, main_scala
 from scala import desk as desk_experiment
-from scala.sweep import costs as costs_of_width
+from scala import linear_probe, main_scala
+from scala.arguments import DEFAULTS, NetworkSettings, given
+from scala.build import build_model
+from scala.loading import resolve_grid
 
 CONVENTION = "resize 256 and centre crop 224, bicubic"
 
 
-def build(row: Row) -> tuple[nn.Module, float, int]:
+def build(row: Row) -> tuple[Any, float, int]:
     """The row's network with random weights on torch's default device, its width ratio, and its resolution in pixels.
 
     Raises:
         ValueError: the row names no single width.
     """
     args = main_scala.parse_args(shlex.split(row.arguments))
-    building.resolve_grid(args, {}, "")
+    bound = dict(zip(DEFAULTS, resolve_grid(given(args), {}, ""), strict=True))
     if not isinstance(args.eval_ratio, list) or len(args.eval_ratio) != 1:
         raise ValueError(f"row {row.id}: expected one width in --eval_ratio, got {args.eval_ratio}")
-    return building.build_model(args, args.num_classes or 1000), args.eval_ratio[0], args.input_size
+    return build_model(NetworkSettings.of(args, **bound), args.num_classes or 1000), args.eval_ratio[0], args.input_size
 
 
 def costs(row: Row) -> dict[str, Measured]:
@@ -41,12 +43,12 @@ def costs(row: Row) -> dict[str, Measured]:
         return {}
     with torch.device("meta"):
         model, ratio, side = build(row)
-    found: Any = costs_of_width(model, ratio)
+    counts, parameters = model.count_ops(ratio), model.count_parameters(ratio) / 1e6
     source = f"count_ops({ratio:g}) of {type(model).__name__}, one image at {side}"
     return {
-        "gmacs": Measured(found["gmacs"], "fvcore", source),
-        "params_m": Measured(found["params_m"], "parameters that the width uses", f"those of width ratio {ratio:g}"),
-        "macs_g": Measured(model.count_ops(ratio).macs / 1e9, "macs", source),  # pyright: ignore[reportCallIssue]
+        "gmacs": Measured(gmacs(counts, "fvcore"), "fvcore", source),
+        "params_m": Measured(parameters, "parameters that the width uses", f"those of width ratio {ratio:g}"),
+        "macs_g": Measured(counts.macs / 1e9, "macs", source),
     }
 
 

@@ -7,29 +7,49 @@ holds weights only needs it said.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
-import timm
 from torch import Tensor, nn
 
-import scala.features
-import scala.models_mobilenet
-import scala.models_scala
-import scala.models_uniformer  # noqa: F401 - the four register their networks with timm
-from common.run.checkpoint import CheckpointError, load_safely, load_strict, locate, select_state
-from common.run.launch import main_process_first
+from common.run.checkpoint import load_strict, select_state
+from common.run.errors import CheckpointError, UsageError
 from common.run.program import get_logger
+from scala.arguments import DEFAULTS, NetworkSettings
+from scala.build import BATCH_NORM_MODELS, build_model
 from scala.slicing import WidthGrid, find_ratio, make_grid
 
 logger = get_logger(__name__)
 
-BOUND = {"smallest_ratio": 0.25, "largest_ratio": 1.0}
-"""Where neither the caller nor the checkpoint says it: that of every published network."""
+RECORDED = ("model", *DEFAULTS, "input_size", "embed_dim", "depth", "num_heads", "patch_size", "official_anchors")
+"""Arguments of a run that make its network, besides those that its weights show."""
 
-PASSED_ON = ("embed_dim", "depth", "num_heads", "patch_size", "official_anchors")
-"""Recorded arguments that the network takes under the same name; the DeiTs only."""
+
+def recorded_arguments(content: Any) -> dict[str, Any]:
+    """The arguments of the run that wrote a checkpoint, ours or the official one; those not given are left out."""
+    found = content.get("args") if isinstance(content, Mapping) else None
+    if isinstance(found, argparse.Namespace):
+        found = vars(found)
+    return {name: value for name, value in (found or {}).items() if value is not None}
+
+
+def resolve_grid(flags: Mapping[str, Any], recorded: Mapping[str, Any], source: str) -> WidthGrid:
+    """Slicing bound and granularity: of the flags, else of the checkpoint, else the defaults.
+
+    Raises:
+        UsageError: a flag contradicts the checkpoint, which would silently cut the wrong channels.
+    """
+    values = {}
+    for name, default in DEFAULTS.items():
+        given, known = flags.get(name), recorded.get(name)
+        if given is not None and known is not None and float(known) != given:
+            raise UsageError(
+                f"--{name} {given:g} contradicts {source}, which was trained with {known:g}: bound and granularity "
+                f"decide which channels a width uses and which widths there are; leave the flag out or give {known:g}"
+            )
+        values[name] = float(next(value for value in (given, known, default) if value is not None))
+    return make_grid(values["smallest_ratio"], values["largest_ratio"], values["granularity"])
 
 
 @dataclass(frozen=True)
@@ -39,7 +59,7 @@ class Trained:
     Attributes:
         ratios: the widths that were trained, ascending; None where the checkpoint does not say.
         name: registered name of the network.
-        input_size: side of the pictures it was trained on, in pixels.
+        input_size: side of the images it was trained on, in pixels.
     """
 
     model: Any
@@ -49,110 +69,104 @@ class Trained:
     name: str
     input_size: int
 
-    def untrained(self, ratio: float) -> str | None:
-        """What to say about a ratio that was not trained; None where it was, or where that is unknown."""
-        if self.ratios is None or find_ratio(ratio, self.ratios) is not None:
-            return None
-        known = ", ".join(f"{known:g}" for known in self.ratios)
-        return f"--ratio {ratio:g} was not trained; the trained ones are {known}"
+    def choose(self, wanted: Sequence[float], *, allow_untrained: bool, flag: str) -> list[float]:
+        """The trained ratios that ``wanted`` means; one that was not trained is refused, or warned of.
+
+        Raises:
+            UsageError: such a ratio without ``--allow-untrained``, or one that the network cannot have.
+        """
+        chosen = []
+        for ratio in wanted:
+            near = find_ratio(ratio, self.ratios if self.ratios is not None else [ratio])
+            if near is None:
+                known = ", ".join(f"{known:g}" for known in self.ratios or ())
+                problem = f"{flag} {ratio:g} was not trained; the trained ones are {known}"
+                if not allow_untrained:
+                    raise UsageError(
+                        f"{problem}. Its accuracy would be chance: --allow-untrained takes it all the same"
+                    )
+                logger.warning("%s: expect the accuracy of chance", problem)
+            chosen.append(ratio if near is None else near)
+        for ratio in chosen:
+            self.model.check_ratio(ratio)
+        return chosen
 
 
 def load_trained(
-    source: str,
-    *,
-    weights: str = "model",
-    model: str | None = None,
-    smallest_ratio: float | None = None,
-    largest_ratio: float | None = None,
-    granularity: float | None = None,
-    input_size: int | None = None,
-    official_layer_scale: bool | None = None,
+    content: Any, source: str, *, weights: str | None = None, flags: Mapping[str, Any] | None = None
 ) -> Trained:
     """Build the network of a checkpoint and load it strictly.
 
     Args:
-        source: path or URL.
-        weights: ``model`` or ``model_ema``.
-        model, ...: what the file does not say, or what replaces its own word (with a warning).
+        content: of ``weights.read_checkpoint``.
+        source: the file's name, for messages.
+        weights: ``model`` or ``model_ema``; None for the first that is there.
+        flags: what the file does not say, or what replaces its own word (with a warning): fields of
+            ``NetworkSettings`` and ``num_classes``.
 
     Raises:
         CheckpointError: what the file lacks or what does not fit, and which flag says it.
+        UsageError: a network that does not exist, or does not take one of the flags.
     """
-    with main_process_first():
-        path = locate(source)
-    content = load_safely(path)
     if weights == "model_ema" and isinstance(content, Mapping) and not content.get("model_ema"):
-        raise CheckpointError(f"{path}: holds no average of the weights: give --weights model")
-    state = select_state(content, (weights, "state_dict"), source=str(path))
-    recorded = _recorded(content)
-    given = {
-        "model": model, "smallest_ratio": smallest_ratio, "largest_ratio": largest_ratio, "granularity": granularity,
-        "input_size": input_size, "official_layer_scale": official_layer_scale,
-    }  # fmt: skip
-    for flag, value in given.items():
-        if value is not None and recorded.get(flag, value) != value:
-            logger.warning("--%s %s replaces %s, with which %s was trained", flag, value, recorded[flag], path)
-    known = {**BOUND, **recorded, **{flag: value for flag, value in given.items() if value is not None}}
-    network = _build(known, state, str(path))
-    load_strict(network, state, source=str(path))
-    return Trained(
-        network.eval(), float(known["smallest_ratio"]), float(known["largest_ratio"]), _trained_ratios(known),
-        known["model"], _side(network),
-    )  # fmt: skip
-
-
-def _recorded(content: Any) -> dict[str, Any]:
-    """The arguments of the run that wrote a checkpoint; those that were not given are left out."""
-    found = content.get("args") if isinstance(content, Mapping) else None
-    if isinstance(found, argparse.Namespace):
-        found = vars(found)
-    return {name: value for name, value in (found or {}).items() if value is not None}
-
-
-def _build(known: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> nn.Module:
-    name = known.get("model")
-    if not name:
-        raise CheckpointError(f"{source}: does not say which network it is: give --model NAME")
-    if not timm.is_model(name) or not name.endswith("_scala"):
-        raise CheckpointError(f"{source}: no sliceable network {name!r}: --model takes one that ends in _scala")
-    heads = (state[key] for key in ("head.weight", "classifier.weight") if key in state)
-    options: dict[str, Any] = {
-        "num_classes": next((len(weight) for weight in heads), 0),
-        "smallest_ratio": float(known["smallest_ratio"]),
-        "largest_ratio": float(known["largest_ratio"]),
+        raise CheckpointError(f"{source}: holds no average of the weights: give --weights model")
+    state = select_state(content, *([(weights, "state_dict")] if weights else []), source=source)
+    recorded, flags = recorded_arguments(content), flags or {}
+    for flag, value in flags.items():
+        if recorded.get(flag, value) != value:
+            logger.warning("--%s %s replaces %s, with which %s was trained", flag, value, recorded[flag], source)
+    known = {
+        "smallest_ratio": DEFAULTS["smallest_ratio"],
+        "largest_ratio": DEFAULTS["largest_ratio"],
+        **recorded,
+        **flags,
     }
-    if "input_size" in known:
-        options["img_size"] = known["input_size"]
-    if any("narrow_mean" in key for key in state):
-        if "granularity" not in known:
-            raise CheckpointError(f"{source}: batch statistics are kept per width: give --granularity")
-        options["granularity"] = float(known["granularity"])
-    else:
-        options |= {flag: known[flag] for flag in PASSED_ON if known.get(flag)}
-    if any(".ls1." in key for key in state):
-        options |= {"init_values": 1.0, "official_layer_scale": bool(known.get("official_layer_scale"))}
-    return timm.create_model(name, **options)
+    network = _build(known, state, source, flags)
+    try:
+        load_strict(network, state, source=source)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}\n{_advice(network, state)}") from error
+    bound = float(known["smallest_ratio"]), float(known["largest_ratio"])
+    return Trained(network.eval(), *bound, _trained_ratios(known), known["model"], max(network.input_shape[1:]))
+
+
+def _build(known: Mapping[str, Any], state: Mapping[str, Tensor], source: str, flags: Mapping[str, Any]) -> Any:
+    """The network that recorded arguments, flags and the shapes of the weights describe."""
+    if not known.get("model"):
+        raise CheckpointError(f"{source}: does not say which network it is: give --model NAME")
+    if known["model"] in BATCH_NORM_MODELS and "granularity" not in known:
+        raise CheckpointError(f"{source}: batch statistics are kept per width: give --granularity")
+    scaled = {"init_values": 1.0, "official_layer_scale": known.get("official_layer_scale")}
+    values = {name: known[name] for name in RECORDED if name in known} | dict(flags)
+    values |= scaled if any(".ls1." in key for key in state) else dict.fromkeys(scaled)
+    names = {field.name for field in fields(NetworkSettings)}
+    settings = NetworkSettings(**{name: value for name, value in values.items() if name in names})
+    return build_model(settings, flags.get("num_classes") or count_head(state))
+
+
+def count_head(state: Mapping[str, Tensor]) -> int:
+    """Classes of a checkpoint's classifier, 0 without one."""
+    return next((len(state[key]) for key in ("head.weight", "classifier.weight") if key in state), 0)
 
 
 def _trained_ratios(known: Mapping[str, Any]) -> list[float] | None:
     """A run that never left its warm-up trained the largest width alone."""
     if known.get("full_warm_epoch", 0) >= known.get("epochs", float("inf")):
         return [float(known["largest_ratio"])]
-    grid = trained_grid(known)
-    return None if grid is None else grid.ratios
-
-
-def trained_grid(known: Mapping[str, Any]) -> WidthGrid | None:
     if "granularity" not in known:
         return None
-    try:
-        return make_grid(*(float(known[name]) for name in ("smallest_ratio", "largest_ratio", "granularity")))
-    except ValueError as error:
-        raise CheckpointError(f"no set of widths: {error}") from error
+    return make_grid(*(float(known[name]) for name in DEFAULTS)).ratios
 
 
-def _side(network: Any) -> int:
-    """Pixels of the pictures a network is built for."""
-    if hasattr(network, "patch_embed"):
-        return max(network.patch_embed.img_size)
-    return network.img_size
+def _advice(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """Which flags make the network that a checkpoint belongs to, as far as its shapes tell."""
+    found = []
+    if "pos_embed" in state and state["pos_embed"].shape[-1] != getattr(model, "embed_dim", None):
+        found.append(f"a width of {state['pos_embed'].shape[-1]} (--model or --embed-dim)")
+    if count_head(state) not in (0, model.num_classes):
+        found.append(f"{count_head(state)} classes (--num-classes)")
+    if ("dist_token" in state) != hasattr(model, "dist_token"):
+        distilled = "a distillation token (a *_distilled_* model)"
+        found.append(distilled if "dist_token" in state else "no distillation token")
+    about = "; ".join(found) or "another shape"
+    return f"the checkpoint's network has {about}; name its model with --model"

@@ -18,13 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.losses import divergence
-
-TRANSFER_KINDS = ("soft", "hard")
-"""How a width teaches a narrower one: by its distribution or by its prediction."""
-CE_TYPES = ("one_hot", "teacher")
-"""Targets of the slim widths' cross entropy: the labels, or the predictions of the largest width's class head."""
-TOKENS = {"cls_token": 0, "dist_token": 1}
-"""Which of a distilled network's two heads carries the transfer, by the names of ``--token_type``."""
+from scala.arguments import CE_TYPES, TRANSFER_KINDS
 
 
 def transfer_loss(student: Tensor, teacher: Tensor, kind: str = "soft") -> Tensor:
@@ -35,7 +29,8 @@ def transfer_loss(student: Tensor, teacher: Tensor, kind: str = "soft") -> Tenso
         kind: ``soft``: sum over classes of KL(teacher || student), mean over the batch, temperature 1; ``hard``: cross
             entropy with the teacher's prediction.
 
-    Source: arXiv:2412.04786, scale coordination.
+    Source: arXiv:2412.04786, Section 4.3 (Progressive Knowledge Transfer), Eq. 5: KL(p^r' || p^r). In print between
+    distillation heads; here ``--token_type`` says which.
     """
     if kind not in TRANSFER_KINDS:
         raise ValueError(f"the kind of transfer must be one of {', '.join(TRANSFER_KINDS)}, got {kind!r}")
@@ -98,7 +93,7 @@ class ScalaLosses:
         ce_coefficient: weight c of the cross entropy, noisy calibration.
         ce_type: its targets, see ``CE_TYPES``.
 
-    Source: arXiv:2412.04786, scale coordination: progressive knowledge transfer and noisy calibration.
+    Source: arXiv:2412.04786, Section 4.3.
     """
 
     criterion: nn.Module
@@ -117,7 +112,11 @@ class ScalaLosses:
         return self.criterion(images, outputs, targets)
 
     def slim(self, outputs: Any, teacher: Any, largest: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The cross entropy is that of the class head, whichever head carries the transfer."""
+        """The cross entropy is that of the class head, whichever head carries the transfer.
+
+        Source: arXiv:2412.04786, Section 4.3 (Noise Calibration), Eq. 9: CE of the class head with the labels; Eq. 10:
+        their sum. In print the transfer has a weight, here the cross entropy has; both are 1.
+        """
         student, taught = (z[self.token] if isinstance(z, tuple) else z for z in (outputs, teacher))
         logits, full = (z[0] if isinstance(z, tuple) else z for z in (outputs, largest))
         if self.ce_type == "teacher":

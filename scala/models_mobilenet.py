@@ -9,17 +9,14 @@ Legend: B batch, C channels, c = int(r C) channels of a slice, r width ratio.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch.nn.functional as F
 from timm.layers import DropPath  # pyright: ignore[reportPrivateImportUsage] - timm's documented entry
-from timm.models import register_model
+from timm.models._efficientnet_builder import efficientnet_init_weights
 from torch import Tensor, nn
 
-from common.measure.flops import OpCounts
-from scala.layers import SlicedBatchNorm2d, SlicedConv2d, SlicedLinear, count_active_parameters
+from scala.layers import SlicedBatchNorm2d, SlicedConv2d, SlicedLinear, SlicedNetwork, register
 from scala.slicing import Ratio, SliceRule, Width, WidthError, exact, make_grid, sliced_size
 
 # channels, blocks, stride of the first block, expansion: Table 2 of arXiv:1801.04381
@@ -73,7 +70,7 @@ class InvertedResidual(nn.Module):
         return x + self.drop_path(y) if self.has_skip else y
 
 
-class MobileNetV2_scala(nn.Module):
+class MobileNetV2_scala(SlicedNetwork, nn.Module):
     """MobileNet v2 whose every forward pass takes a width ratio.
 
     Args:
@@ -125,7 +122,7 @@ class MobileNetV2_scala(nn.Module):
         self.conv_head = SlicedConv2d(rule, channels, features, 1)
         self.bn2 = SlicedBatchNorm2d(rule, features, widths)
         self.classifier = SlicedLinear(rule, features, num_classes, rows=False) if num_classes else None
-        self.apply(_initialise)
+        efficientnet_init_weights(self)  # normal with variance 2 / fan-out; uniform for the classifier
 
     def check_ratio(self, ratio: Ratio) -> Width:
         """The exact width; it must lie in (0, 1] and leave every layer a channel (ValueError)."""
@@ -136,6 +133,10 @@ class MobileNetV2_scala(nn.Module):
                 f"got {width.steps / width.of:g}"
             )
         return width
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        return self.conv_stem.in_channels, self.img_size, self.img_size
 
     def no_weight_decay(self) -> set[str]:
         return set()
@@ -157,48 +158,9 @@ class MobileNetV2_scala(nn.Module):
     def forward(self, x: Tensor, ratio: Ratio) -> Tensor:
         return self.forward_head(self.forward_features(x, ratio), ratio)
 
-    def count_parameters(self, ratio: Ratio) -> int:
-        """Parameters that a width touches: those of a stand-alone network of that width."""
-        return count_active_parameters(self, ratio)
 
-    def count_ops(self, ratio: Ratio) -> OpCounts:
-        """Operations of one image at a width: convolutions and the classifier, and the elements that are normalised."""
-        counts, side = OpCounts(), math.ceil(self.img_size / 2)
-        layers = [(self.conv_stem, side)]
-        for stage in self.blocks:
-            for block in stage:  # pyright: ignore[reportGeneralTypeIssues]
-                for layer in (module for module in block.modules() if isinstance(module, SlicedConv2d)):
-                    side = math.ceil(side / layer.stride[0])
-                    layers.append((layer, side))
-        layers.append((self.conv_head, side))
-        for layer, size in layers:
-            counts += layer.count_ops(ratio, size * size)
-            counts += OpCounts(batch_norm=size * size * sliced_size(layer.out_channels, ratio))
-        if self.classifier is not None:
-            counts += OpCounts(
-                linear=sliced_size(self.num_features, ratio) * self.num_classes, linear_bias=self.num_classes
-            )
-        return counts
+MODELS = {"mobilenet_v2_scala": MobileNetV2_scala}
+"""MobileNet v2: 3.5 million parameters, 0.30 GMACs at 224 pixels and r = 1."""
 
-
-def _initialise(module: nn.Module) -> None:
-    """Normal with variance 2 / fan-out for convolutions, uniform for the classifier."""
-    if isinstance(module, nn.Conv2d):
-        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
-        nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Linear):
-        bound = 1 / math.sqrt(module.out_features)
-        nn.init.uniform_(module.weight, -bound, bound)
-        nn.init.zeros_(module.bias)
-
-
-@register_model
-def mobilenet_v2_scala(pretrained: bool = False, **kwargs: Any) -> MobileNetV2_scala:
-    """MobileNet v2, 3.5 million parameters, 0.30 GMACs at 224 pixels and r = 1."""
-    if pretrained:
-        raise ValueError("there are no published weights of a sliceable MobileNet v2")
-    for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # timm's own keywords
-        kwargs.pop(name, None)
-    return MobileNetV2_scala(**kwargs)
+for _name, _network in MODELS.items():
+    register(_name, _network)

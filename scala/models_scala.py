@@ -18,15 +18,13 @@ import torch
 import torch.nn.functional as F
 from timm.layers.drop import DropPath
 from timm.layers.weight_init import trunc_normal_
-from timm.models import register_model
 from timm.models._manipulate import named_apply
 from timm.models.vision_transformer import get_init_weights_vit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.measure import flops
-from common.measure.flops import OpCounts
-from scala.layers import Sliced, SlicedConv2d, SlicedLayerNorm, SlicedLinear, count_active_parameters
+from common.measure.flops import OpCounts, gmacs
+from scala.layers import Sliced, SlicedConv2d, SlicedLayerNorm, SlicedLinear, SlicedNetwork, register
 from scala.slicing import PUBLISHED_RULE, Ratio, SliceRule, Width, check_ratio, sliced_size
 
 Layer = Callable[..., nn.Module]
@@ -49,7 +47,7 @@ class Attention(nn.Module):
     The fused projection is cut as one block of 3d rows, so that the queries of a narrow width lie among the rows that
     are other parts at full width; published checkpoints depend on it.
 
-    Source: arXiv:2412.04786, uniform slicing of all layers.
+    Source: arXiv:2412.04786, Section 4.1: uniform slicing of all layers.
     """
 
     def __init__(
@@ -81,16 +79,6 @@ class Attention(nn.Module):
         rate = self.attn_drop if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, scale=self.scale)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, tokens, width), ratio))
-
-    def count_ops(self, tokens: int, ratio: Ratio) -> OpCounts:
-        """Operations for one picture."""
-        width = sliced_size(self.proj.in_features, ratio)
-        return (
-            flops.linear(tokens, width, 3 * width, self.qkv.bias is not None)
-            + flops.attention(tokens, tokens, width, self.num_heads, scale_query=False)
-            + flops.mul(self.num_heads * tokens * tokens)
-            + flops.linear(tokens, width, width)
-        )
 
 
 class LayerScale(Sliced, nn.Module):
@@ -164,16 +152,6 @@ class Mlp(nn.Module):
         x = self.drop1(self.act(self.fc1(x, ratio)))
         return self.drop2(self.fc2(x, ratio))
 
-    def count_ops(self, tokens: int, ratio: Ratio) -> OpCounts:
-        """Operations for one picture."""
-        full = (self.fc1.in_features, self.fc1.out_features, self.fc2.out_features)
-        width, hidden, out = (sliced_size(size, ratio) for size in full)
-        return (
-            flops.linear(tokens, width, hidden, self.fc1.bias is not None)
-            + flops.gelu(tokens * hidden)
-            + flops.linear(tokens, hidden, out, self.fc2.bias is not None)
-        )
-
 
 class Block(nn.Module):
     """Pre-norm transformer block.
@@ -222,28 +200,16 @@ class Block(nn.Module):
         update = self.mlp(self.norm2(x, ratio), ratio)
         return x + self.drop_path(update if self.ls2 is None else self.ls2(update, ratio))
 
-    def count_ops(self, tokens: int, ratio: Ratio) -> OpCounts:
-        """Operations for one picture."""
-        elements = tokens * sliced_size(self.norm1.normalized_shape[0], ratio)
-        scales = sum(layer is not None and not layer.official for layer in (self.ls1, self.ls2))
-        return (
-            self.attn.count_ops(tokens, ratio)
-            + self.mlp.count_ops(tokens, ratio)
-            + flops.layer_norm(2 * elements)
-            + flops.add(2 * elements)
-            + flops.mul(scales * elements)
-        )
-
 
 class PatchEmbed(nn.Module):
-    """Pictures to patch tokens by a convolution whose output channels are sliced.
+    """Images to patch tokens by a convolution whose output channels are sliced.
 
     Args:
         img_size: side in pixels, or (height, width).
         norm_layer: None for no normalisation.
         flatten: (B, N, d) instead of (B, d, rows, columns).
         output_fmt: must be None; the official code fails otherwise.
-        strict_img_size: refuse pictures of another size; else the sides need only be multiples of the patch.
+        strict_img_size: refuse images of another size; else the sides need only be multiples of the patch.
     """
 
     def __init__(
@@ -281,15 +247,13 @@ class PatchEmbed(nn.Module):
         """(B, 3, height, width) to (B, N, d).
 
         Raises:
-            ValueError: pictures of another size than the network was built for.
+            ValueError: images of another size than the network was built for.
         """
         size = tuple(x.shape[-2:])
         if self.strict_img_size and size != self.img_size:
-            raise ValueError(
-                f"the network takes pictures of {self.img_size} pixels, got {size}; build it with img_size"
-            )
+            raise ValueError(f"the network takes images of {self.img_size} pixels, got {size}; build it with img_size")
         if any(side % patch for side, patch in zip(size, self.patch_size, strict=True)):
-            raise ValueError(f"the sides of a picture must be multiples of the patch, {self.patch_size}; got {size}")
+            raise ValueError(f"the sides of an image must be multiples of the patch, {self.patch_size}; got {size}")
         x = self.proj(x, ratio)
         if self.flatten or self.norm is not None:
             tokens = x.flatten(2).transpose(1, 2)  # (B, N, d)
@@ -297,20 +261,12 @@ class PatchEmbed(nn.Module):
             x = tokens if self.flatten else tokens.transpose(1, 2).unflatten(2, x.shape[2:])
         return x
 
-    def count_ops(self, ratio: Ratio) -> OpCounts:
-        """Operations for one picture."""
-        width = sliced_size(self.proj.out_channels, ratio)
-        counts = flops.conv2d(
-            *self.grid_size, self.proj.in_channels, width, self.patch_size, bias=self.proj.bias is not None
-        )
-        return counts if self.norm is None else counts + flops.layer_norm(self.num_patches * width)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The networks
 
 
-class VisionTransformer_scala(Sliced, nn.Module):
+class VisionTransformer_scala(SlicedNetwork, Sliced, nn.Module):
     """Vision Transformer that runs at any width whose channels its heads can share.
 
     Args:
@@ -435,7 +391,7 @@ class VisionTransformer_scala(Sliced, nn.Module):
         return check_ratio(ratio, self.embed_dim, self.num_heads)
 
     def embed(self, images: Tensor, ratio: Ratio) -> Tensor:
-        """Pictures (B, 3, height, width) to tokens with positions, (B, N, d)."""
+        """Images (B, 3, height, width) to tokens with positions, (B, N, d)."""
         return self.place(self.patch_embed(images, ratio), ratio)
 
     def place(self, tokens: Tensor, ratio: Ratio) -> Tensor:
@@ -477,37 +433,20 @@ class VisionTransformer_scala(Sliced, nn.Module):
         return x if pre_logits or self.head is None else self.head(x, ratio)
 
     def forward(self, images: Tensor, ratio: Ratio) -> Any:
-        """Logits (B, C) of pictures (B, 3, height, width) at a width ratio.
+        """Logits (B, C) of images (B, 3, height, width) at a width ratio.
 
         Raises:
-            ValueError: a ratio the heads cannot share, or pictures of another size.
+            ValueError: a ratio the heads cannot share, or images of another size.
         """
         return self.forward_head(self.forward_features(images, ratio), ratio)
-
-    def count_ops(self, ratio: Ratio) -> OpCounts:
-        """Operations of one forward pass of one picture at a width."""
-        self.check_ratio(ratio)
-        tokens, width = self._tokens, sliced_size(self.embed_dim, ratio)
-        heads = [layer for name in ("head", "head_dist") if (layer := getattr(self, name, None)) is not None]
-        normalised = tokens if self.norm is not None or self.global_pool == "" else 1
-        rows = tokens if self.global_pool == "" else 1
-        counts = (
-            self.patch_embed.count_ops(ratio)
-            + flops.add(tokens * width)
-            + sum(block.count_ops(tokens, ratio) for block in self.blocks)  # pyright: ignore[reportCallIssue]
-            + flops.layer_norm(normalised * width)
-        )
-        for layer in heads:
-            counts = counts + flops.linear(rows, width, layer.out_features)
-        return counts
 
     @property
     def _tokens(self) -> int:
         return self.patch_embed.num_patches + self.num_prefix_tokens
 
-    def count_parameters(self, ratio: Ratio) -> int:
-        """Parameters that a width touches: those of a stand-alone network of that width."""
-        return count_active_parameters(self, ratio)
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        return self.patch_embed.proj.in_channels, *self.patch_embed.img_size
 
 
 class DistilledVisionTransformer_scala(VisionTransformer_scala):
@@ -555,8 +494,15 @@ class DistilledVisionTransformer_scala(VisionTransformer_scala):
         x = self.norm(x, ratio)
         return x[:, 0], x[:, 1]
 
+    def count_ops(self, ratio: Ratio) -> OpCounts:
+        """As published, where the last normalisation runs on all tokens; here it runs on the two that are read."""
+        return super().count_ops(ratio) + OpCounts(layer_norm=(self._tokens - 2) * sliced_size(self.embed_dim, ratio))
+
     def forward_head(self, x: tuple[Tensor, Tensor], ratio: Ratio, pre_logits: bool = False) -> Any:
-        """Both logits (B, C), or their mean; see ``pair_outputs``. Features in place of logits without classes."""
+        """Both logits (B, C), or their mean; see ``pair_outputs``. Features in place of logits without classes.
+
+        Source: arXiv:2412.04786, Section 4.3, Eq. 4: p_cls^r, p_dis^r = F^r(v, theta^r).
+        """
         cls, dist = x
         if not pre_logits and self.head is not None and self.head_dist is not None:
             cls, dist = self.head(cls, ratio), self.head_dist(dist, ratio)
@@ -602,8 +548,6 @@ DINOV2_MODELS: dict[str, Size] = {
 }
 """On DINOv2's grid of 16 x 16 patches (design)."""
 
-_PASSED_BY_TIMM = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-
 
 def create(name: str, **kwargs: Any) -> VisionTransformer_scala:
     """A network of ``MODELS`` with random weights.
@@ -615,7 +559,7 @@ def create(name: str, **kwargs: Any) -> VisionTransformer_scala:
         ValueError: an unknown name.
     """
     if name not in MODELS and name not in DINOV2_MODELS:
-        raise ValueError(f"there is no model {name!r}; the models are {', '.join(MODELS)}")
+        raise ValueError(f"no sliceable network {name!r}; the models are {', '.join(MODELS)}")
     size = (MODELS | DINOV2_MODELS)[name]
     network = DistilledVisionTransformer_scala if size.distilled else VisionTransformer_scala
     shape: dict[str, Any] = {
@@ -624,22 +568,13 @@ def create(name: str, **kwargs: Any) -> VisionTransformer_scala:
     return network(**shape | kwargs)
 
 
-def _register(name: str) -> Callable[..., nn.Module]:
-    def factory(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        if pretrained:
-            raise ValueError(f"{name} has no weights to download; train it with main_scala.py or load a checkpoint")
-        return create(name, **{key: value for key, value in kwargs.items() if key not in _PASSED_BY_TIMM})
-
-    factory.__name__ = factory.__qualname__ = name
-    factory.__doc__ = f"{name}; see ``MODELS``."
-    return register_model(factory)
-
-
-FACTORIES: dict[str, Callable[..., nn.Module]] = {name: _register(name) for name in (*MODELS, *DINOV2_MODELS)}
+FACTORIES: dict[str, Callable[..., nn.Module]] = {
+    name: register(name, partial(create, name)) for name in (*MODELS, *DINOV2_MODELS)
+}
 """Name -> function with timm's signature for model factories."""
 
 
 if __name__ == "__main__":
     with torch.device("meta"):
         network = create("deit_small_distilled_patch16_224_scala")
-    print("FLOPs: ", flops.gmacs(network.count_ops(0.5), "fvcore"))
+    print("FLOPs: ", gmacs(network.count_ops(0.5), "fvcore"))

@@ -12,27 +12,25 @@ Legend: B batch, C channels of a stage, c = int(r C), h, w its grid, r width rat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers.drop import DropPath
 from timm.layers.weight_init import trunc_normal_
-from timm.models import register_model
 from torch import Tensor, nn
 
-from common.measure import flops
-from common.measure.flops import OpCounts
 from scala.layers import (
     SlicedBatchNorm2d,
     SlicedConv2d,
     SlicedLayerNorm,
     SlicedLinear,
-    count_active_parameters,
+    SlicedNetwork,
+    register,
 )
 from scala.models_scala import Block
-from scala.slicing import Ratio, SliceRule, Width, check_ratio, exact, make_grid, sliced_size
+from scala.slicing import Ratio, SliceRule, Width, check_ratio, exact, make_grid
 
 WIDTHS = (64, 128, 320, 512)
 STRIDES = (4, 2, 2, 2)
@@ -52,10 +50,6 @@ class PatchMerge(nn.Module):
     def forward(self, x: Tensor, ratio: Ratio) -> Tensor:
         """(B, c, h, w) to (B, c', h / stride, w / stride)."""
         return self.norm(self.proj(x, ratio).permute(0, 2, 3, 1), ratio).permute(0, 3, 1, 2).contiguous()
-
-    def count_ops(self, pixels: int, ratio: Ratio) -> OpCounts:
-        elements = pixels * sliced_size(self.proj.out_channels, ratio)
-        return self.proj.count_ops(ratio, pixels) + flops.layer_norm(elements)
 
 
 class OverlappingMerge(nn.Module):
@@ -77,15 +71,6 @@ class OverlappingMerge(nn.Module):
         if self.conv2 is None or self.norm2 is None:
             return x
         return self.norm2(self.conv2(F.gelu(x), ratio), ratio)
-
-    def count_ops(self, pixels: int, ratio: Ratio) -> OpCounts:
-        before = 4 * pixels if self.conv2 is not None else pixels
-        inner = before * sliced_size(self.conv1.out_channels, ratio)
-        counts = self.conv1.count_ops(ratio, before) + OpCounts(batch_norm=inner)
-        if self.conv2 is not None:
-            outer = pixels * sliced_size(self.conv2.out_channels, ratio)
-            counts += self.conv2.count_ops(ratio, pixels) + OpCounts(batch_norm=outer, gelu=inner)
-        return counts
 
 
 class ConvMlp(nn.Module):
@@ -124,15 +109,6 @@ class LocalBlock(nn.Module):
         x = x + self.drop_path(self.conv2(affinity, ratio))
         return x + self.drop_path(self.mlp(self.norm2(x, ratio), ratio))
 
-    def count_ops(self, pixels: int, ratio: Ratio) -> OpCounts:
-        layers = [module for module in self.modules() if isinstance(module, SlicedConv2d)]
-        elements = pixels * sliced_size(self.norm1.channels, ratio)
-        hidden = pixels * sliced_size(self.mlp.fc1.out_channels, ratio)
-        counts = OpCounts(batch_norm=2 * elements, add=3 * elements, gelu=hidden)
-        for layer in layers:
-            counts += layer.count_ops(ratio, pixels)
-        return counts
-
 
 class GlobalBlock(Block):
     """Position embedding, then a pre-norm transformer block over all positions."""
@@ -149,12 +125,8 @@ class GlobalBlock(Block):
         tokens = super().forward(x.flatten(2).transpose(1, 2), ratio)  # (B, h w, c)
         return tokens.transpose(1, 2).reshape(x.shape)
 
-    def count_ops(self, tokens: int, ratio: Ratio) -> OpCounts:
-        elements = tokens * sliced_size(self.pos_embed.out_channels, ratio)
-        return super().count_ops(tokens, ratio) + self.pos_embed.count_ops(ratio, tokens) + flops.add(elements)
 
-
-class UniFormer_scala(nn.Module):
+class UniFormer_scala(SlicedNetwork, nn.Module):
     """UniFormer whose every forward pass takes a width ratio.
 
     Args:
@@ -218,6 +190,10 @@ class UniFormer_scala(nn.Module):
         self.head = SlicedLinear(rule, before, num_classes, rows=False) if num_classes else None
         self.apply(_initialise)
 
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        return self.in_chans, self.img_size, self.img_size
+
     def no_weight_decay(self) -> set[str]:
         return set()
 
@@ -231,7 +207,7 @@ class UniFormer_scala(nn.Module):
         """Images (B, 3, height, width) to the last map, (B, c, height / 32, width / 32), normalised."""
         ratio = self.check_ratio(ratio)
         if any(side % 32 for side in images.shape[2:]):
-            raise ValueError(f"the sides of a picture must be multiples of 32, got {tuple(images.shape[2:])}")
+            raise ValueError(f"the sides of an image must be multiples of 32, got {tuple(images.shape[2:])}")
         x = images
         for index, (merge, blocks) in enumerate(zip(self.patch_embeds, self.stages, strict=True)):
             x = merge(x, ratio)
@@ -248,22 +224,6 @@ class UniFormer_scala(nn.Module):
     def forward(self, images: Tensor, ratio: Ratio) -> Tensor:
         return self.forward_head(self.forward_features(images, ratio), ratio)
 
-    def count_parameters(self, ratio: Ratio) -> int:
-        """Parameters that a width touches: those of a stand-alone network of that width."""
-        return count_active_parameters(self, ratio)
-
-    def count_ops(self, ratio: Ratio) -> OpCounts:
-        """Operations of one image at a width."""
-        self.check_ratio(ratio)
-        counts, side = OpCounts(), self.img_size
-        for merge, blocks, stride in zip(self.patch_embeds, self.stages, STRIDES, strict=True):
-            side //= stride
-            counts += merge.count_ops(side * side, ratio)  # pyright: ignore[reportCallIssue]
-            counts += sum(block.count_ops(side * side, ratio) for block in blocks)  # pyright: ignore[reportGeneralTypeIssues]
-        width = sliced_size(self.num_features, ratio)
-        counts += OpCounts(batch_norm=side * side * width)
-        return counts + flops.linear(1, width, self.num_classes) if self.head is not None else counts
-
 
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
@@ -272,36 +232,12 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-@dataclass(frozen=True)
-class Size:
-    """Blocks of the four stages, and whether patches overlap."""
-
-    depths: tuple[int, int, int, int]
-    overlap: bool
-
-
-MODELS = {
-    "uniformer_small_scala": Size((3, 4, 8, 3), overlap=False),
-    "uniformer_small_plus_scala": Size((3, 5, 9, 3), overlap=True),
+MODELS: dict[str, dict[str, Any]] = {
+    "uniformer_small_scala": {"depths": (3, 4, 8, 3), "overlap": False},
+    "uniformer_small_plus_scala": {"depths": (3, 5, 9, 3), "overlap": True},
 }
-"""UniFormer-S, and the one that its paper marks with a dagger; by their costs the latter is in Scala's figure."""
+"""UniFormer-S (21.5 million parameters, 3.6 GMACs at 224 pixels and r = 1), and the one that its paper marks with a
+dagger (24.0 million, 4.2); by their costs the latter is in Scala's figure."""
 
-
-def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> UniFormer_scala:
-    if pretrained:
-        raise ValueError("there are no published weights of a sliceable UniFormer")
-    size = MODELS[name]
-    own = {key: value for key, value in kwargs.items() if not key.startswith("pretrained_cfg") and key != "cache_dir"}
-    return UniFormer_scala(**{"depths": size.depths, "overlap": size.overlap, **own})
-
-
-@register_model
-def uniformer_small_scala(pretrained: bool = False, **kwargs: Any) -> UniFormer_scala:
-    """UniFormer-S: 21.5 million parameters, 3.6 GMACs at 224 pixels and r = 1."""
-    return _create("uniformer_small_scala", pretrained, kwargs)
-
-
-@register_model
-def uniformer_small_plus_scala(pretrained: bool = False, **kwargs: Any) -> UniFormer_scala:
-    """UniFormer-S with overlapping patches and two more blocks: 24.0 million parameters, 4.2 GMACs."""
-    return _create("uniformer_small_plus_scala", pretrained, kwargs)
+for _name, _shape in MODELS.items():
+    register(_name, partial(UniFormer_scala, **_shape))

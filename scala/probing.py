@@ -9,19 +9,38 @@ Legend: B batch, T frames, t tokens (2 in a distilled network), d = int(r D) wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from scala.engine_scala import draw_widths
+from common.data.build import open_split
+from common.data.datasets import SkipBadPictures, num_classes
+from common.data.loaders import eval_loader, train_loader
+from common.data.transforms import eval_transform, train_transform
+from common.run.build import build_run
+from common.run.engine import evaluate
+from common.run.errors import UsageError
+from common.run.files import write_atomic
+from common.run.launch import World
+from common.run.settings import DataSettings, OptimizerSettings, RunSettings, ScheduleSettings, Settings
+from scala.engine_scala import allow_widths, draw_widths
 from scala.layers import SlicedLinear
+from scala.loading import Trained
 from scala.models_scala import DistilledVisionTransformer_scala
 from scala.slicing import Ratio, SliceRule, WidthGrid, exact, sliced_size
+from scala.sweep import costs
+from scala.ucf101 import Clips, clip_transform
+
+CLIP_SETS = ("ucf101", "clips")
+"""Values of ``--data-set`` that name clips."""
 
 
 class FrozenFeatures(nn.Module):
@@ -153,3 +172,93 @@ class ProbeAtRatio(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head.logits(self.features(images, self.ratio), self.ratio)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+@dataclass(frozen=True)
+class ProbeSettings(Settings):
+    """Flags of ``linear_probe.py`` that say what is probed."""
+
+    head: str
+    ratios: Sequence[float] | None
+    allow_untrained: bool
+    frames: int
+    fold: int
+    smoothing: float
+
+
+def open_clips(data: DataSettings, split: str, settings: ProbeSettings) -> Dataset[Any]:
+    """Clips of a split, cropped and flipped at random in training, without further augmentation."""
+    transform = clip_transform(data.input_size, train=split == "train", crop_ratio=data.eval_crop_ratio)
+    clips = Clips(data.data_path, split, frames=settings.frames, transform=transform, fold=settings.fold)
+    return SkipBadPictures(clips) if data.skip_bad_images else clips
+
+
+def open_images(data: DataSettings, split: str) -> Dataset[Any]:
+    """Images of a split, cropped and flipped at random in training, without further augmentation."""
+    transform = eval_transform(data.input_size, crop_ratio=data.eval_crop_ratio)
+    if split == "train":
+        transform = train_transform(data.input_size, auto_augment="", color_jitter=0.0, erase_probability=0.0)
+    return open_split(data, split, transform)
+
+
+def probe_widths(
+    world: World,
+    run: RunSettings,
+    data: DataSettings,
+    trained: Trained,
+    settings: ProbeSettings,
+    optimizer: OptimizerSettings,
+    schedule: ScheduleSettings,
+    *,
+    arguments: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """Train a probe of a frozen network unless ``run.eval``; accuracy and cost of every width, ascending.
+
+    Raises:
+        UsageError: a width that was not trained, without ``--allow-untrained``; or none is known.
+
+    Source: arXiv:2412.04786, Section 5.4 (design).
+    """
+    wanted = settings.ratios or trained.ratios
+    if not wanted:
+        raise UsageError("the checkpoint does not say which widths were trained: give --granularity or --ratios")
+    ratios = trained.choose(sorted(set(wanted)), allow_untrained=settings.allow_untrained, flag="--ratios")
+    is_clips = data.data_set.lower() in CLIP_SETS
+    held_out = open_clips(data, "val", settings) if is_clips else open_images(data, "val")
+    classes = num_classes(held_out.dataset if isinstance(held_out, SkipBadPictures) else held_out)
+    loading: dict[str, Any] = {"batch_size": data.batch_size, "workers": data.workers, "pin_memory": data.pin_mem}
+    test = partial(evaluate, loader=eval_loader(held_out, **loading), device=world.device, amp=run.amp)
+    features = FrozenFeatures(trained.model.to(world.device))
+    if settings.head == "sliced" or (settings.head == "auto" and is_clips):
+        rule = SliceRule(trained.smallest_ratio, trained.largest_ratio)
+        head: Head = SlicedHead(rule, features.width, classes, features.tokens)
+        known = trained.ratios or ratios
+        grid = WidthGrid(known[0], known[-1], known[1] - known[0]) if len(known) > 4 else None
+        widths = partial(sampled_widths, grid) if grid is not None else lambda: known[::-1]
+    else:
+        head, widths = SeparateHeads(features.width, classes, features.tokens, ratios), lambda: ratios
+    if run.compile:
+        allow_widths(len(trained.ratios or ratios))
+    trainer = build_run(head.to(world.device), world, run, optimizer=optimizer, schedule=schedule, arguments=arguments)
+    if not run.eval:
+        images = open_clips(data, "train", settings) if is_clips else open_images(data, "train")
+        assert trainer.network is not None
+        trainer.fit(
+            ProbeStep(features, trainer.network, widths, settings.smoothing),
+            train_loader(images, seed=data.seed, **loading),
+            evaluate_fn=lambda: test(ProbeAtRatio(features, head, ratios[-1]), show_progress=False),
+        )
+    frames = settings.frames if is_clips else 1
+    rows = [
+        {"ratio": ratio, "gmacs": frames * costs(trained.model, ratio)["gmacs"]}
+        | test(ProbeAtRatio(features, head, ratio), title=f"width {ratio:g}")
+        for ratio in ratios
+    ]
+    if run.output_dir and world.is_main:
+        content = {"arguments": dict(arguments), "widths": rows}
+        write_atomic(Path(run.output_dir) / "widths.json", json.dumps(content, indent=1) + "\n")
+    return rows

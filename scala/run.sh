@@ -6,8 +6,8 @@
 # DATA holds train/ and val/ in class folders. Flags given here win over the recipe, for example
 #   bash scala/run.sh DATA s --granularity 0.25 --output_dir log/scala_s_x4      # X = 4 instead of 13
 # One step runs forward and backward at four widths.
-#   Scala-S: 100 epochs, 4 x 256 pictures per step; X = 13 gives 58.7 / 68.3 / 73.3 / 76.1 % at r = .25 / .5 / .75 / 1
-#   Scala-B: 300 epochs, 4 x 128 pictures per step; X = 13 gives 75.3 / 79.3 / 81.2 / 82.0 %
+#   Scala-S: 100 epochs, 4 x 256 images per step; X = 13 gives 58.7 / 68.3 / 73.3 / 76.1 % at r = .25 / .5 / .75 / 1
+#   Scala-B: 300 epochs, 4 x 128 images per step; X = 13 gives 75.3 / 79.3 / 81.2 / 82.0 %
 # The paper does not say how long that took; it used four GPUs.
 # Environment: NPROC processes (4), LAUNCHER torchrun or launch (torch.distributed.launch), PYTHON interpreter,
 # TEACHER_S and TEACHER_B, the DeiT weights that teach the largest width.

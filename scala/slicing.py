@@ -21,6 +21,8 @@ from fractions import Fraction
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from common.run.errors import UsageError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -30,7 +32,7 @@ MOST_PARTS = 1000
 """Largest denominator of a ratio; different fractions with such denominators are further apart than ``SNAP``."""
 
 
-class WidthError(ValueError):
+class WidthError(UsageError):
     """A ratio, bound or granularity that no network or step can have; the message names what is possible."""
 
 
@@ -77,33 +79,39 @@ def sliced_size(full: int, ratio: Ratio) -> int:
 class SliceRule(NamedTuple):
     """The slicing bound of a network: its smallest and largest ratio, which decide the end that a ratio is cut from.
 
-    Source: arXiv:2412.04786, Eqs. 2 and 3, with the ends swapped: in print the smallest width is trailing and the
-    others lead; in the official code, on which every published file depends, the smallest leads.
+    In print the ends are swapped: the smallest width is trailing and the others lead. In the official code, on which
+    every published file depends, the smallest leads.
     """
 
     smallest: float
     largest: float
 
     def leads(self, ratio: Ratio) -> bool:
-        """Whether ``ratio`` takes the leading channels: it is one of the two bounds."""
+        """Whether ``ratio`` takes the leading channels: it is one of the two bounds.
+
+        Source: arXiv:2412.04786, Section 4.2, Eq. 3: the smallest width at an end of its own (the other one in print).
+        """
         return exact(ratio) in (exact(self.smallest), exact(self.largest))
 
-    def cut(self, tensor: Tensor, ratio: Ratio, *dims: int, parts: int = 1) -> Tensor:
-        """The channels of ``ratio`` along each of ``dims``, a view.
+    def span(self, full: int, ratio: Ratio, parts: int = 1) -> tuple[int, int]:
+        """First channel of ``ratio`` out of ``full``, and how many they are.
 
         Args:
-            tensor: a weight; along each of ``dims`` it has the full number of channels.
-            ratio: width ratio r.
-            parts: the dimension holds so many equal parts, whose sizes are rounded one by one. They are still cut as
-                one block: of the fused projection (3D rows) the slice is 3d rows at one end, not d rows of each.
+            parts: the channels are so many equal parts, whose sizes are rounded one by one. They are still cut as one
+                block: of the fused projection (3D rows) the slice is 3d rows at one end, not d rows of each.
+        """
+        size = parts * sliced_size(full // parts, ratio)
+        return 0 if self.leads(ratio) else full - size, size
 
-        Source: arXiv:2412.04786, Eqs. 2 and 3; see the class.
+    def cut(self, tensor: Tensor, ratio: Ratio, *dims: int, parts: int = 1) -> Tensor:
+        """The channels of ``ratio`` along each of ``dims`` of a weight, a view; ``parts`` as in :meth:`span`.
+
+        Source: arXiv:2412.04786, Section 4.2, Eq. 2: theta^r = theta[: r Co, : r Ci], here at the other end.
         """
         for dim in dims:
-            full = tensor.shape[dim]
-            size = parts * sliced_size(full // parts, ratio)
-            if size != full:
-                tensor = tensor.narrow(dim, 0 if self.leads(ratio) else full - size, size)
+            start, size = self.span(tensor.shape[dim], ratio, parts)
+            if size != tensor.shape[dim]:
+                tensor = tensor.narrow(dim, start, size)
         return tensor
 
 
@@ -159,7 +167,7 @@ class WidthGrid(NamedTuple):
     def ratios(self) -> list[float]:
         """All X = (l - s) / g + 1 widths, ascending; the ends are exactly the bounds.
 
-        Source: arXiv:2412.04786, Eq. 6.
+        Source: arXiv:2412.04786, Section 4.3, Eq. 6: X = (l - s) / eps + 1.
         """
         first, last = round(self.smallest / self.granularity), round(self.largest / self.granularity)
         between = [step * self.granularity for step in range(first + 1, last)]
@@ -169,8 +177,10 @@ class WidthGrid(NamedTuple):
     def upper_steps(self) -> tuple[int, int]:
         """First and last multiple of g for the upper middle width, w3; the range may be empty.
 
-        Source: arXiv:2412.04786, Eq. 7. In print the middle of the bound is in the lower half; here, as in the official
-        code, it is in the upper half where it is a multiple of g.
+        In print the middle of the bound is in the lower half; here, as in the official code, it is in the upper half
+        where it is a multiple of g.
+
+        Source: arXiv:2412.04786, Section 4.3 (Stable Sampling), Eq. 7: the upper half of the bound.
         """
         return self._middle, round(self.largest / self.granularity) - 1
 
@@ -178,7 +188,7 @@ class WidthGrid(NamedTuple):
     def lower_steps(self) -> tuple[int, int]:
         """First and last multiple of g for the lower middle width, w2; the range may be empty.
 
-        Source: arXiv:2412.04786, Eq. 7; see :attr:`upper_steps`.
+        Source: arXiv:2412.04786, Section 4.3 (Stable Sampling), Eq. 7: the lower half of the bound.
         """
         return round(self.smallest / self.granularity) + 1, self._middle - 1
 
@@ -193,8 +203,6 @@ class WidthGrid(NamedTuple):
 
 def make_grid(smallest: float, largest: float, granularity: float) -> WidthGrid:
     """The widths s, s + g, ..., l, checked.
-
-    Source: arXiv:2412.04786, Eq. 6.
 
     Raises:
         WidthError: if the bounds are no range within (0, 1], or the granularity does not divide it.

@@ -12,29 +12,47 @@ Legend: D full width, d sliced width, H heads, r width ratio.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from common.run.checkpoint import CheckpointError, load_strict
+from common.measure.benchmark import random_images
+from common.run.checkpoint import load_strict
+from common.run.errors import CheckpointError
 from common.run.files import write_atomic
+from common.run.program import get_logger
 from scala.engine_scala import AtRatio
 from scala.layers import NORM_EPS, SlicedBatchNorm2d, sliced_state_dict
 from scala.models_mobilenet import MobileNetV2_scala
 from scala.models_scala import Attention, DistilledVisionTransformer_scala, VisionTransformer_scala
 from scala.models_uniformer import UniFormer_scala
 from scala.slicing import sliced_size
+from scala.sweep import costs
+
+logger = get_logger(__name__)
 
 METADATA_KEY = "leanvit_standalone"
+
+TOLERANCE = 1e-4
+"""Largest difference of logits, relative to the largest logit, at which a written file counts as equal (float32)."""
+
+
+class ExportError(RuntimeError):
+    """A slice that cannot be written or does not compute what it should; the message says which and what to do."""
+
 
 CLASSES: dict[str, type[nn.Module]] = {
     f"{cls.__module__}.{cls.__name__}": cls
@@ -58,7 +76,7 @@ class Standalone:
             where timm has no such network. timm's ``norm_layer`` is nn.LayerNorm with ``norm_eps``.
         norm_eps: of every layer normalisation; None where a network has none.
         source: where it comes from: network, ratio, slicing bound.
-        input_size: side of the pictures in pixels.
+        input_size: side of the images in pixels.
     """
 
     ours: Mapping[str, Any]
@@ -119,10 +137,10 @@ def describe(model: nn.Module, ratio: float) -> Standalone:
     if isinstance(model, VisionTransformer_scala):
         return _describe_vit(model, ratio, source)
     if isinstance(model, MobileNetV2_scala):
-        arguments = _common(model, model.conv_stem.in_channels) | {"multiplier": model.multiplier * ratio}
+        arguments = _common(model) | {"multiplier": model.multiplier * ratio}
         return _described(model, arguments, source, None)
     if isinstance(model, UniFormer_scala):
-        arguments = _common(model, model.in_chans) | {
+        arguments = _common(model) | {
             "widths": [sliced_size(width, ratio) for width in model.widths],
             "heads": list(model.heads),
             "depths": [len(blocks) for blocks in model.stages],  # pyright: ignore[reportArgumentType]
@@ -133,9 +151,9 @@ def describe(model: nn.Module, ratio: float) -> Standalone:
     raise TypeError(f"{type(model).__name__} has no stand-alone form")
 
 
-def _common(model: Any, in_chans: int) -> dict[str, Any]:
+def _common(model: Any) -> dict[str, Any]:
     bound = {"smallest_ratio": 1.0, "largest_ratio": 1.0, "granularity": 1.0}
-    return {"img_size": model.img_size, "num_classes": model.num_classes, "in_chans": in_chans, **bound}
+    return {"img_size": model.img_size, "num_classes": model.num_classes, "in_chans": model.input_shape[0], **bound}
 
 
 def _described(model: nn.Module, arguments: dict[str, Any], source: dict[str, Any], eps: float | None) -> Standalone:
@@ -240,3 +258,86 @@ def load_standalone(path: str | Path) -> nn.Module:
     if text is None:
         raise CheckpointError(f"{path}: holds no description of a slice; export it with scala/export.py")
     return Standalone.from_json(text).load(state, source=str(path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing a slice, each file read back and compared
+
+
+def difference(ours: Tensor | np.ndarray, expected: Tensor, what: str) -> float:
+    """Largest difference relative to the largest entry of ``expected``.
+
+    Raises:
+        ExportError: above ``TOLERANCE``.
+    """
+    ours = torch.as_tensor(ours).detach()
+    found = float((ours - expected).abs().max() / expected.abs().max())
+    if not found <= TOLERANCE:
+        raise ExportError(f"{what} gives other logits than the slice: largest relative difference {found:.3g}")
+    return found
+
+
+def write_torch_export(path: Path, model: nn.Module, images: Tensor, expected: Tensor) -> float:
+    """torch.export with a free batch size; returns the difference after reading the file back."""
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        torch.export.save(program, Path(folder) / path.name)
+        (Path(folder) / path.name).replace(path)
+    again = torch.export.load(path).module()
+    single = difference(again(images[:1]), expected[:1], path.name)
+    return max(single, difference(again(images), expected, path.name))
+
+
+def write_onnx(path: Path, model: nn.Module, images: Tensor, expected: Tensor) -> float:
+    """ONNX with a free batch size in one file; returns the difference under onnxruntime."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(f"--onnx needs {', '.join(missing)}: pip install 'leanvit[export]'")
+    import onnxruntime  # only where it is asked for
+
+    batch = torch.export.Dim("batch", min=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the converter, about itself
+        program = torch.onnx.export(
+            model, (images,), dynamo=True, dynamic_shapes=({0: batch},), input_names=["images"],
+            output_names=["logits"], verbose=False,
+        )  # fmt: skip
+    assert program is not None
+    write_atomic(path, program.model_proto.SerializeToString())
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for count in (1, len(images)):
+        (logits,) = session.run(None, {"images": images[:count].numpy()})
+        worst = max(worst, difference(np.asarray(logits), expected[:count], path.name))
+    return worst
+
+
+@torch.no_grad()
+def export_slice(
+    model: nn.Module, ratio: float, output: Path, *, torch_export: bool = False, onnx: bool = False
+) -> dict[str, float]:
+    """Write one width of a network: safetensors and a description, and on request two more forms.
+
+    Returns:
+        Each file's largest relative difference of the logits, ``params_m`` and ``gmacs``.
+
+    Raises:
+        ExportError: a file that computes something else, or packages that are missing.
+        ValueError: a width that is none, or a network without a stand-alone form.
+    """
+    standalone = describe(model, ratio)
+    images = random_images(2, standalone.input_size)
+    expected = AtRatio(model, ratio)(images)
+    save_standalone(output, standalone_state(model, ratio), standalone)
+    alone = load_standalone(output)
+    results = {output.name: difference(alone(images), expected, output.name)}
+    for wanted, suffix, write in ((torch_export, ".pt2", write_torch_export), (onnx, ".onnx", write_onnx)):
+        if wanted:
+            path = output.with_suffix(suffix)
+            results[path.name] = write(path, alone, images, expected)
+    for name, value in results.items():
+        logger.info("%s: largest difference of the logits %.2g of the largest", name, value)
+    return results | costs(model, ratio)

@@ -1,5 +1,6 @@
 """Accuracy of one network at several widths: a line per width, a table, and the curve against its cost."""
 
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -7,8 +8,6 @@ from typing import Any
 
 import torch
 
-from common.ledger.plots import Figure, Series, draw
-from common.ledger.view import markdown_table
 from common.measure.flops import gmacs
 from common.run.files import write_atomic
 from common.run.program import get_logger, is_main
@@ -23,11 +22,11 @@ HEADS = ("width ratio", "GMACs", "parameters (M)", "top-1 (%)", "top-5 (%)", "lo
 def sweep(
     model: Any, loader: Iterable[Any], ratios: Sequence[float], *, device: torch.device, amp: str
 ) -> list[dict[str, float]]:
-    """Evaluate every width on the same pictures.
+    """Evaluate every width on the same images.
 
     Args:
         model: a sliced network, the bare module.
-        loader: the pictures, as ``common.data.loaders.eval_loader`` gives them.
+        loader: the images, as ``common.data.loaders.eval_loader`` gives them.
         ratios: valid widths, at least one.
 
     Returns:
@@ -39,14 +38,18 @@ def sweep(
         measured = evaluate_width(model, loader, ratio, device=device, amp=amp, title=f"width {ratio:g}")
         row = {"ratio": ratio, **costs(model, ratio), **measured}
         rows.append(row)
-        logger.info("* Acc@1 %.3f Acc@5 %.3f loss %.3f", row["top1_percent"], row["top5_percent"], row["loss"])
+        if is_main():
+            print(
+                f"* Acc@1 {row['top1_percent']:.3f} Acc@5 {row['top5_percent']:.3f} loss {row['batch_loss']:.3f} "
+                f"(mean over batches; over images {row['loss']:.3f})"
+            )
         logger.info("Width ratio: %g, Accuracy of the network on the %d test images: %.1f%%", ratio, row["images"],
                     row["top1_percent"])  # fmt: skip
     return rows
 
 
 def costs(model: Any, ratio: float) -> dict[str, float]:
-    """GMACs and parameters (M) of a width, for one picture."""
+    """GMACs and parameters (M) of a width, for one image."""
     return {"gmacs": gmacs(model.count_ops(ratio), "fvcore"), "params_m": model.count_parameters(ratio) / 1e6}
 
 
@@ -54,21 +57,36 @@ def table(rows: Sequence[Mapping[str, float]]) -> str:
     """The rows as Markdown, which reads well on a terminal too."""
     forms = ("{:g}", "{:.4g}", "{:.6g}", "{:.3f}", "{:.3f}", "{:.4f}")
     cells = [[form.format(row[name]) for form, name in zip(forms, COLUMNS, strict=True)] for row in rows]
-    return "\n".join(markdown_table(HEADS, cells))
+    lines = [HEADS, ["--:"] * len(HEADS), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write(rows: Sequence[Mapping[str, float]], folder: Path, arguments: Mapping[str, Any]) -> None:
-    """``widths.json``, ``widths.md`` and, of several widths, the curve ``widths.png``; on rank 0."""
-    if not is_main():
+def write(rows: Sequence[Mapping[str, float]], output_dir: str, arguments: Mapping[str, Any]) -> None:
+    """``widths.json``, ``widths.md`` and, of several widths, the curve ``widths.png``; on rank 0, where to is given."""
+    if not output_dir or not is_main():
         return
+    folder = Path(output_dir)
     content = {"arguments": dict(arguments), "widths": [dict(row) for row in rows]}
     write_atomic(folder / "widths.json", json.dumps(content, indent=1, default=str) + "\n")
     write_atomic(folder / "widths.md", table(rows) + "\n")
     if len(rows) > 1:
-        curve = Series(str(arguments.get("model", "network")))
-        for row in rows:
-            curve.add((row["gmacs"], row["top1_percent"]), f"{row['ratio']:g}")
-        figure = Figure("widths", "Accuracy of one network at its widths", "GMACs", "top-1 (%)", {"": [curve]})
-        (picture,) = draw(figure, "png")
-        write_atomic(folder / "widths.png", picture)
+        write_atomic(folder / "widths.png", curve(rows, str(arguments.get("model", "network"))))
     logger.info("widths: %s", folder / "widths.json")
+
+
+def curve(rows: Sequence[Mapping[str, float]], name: str) -> bytes:
+    """Accuracy against cost, a point per width that was measured, as PNG."""
+    from matplotlib.figure import Figure  # only where something is drawn
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([row["gmacs"] for row in rows], [row["top1_percent"] for row in rows], marker="o", label=name)
+    for row in rows:
+        axes.annotate(
+            f"{row['ratio']:g}", (row["gmacs"], row["top1_percent"]), xytext=(4, -10), textcoords="offset points"
+        )
+    axes.set(title="Accuracy of one network at its widths", xlabel="GMACs", ylabel="top-1 (%)")
+    axes.legend()
+    with io.BytesIO() as image:
+        figure.savefig(image, format="png", dpi=120)
+        return image.getvalue()

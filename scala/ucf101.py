@@ -1,6 +1,6 @@
 """Clips as a few frames each: UCF101, or any folder of clips, for linear probing (design: nothing official exists).
 
-A clip is a folder of frames (numbered pictures), an animated picture (GIF, WebP, TIFF, PNG), or a video file, for which
+A clip is a folder of frames (numbered images), an animated image (GIF, WebP, TIFF, PNG), or a video file, for which
 PyAV must be installed. Two layouts are read:
 
 - UCF101's own: ``classInd.txt``, ``trainlist01.txt`` and ``testlist01.txt`` (folds 01 to 03) in the root or in
@@ -29,7 +29,7 @@ from torchvision.transforms import InterpolationMode
 
 from common.data.loaders import BadPictureError, DataError, load_picture
 
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 ANIMATED = (".gif", ".webp", ".tif", ".tiff", ".apng", ".png")
 VIDEOS = (".avi", ".mp4", ".mkv", ".webm", ".mov", ".mpg", ".mpeg")
 LIST_FOLDERS = ("", "ucfTrainTestlist")
@@ -125,25 +125,25 @@ def read_frames(path: Path, frames: int, *, random: bool) -> Tensor:
 
     Raises:
         BadPictureError: a clip or frame that cannot be decoded, or frames of different sizes.
-        DataError: a folder without pictures, or a video without PyAV.
+        DataError: a folder without images, or a video without PyAV.
     """
     if path.is_dir():
-        files = _pictures(path)
-        pictures = [load_picture(files[index]) for index in frame_indices(len(files), frames, random=random)]
+        files = _frame_files(path)
+        images = [load_picture(files[index]) for index in frame_indices(len(files), frames, random=random)]
     elif path.suffix.lower() in VIDEOS:
-        pictures = _read_video(path, frames, random=random)
+        images = _read_video(path, frames, random=random)
     else:
-        pictures = _read_animation(path, frames, random=random)
-    if len({picture.size for picture in pictures}) > 1:
+        images = _read_animation(path, frames, random=random)
+    if len({image.size for image in images}) > 1:
         raise BadPictureError(f"the frames of {path} have different sizes; extract them again")
-    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _frame_files(folder: Path) -> list[Path]:
     """Frames of a folder in the order of their numbers: frame10 comes after frame9."""
-    found = [path for path in folder.iterdir() if path.suffix.lower() in PICTURES]
+    found = [path for path in folder.iterdir() if path.suffix.lower() in IMAGES]
     if not found:
-        raise DataError(f"{folder} holds no frames: expected pictures ({', '.join(PICTURES)}), numbered in order")
+        raise DataError(f"{folder} holds no frames: expected images ({', '.join(IMAGES)}), numbered in order")
     return sorted(found, key=lambda path: [int(part) if part.isdigit() else part for part in _parts(path.stem)])
 
 

@@ -1,4 +1,4 @@
-"""Start from a DeiT checkpoint (``--finetune``): other image size, classes, or distillation token."""
+"""Read a checkpoint; start from one of DeiT (``--finetune``): other image size, classes, or distillation token."""
 
 import math
 from collections.abc import Mapping
@@ -8,13 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.run.checkpoint import CheckpointError, list_key_differences
+from common.run.checkpoint import list_key_differences, load_safely, locate
+from common.run.errors import CheckpointError
+from common.run.launch import main_process_first
 from common.run.program import get_logger
 
 logger = get_logger(__name__)
 
 HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 TOKENS = ("cls_token", "dist_token")
+
+
+def read_checkpoint(source: str) -> Any:
+    """Content of a checkpoint given as a path or URL; one process downloads for all."""
+    with main_process_first():
+        path = locate(source)
+    return load_safely(path)
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], *, old_prefix: int, new_prefix: int) -> Tensor:
@@ -39,9 +48,9 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], *, old_prefix: in
             f"the position embedding has {patches.shape[1]} patches, which are no square; only square grids are resized"
         )
     if (side, side) != grid:
-        picture = patches.transpose(1, 2).unflatten(2, (side, side))  # (1, D, side, side)
-        picture = F.interpolate(picture, size=grid, mode="bicubic", align_corners=False)
-        patches = picture.flatten(2).transpose(1, 2)
+        patches = patches.transpose(1, 2).unflatten(2, (side, side))  # (1, D, side, side)
+        patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
+        patches = patches.flatten(2).transpose(1, 2)
     if new_prefix > old_prefix:
         filler = prefix[:, -1:] if old_prefix else patches.mean(dim=1, keepdim=True)
         prefix = torch.cat([prefix, filler.expand(-1, new_prefix - old_prefix, -1)], dim=1)
@@ -59,7 +68,7 @@ def load_for_finetuning(model: Any, state: Mapping[str, Tensor], *, source: str)
     Raises:
         CheckpointError: listing whatever else does not fit.
     """
-    state = dict(state)
+    original, state = state, dict(state)
     own = model.state_dict()
     dropped = [key for key in HEADS if key in state and (key not in own or own[key].shape != state[key].shape)]
     dropped += [key for key in TOKENS if key in state and key not in own]
@@ -77,6 +86,9 @@ def load_for_finetuning(model: Any, state: Mapping[str, Tensor], *, source: str)
     fresh = [key for key in found.missing if key in (*HEADS, *TOKENS)]
     if found.mismatched or found.unexpected or len(fresh) != len(found.missing):
         raise CheckpointError(f"--finetune {source} does not fit the model:\n" + "\n".join(found.lines()))
+    if "head.weight" in dropped and "head.weight" in own:
+        logger.warning("--finetune %s: its head of %d classes is replaced by a fresh one of %d", source,
+                       len(original["head.weight"]), model.num_classes)  # fmt: skip
     if dropped or fresh:
         logger.info("--finetune %s: not used: %s; freshly initialised: %s", source, ", ".join(dropped) or "nothing",
                     ", ".join(fresh) or "nothing")  # fmt: skip

@@ -8,11 +8,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from common.measure.flops import count_executed_macs, gmacs
+from common.run.errors import UsageError
 from scala import export, main_scala
-from scala.building import SettingError
 from scala.layers import (
     SlicedBatchNorm2d,
     batch_norms,
@@ -157,22 +157,19 @@ def test_calibration_gives_an_untrained_width_the_statistics_of_its_batches() ->
         calibrate_(nn.Linear(2, 2), 0.5, batches)
 
 
-class AtWidth(nn.Module):
-    def __init__(self, model: nn.Module, ratio: float) -> None:
-        super().__init__()
-        self.model, self.ratio = model, ratio
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x, self.ratio)
-
-
-@pytest.mark.parametrize("ratio", [0.3125, 1.0])
-@pytest.mark.parametrize("name", ["mobilenet_v2_scala", *MODELS])
-def test_counted_costs_are_those_executed(name: str, ratio: float) -> None:
+def test_counted_costs_are_those_of_networks_of_that_width() -> None:
+    """Also at a width without batch statistics, of which only the shapes count."""
     with torch.device("meta"):
-        model = timm.create_model(name)
-        image = torch.empty(1, 3, 224, 224)
-    assert count_executed_macs(AtWidth(model, ratio), image) == model.count_ops(ratio).macs
+        model, dense = MobileNetV2_scala(), timm.create_model("mobilenetv2_100")
+        assert model.count_ops(1.0).macs == count_executed_macs(dense, torch.empty(1, 3, 224, 224))
+        for ratio in (0.3125, 13 / 32):
+            alone = MobileNetV2_scala(multiplier=ratio)
+            assert model.count_ops(ratio) == alone.count_ops(1.0)
+        for overlap in (False, True):
+            model = UniFormer_scala(**SMALL, granularity=0.25, overlap=overlap)
+            widths = [sliced_size(width, 0.5) for width in SMALL["widths"]]
+            alone = UniFormer_scala(**SMALL | {"widths": widths}, granularity=0.25, overlap=overlap)
+            assert model.count_ops(0.5) == alone.count_ops(1.0)
 
 
 def test_costs_and_sizes_are_the_published_ones() -> None:
@@ -224,7 +221,7 @@ def test_the_program_trains_and_evaluates_a_network_with_batch_statistics(
     evaluated = main_scala.main([*words, "--eval", "--resume", str(tmp_path / "checkpoint.pth"), "--eval_ratio", "all"])
     assert evaluated["widths"] == trained["widths"]
     between = [*words, "--eval", "--resume", str(tmp_path / "checkpoint.pth"), "--eval_ratio", "0.375"]
-    with pytest.raises(SettingError, match=r"has none for 0\.375: give --calibrate-batches"):
+    with pytest.raises(UsageError, match=r"has none for 0\.375: give --calibrate-batches"):
         main_scala.main([*between, "--allow-untrained"])
     assert main_scala.main([*between, "--allow-untrained", "--calibrate-batches", "2"])["images"] == 6
     words = ["--checkpoint", str(tmp_path / "checkpoint.pth"), "--ratio", "0.25", "--output", str(tmp_path / "quarter")]

@@ -36,7 +36,12 @@ def test_other_configurations_of_the_same_formats_run() -> None:
     plain = by_name["vit"]
     (result,) = run_cases([replace(plain, raw={**plain.raw, "mode": "train"})], STORED, runner.find_runner)
     assert result.status == "pass", result.reason
+    rectangular = by_name["vit_rect"]
+    drawn = f"fill.array('image-16x32', (2, 3, 16, 32), seed={rectangular.seed})"
+    assert runner.read_images(replace(rectangular, text=drawn)).shape == (2, 3, 16, 32)
     step = by_name["step_plain"]
+    described = {**step.raw["input"], "images": "step i: fill.image as usual, batch 4, size (16, 32), seed=i"}
+    assert runner.step_batch(replace(step, raw={**step.raw, "input": described}), 1)[0].shape == (4, 3, 16, 32)
     described = {**step.raw["input"], "images": "step i: fill.image/array as usual, batch 4, size 32, seed=7+10*i"}
     other = replace(step, raw={**step.raw, "input": described})
     assert not runner.step_batch(other, 1)[0].equal(runner.step_batch(step, 1)[0])

@@ -14,14 +14,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from common.run.checkpoint import CheckpointError, load_strict, save_atomic
-from scala import benchmark, export
-from scala.export import ExportError
+from common.run.errors import UsageError
+from scala import benchmark, export, loading, standalone
 from scala.models_mobilenet import MobileNetV2_scala
 from scala.models_scala import DistilledVisionTransformer_scala, VisionTransformer_scala
 from scala.models_uniformer import UniFormer_scala
-from scala.slicing import make_grid
+from scala.slicing import WidthError, make_grid
 from scala.standalone import (
     METADATA_KEY,
+    ExportError,
     Standalone,
     describe,
     load_standalone,
@@ -143,8 +144,8 @@ def test_torch_export_and_onnx_give_the_same_logits_at_any_batch_size(tmp_path: 
     images = pictures(16).float()
     with torch.no_grad():
         expected = model(images, 0.5)
-    assert export.write_torch_export(tmp_path / "slice.pt2", alone, images, expected) < 1e-5
-    assert export.write_onnx(tmp_path / "slice.onnx", alone, images, expected) < 1e-5
+    assert standalone.write_torch_export(tmp_path / "slice.pt2", alone, images, expected) < 1e-5
+    assert standalone.write_onnx(tmp_path / "slice.onnx", alone, images, expected) < 1e-5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["slice.onnx", "slice.pt2"]
     import onnxruntime
 
@@ -153,7 +154,7 @@ def test_torch_export_and_onnx_give_the_same_logits_at_any_batch_size(tmp_path: 
     (logits,) = session.run(None, {"images": five.numpy()})
     np.testing.assert_allclose(logits[:2], expected.numpy(), rtol=1e-4, atol=1e-5)
     with pytest.raises(ExportError, match=r"slice\.pt2 gives other logits"):
-        export.write_torch_export(tmp_path / "slice.pt2", alone, images, expected + 1)
+        standalone.write_torch_export(tmp_path / "slice.pt2", alone, images, expected + 1)
 
 
 def run_export(checkpoint: Path, folder: Path, *words: str) -> dict[str, float]:
@@ -163,15 +164,13 @@ def run_export(checkpoint: Path, folder: Path, *words: str) -> dict[str, float]:
 def test_untrained_and_impossible_widths_are_refused(
     checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(
-        ExportError, match=r"--ratio 0\.375 was not trained; the trained ones are 0\.25, 0\.5, 0\.75, 1"
-    ):
+    with pytest.raises(UsageError, match=r"--ratio 0\.375 was not trained; the trained ones are 0\.25, 0\.5, 0\.75, 1"):
         run_export(checkpoint, tmp_path, "--ratio", "0.375")
-    with pytest.raises(ExportError, match="multiples of 3/96"):
+    with pytest.raises(WidthError, match="multiples of 3/96"):
         run_export(checkpoint, tmp_path, "--ratio", "0.3", "--allow-untrained")
     assert not list(tmp_path.iterdir())
     caplog.set_level("WARNING", logger="scala")
-    export.logger.propagate = True
+    loading.logger.propagate = True
     run_export(checkpoint, tmp_path, "--ratio", "0.375", "--allow-untrained")
     assert load_standalone(tmp_path / "x.safetensors").embed_dim == 36
 
@@ -189,7 +188,7 @@ def test_files_that_do_not_say_enough_are_refused(checkpoint: Path, tmp_path: Pa
     save_atomic(state, bare)
     with pytest.raises(CheckpointError, match="give --model NAME"):
         run_export(bare, tmp_path, "--ratio", "0.5")
-    with pytest.raises(CheckpointError, match="no sliceable network 'resnet50'"):
+    with pytest.raises(UsageError, match="no sliceable network 'resnet50'"):
         run_export(bare, tmp_path, "--ratio", "0.5", "--model", "resnet50")
     with pytest.raises(CheckpointError, match="does not fit"):
         run_export(bare, tmp_path, "--ratio", "0.5", "--model", "deit_tiny_patch16_224_scala")

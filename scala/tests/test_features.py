@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.run.checkpoint import CheckpointError, save_atomic
 from common.run.engine import Optimization
-from scala import export, main_dinov2
+from scala import export, feature_training, main_dinov2
 from scala.engine_scala import ScaleCoordination
 from scala.features import (
     FeatureLosses,
@@ -204,17 +204,17 @@ def test_program_trains_resumes_and_its_student_can_be_exported(
     straight = main_dinov2.main([*words, "--epochs", "3", "--output-dir", str(tmp_path / "one")])
     assert straight["loss"] > 0
     stopped = [*words, "--epochs", "3", "--output-dir", str(tmp_path / "two"), "--save-every-steps", "1"]
-    measure = main_dinov2.held_out_losses
+    measure = feature_training.held_out_losses
 
     def stop_in_the_second_epoch(*args: Any) -> dict[str, float]:
         if (tmp_path / "two" / "best.pth").exists():
             raise KeyboardInterrupt
         return measure(*args)
 
-    monkeypatch.setattr(main_dinov2, "held_out_losses", stop_in_the_second_epoch)
+    monkeypatch.setattr(feature_training, "held_out_losses", stop_in_the_second_epoch)
     with pytest.raises(KeyboardInterrupt):
         main_dinov2.main(stopped)
-    monkeypatch.setattr(main_dinov2, "held_out_losses", measure)
+    monkeypatch.setattr(feature_training, "held_out_losses", measure)
     assert not (tmp_path / "two" / "weights.pth").exists()
     assert main_dinov2.main([*stopped, "--resume", "auto"])["loss"] == straight["loss"]
     one, two = (torch.load(tmp_path / name / "weights.pth")["model"] for name in ("one", "two"))

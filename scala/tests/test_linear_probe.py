@@ -13,8 +13,8 @@ from PIL import Image
 
 from common.data.loaders import BadPictureError, DataError
 from common.run.checkpoint import save_atomic
-from scala import linear_probe
-from scala.linear_probe import ProbeError
+from common.run.errors import UsageError
+from scala import linear_probe, probing
 from scala.models_mobilenet import MobileNetV2_scala
 from scala.models_scala import DistilledVisionTransformer_scala, VisionTransformer_scala
 from scala.probing import FrozenFeatures, ProbeStep, SeparateHeads, SlicedHead, sampled_widths
@@ -216,7 +216,7 @@ def test_program_on_a_miniature_ucf101(
     model = timm.create_model(NAME, img_size=32, num_classes=5)
     assert written[-1]["gmacs"] == pytest.approx(2 * (model.count_ops(1.0).macs / 1e9), rel=0.1)
     # stopped in the second epoch and resumed, it ends with the same probe
-    evaluate, calls = linear_probe.evaluate, []
+    evaluate, calls = probing.evaluate, []
 
     def stop(*args: Any, **options: Any) -> Any:
         calls.append(1)
@@ -224,7 +224,7 @@ def test_program_on_a_miniature_ucf101(
             raise KeyboardInterrupt
         return evaluate(*args, **options)
 
-    monkeypatch.setattr(linear_probe, "evaluate", stop)
+    monkeypatch.setattr(probing, "evaluate", stop)
     again = [*words, "--output-dir", str(tmp_path / "two")]
     with pytest.raises(KeyboardInterrupt):
         linear_probe.main(again)
@@ -253,8 +253,8 @@ def test_pictures_get_a_head_per_width(checkpoint: Path, pictures: Path) -> None
 
 def test_untrained_widths_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     words = ["--data-set", "digits", "--device", "cpu", "--workers", "0", "--checkpoint"]
-    with pytest.raises(ProbeError, match=r"--ratios 0\.3125 was not trained; .*--allow-untrained"):
+    with pytest.raises(UsageError, match=r"--ratios 0\.3125 was not trained; .*--allow-untrained"):
         linear_probe.main([*words, str(checkpoint), "--ratios", "0.3125"])
     save_atomic(torch.load(checkpoint)["model"], tmp_path / "bare.pth")
-    with pytest.raises(ProbeError, match="give --granularity or --ratios"):
+    with pytest.raises(UsageError, match="give --granularity or --ratios"):
         linear_probe.main([*words, str(tmp_path / "bare.pth"), "--model", NAME, "--input-size", "32"])

@@ -13,10 +13,10 @@ import pytest
 import timm
 import torch
 
+from common.run.errors import UsageError
 from common.run.files import ROOT
 from common.tests.forks import free_port
 from scala import main_scala
-from scala.building import SettingError
 from scala.models_scala import create
 from scala.slicing import WidthError
 
@@ -61,7 +61,8 @@ def state(path: Path) -> dict[str, Any]:
 def trained(tmp_path_factory: pytest.TempPathFactory, imagenet: Path) -> Path:
     """Folder of a short training run of a distilled network, X = 7."""
     folder = tmp_path_factory.mktemp("trained")
-    main_scala.main([*TINY, *MODEL, *TRAIN, "--data-path", str(imagenet), "--output_dir", str(folder)])
+    words = ["--data-path", str(imagenet), "--output_dir", str(folder), "--num-classes", "1000"]
+    main_scala.main([*TINY, *MODEL, *TRAIN, *words])
     return folder
 
 
@@ -107,6 +108,8 @@ def test_a_checkpoint_evaluates_at_every_width(
     assert [row["loss"] for row in two["widths"]] == [swept["widths"][index]["loss"] for index in (2, 6)]
     assert swept["gmacs"] > swept["widths"][0]["gmacs"] > 0
     assert (tmp_path / "out" / "widths.md").read_text().startswith("| width ratio |")
+    recorded = json.loads((tmp_path / "out" / "widths.json").read_text())["arguments"]
+    assert (recorded["model"], recorded["granularity"], recorded["input_size"]) == (MODEL[1], 0.125, 32)
 
 
 def test_a_checkpoint_is_exported_at_every_width_for_timm(trained: Path, tmp_path: Path) -> None:
@@ -122,14 +125,24 @@ def test_a_checkpoint_is_exported_at_every_width_for_timm(trained: Path, tmp_pat
         assert theirs.embed_dim == 32 * ratio
     average = [*words[:3], "0.5", "--weights", "model_ema", "--output", str(tmp_path / "average")]
     assert export.main(average)["average.safetensors"] < 1e-5
-    with pytest.raises(export.ExportError, match=r"--ratio 0\.4375 was not trained"):
+    with pytest.raises(UsageError, match=r"--ratio 0\.4375 was not trained"):
         export.main([*words[:3], "0.4375", "--output", str(tmp_path / "none")])
+
+
+def test_a_checkpoint_says_its_network(trained: Path, imagenet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a flag for it; what is printed is the published line, with the mean over images beside it."""
+    words = ["--eval", "--resume", str(trained / "checkpoint.pth"), "--data-path", str(imagenet), "--eval_ratio", "0.5"]
+    found = main_scala.main(["--device", "cpu", "--workers", "0", "--batch-size", "4", *words])
+    assert found["loss"] == evaluate(trained, imagenet, "--eval_ratio", "0.5000001")["loss"]
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith(f"* Acc@1 {found['top1_percent']:.3f} Acc@5 {found['top5_percent']:.3f} loss ")
+    assert line.endswith(f"{found['batch_loss']:.3f} (mean over batches; over images {found['loss']:.3f})")
 
 
 def test_an_untrained_width_is_refused_unless_allowed(
     trained: Path, imagenet: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SettingError, match=r"0\.4375 was not trained; the trained ones are 0\.25, 0\.375, 0\.5, "):
+    with pytest.raises(UsageError, match=r"0\.4375 was not trained; the trained ones are 0\.25, 0\.375, 0\.5, "):
         evaluate(trained, imagenet, "--eval_ratio", "0.4375")
     with pytest.raises(WidthError, match="valid ratios"):
         evaluate(trained, imagenet, "--eval_ratio", "0.4375", "--allow-untrained")
@@ -138,9 +151,9 @@ def test_an_untrained_width_is_refused_unless_allowed(
 
 
 def test_flags_that_contradict_the_checkpoint_are_refused(trained: Path, imagenet: Path) -> None:
-    with pytest.raises(SettingError, match=r"--smallest_ratio 0\.5 contradicts .*trained with 0\.25"):
+    with pytest.raises(UsageError, match=r"--smallest_ratio 0\.5 contradicts .*trained with 0\.25"):
         evaluate(trained, imagenet, "--smallest_ratio", "0.5")
-    with pytest.raises(SettingError, match=r"--granularity 0\.25 contradicts"):
+    with pytest.raises(UsageError, match=r"--granularity 0\.25 contradicts"):
         evaluate(trained, imagenet, "--granularity", "0.25")
     for words, advice in (
         (["--embed-dim", "64"], r"a width of 32 \(--model or --embed-dim\)"),
@@ -200,7 +213,7 @@ def test_the_scripts_of_record_run_on_two_processes(launcher: str, other: str, i
     run = ["bash", "scala/run.sh", str(imagenet), size, *small, *short]
     result = subprocess.run(run, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.strip().splitlines()) == 2 + 7 + 1
+    assert len(result.stdout.strip().splitlines()) == 7 + 2 + 7 + 1  # a line per width, the table, the number
     model = "deit_small_distilled_patch16_224_scala" if size == "s" else "deit_base_distilled_patch16_224_scala"
     assert state(out / "checkpoint.pth")["args"]["model"] == model
     row = json.loads((out / "log.jsonl").read_text().splitlines()[1])
@@ -248,7 +261,7 @@ def test_separate_training_is_the_largest_width_alone(imagenet: Path, tmp_path: 
     assert [width["ratio"] for width in row["widths"]] == [1.0]
     words = ["--eval", "--resume", str(tmp_path / "checkpoint.pth"), "--data-path", str(imagenet), *flags[:2]]
     assert [width["ratio"] for width in main_scala.main([*TINY, *words, "--eval_ratio", "all"])["widths"]] == [1.0]
-    with pytest.raises(SettingError, match=r"the trained ones are 1\."):
+    with pytest.raises(UsageError, match=r"the trained ones are 1\."):
         main_scala.main([*TINY, *words, "--eval_ratio", "0.25"])
 
 
@@ -311,8 +324,8 @@ def test_published_spellings_are_accepted(capsys: pytest.CaptureFixture[str]) ->
     assert "warning: --world_size has no effect" in warned
 
 
-def test_finetuning_takes_what_fits(imagenet: Path, tmp_path: Path) -> None:
-    """From a plain network of other classes and size into a distilled one, and the other way round."""
+def test_finetuning_takes_what_fits(imagenet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a plain network of other classes and size into a distilled one, and the other way round; the data counts."""
     options = {"patch_size": 8, "embed_dim": 32, "num_heads": 4, "depth": 2, "num_classes": 3}
     source = create("deit_tiny_patch16_224_scala", img_size=48, **options)
     torch.save({"model": source.state_dict()}, tmp_path / "plain.pth")
@@ -324,7 +337,11 @@ def test_finetuning_takes_what_fits(imagenet: Path, tmp_path: Path) -> None:
         words = ["--finetune", str(tmp_path / file), "--model", model, "--data-path", str(imagenet)]
         row = main_scala.main([*TINY, *flags, *words, "--output_dir", str(tmp_path / model)])
         assert row["images"] == 6
+        told = capsys.readouterr().err
+        assert "the data set has 2 classes, not imagenet's 1000" in told
+        assert "its head of 3 classes is replaced by a fresh one of 2" in told
         after = state(tmp_path / model / "checkpoint.pth")["model"]
+        assert len(after["head.weight"]) == 2
         before = state(tmp_path / file)["model"]
         torch.testing.assert_close(
             after["blocks.0.attn.qkv.weight"], before["blocks.0.attn.qkv.weight"], atol=1e-4, rtol=0

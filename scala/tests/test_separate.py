@@ -10,7 +10,7 @@ import pytest
 
 from common.ledger.tables import load_tables
 from common.run.files import ROOT
-from scala import building, main_scala
+from scala import arguments, loading, main_scala
 
 
 def commands(*words: str) -> list[list[str]]:
@@ -37,9 +37,9 @@ def test_every_row_of_separate_training_has_its_command() -> None:
     assert set(trained) == set(rows)
     for name, args in trained.items():
         expected = main_scala.parse_args(shlex.split(rows[name].arguments))
-        for given in (args, expected):
-            building.resolve_grid(given, {}, "")
-        assert (args.model, args.largest_ratio) == (expected.model, expected.eval_ratio[0])
+        grids = [loading.resolve_grid(arguments.given(given), {}, "") for given in (args, expected)]
+        assert (args.model, grids[0].largest) == (expected.model, expected.eval_ratio[0])
+        assert grids[1].largest == grids[0].largest
         assert args.full_warm_epoch == args.epochs == (100 if name[0] == "s" else 300)
         assert args.distillation_type == "none"
         assert not args.repeated_aug

@@ -1,0 +1,124 @@
+"""From settings to the objects of Scala's runs: network, teacher, losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from common.losses import DistillationLoss
+from common.run.checkpoint import load_strict, select_state
+from common.run.errors import UsageError
+from common.run.launch import main_process_first
+from common.run.program import get_logger
+from scala import models_mobilenet, models_scala, models_uniformer
+from scala.arguments import TOKENS, LossSettings, NetworkSettings
+from scala.losses import CosubLoss, ScalaLosses
+from scala.slicing import WidthGrid, check_sampling
+from scala.weights import load_for_finetuning, read_checkpoint
+
+logger = get_logger(__name__)
+
+BATCH_NORM_MODELS = (*models_mobilenet.MODELS, *models_uniformer.MODELS)
+"""Models with batch statistics per trained width, which therefore know the granularity."""
+NAMES = (*models_scala.FACTORIES, *BATCH_NORM_MODELS)
+"""Every ``--model``."""
+
+
+def build_model(settings: NetworkSettings, classes: int) -> Any:
+    """The network of ``--model``, with random weights or those of ``--finetune``.
+
+    Raises:
+        UsageError: an unknown name, or an override that the model does not take.
+    """
+    name = settings.model
+    if name not in NAMES:
+        raise UsageError(f"no sliceable network {name!r}: it is no model of this package; they are {', '.join(NAMES)}")
+    options: dict[str, Any] = {
+        "num_classes": classes, "drop_rate": settings.drop, "drop_path_rate": settings.drop_path,
+        "smallest_ratio": settings.smallest_ratio, "largest_ratio": settings.largest_ratio,
+    }  # fmt: skip
+    more: dict[str, Any] = {
+        "img_size": settings.input_size, "embed_dim": settings.embed_dim, "depth": settings.depth,
+        "num_heads": settings.num_heads, "patch_size": settings.patch_size, "init_values": settings.init_values,
+        "official_layer_scale": settings.official_layer_scale or None,
+        "official_anchors": settings.official_anchors or None,
+        "granularity": settings.granularity if name in BATCH_NORM_MODELS else None,
+    }  # fmt: skip
+    try:
+        model: Any = timm.create_model(
+            name, **options | {key: value for key, value in more.items() if value is not None}
+        )
+    except TypeError as error:
+        raise UsageError(f"--model {name} does not take one of the flags given: {error}") from error
+    if settings.grad_checkpointing:
+        if not hasattr(model, "set_grad_checkpointing"):
+            raise UsageError(f"--model {name} has no gradient checkpointing")
+        model.set_grad_checkpointing()
+    if not settings.train_mode and hasattr(model, "pair_outputs"):
+        model.pair_outputs = True  # the losses need both heads, in whatever mode
+    if settings.finetune:
+        load_for_finetuning(model, select_state(read_checkpoint(settings.finetune)), source=settings.finetune)
+    if settings.attn_only:
+        for key, weight in model.named_parameters():
+            weight.requires_grad_(".attn." in key or key in ("head.weight", "head.bias", "pos_embed"))
+    return model
+
+
+def build_teacher(name: str, path: str, classes: int, *, input_size: int) -> nn.Module:
+    """The external teacher: a timm model in evaluation mode, its weights loaded strictly.
+
+    Args:
+        path: checkpoint or URL; ``timm`` for timm's own weights.
+
+    Raises:
+        UsageError: timm has no such model.
+        CheckpointError: the weights do not fit it.
+    """
+    if not timm.is_model(name):
+        raise UsageError(f"--teacher-model {name!r} is no timm model")
+    options: dict[str, Any] = {"pretrained": path == "timm", "num_classes": classes}
+    with main_process_first():
+        teacher: Any = timm.create_model(name, **options)
+    side = teacher.default_cfg["input_size"][-1]
+    if input_size != side and isinstance(teacher, VisionTransformer):
+        logger.info("the teacher was built for %d pixels: its position embedding is resized in each pass", side)
+        teacher = timm.create_model(name, **options, dynamic_img_size=True)
+    if path != "timm":
+        load_strict(teacher, select_state(read_checkpoint(path), source=path), source=path)
+    return teacher.eval().requires_grad_(False)
+
+
+def build_losses(settings: LossSettings, teacher: nn.Module | None, *, mixing: bool) -> ScalaLosses:
+    """The losses of the four passes; the labels' criterion is DeiT's choice."""
+    if settings.bce_loss:
+        base: nn.Module = nn.BCEWithLogitsLoss()
+    elif mixing:
+        base = SoftTargetCrossEntropy()  # the targets are smoothed already
+    else:
+        base = LabelSmoothingCrossEntropy(settings.smoothing) if settings.smoothing else nn.CrossEntropyLoss()
+    criterion: nn.Module = CosubLoss()
+    if not settings.cosub:
+        kind, alpha = settings.distillation_type, settings.distillation_alpha
+        criterion = DistillationLoss(base, teacher, kind, alpha, settings.distillation_tau)
+    return ScalaLosses(
+        criterion, kind=settings.distill_type, token=TOKENS[settings.token_type],
+        ce_coefficient=settings.ce_coefficient, ce_type=settings.ce_type,
+    )  # fmt: skip
+
+
+def check_training(grid: WidthGrid, model: Any, *, alone: bool) -> list[float]:
+    """The widths that will have been trained: the largest ``alone``, or all of the grid.
+
+    Raises:
+        WidthError: no middle widths to draw, or a width that the model cannot have.
+    """
+    if not alone:
+        check_sampling(grid)
+    ratios = [grid.largest] if alone else grid.ratios
+    for ratio in ratios:
+        model.check_ratio(ratio)
+    return ratios
