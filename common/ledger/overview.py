@@ -39,7 +39,7 @@ def tables_table(ledger: Ledger) -> str:
     parts = [
         (
             f"[{table.paper}/{table.name}]({table.paper}/tables/{table.name}.toml): {table.title}",
-            [entry.status for entry in ledger.of(table).values()],
+            [e.status for e in ledger.entries if (e.paper, e.table) == (table.paper, table.name)],
         )
         for table in ledger.tables
     ]
