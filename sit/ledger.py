@@ -34,7 +34,7 @@ def build_whole(row: Row) -> LVViT:
 def build(row: Row) -> tuple[nn.Module, int]:
     """The row's network as deployed (logits only, batch norm folded), and its resolution in pixels."""
     model = build_whole(row)
-    return model.deployed(), model.img_size
+    return model.deployed(), model.image_shape[0]
 
 
 def costs(row: Row) -> dict[str, Measured]:

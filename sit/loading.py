@@ -117,59 +117,65 @@ def resize_pos_embed(embedding: Tensor, grid: tuple[int, int]) -> Tensor:
 # What is wrong with a file
 
 
-def explain(model: LVViT, file: WeightsFile) -> str:
-    """Why a file is not for this model, in a sentence that says what to do; empty where nothing is known."""
+def check_fits(model: LVViT, file: WeightsFile, *, evaluates: bool = False, stripped: bool = False) -> None:
+    """Whether a file is one for this model; evaluation needs more of it than training, which starts from teachers, too.
+
+    Args:
+        stripped: the file may lack what only training uses.
+
+    Raises:
+        CheckpointError: why it is not, what to do, and the keys that differ.
+    """
     state = file.state
     first = state.get("patch_embed.conv1.weight")
+    blocks = [int(key.split(".")[1]) for key in state if key.startswith("blocks.")]
     if first is not None and first.ndim == 4 and first.shape[-1] != 3:
-        return (
+        reason = (
             f"it begins with a {first.shape[-1]}x{first.shape[-2]} convolution of {len(first)} channels: this is the "
             "public LV-ViT of the token-labeling repository, another network of the same name, which cannot be used "
             "here. Get the teacher that the SiT README links, or train one: sit/exp/teacher/train.sh"
         )
-    if "pos_embed" not in state or not any(key.startswith("blocks.") for key in state):
-        return "it holds no LV-ViT weights (pos_embed and blocks.*)"
-    if difference := _size_difference(model, file):
-        return difference
-    if file.slimmed and not model.slimmed:
-        return (
+    elif "pos_embed" not in state or not blocks:
+        reason = "it holds no LV-ViT weights (pos_embed and blocks.*)"
+    elif (size := (state["pos_embed"].shape[-1], 1 + max(blocks))) != (model.embed_dim, model.depth):
+        reason = (
+            f"it is of width {size[0]} with {size[1]} blocks, the model of width {model.embed_dim} with {model.depth}: "
+            "name the file's size with --model (or, of a teacher, --teacher-model)"
+        )
+    elif file.slimmed and not model.slimmed:
+        reason = (
             "it is a slimmed checkpoint (tsm.*), expected an unslimmed one, such as a teacher; to evaluate or train a "
             "slimmed network give --distillation-type frd"
         )
-    if model.slimmed and file.slimmed and file.stage_patches != model.keeped_patches[1:]:
-        return (
+    elif file.slimmed and file.stage_patches != model.keeped_patches[1:]:
+        reason = (
             f"its slimming modules put out {file.stage_patches} tokens, those of the model {model.keeped_patches[1:]}: "
             "another --keeping-ratio, --stage-blocks, --model, or --input-size"
         )
-    return ""
-
-
-def _class_difference(model: LVViT, file: WeightsFile) -> str:
-    """Another number of classes, where the head must fit."""
-    if file.classes is None or not model.num_classes or file.classes == model.num_classes:
-        return ""
-    return (
-        f"its head is for {file.classes} classes, the network for {model.num_classes}: give its own data, "
-        f"or, where the labels are numbers of its classes, --num-classes {file.classes}"
-    )
-
-
-def _size_difference(model: LVViT, file: WeightsFile) -> str:
-    """Another width or depth."""
-    depth = 1 + max(int(key.split(".")[1]) for key in file.state if key.startswith("blocks."))
-    width = file.state["pos_embed"].shape[-1]
-    if (width, depth) == (model.embed_dim, model.depth):
-        return ""
-    return (
-        f"it is of width {width} with {depth} blocks, the model of width {model.embed_dim} with {model.depth}: "
-        "name the file's size with --model (or, of a teacher, --teacher-model)"
-    )
+    elif evaluates and model.slimmed and not file.slimmed:
+        reason = (
+            "it holds no slimming modules (tsm.*): this looks like a teacher. Evaluating a slimmed network needs the "
+            "checkpoint that its training wrote; to evaluate a teacher give --distillation-type none"
+        )
+    elif evaluates and model.num_classes and file.classes not in (None, model.num_classes):
+        reason = (
+            f"its head is for {file.classes} classes, the network for {model.num_classes}: give its own data, or, "
+            f"where the labels are numbers of its classes, --num-classes {file.classes}"
+        )
+    elif evaluates and model.recover and not (file.recovers or stripped):
+        reason = (
+            "it holds no reverse modules (rtsm.*), which a checkpoint of training does. Evaluation does not use them: "
+            "if it was stripped on purpose, give --allow-stripped"
+        )
+    else:
+        return
+    raise _refuse(file, model, reason)
 
 
 def _refuse(file: WeightsFile, model: LVViT, reason: str) -> CheckpointError:
     found = list(list_key_differences(model, file.state).lines())
-    shown = "\n".join(found[:12] + ([f"  ... and {len(found) - 12} more lines"] if len(found) > 12 else []))
-    return CheckpointError(f"{file.source}: {reason}" + (f"\n{shown}" if shown else ""))
+    shown = found[:12] + ([f"  ... and {len(found) - 12} more lines"] if len(found) > 12 else [])
+    return CheckpointError("\n".join([f"{file.source}: {reason}", *shown]))
 
 
 def _fit_positions(model: LVViT, file: WeightsFile) -> dict[str, Tensor]:
@@ -205,25 +211,8 @@ def load_for_evaluation(model: LVViT, file: WeightsFile, *, allow_stripped: bool
     Raises:
         CheckpointError: what does not fit, and what to do.
     """
-    if reason := explain(model, file):
-        raise _refuse(file, model, reason)
-    if model.slimmed and not file.slimmed:
-        raise _refuse(
-            file,
-            model,
-            "it holds no slimming modules (tsm.*): this looks like a teacher. Evaluating a slimmed network needs the "
-            "checkpoint that its training wrote; to evaluate a teacher give --distillation-type none",
-        )
-    if reason := _class_difference(model, file):
-        raise _refuse(file, model, reason)
     stripped = file.stripped or allow_stripped
-    if model.recover and not file.recovers and not stripped:
-        raise _refuse(
-            file,
-            model,
-            "it holds no reverse modules (rtsm.*), which a checkpoint of training does. Evaluation does not use them: "
-            "if it was stripped on purpose, give --allow-stripped",
-        )
+    check_fits(model, file, evaluates=True, stripped=stripped)
     state = _fit_positions(model, file)
     load_strict(
         model,
@@ -246,8 +235,7 @@ def load_for_training(model: LVViT, file: WeightsFile) -> tuple[str, ...]:
     Raises:
         CheckpointError: what does not fit, and what to do.
     """
-    if reason := explain(model, file):
-        raise _refuse(file, model, reason)
+    check_fits(model, file)
     state = _fit_positions(model, file)
     own = model.state_dict()
     for head in _HEADS:

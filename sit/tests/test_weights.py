@@ -11,7 +11,7 @@ from common.run.checkpoint import CheckpointError
 from common.tests.reference import fill_
 from sit.loading import (
     WeightsFile,
-    explain,
+    check_fits,
     load_for_evaluation,
     load_for_training,
     read_weights,
@@ -130,7 +130,7 @@ def test_another_size_is_named():
         load_for_training(make("frd", keeping_ratio=0.7), file_of(make("frd")))
     with pytest.raises(CheckpointError, match="no LV-ViT weights"):
         load_for_evaluation(make(None), WeightsFile({"fc.weight": torch.zeros(2, 2)}, "resnet.pth"))
-    assert explain(make("frd"), file_of(make("frd"))) == ""
+    check_fits(make("frd"), file_of(make("frd")), evaluates=True)
 
 
 def test_positions_are_resized_where_that_is_legal(log):
