@@ -6,20 +6,15 @@ Shapes: B batch, T tokens, e width inside, m random features.
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.run.precision import without_autocast
+
 EPSILON = 1e-8
 """Added to the denominator of linear attention."""
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """The precision of the operands inside, on the device of ``x``; the meta device knows no autocast."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class Performer(nn.Module):

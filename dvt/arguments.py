@@ -1,15 +1,19 @@
-"""Command lines of ``main.py`` and ``inference.py``: the published flags with their meaning, and a few of ours."""
+"""Command line of ``main.py``, the published flags and a few of ours, and flags that the other programs share."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from common.run import cli
-from dvt.evaluation import PICTURES, SEARCH_PICTURES
+from common.run.errors import CheckpointError, DataError
+from common.run.program import get_logger
+from dvt import BUDGETS, SEARCH_IMAGES, TRANSFORMS
 from dvt.models import MODELS
+
+logger = get_logger(__name__)
 
 RECIPES: dict[str, dict[str, Any]] = {
     "DVT_Deit_small": {"lr": 1e-3, "warmup_epochs": 5, "batch_size": 128},
@@ -21,7 +25,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Defaults of networks without a published recipe; ours. Any flag given wins over them.
 
-DVT_Deit_small: DeiT-S's rate, 5e-4 per 512 pictures, for 8 x 128 pictures per step; five epochs of warm-up."""
+DVT_Deit_small: DeiT-S's rate, 5e-4 per 512 images, for 8 x 128 images per step; five epochs of warm-up."""
 
 DEAD_SWITCHES = {
     "--sync-bn": "these networks have no batch normalisation",
@@ -39,7 +43,7 @@ DEAD_VALUES = {
     "--bn-momentum": "these networks have no batch normalisation",
     "--bn-eps": "these networks have no batch normalisation",
     "--dist-bn": "these networks have no batch normalisation",
-    "--tta": "every picture is evaluated once",
+    "--tta": "every image is evaluated once",
     "--num-gpu": "start one process per GPU with torchrun",
     "--lr-cycle-mul": "there is one cycle",
     "--lr-cycle-limit": "there is one cycle",
@@ -108,7 +112,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "--crop-pct",
         type=cli.fraction,
         default=None,
-        help="share that the evaluation crop keeps of the resized picture's side (default: 0.875, as DVT's"
+        help="share that the evaluation crop keeps of the resized image's side (default: 0.875, as DVT's"
         " published numbers; 0.9 for a T2T-ViT alone, as its own)",
     )
     add("--mean", type=float, nargs=3, default=None, help="of the channels (default: ImageNet's)")
@@ -121,7 +125,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         type=cli.positive_int,
         default=64,
         metavar="N",
-        help="pictures per step and process (default: 64)",
+        help="images per step and process (default: 64)",
     )
     add(
         "-vb",
@@ -137,7 +141,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "--skip-bad-images",
         action=cli.Switch,
         default=False,
-        help="leave out pictures that cannot be decoded, and count them (default: off)",
+        help="leave out images that cannot be decoded, and count them (default: off)",
     )
 
 
@@ -204,7 +208,7 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
         type=cli.count,
         default=0,
         metavar="N",
-        help="views of a picture, the first one clean; 0 or at least 2 (default: 0)",
+        help="views of an image, the first one clean; 0 or at least 2 (default: 0)",
     )
     add("--jsd", action="store_true", help="Jensen-Shannon divergence between the views; needs --aug-splits")
     add("--resplit", action="store_true", help="do not erase parts of the clean view")
@@ -300,68 +304,93 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if args.aug_splits and mixing:
         parser.error("--aug-splits cannot be mixed: add --mixup 0 --cutmix 0")
     if mixing and args.batch_size % 2:
-        parser.error(f"--batch-size {args.batch_size}: mixup pairs the pictures of a batch, so it must be even")
+        parser.error(f"--batch-size {args.batch_size}: mixup pairs the images of a batch, so it must be even")
     if args.resume == "auto" and not args.experiment:
         parser.error("--resume auto looks into the folder of --experiment NAME: give one")
     if args.aa == "none":
         args.aa = ""
+    if args.apex_amp:
+        logger.warning("--apex-amp: apex is not used; torch's own mixed precision is (--amp)")
+    args.amp = bool(args.amp or args.apex_amp or args.amp_dtype)
 
 
-def add_inference_args(parser: argparse.ArgumentParser) -> None:
-    """Flags of ``inference.py``, but for those of early exit."""
-    add = parser.add_argument
-    add("--data_url", default="./data", metavar="DIR", help="folder with train/ (mode 2) and val/; ends in / or not")
-    add("--batch_size", type=cli.positive_int, default=64, metavar="N", help="pictures at once (default: 64)")
+def add_network_args(parser: argparse.ArgumentParser, names: Collection[str], **options: Any) -> None:
+    """Flags of the network that a checkpoint holds, shared by the programs that read one."""
+    add = parser.add_argument_group("network").add_argument
     add(
-        "--model",
-        default="DVT_T2t_vit_12",
-        choices=sorted(MODELS),
-        metavar="NAME",
-        help="cascade; any network in mode 2 (default: DVT_T2t_vit_12)",
-    )
-    add("--checkpoint_path", required=True, metavar="FILE", help="packed checkpoint; mode 2 also takes training files")
-    add("--eval_mode", type=int, default=2, choices=(0, 1, 2), help="see above (default: 2)")
-    add(
-        "--dataset",
-        default="imagenet",
-        metavar="NAME",
-        help="imagenet, cifar10, cifar100, digits, or a name for timm's create_dataset (default: imagenet)",
-    )
-    add(
-        "--pictures",
-        default=None,
-        choices=PICTURES,
-        help="transforms: those of training on ImageNet or of the transfer to CIFAR (default: by the data set)",
-    )
+        "--model", default="DVT_T2t_vit_12", choices=sorted(names), metavar="NAME",
+        help=f"one of {', '.join(sorted(names))} (default: DVT_T2t_vit_12)",
+    )  # fmt: skip
     add("--num-classes", type=cli.positive_int, default=None, metavar="C", help="classes (default: the data set's)")
     add(
         "--img-size",
         type=cli.positive_int,
         default=None,
         metavar="PIXELS",
-        help="side of the input (default: the network's, 224)",
+        help="side of the input (default: the network's)",
     )
-    add("--feature-reuse", action=cli.Switch, default=True, help="the cascade was trained with it (default: on)")
-    add("--relation-reuse", action=cli.Switch, default=True, help="the cascade was trained with it (default: on)")
+    for kind in ("feature", "relation"):
+        add(
+            f"--{kind}-reuse", action=cli.Switch, default=None,
+            help="the cascade was trained with it (default: as the checkpoint's weights say)",
+        )  # fmt: skip
+
+
+def add_image_args(parser: argparse.ArgumentParser) -> None:
+    """Flags of the images that a checkpoint is run on."""
+    add = parser.add_argument_group("images").add_argument
     add(
-        "--model-ema",
-        action=cli.Switch,
-        default=True,
-        help="of a training file take the averaged weights (default: on)",
-    )
+        "--dataset", default="imagenet", metavar="NAME",
+        help="imagenet (train/ and val/), cifar10, cifar100, digits, or a name for timm's create_dataset",
+    )  # fmt: skip
     add(
-        "--search-pictures",
-        type=cli.positive_int,
-        default=SEARCH_PICTURES,
-        metavar="N",
-        help=f"training pictures in mode 2, at most (default: {SEARCH_PICTURES})",
-    )
+        "--transforms", "--pictures", default=None, choices=TRANSFORMS,
+        help="those of training on ImageNet or of the transfer to CIFAR (default: by the data set)",
+    )  # fmt: skip
+    add("-b", "--batch-size", "--batch_size", type=cli.positive_int, default=64, metavar="N", help="images at once")
+    add("-j", "--workers", type=cli.count, default=8, metavar="N", help="loading processes")
+    add("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda or cuda:N")
+
+
+def add_search_args(parser: argparse.ArgumentParser) -> None:
+    """Flags of the search for thresholds."""
+    add = parser.add_argument_group("search for thresholds").add_argument
     add(
-        "--augment-search",
-        action=cli.Switch,
-        default=True,
-        help="crop and flip them at random, as published (default: on)",
-    )
+        "--model-ema", action=cli.Switch, default=True,
+        help="of a training file take the moving average of the weights (default: on)",
+    )  # fmt: skip
+    add(
+        "--search-images", "--search-pictures", type=cli.positive_int, default=SEARCH_IMAGES, metavar="N",
+        help=f"training images that thresholds are found on, at most (default: {SEARCH_IMAGES})",
+    )  # fmt: skip
+    add(
+        "--augment-search", action=cli.Switch, default=True,
+        help="crop and flip them at random, as published; off takes them as validation images (default: on)",
+    )  # fmt: skip
     add("--seed", type=cli.count, default=0, help="of their draw and augmentation (default: 0)")
-    add("-j", "--workers", type=cli.count, default=8, metavar="N", help="loading processes (default: 8)")
-    add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, or cuda:N (default: auto)")
+
+
+def budget_row(text: str) -> int:
+    """``--p``: a row of the stored thresholds."""
+    value = int(text)
+    if not 1 <= value <= BUDGETS:
+        raise argparse.ArgumentTypeError(f"must be from 1 to {BUDGETS}, got {text}")
+    return value
+
+
+def check_paths(checkpoints: Iterable[str] = (), *, dataset: str = "", root: str | None = None) -> None:
+    """Refuse files and a data folder that are not there, before anything heavy is imported.
+
+    Args:
+        checkpoints: files or URLs; an empty one is not looked for.
+        dataset: name of a data set; only that of class folders must be there already.
+        root: its folder.
+
+    Raises:
+        CheckpointError, DataError: naming what is missing.
+    """
+    for file in checkpoints:
+        if file and "://" not in file and not Path(file).is_file():
+            raise CheckpointError(f"{file}: no such file")
+    if dataset in ("imagenet", "IMNET", "folder") and not Path(root or "").is_dir():
+        raise DataError(f"{root}: no such folder; it must hold train/ and val/")

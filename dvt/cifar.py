@@ -5,15 +5,13 @@ for its CIFAR results and released no code. What is ours: the loss is the sum of
 span all stages, and the networks that mix reused relations belong to the backbone.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision import transforms
 
 from common.data.transforms import Transform
-from common.run.checkpoint import CheckpointError, load_strict
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 """Of T2T-ViT's transfer script."""
@@ -21,11 +19,9 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 BACKBONE = ("tokens_to_token", "patch_embed", "blocks", "relation_reuse_conv")
 """Parts that are tuned at the small rate."""
 
-HEAD = "head"
 
-
-def train_picture(size: int, *, hflip: float = 0.5) -> Transform:
-    """Resize, random crop of the picture padded by an eighth (28 pixels at 224), flip: (3, size, size)."""
+def train_transform(size: int, *, hflip: float = 0.5) -> Transform:
+    """Resize, random crop of the image padded by an eighth (28 pixels at 224), flip: (3, size, size)."""
     return transforms.Compose(
         [
             transforms.Resize(size),
@@ -37,8 +33,8 @@ def train_picture(size: int, *, hflip: float = 0.5) -> Transform:
     )
 
 
-def test_picture(size: int) -> Transform:
-    """Resize, bilinear, without a crop where pictures are square: (3, size, size)."""
+def test_transform(size: int) -> Transform:
+    """Resize, bilinear, without a crop where images are square: (3, size, size)."""
     return transforms.Compose(
         [
             transforms.Resize(size),
@@ -59,7 +55,7 @@ def parameter_groups(model: nn.Module, *, lr: float, ratio: float) -> list[dict[
         parts = name.split(".")
         if not parameter.requires_grad:
             continue
-        if HEAD in parts:
+        if "head" in parts:
             groups["head"].append(parameter)
         elif any(part in parts for part in BACKBONE):
             groups["backbone"].append(parameter)
@@ -83,51 +79,3 @@ def build_schedule(
     At lr 0.01 the backbone's rate begins below that end, and rises.
     """
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs, eta_min=min_lr)
-
-
-def load_backbone(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> Sequence[str]:
-    """Load pretrained weights into a network with other classes: heads whose shape differs start afresh.
-
-    Position tables of another resolution are resized, bicubic.
-
-    Args:
-        model: network to fill.
-        state: weights by published names.
-        source: the file, for messages.
-
-    Returns:
-        Names of the weights that were not taken over.
-
-    Raises:
-        CheckpointError: if anything else does not fit.
-    """
-    own = model.state_dict()
-    merged: dict[str, Tensor] = {}
-    fresh: list[str] = []
-    for name, value in state.items():
-        parts = name.split(".")
-        if name in own and HEAD in parts and own[name].shape != value.shape:
-            fresh.append(name)
-            continue
-        if name in own and parts[-1] == "pos_embed" and own[name].shape != value.shape:
-            value = resize_table(value, own[name].shape[1], where=f"{source}: {name}")
-        merged[name] = value
-    load_strict(model, {**{name: own[name] for name in fresh}, **merged}, source=source)
-    return fresh
-
-
-def resize_table(table: Tensor, tokens: int, *, where: str) -> Tensor:
-    """Resize a position table (1, M+1, D) to ``tokens`` rows, the class token's kept; bicubic over the grid.
-
-    Raises:
-        CheckpointError: if either number of patches is no square.
-    """
-    source, target = round((table.shape[1] - 1) ** 0.5), round((tokens - 1) ** 0.5)
-    if source**2 + 1 != table.shape[1] or target**2 + 1 != tokens:
-        raise CheckpointError(
-            f"{where} has {table.shape[1]} positions, the network {tokens}: not squares with a class token, so the "
-            "table cannot be resized; give the --img-size that the checkpoint was trained at"
-        )
-    grid = table[:, 1:].transpose(1, 2).unflatten(2, (source, source))
-    grid = nn.functional.interpolate(grid, size=(target, target), mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)

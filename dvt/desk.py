@@ -16,11 +16,13 @@ from common.ledger.cache import cached, source_files
 from common.ledger.desk import quiet, sha256_of
 from common.ledger.tables import DeskTable
 from common.measure.benchmark import device_name
+from common.run.checkpoint import read_checkpoint
 from dvt import main as training
-from dvt.checkpoints import load_weights, read
-from dvt.evaluation import cascade_gflops, collect_scores, held_out_loader, search_loader, search_thresholds
+from dvt.costs import exit_gflops
+from dvt.evaluation import ImageSource, collect_scores, search_thresholds
 from dvt.exits import EVERYBODY, NOBODY
-from dvt.models import MODELS, Cascade, create_model
+from dvt.loading import load_network
+from dvt.models import MODELS
 from dvt.throughput import FULL, DynamicResult, measure_dynamic
 
 MODEL = "DVT_desk"
@@ -72,7 +74,7 @@ def run(folder: Path, *, device: torch.device | str, force: bool, progress: bool
                     "flops_ratio": round(result.flops_ratio, 2),
                     "realised": round(result.realised, 2),
                 }
-                for result in measure(weights, method, device)
+                for result in measure(weights, device)
             ]
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     return DeskTable(
@@ -80,9 +82,9 @@ def run(folder: Path, *, device: torch.device | str, force: bool, progress: bool
         columns=COLUMNS,
         rows=rows,
         notes=(
-            "DVT_desk: three small Transformers at 2x2, 4x4 and 6x6 tokens of 32x32 pictures; trained on 1,437 digits, "
-            "thresholds found on them, accuracy on the 360 others. One picture is 0.28 points. p: row of the published "
-            "sweep of shares, whose ratio is p / 20. mmacs by the convention 'fvcore', in millions per picture.",
+            "DVT_desk: three small Transformers at 2x2, 4x4 and 6x6 tokens of 32x32 images; trained on 1,437 digits, "
+            "thresholds found on them, accuracy on the 360 others. One image is 0.28 points. p: row of the published "
+            "sweep of shares, whose ratio is p / 20. mmacs by the convention 'fvcore', in millions per image.",
             f"Throughput on {device_name(device)}{threads}, float32, batch {BATCH}, {PASSES[device.type]} passes over "
             "the held-out digits; full cascade and early exit in turns. speedup: over the full cascade of the same row "
             "group; flops_ratio: what the mean cost promises; realised: the first over the second.",
@@ -120,18 +122,14 @@ def train_once(
     return weights
 
 
-def measure(weights: Path, method: str, device: torch.device) -> list[DynamicResult]:
+def measure(weights: Path, device: torch.device) -> list[DynamicResult]:
     """Full cascade, fixed exits and some budgets of one trained network on the held-out digits."""
-    reuse = "--no-feature-reuse" not in NETWORKS[method]
-    model = create_model(MODEL, num_classes=10, feature_reuse=reuse, relation_reuse=reuse)
-    assert isinstance(model, Cascade)
-    load_weights(model, read(weights), source=weights).to(device).eval()
-    size = int(MODELS[MODEL].options["img_size"])
-    search = search_loader("digits", None, size=size, batch_size=BATCH)
-    scores = collect_scores(model, search, device=device, title="training digits")
+    model = load_network(MODEL, read_checkpoint(weights), source=weights, device=device, num_classes=10)
+    images = ImageSource("digits", None, MODELS[MODEL].img_size, BATCH)
+    scores = collect_scores(model, images.search(), device=device, title="training digits")
     thresholds = search_thresholds(scores)
     settings: dict[str, Sequence[float] | Tensor] = {**FIXED, **{f"p = {p}": thresholds[p - 1] for p in BUDGETS}}
-    batches = list(held_out_loader("digits", None, size=size, batch_size=BATCH)) * PASSES[device.type]
-    results = measure_dynamic(model, settings, batches, cascade_gflops(model), device=device)
+    batches = list(images.held_out()) * PASSES[device.type]
+    results = measure_dynamic(model, settings, batches, exit_gflops(model), device=device)
     assert results[0].name == FULL
     return results

@@ -1,10 +1,10 @@
-"""Early exit that happens: a picture that an exit is sure of is not seen by the exits behind it.
+"""Early exit that happens: an image that an exit is sure of is not seen by the exits behind it.
 
 The official release always runs all three exits and counts what could have been saved. Here the first exit runs on the
-whole batch; the pictures it is not sure of are gathered into a smaller batch, with the features and relations that the
-next exit reuses, and so on. Answers equal those of the full cascade under the same thresholds, picture by picture.
+whole batch; the images it is not sure of are gathered into a smaller batch, with the features and relations that the
+next exit reuses, and so on. Answers equal those of the full cascade under the same thresholds, image by image.
 
-Paper: arXiv:2105.15075, section 3.1. Letters: B pictures, C classes, K exits.
+Paper: arXiv:2105.15075, Section 3.3. Letters: B images, C classes, K exits.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dvt.exits import NOBODY, confidence_and_prediction
-from dvt.models import Cascade, StageOutput
+from dvt.models.backbone import StageOutput
+from dvt.models.cascade import Cascade
 
 SMALL = 8
 """Compiled exits see powers of two up to here, then multiples of it."""
@@ -36,7 +37,7 @@ class DynamicOutput(NamedTuple):
 
 
 class DynamicClassifier(nn.Module):
-    """A cascade that stops each picture at the first exit whose confidence reaches its threshold.
+    """A cascade that stops each image at the first exit whose confidence reaches its threshold.
 
     Works for any batch size, on the CPU and on CUDA, also under autocast. The host waits for the device once per exit
     but the last, because the size of the next batch is not known earlier.
@@ -51,6 +52,8 @@ class DynamicClassifier(nn.Module):
 
     Raises:
         ValueError: if there is not one threshold per exit.
+
+    Source: arXiv:2105.15075, Section 3.3: adaptive inference, exit after exit.
     """
 
     def __init__(
@@ -98,7 +101,7 @@ class DynamicClassifier(nn.Module):
         if total == 0:
             return DynamicOutput(images.new_empty(0, self.cascade.num_classes), exits, confidence)
         answers: Tensor | None = None
-        rows: Tensor | None = None  # numbers of the pictures that are left; None: all
+        rows: Tensor | None = None  # numbers of the images that are left; None: all
         count = total
         images = self._pad(images, total)
         output: StageOutput | None = None
@@ -106,7 +109,7 @@ class DynamicClassifier(nn.Module):
             output = self._run(k, images, output)
             if k < last and self.thresholds[k] >= NOBODY:
                 continue
-            # every picture still here gets this exit's answer; those that stay are given a later one
+            # every image still here gets this exit's answer; those that stay are given a later one
             logits = output.logits[:count]
             own_confidence, _ = confidence_and_prediction(logits)
             if rows is None:
@@ -135,12 +138,12 @@ class DynamicClassifier(nn.Module):
 
     @torch.no_grad()
     def warm_up(self, images: Tensor) -> None:
-        """Compile every exit for any number of pictures up to this batch; without effect on results.
+        """Compile every exit for any number of images up to this batch; without effect on results.
 
         Args:
             images: a batch as large as those to come, of their size, on their device, (B, 3, size, size). Some
                 operators choose their algorithm by the batch size, so that an exit is compiled once for a single
-                picture and once or twice for more.
+                image and once or twice for more.
         """
         counts = [1 << power for power in range((len(images) - 1).bit_length())]
         for count in dict.fromkeys([*counts, bucket(len(images))]):
@@ -151,7 +154,7 @@ class DynamicClassifier(nn.Module):
 
 
 def bucket(count: int) -> int:
-    """Size that a batch of ``count`` pictures is padded to where exits are compiled: 1, 2, 4, 8, 16, 24, 32, ..."""
+    """Size that a batch of ``count`` images is padded to where exits are compiled: 1, 2, 4, 8, 16, 24, 32, ..."""
     if count <= SMALL:
         return 1 << (count - 1).bit_length()
     return -(-count // SMALL) * SMALL
@@ -172,7 +175,7 @@ def _separate(cascade: Cascade, index: int) -> Callable[..., StageOutput]:
 
 
 def _mark_batch(images: Tensor, before: StageOutput | None) -> None:
-    """Tell torch.compile that the number of pictures changes, and nothing else; a single picture has its own code."""
+    """Tell torch.compile that the number of images changes, and nothing else; a single image has its own code."""
     for value in (images, *(before or ())):
         if value is not None and len(value) > 1:
             torch._dynamo.maybe_mark_dynamic(value, 0)

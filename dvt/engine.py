@@ -1,21 +1,16 @@
 """One training step of DVT, and its evaluation: all exits at once.
 
-Paper: arXiv:2105.15075, Section 3.1: the exits are trained together, their losses unweighted; nothing is detached, so
-the gradients of later exits reach earlier stages through both reuses.
-
-Letters: B pictures, C classes, K exits.
+Letters: B images, C classes, K exits.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
-from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.loss.jsd import JsdCrossEntropy
 from torch import Tensor, nn
 
 from common.run.checkpoint import Progress
@@ -23,40 +18,9 @@ from common.run.engine import autocast
 from common.run.launch import broadcast_buffers, reduce_sums
 from common.run.metrics import ProgressLine
 from common.run.wrapping import unwrap
-from dvt.models import EXITS, Cascade
-
-
-def exit_logits(output: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Logits of all exits, each (B, C), of what a network returned; a network alone has one exit."""
-    return (output,) if isinstance(output, Tensor) else tuple(output)
-
-
-def summed_loss(
-    criterion: Callable[[Tensor, Tensor], Tensor], logits: Iterable[Tensor], targets: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """Sum of the exits' losses, each with weight one, and the single losses.
-
-    Args:
-        criterion: of logits (B, C) and targets, (B,) or soft (B, C).
-        logits: of each exit, (B, C).
-
-    Source: arXiv:2105.15075, Section 3.1: minimise L_1 + L_2 + L_3.
-    """
-    losses = [criterion(answers, targets) for answers in logits]
-    return torch.stack(losses).sum(), losses
-
-
-def build_criterion(mixup: bool, smoothing: float, *, jsd_views: int = 0) -> nn.Module:
-    """Loss of an exit: soft-target cross entropy under mixup, whose targets are smoothed already; else cross entropy.
-
-    Args:
-        jsd_views: with it, cross entropy of the first of so many views, plus their Jensen-Shannon divergence.
-    """
-    if jsd_views:
-        return JsdCrossEntropy(jsd_views, smoothing=smoothing)
-    if mixup:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
+from dvt.losses import exit_logits, summed_loss
+from dvt.models import EXITS
+from dvt.models.cascade import Cascade
 
 
 class CascadeStep:
@@ -116,11 +80,11 @@ def evaluate_exits(
     title: str = "test",
     show_progress: bool = True,
 ) -> dict[str, float]:
-    """Accuracy of every exit over the pictures of all ranks, each picture counted once.
+    """Accuracy of every exit over the images of all ranks, each image counted once.
 
     Args:
         model: put in evaluation mode, and back afterwards.
-        loader: (images, targets) of this rank's share; an attribute ``skipped`` counts undecodable pictures.
+        loader: (images, targets) of this rank's share; an attribute ``skipped`` counts undecodable images.
         amp: value of ``--amp``; logits are compared in float32.
 
     Returns:
@@ -128,7 +92,7 @@ def evaluate_exits(
         classes as there are, with fewer than five), ``images``, ``skipped``; the same on every rank.
 
     Raises:
-        ValueError: no picture at all, a label that the model has no class for, or logits that are not numbers.
+        ValueError: no image at all, a label that the model has no class for, or logits that are not numbers.
     """
     model = unwrap(model)
     broadcast_buffers(model)
@@ -155,7 +119,7 @@ def evaluate_exits(
     )
     count = total["images"]
     if count == 0:
-        raise ValueError(f"no picture to evaluate ({total['skipped']:.0f} skipped as undecodable); check the dataset")
+        raise ValueError(f"no image to evaluate ({total['skipped']:.0f} skipped as undecodable); check the dataset")
     if math.isnan(total["loss"]):
         raise ValueError("the model gives logits that are not numbers: damaged weights, or an overflow under --amp")
     result = {name: (1 if name == "loss" else 100) * total[name] / count for name in names}
@@ -171,8 +135,8 @@ def check_labels(targets: Tensor, classes: int) -> None:
     """Refuse labels that the network has no class for; on the CPU, where the loader leaves them."""
     if not targets.is_cuda and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
         raise ValueError(
-            f"the dataset has label {int(targets.max())}, the model only {classes} classes; check --num-classes and "
-            "that the dataset is the one the model was trained for"
+            f"the data has label {int(targets.max())}, the network only {classes} classes: check --num-classes and "
+            "that the checkpoint belongs to this data set"
         )
 
 

@@ -1,10 +1,10 @@
-"""What thresholds are found on and judged by: confidence and correctness of every exit on every picture.
+"""What thresholds are found on and judged by: confidence and correctness of every exit on every image.
 
-Shared by ``inference.py``, ``pack.py`` and the desk experiment. Pictures are taken as the official release takes them:
-validation resized to 256 and cropped to 224, the search set 50,000 training pictures drawn at random, cropped and
+Shared by ``inference.py``, ``pack.py`` and the desk experiment. Images are taken as the official release takes them:
+validation resized to 256 and cropped to 224, the search set 50,000 training images drawn at random, cropped and
 flipped at random. CIFAR has its own transforms, see ``cifar.py``.
 
-Letters: K exits, n pictures.
+Letters: K exits, n images.
 """
 
 from collections.abc import Iterable, Sequence, Sized
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from common.data.datasets import DEIT_NAMES
-from common.data.loaders import DataError, build_dataset, eval_loader, eval_transform, train_transform
-from common.measure.flops import gmacs
+from common.data.loaders import DataError, Loader, build_dataset, eval_loader, eval_transform, train_transform
 from common.run.metrics import ProgressLine
-from dvt import cifar
+from dvt import SEARCH_IMAGES, TRANSFORMS, cifar
+from dvt.costs import exit_gflops
+from dvt.engine import check_labels
 from dvt.exits import (
     Outcome,
     anytime_top1_percent,
@@ -28,18 +29,12 @@ from dvt.exits import (
     find_thresholds,
     published_shares,
 )
-from dvt.models import Cascade
-
-SEARCH_PICTURES = 50_000
-"""Training pictures on which thresholds are found, at most."""
-
-PICTURES = ("imagenet", "cifar")
-"""Transforms of pictures: the published ones of DVT, and those of T2T-ViT's transfer to CIFAR."""
+from dvt.losses import exit_logits
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What the exits say about pictures."""
+    """What the exits say about images."""
 
     confidence: Tensor
     """largest probability, (K, n), float32, on the CPU"""
@@ -52,16 +47,11 @@ class Scores:
         return anytime_top1_percent(self.correct)
 
 
-def cascade_gflops(model: Cascade) -> list[float]:
-    """Cumulative cost of the exits in GFLOPs (multiply-accumulates), counted as the authors did."""
-    return [gmacs(counts, "fvcore") for counts in model.count_ops(published=True)]
-
-
 @torch.no_grad()
 def collect_scores(
     model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, device: torch.device, title: str, show: bool = True
 ) -> Scores:
-    """Run all exits on every picture of a loader, in evaluation mode, without autocast.
+    """Run all exits on every image of a loader, in evaluation mode, without autocast.
 
     Args:
         model: gives the logits of K exits; its mode is restored.
@@ -69,7 +59,7 @@ def collect_scores(
         title: of the progress line.
 
     Raises:
-        ValueError: if there is no picture, or a label that the model has no class for.
+        ValueError: if there is no image, or a label that the model has no class for.
     """
     confidence: list[Tensor] = []
     correct: list[Tensor] = []
@@ -78,8 +68,8 @@ def collect_scores(
     try:
         with ProgressLine(title, len(loader) if isinstance(loader, Sized) else None, show=show) as line:
             for images, targets in loader:
-                logits = torch.stack(list(model(images.to(device, non_blocking=True))))
-                check_targets(targets, logits.shape[-1])
+                logits = torch.stack(exit_logits(model(images.to(device, non_blocking=True))))
+                check_labels(targets, logits.shape[-1])
                 sure, answers = confidence_and_prediction(logits)
                 confidence.append(sure.cpu())
                 correct.append(answers.cpu() == targets.cpu())
@@ -87,21 +77,8 @@ def collect_scores(
     finally:
         model.train(was_training)
     if not confidence:
-        raise ValueError(f"{title}: no picture could be read; check the folder")
+        raise ValueError(f"{title}: no image could be read; check the folder")
     return Scores(torch.cat(confidence, dim=1), torch.cat(correct, dim=1))
-
-
-def check_targets(targets: Tensor, classes: int) -> None:
-    """Refuse labels that the network has no class for.
-
-    Raises:
-        ValueError: naming label and classes.
-    """
-    if len(targets) and int(targets.max()) >= classes:
-        raise ValueError(
-            f"the data has a label {int(targets.max())}, the network only {classes} classes: check --num-classes and "
-            "that the checkpoint belongs to this data set"
-        )
 
 
 def search_thresholds(search: Scores, shares: Tensor | None = None) -> Tensor:
@@ -110,89 +87,102 @@ def search_thresholds(search: Scores, shares: Tensor | None = None) -> Tensor:
 
 
 def budgeted(held_out: Scores, gflops: Sequence[float], thresholds: Tensor) -> Outcome:
-    """Accuracy and mean cost on held-out pictures under thresholds found elsewhere."""
+    """Accuracy and mean cost on held-out images under thresholds found elsewhere."""
     return evaluate_thresholds(held_out.confidence, held_out.correct, gflops, thresholds)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-
-
-def open_pictures(
-    dataset: str,
-    root: str | None,
-    split: str,
-    *,
-    size: int,
-    augment: bool,
-    pictures: str | None = None,
-    on_bad_image: str = "raise",
-) -> Dataset[Any]:
-    """One split of a data set as the evaluation of DVT sees it.
+def pack_checkpoint(model: nn.Module, search: Scores, held_out: Scores) -> dict[str, Any]:
+    """The five entries of the published format.
 
     Args:
+        model: a trained cascade.
+        search: scores on the images that thresholds are found on.
+        held_out: scores on the images that accuracies are reported on.
+
+    Returns:
+        ``model_state_dict``; ``flops``, cumulative GFLOPs per exit; ``anytime_classification``, top-1 in percent per
+        exit; ``dynamic_threshold`` (59, 3); ``budgeted_batch_classification``, [59 costs, 59 accuracies].
+    """
+    gflops = exit_gflops(model)
+    thresholds = search_thresholds(search)
+    return {
+        "model_state_dict": {name: value.cpu() for name, value in model.state_dict().items()},
+        "flops": gflops,
+        "anytime_classification": held_out.anytime,
+        "dynamic_threshold": thresholds,
+        "budgeted_batch_classification": budgeted(held_out, gflops, thresholds).as_lists(),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """The images that a checkpoint is run on, as the evaluation of DVT sees them.
+
+    Attributes:
         dataset: ``imagenet``, ``cifar10``, ``cifar100``, ``digits``, or any name of ``build_dataset``.
         root: its folder; not needed for the digits.
-        split: ``train`` or ``val``.
-        size: side of the pictures in pixels.
-        augment: crop and flip at random, as published for the pictures that thresholds are found on. Digits are not
-            flipped.
-        pictures: ``imagenet`` or ``cifar``, the transforms that the network was trained with; None: CIFAR's for CIFAR,
-            ImageNet's for all else.
-        on_bad_image: ``raise`` or ``skip``.
-
-    Raises:
-        ValueError: if ``pictures`` is neither.
+        size: side of the images in pixels.
+        batch_size: images at once.
+        workers: loading processes.
+        transforms: one of ``TRANSFORMS``, those that the network was trained with; None: CIFAR's for CIFAR, ImageNet's
+            for all else.
     """
-    dataset = DEIT_NAMES.get(dataset, dataset)
-    pictures = pictures or ("cifar" if dataset.startswith("cifar") else "imagenet")
-    if pictures not in PICTURES:
-        raise ValueError(f"pictures must be one of {', '.join(PICTURES)}, got {pictures!r}")
-    flip = 0.0 if dataset == "digits" else 0.5
-    if pictures == "cifar":
-        picture = cifar.train_picture(size, hflip=flip) if augment else cifar.test_picture(size)
-    elif augment:
-        picture = train_transform(
-            size, auto_augment=None, color_jitter=None, interpolation="bilinear", hflip=flip, erase_probability=0.0
-        )
-    else:
-        picture = eval_transform(size)
-    return build_dataset(dataset, None if dataset == "digits" else root, split, picture, on_bad_image=on_bad_image)
+
+    dataset: str
+    root: str | None
+    size: int
+    batch_size: int = 64
+    workers: int = 0
+    transforms: str | None = None
+
+    def open(self, split: str, *, augment: bool = False) -> Dataset[Any]:
+        """One split.
+
+        Args:
+            split: ``train`` or ``val``.
+            augment: crop and flip at random, as published for the images that thresholds are found on. Digits are not
+                flipped.
+
+        Raises:
+            ValueError: if ``transforms`` is none that is known.
+        """
+        dataset = DEIT_NAMES.get(self.dataset, self.dataset)
+        transforms = self.transforms or ("cifar" if dataset.startswith("cifar") else "imagenet")
+        if transforms not in TRANSFORMS:
+            raise ValueError(f"transforms must be one of {', '.join(TRANSFORMS)}, got {transforms!r}")
+        flip = 0.0 if dataset == "digits" else 0.5
+        if transforms == "cifar":
+            transform = cifar.train_transform(self.size, hflip=flip) if augment else cifar.test_transform(self.size)
+        elif augment:
+            transform = train_transform(
+                self.size, auto_augment=None, color_jitter=None, interpolation="bilinear", hflip=flip,
+                erase_probability=0.0,
+            )  # fmt: skip
+        else:
+            transform = eval_transform(self.size)
+        return build_dataset(dataset, None if dataset == "digits" else self.root, split, transform)
+
+    def held_out(self) -> Loader:
+        """Batches of the validation images in their order."""
+        return eval_loader(self.open("val"), batch_size=self.batch_size, workers=self.workers)
+
+    def search(self, *, augment: bool = True, count: int = SEARCH_IMAGES, seed: int = 0) -> Loader:
+        """Batches of the training images that thresholds are found on, at most ``count``, drawn at random."""
+        drawn = draw_search_set(self.open("train", augment=augment), count=count, seed=seed)
+        return eval_loader(drawn, batch_size=self.batch_size, workers=self.workers, seed=seed)
 
 
-def draw_search_set(dataset: Dataset[Any], *, count: int = SEARCH_PICTURES, seed: int = 0) -> Dataset[Any]:
-    """At most ``count`` pictures drawn at random, in random order, the same for the same seed."""
+def draw_search_set(dataset: Dataset[Any], *, count: int = SEARCH_IMAGES, seed: int = 0) -> Subset[Any]:
+    """At most ``count`` images drawn at random, in random order, the same for the same seed."""
     if isinstance(dataset, IterableDataset):
         raise DataError(
-            "thresholds are found on pictures drawn at random, which a stream cannot give: use a data set with an "
+            "thresholds are found on images drawn at random, which a stream cannot give: use a data set with an "
             "index, such as class folders or hfds/, or a packed checkpoint with --eval_mode 1"
         )
     total = len(dataset)  # pyright: ignore[reportArgumentType]
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     return Subset(dataset, order[-count:].tolist())
-
-
-def search_loader(
-    dataset: str,
-    root: str | None,
-    *,
-    size: int,
-    batch_size: int,
-    workers: int = 0,
-    augment: bool = True,
-    count: int = SEARCH_PICTURES,
-    seed: int = 0,
-    pictures: str | None = None,
-) -> Any:
-    """Batches of the pictures that thresholds are found on; see :func:`open_pictures`."""
-    split = open_pictures(dataset, root, "train", size=size, augment=augment, pictures=pictures)
-    drawn = draw_search_set(split, count=count, seed=seed)
-    return eval_loader(drawn, batch_size=batch_size, workers=workers, seed=seed)
-
-
-def held_out_loader(
-    dataset: str, root: str | None, *, size: int, batch_size: int, workers: int = 0, pictures: str | None = None
-) -> Any:
-    """Batches of the validation pictures in their order; see :func:`open_pictures`."""
-    split = open_pictures(dataset, root, "val", size=size, augment=False, pictures=pictures)
-    return eval_loader(split, batch_size=batch_size, workers=workers)

@@ -1,13 +1,13 @@
-"""Where pictures leave a cascade: confidence thresholds for a budget, and accuracy and cost under them.
+"""Where images leave a cascade: confidence thresholds for a budget, and accuracy and cost under them.
 
-Paper: Not All Images are Worth 16x16 Words, arXiv:2105.15075, section 3.1 (exit rule) and section 4 (budgeted batch
-classification). A picture takes the answer of the first exit k whose largest probability is at least T_k.
+Paper: Not All Images are Worth 16x16 Words, arXiv:2105.15075, Section 3.3. An image takes the answer of the first exit
+k whose largest probability is at least T_k.
 
-The official release finds a threshold by walking over the pictures one by one. Here a budget is a row of a matrix: each
+The official release finds a threshold by walking over the images one by one. Here a budget is a row of a matrix: each
 exit is sorted once, and the walk is a cumulative count. Thresholds are float32 confidences taken from the data and are
 compared with ``>=`` in float32, so ties behave as in the walk.
 
-Letters: K exits, n pictures, C classes, P budgets.
+Letters: K exits, n images, C classes, P budgets.
 """
 
 from collections.abc import Sequence
@@ -16,26 +16,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dvt import BUDGETS
+
 NOBODY = 1e8
-"""Threshold of an exit that no picture takes; also where a quota cannot be met."""
+"""Threshold of an exit that no image takes; also where a quota cannot be met."""
 
 EVERYBODY = -1e8
 """Threshold of the last exit, which always answers."""
 
-BUDGETS = 59
-"""Points of the published curve: share ratios u = 1/20, 2/20, ..., 59/20."""
-
 
 @dataclass(frozen=True)
 class Outcome:
-    """Accuracy and cost of pictures that leave by thresholds; P rows, one per budget."""
+    """Accuracy and cost of images that leave by thresholds; P rows, one per budget."""
 
     top1_percent: Tensor
     """(P,) float64"""
     gmacs: Tensor
-    """(P,) float32: mean cost per picture, of the cumulative costs given"""
+    """(P,) float32: mean cost per image, of the cumulative costs given"""
     exit_counts: Tensor
-    """(P, K) int64: pictures that leave at each exit"""
+    """(P, K) int64: images that leave at each exit"""
 
     def as_lists(self) -> list[list[float]]:
         """``[costs, accuracies]``, as the published checkpoints keep the curve."""
@@ -55,7 +54,7 @@ def confidence_and_prediction(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def exit_shares(ratio: float, exits: int = 3) -> Tensor:
-    """Shares of the pictures that are to leave at each exit: a geometric series with this ratio, summing to one.
+    """Shares of the images that are to leave at each exit: a geometric series with this ratio, summing to one.
 
     Computed as exp(k log u) / sum, k = 1..K, in float32, because a quota is the floor of n times a share.
 
@@ -77,21 +76,21 @@ def published_shares(exits: int = 3, budgets: int = BUDGETS) -> Tensor:
 
 
 def find_thresholds(confidence: Tensor, shares: Tensor) -> Tensor:
-    """Thresholds under which given shares of these pictures leave at each exit.
+    """Thresholds under which given shares of these images leave at each exit.
 
-    Exit k lets out the floor(n * share_k) most confident of the pictures that have not left before. The quota is a
+    Exit k lets out the floor(n * share_k) most confident of the images that have not left before. The quota is a
     share of all n. Ties at the threshold leave together. Where the quota is zero, or more than what is left, nobody
     leaves. The last exit takes whoever remains.
 
     Args:
-        confidence: largest probability of each picture at each exit, (K, n); taken as float32.
+        confidence: largest probability of each image at each exit, (K, n); taken as float32.
         shares: (K,) or (P, K), of ``exit_shares``.
 
     Returns:
         Thresholds, float32, in the shape of ``shares``.
 
     Raises:
-        ValueError: if there is no picture, a confidence is not a number, or the shapes do not fit.
+        ValueError: if there is no image, a confidence is not a number, or the shapes do not fit.
     """
     confidence = _check_confidence(confidence)
     exits, count = confidence.shape
@@ -104,7 +103,7 @@ def find_thresholds(confidence: Tensor, shares: Tensor) -> Tensor:
     left = torch.zeros(len(rows), count, dtype=torch.bool, device=confidence.device)
     for k in range(exits - 1):
         ordered, order = confidence[k].sort(descending=True)
-        waiting = (~left[:, order]).cumsum(dim=1, dtype=torch.int32)  # (P, n): pictures met that have not left
+        waiting = (~left[:, order]).cumsum(dim=1, dtype=torch.int32)  # (P, n): images met that have not left
         quota = quotas[:, k]
         reached = (quota > 0) & (waiting[:, -1] >= quota)
         place = torch.searchsorted(waiting, quota.to(torch.int32)[:, None]).squeeze(1)
@@ -114,28 +113,30 @@ def find_thresholds(confidence: Tensor, shares: Tensor) -> Tensor:
 
 
 def first_exit(confidence: Tensor, thresholds: Tensor) -> Tensor:
-    """Index of the exit that answers each picture, from 0; K where no threshold is passed.
+    """Index of the exit that answers each image, from 0; K where no threshold is passed.
 
     Args:
         confidence: (K, n).
         thresholds: (K,).
+
+    Source: arXiv:2105.15075, Section 3.3: the first exit whose largest probability reaches its threshold.
     """
     passed = _check_confidence(confidence) >= thresholds.to(confidence.device, torch.float32)[:, None]
     return torch.where(passed.any(dim=0), passed.to(torch.uint8).argmax(dim=0), len(passed))
 
 
 def evaluate_thresholds(confidence: Tensor, correct: Tensor, gmacs: Sequence[float], thresholds: Tensor) -> Outcome:
-    """Accuracy and mean cost when each picture takes the answer of the first exit it passes.
+    """Accuracy and mean cost when each image takes the answer of the first exit it passes.
 
     Args:
         confidence: (K, n); taken as float32.
         correct: whether the answer of each exit is right, (K, n), bool.
         gmacs: cost of each exit, cumulative: all stages up to it.
-        thresholds: (K,) or (P, K). A picture that passes none counts as wrong and free, which the last threshold of
+        thresholds: (K,) or (P, K). An image that passes none counts as wrong and free, which the last threshold of
             ``find_thresholds`` rules out.
 
     Raises:
-        ValueError: if there is no picture, a confidence is not a number, or the shapes do not fit.
+        ValueError: if there is no image, a confidence is not a number, or the shapes do not fit.
     """
     confidence = _check_confidence(confidence)
     exits, count = confidence.shape
@@ -163,31 +164,34 @@ def evaluate_thresholds(confidence: Tensor, correct: Tensor, gmacs: Sequence[flo
 
 
 def anytime_top1_percent(correct: Tensor) -> list[float]:
-    """Accuracy in percent when every picture takes the answer of exit 1, of exit 2, ...; ``correct`` is (K, n).
+    """Accuracy in percent when every image takes the answer of exit 1, of exit 2, ...; ``correct`` is (K, n).
 
     The fraction is rounded to float32 before it becomes a percentage, as in the published checkpoints.
     """
     if correct.shape[-1] == 0:
-        raise ValueError("there is no picture to take the accuracy of")
+        raise ValueError("there is no image to take the accuracy of")
     return ((correct.sum(dim=1).float() / correct.shape[1]).double() * 100).tolist()
 
 
 def thresholds_for_budget(confidence: Tensor, gmacs: Sequence[float], budget: float) -> Tensor:
-    """Thresholds under which these pictures cost at most ``budget`` on average, and as near to it as shares allow.
+    """Thresholds under which these images cost at most ``budget`` on average, and as near to it as shares allow.
 
     The published curve has 59 budgets; here the ratio of the shares is found by bisection, so that any mean cost can be
     asked for. Ties can keep the cost below the budget, never above.
 
     Args:
-        confidence: (K, n), of the pictures that the thresholds are to be found on.
+        confidence: (K, n), of the images that the thresholds are to be found on.
         gmacs: cumulative cost of each exit.
-        budget: mean cost per picture, in the unit of ``gmacs``.
+        budget: mean cost per image, in the unit of ``gmacs``.
 
     Returns:
         (K,) float32.
 
     Raises:
         ValueError: if the budget is below the first exit's cost or above the last one's.
+
+    Source: arXiv:2105.15075, Section 3.3, Eq. 10: the best thresholds under a mean cost B; the paper solves it by a
+    genetic algorithm, the release and this function by shares that form a geometric series.
     """
     confidence = _check_confidence(confidence)
     exits = len(confidence)
@@ -217,7 +221,7 @@ def thresholds_for_budget(confidence: Tensor, gmacs: Sequence[float], budget: fl
 
 
 def first_exit_only(exits: int = 3) -> Tensor:
-    """Thresholds under which every picture leaves at the first exit, (K,)."""
+    """Thresholds under which every image leaves at the first exit, (K,)."""
     return torch.full((exits,), EVERYBODY)
 
 
@@ -248,7 +252,7 @@ def check_budget(budget: float, gmacs: Sequence[float]) -> None:
     margin = 1e-6 * gmacs[-1]  # the costs may have been through float32
     if not gmacs[0] - margin <= budget <= gmacs[-1] + margin:
         raise ValueError(
-            f"a budget of {budget:g} GFLOPs per picture is out of reach: the first exit costs {gmacs[0]:.4g}, the last "
+            f"a budget of {budget:g} GFLOPs per image is out of reach: the first exit costs {gmacs[0]:.4g}, the last "
             f"{gmacs[-1]:.4g}; give a budget between them"
         )
 
@@ -273,7 +277,7 @@ def _check_confidence(confidence: Tensor) -> Tensor:
     if confidence.dim() != 2 or not confidence.is_floating_point():
         raise ValueError(f"confidences must be numbers of shape (K, n), got {tuple(confidence.shape)}")
     if confidence.shape[1] == 0:
-        raise ValueError("there is no picture to find or apply thresholds on: are the folders empty?")
+        raise ValueError("there is no image to find or apply thresholds on: are the folders empty?")
     if bool(confidence.isnan().any()):
         raise ValueError("a confidence is not a number (nan): the network's output is not finite")
     return confidence.float()

@@ -1,6 +1,6 @@
 """What the ledger asks of this paper: costs and accuracy of a published row, and the desk experiment.
 
-Speeds have no entry of their own: how fast a cascade is depends on the exits that its pictures take, hence on trained
+Speeds have no entry of their own: how fast a cascade is depends on the exits that its images take, hence on trained
 weights; ``inference.py --dynamic`` measures accuracy, cost and throughput together.
 """
 
@@ -17,9 +17,10 @@ from common.ledger.cache import FOLDER
 from common.ledger.tables import DeskTable, Measured, NeedsWeights, Row
 from common.measure.flops import count_parameters, gmacs
 from common.run.checkpoint import hub_folder
-from dvt.models import MODELS, STAGE_NAMES, Backbone, Cascade, create_model
-
-CONVENTION = "fvcore"
+from dvt.costs import CONVENTION, count_exits, exit_gflops
+from dvt.models import MODELS, STAGE_NAMES, create_model
+from dvt.models.backbone import Backbone
+from dvt.models.cascade import Cascade
 
 EQUAL_COST = {"t2-dvt-at-7": "T2t_vit_7", "t2-dvt-at-10": "T2t_vit_10", "t2-dvt-at-12": "T2t_vit_12"}
 """Rows of Table 2 that compare accuracy at the speed of a baseline -> that baseline.
@@ -43,38 +44,38 @@ def parse_row(row: Row) -> argparse.Namespace:
 def costs(row: Row) -> dict[str, Measured]:
     """Parameters and GMACs of a row, counted on the meta device.
 
-    Of a cascade, GMACs are those of one exit where the row names one; else they depend on the exits that pictures take
+    Of a cascade, GMACs are those of one exit where the row names one; else they depend on the exits that images take
     and are not returned.
     """
     args = parse_row(row)
     with torch.device("meta"):
         model = create_model(args.model, num_classes=args.num_classes)
-    if not isinstance(model, Cascade):
-        source = f"count_ops() of {args.model}, one image at 224"
-        return {
-            "params_m": Measured(count_parameters(model) / 1e6, "all parameters", f"parameters of {args.model}"),
-            "gmacs": Measured(gmacs(model.count_ops(published=True), CONVENTION), CONVENTION, source),
-            "macs_g": Measured(gmacs(model.count_ops()), "macs", source),
-        }
-    if "exit" not in row.variables:
+    source = f"operations of {args.model}, one image at 224"
+    if not isinstance(model, Cascade) or "exit" not in row.variables:
         parameters = count_parameters(model) / 1e6
-        return {"params_m": Measured(parameters, "all parameters", f"parameters of {args.model}")}
+        found = {"params_m": Measured(parameters, "all parameters", f"parameters of {args.model}")}
+        if isinstance(model, Backbone):
+            (counted,) = count_exits(model)
+            found["gmacs"] = Measured(gmacs(counted.published, CONVENTION), CONVENTION, source)
+            found["macs_g"] = Measured(gmacs(counted.executed), "macs", source)
+        return found
     exit = int(row.variables["exit"]) - 1
-    stage = model.stages[exit]
+    stage, counts = model.stages[exit], count_exits(model)
+    costs = [0.0, *(gmacs(counted.published, CONVENTION) for counted in counts)]
+    executed = gmacs(counts[exit].executed)
     name = f"{args.model}.{STAGE_NAMES[exit]}"
-    source = f"count_ops() of {args.model}, one image at 224"
     return {
         "params_m": Measured(count_parameters(stage) / 1e6, "all parameters of the stage", f"parameters of {name}"),
-        "gmacs": Measured(gmacs(model.count_ops(published=True)[exit], CONVENTION), CONVENTION, source),
-        "stage_gmacs": Measured(gmacs(stage.count_ops(published=True), CONVENTION), CONVENTION, source),
-        "macs_g": Measured(gmacs(model.count_ops()[exit]), "macs", f"{source}, resizes as matrix products"),
+        "gmacs": Measured(costs[exit + 1], CONVENTION, source),
+        "stage_gmacs": Measured(costs[exit + 1] - costs[exit], CONVENTION, source),
+        "macs_g": Measured(executed, "macs", f"{source}, resizes as matrix products"),
     }
 
 
 def accuracy(
     row: Row, *, data: Path, weights: Path | None, device: torch.device | str, progress: bool
 ) -> dict[str, Measured]:
-    """Top-1 of a row through ``inference.py``; thresholds are the file's, or found on training pictures without any.
+    """Top-1 of a row through ``inference.py``; thresholds are the file's, or found on training images without any.
 
     Args:
         data: folder of the row's data set.
@@ -83,13 +84,13 @@ def accuracy(
     Raises:
         NeedsWeights: if there is no such checkpoint.
     """
+    from common.run.checkpoint import read_checkpoint
     from dvt import inference
-    from dvt.checkpoints import read
 
     args = parse_row(row)
     file = find_weights(args.model, args.dataset, weights)
     words = [*shlex.split(row.arguments), "--checkpoint_path", str(file), "--data_url", str(data)]
-    content = read(file)
+    content = read_checkpoint(file)
     stored = isinstance(content, dict) and {"flops", "dynamic_threshold"} <= content.keys()
     mode = "1" if stored and MODELS[args.model].stages else "2"
     words += ["--eval_mode", mode, "--device", str(device)]
@@ -117,8 +118,7 @@ def pick_point(row: Row, result: dict[str, Any]) -> tuple[float, str]:
     if row.id in EQUAL_COST:
         with torch.device("meta"):
             baseline = create_model(EQUAL_COST[row.id])
-        assert isinstance(baseline, Backbone)
-        limit = gmacs(baseline.count_ops(published=True), CONVENTION)
+        (limit,) = exit_gflops(baseline)
         cost, value = [point for point in points if point[0] <= limit][-1] if points[0][0] <= limit else points[0]
     elif row.id in CURVE_ENDS:
         cost, value = min(points, key=lambda point: abs(point[0] - min(CURVE_ENDS[row.id], points[-1][0])))

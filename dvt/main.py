@@ -10,28 +10,20 @@ Results go to ./output/train/<time>-<model>-<size>/: last.pth.tar and model_best
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import torch
 import yaml
-from timm.utils.model_ema import ModelEmaV3
-from torch import nn
 
-from common.data.loaders import DataError
 from common.run import cli
-from common.run.checkpoint import CheckpointError, CheckpointManager, TrainingState, plain
-from common.run.engine import NonFiniteLoss, prepare_network, train
 from common.run.files import write_atomic
-from common.run.launch import launch, seed_everything
 from common.run.program import get_logger, is_main, run
+from common.run.settings import AugmentationSettings, DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
 from dvt import arguments
-from dvt.checkpoints import load_weights, read, resume
-from dvt.engine import evaluate_exits
-from dvt.training import SummaryRecord, amp_mode, build_loaders, build_model, build_optimizer, build_step
+from dvt.models import MODELS
 
 logger = get_logger(__name__)
 
@@ -40,22 +32,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments.parse_args(argv, __doc__)
 
 
-def make_folder(args: argparse.Namespace) -> Path:
-    """Where this run's results go; only rank 0 writes there."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = Path(args.output or "output") / "train" / (args.experiment or f"{stamp}-{args.model}-{args.img_size}")
-    if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "args.yaml", yaml.safe_dump(plain(vars(args))))
-    return folder
-
-
-def evaluate_both(test: Callable[..., dict[str, float]], model: nn.Module, ema: ModelEmaV3 | None) -> dict[str, float]:
+def evaluate_both(test: Callable[..., dict[str, float]], model: Any, average: Any) -> dict[str, float]:
     """Numbers of the averaged weights, by which states are chosen, and of the weights as ``raw_*``; as published."""
     raw = test(model)
-    if ema is None:
+    if average is None:
         return raw
-    return test(ema.module, title="test (EMA)") | {f"raw_{name}": raw[name] for name in raw if "exit" in name}
+    return test(average.module, title="test (EMA)") | {f"raw_{name}": raw[name] for name in raw if "exit" in name}
 
 
 def report(result: dict[str, float], folder: Path | None) -> None:
@@ -71,49 +53,94 @@ def report(result: dict[str, float], folder: Path | None) -> None:
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train, or with ``--eval_checkpoint`` only evaluate; returns the numbers of the (last) evaluation."""
     args = parse_args(argv)
+    resumed = "" if args.resume == "auto" else args.resume
+    files = (args.eval_checkpoint, args.initial_checkpoint, resumed)
+    arguments.check_paths(files, dataset=cli.dataset_name(args.data_set), root=args.data)
+
+    from common.data.build import build_loaders, build_mixup
+    from common.data.transforms import eval_transform
+    from common.run.build import build_average, build_run
+    from common.run.checkpoint import plain, read_checkpoint
+    from common.run.launch import launch, seed_everything
+    from dvt.augmentation import IMAGENET_MEAN, IMAGENET_STD, make_erasing, make_train_transform
+    from dvt.build import SummaryRecord, build_model, build_optimizer
+    from dvt.engine import CascadeStep, evaluate_exits
+    from dvt.loading import load_weights, resume
+    from dvt.losses import build_criterion
+
     world = launch(args.device, local_rank=args.local_rank)
-    amp = amp_mode(args, world.device)
-    batches, held_out = build_loaders(args)
-    model = build_model(args).to(world.device)
+    amp = (args.amp_dtype or ("fp16" if world.device.type == "cuda" else "bf16")) if args.amp else "none"
+    augmentation = AugmentationSettings.of(args)
+    colours = {"mean": args.mean or IMAGENET_MEAN, "std": args.std or IMAGENET_STD}
+    alone = MODELS[args.model].family == "t2t" and not MODELS[args.model].stages
+    batches = build_loaders(
+        DataSettings.of(args, data_path=args.data, input_size=args.img_size),
+        None if args.eval_checkpoint else augmentation,
+        classes=args.num_classes,
+        eval_batch_size=args.batch_size * args.validation_batch_size_multiplier,
+        train=make_train_transform(
+            args.img_size, augmentation, no_aug=args.no_aug, scale=args.scale, ratio=args.ratio, vflip=args.vflip,
+            views=args.aug_splits, **colours,
+        ),
+        held_out=eval_transform(
+            args.img_size, crop_ratio=args.crop_pct or (0.9 if alone else 0.875),
+            interpolation=args.interpolation or "bicubic", **colours,
+        ),
+    )  # fmt: skip
+    model = build_model(
+        args.model, seed=args.seed, feature_reuse=args.feature_reuse, relation_reuse=args.relation_reuse,
+        initial_checkpoint=args.initial_checkpoint, num_classes=args.num_classes, img_size=args.img_size,
+        drop_rate=args.drop, drop_path_rate=args.drop_path,
+    ).to(world.device)  # fmt: skip
     seed_everything(args.seed)
     if args.num_classes < 5:
         logger.warning("top5 is taken over all %d classes", args.num_classes)
-    test = partial(evaluate_exits, loader=held_out, device=world.device, amp=amp)
+    test = partial(evaluate_exits, loader=batches.held_out, device=world.device, amp=amp)
     if args.eval_checkpoint:
-        load_weights(model, read(args.eval_checkpoint), source=args.eval_checkpoint, average=args.model_ema)
+        load_weights(model, read_checkpoint(args.eval_checkpoint), source=args.eval_checkpoint, average=args.model_ema)
         result = test(model)
         report(result, Path(args.output) if args.output else None)
         return result
 
-    optimizer = build_optimizer(args, model)
-    scheduler, epochs = cli.build_schedule(
-        optimizer, epochs=args.epochs, sched=args.sched, warmup_epochs=args.warmup_epochs, warmup_lr=args.warmup_lr,
-        min_lr=args.min_lr, cooldown_epochs=args.cooldown_epochs, decay_epochs=args.decay_epochs,
-        decay_rate=args.decay_rate, patience_epochs=args.patience_epochs, noise=args.lr_noise,
-        noise_pct=args.lr_noise_pct, noise_std=args.lr_noise_std, seed=args.seed,
+    name = args.experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{args.model}-{args.img_size}"
+    folder = Path(args.output or "output") / "train" / name
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "args.yaml", yaml.safe_dump(plain(vars(args))))
+    optimization = OptimizerSettings.of(args)
+    average = build_average(model, optimization)
+    trainer = build_run(
+        model, world,
+        RunSettings.of(
+            args, amp=amp, output_dir=str(folder), save_every_steps=args.recovery_interval or None,
+            log_every_steps=args.log_interval,
+        ),
+        optimizer=build_optimizer(model, optimization, decay_tokens=not args.no_decay_tokens),
+        schedule=ScheduleSettings.of(args, noise_seed=args.seed), average=average, clip_grad=args.clip_grad,
+        arguments=vars(args), metric=args.eval_metric, higher_is_better=args.eval_metric != "loss",
+        files=("last.pth.tar", "model_best.pth.tar"), make_record=SummaryRecord,
+        resume=partial(resume, path=resumed, optimizer=not args.no_resume_opt, start_epoch=args.start_epoch)
+        if resumed else None,
+        broadcast_buffers=False,  # constants, alike on all
     )  # fmt: skip
-    ema = None
-    if args.model_ema:
-        ema = ModelEmaV3(model, args.model_ema_decay, device=torch.device("cpu") if args.model_ema_force_cpu else None)
-    state = TrainingState(model, optimizer, scheduler, ema=ema, arguments=vars(args), device=world.device)
-    folder = make_folder(args)
-    metric = args.eval_metric
-    manager = CheckpointManager(
-        folder, metric=metric, higher_is_better=metric != "loss", last="last.pth.tar", best="model_best.pth.tar"
+    assert trainer.network is not None
+    assert batches.train is not None
+    mixup = build_mixup(augmentation, args.num_classes)
+    step = CascadeStep(
+        trainer.network,
+        build_criterion(mixup is not None, args.smoothing, jsd_views=args.aug_splits if args.jsd else 0),
+        mixup=mixup,
+        mixup_epochs=args.mixup_off_epoch,
+        erasing=make_erasing(
+            0.0 if args.no_aug else args.reprob, args.remode, args.recount, device=world.device, views=args.aug_splits,
+            clean_first=args.resplit,
+        ),
+        progress=trainer.state.progress,
+    )  # fmt: skip
+    shadow = None if args.model_ema_force_cpu else average
+    row = trainer.fit(
+        step, batches.train, evaluate_fn=lambda: evaluate_both(partial(test, show_progress=False), model, shadow)
     )
-    if args.resume == "auto":
-        manager.resume(state)
-    elif args.resume:
-        resume(state, args.resume, optimizer=not args.no_resume_opt, start_epoch=args.start_epoch)
-    network = prepare_network(model, world, compiled=args.compile, broadcast_buffers=False)  # constants, alike on all
-    shadow = None if args.model_ema_force_cpu else ema
-    row = train(
-        build_step(args, network, state), state, batches, world=world, epochs=epochs, network=network, amp=amp,
-        clip_grad=args.clip_grad, manager=manager,
-        evaluate_fn=lambda: evaluate_both(partial(test, show_progress=False), model, shadow),
-        record=SummaryRecord(folder / "log.jsonl", tensorboard=folder / "tensorboard" if args.tensorboard else None),
-        save_every_steps=args.recovery_interval or None, log_every_steps=args.log_interval,
-    )  # fmt: skip
     result = {name.removeprefix("test_"): value for name, value in row.items() if name.startswith("test_")}
     if result:
         report(result, folder)
@@ -121,4 +148,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]), expected=(DataError, CheckpointError, NonFiniteLoss, ValueError))
+    run(main, expected=(ValueError,))

@@ -1,30 +1,26 @@
 """Accuracy, cost and throughput of early exit, measured together on a data set, against the full cascade.
 
-The pictures of the validation set are taken in their order, batch by batch. The full cascade and early exit under each
+The images of the validation set are taken in their order, batch by batch. The full cascade and early exit under each
 setting of thresholds take turns on every batch, so that a machine that gets slower meanwhile slows all alike. Loading
-and copying pictures is not timed.
+and copying images is not timed.
 """
 
-import argparse
-import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from common.ledger.results import current_commit, now
-from common.measure.benchmark import describe_device, synchronize
-from common.run.files import write_atomic
+from common.measure.benchmark import synchronize
 from common.run.metrics import ProgressLine
 from dvt.dynamic import DynamicClassifier
-from dvt.evaluation import Scores, check_targets
+from dvt.engine import check_labels
+from dvt.evaluation import Scores
 from dvt.exits import NOBODY, check_budget, pick_budget, thresholds_for_budget
-from dvt.models import Cascade
+from dvt.models.cascade import Cascade
 
 FULL = "full cascade"
 SHOWN = (1, 5, 10, 15, 20, 30, 40, 50, 59)
@@ -38,21 +34,19 @@ class DynamicResult:
     name: str
     thresholds: list[float]
     exit_percent: list[float]
-    """share of the pictures that leave at each exit"""
+    """share of the images that leave at each exit"""
     top1_percent: float
     gmacs: float
-    """mean cost per picture, of the exits taken"""
+    """mean cost per image, of the exits taken"""
     throughput_ips: float
     speedup: float
     """time of the full cascade over own time, on the same batches"""
+    spread_percent: float
+    """range of that ratio over the batches, relative to its median"""
     flops_ratio: float
     """cost of the full cascade over own cost: the speed-up promised"""
     realised: float
     """the former over the latter"""
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields, for a record file."""
-        return asdict(self)
 
     def line(self) -> str:
         """One line for the terminal."""
@@ -65,17 +59,18 @@ class DynamicResult:
 
 @torch.no_grad()
 def measure_dynamic(
-    cascade: Cascade,
+    cascade: nn.Module,
     settings: Mapping[str, Sequence[float] | Tensor],
     loader: Iterable[tuple[Tensor, Tensor]],
     gflops: Sequence[float],
     *,
     device: torch.device,
     compiled: bool = False,
+    warmup: int = 1,
     show: bool = True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[DynamicResult]:
-    """Run the full cascade and early exit on every picture of a loader.
+    """Run the full cascade and early exit on every image of a loader.
 
     Args:
         cascade: in evaluation mode, on ``device``.
@@ -83,47 +78,51 @@ def measure_dynamic(
         loader: (images, targets).
         gflops: cumulative cost of the exits.
         compiled: compile all of it; what the first batch compiles is not timed.
+        warmup: untimed passes over the first batch.
 
     Returns:
         The full cascade, then each setting.
 
     Raises:
-        ValueError: if there is no picture, or a label that the model has no class for.
+        ValueError: if there is no image, or a label that the model has no class for.
     """
+    assert isinstance(cascade, Cascade)
     exits = len(gflops)
     everything = {FULL: [NOBODY] * (exits - 1) + [-NOBODY], **settings}
     classifier = DynamicClassifier(cascade, everything[FULL], compiled=compiled)
     names = list(everything)
-    seconds, hits = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    hits = dict.fromkeys(names, 0)
     left = {name: torch.zeros(exits, dtype=torch.int64) for name in names}
     count = number = 0
     with ProgressLine("early exit", len(loader) if isinstance(loader, Sized) else None, show=show) as line:
         for number, (images, targets) in enumerate(loader):
-            check_targets(targets, cascade.num_classes)
+            check_labels(targets, cascade.num_classes)
             images = images.to(device, non_blocking=True)
-            if number == 0:
+            if number == 0 and compiled:
                 classifier.warm_up(images)
             shift = number % len(names)
             for name in names[shift:] + names[:shift]:
                 classifier.set_thresholds(everything[name])
-                if number == 0:
+                for _ in range(0 if number else warmup):
                     classifier(images)
                 synchronize(device)
                 begin = clock()
                 output = classifier(images)
                 synchronize(device)
-                seconds[name] += clock() - begin
+                seconds[name].append(clock() - begin)
                 hits[name] += int((output.logits.argmax(dim=1).cpu() == targets).sum())
                 left[name] += torch.bincount(output.exits.cpu(), minlength=exits)
             count += len(targets)
             line.update(len(targets))
     if not count:
-        raise ValueError("early exit: no picture could be read; check the folder")
+        raise ValueError("early exit: no image could be read; check the folder")
     results: list[DynamicResult] = []
     for name in names:
         shares = left[name].double() / count
         mean = float(shares @ torch.tensor(list(gflops), dtype=torch.float64))
-        speedup, promised = seconds[FULL] / seconds[name], gflops[-1] / mean
+        ratios = [full / own for full, own in zip(seconds[FULL], seconds[name], strict=True)]
+        speedup, promised = sum(seconds[FULL]) / sum(seconds[name]), gflops[-1] / mean
         results.append(
             DynamicResult(
                 name=name,
@@ -131,8 +130,9 @@ def measure_dynamic(
                 exit_percent=(100 * shares).tolist(),
                 top1_percent=100 * hits[name] / count,
                 gmacs=mean,
-                throughput_ips=count / seconds[name],
+                throughput_ips=count / sum(seconds[name]),
                 speedup=speedup,
+                spread_percent=100 * (max(ratios) - min(ratios)) / statistics.median(ratios),
                 flops_ratio=promised,
                 realised=speedup / promised,
             )
@@ -182,72 +182,9 @@ def choose_settings(
         elif stored is not None:
             chosen[f"budget {budget:g}"] = pick_budget(stored, stored_costs, gflops, budget)
         else:
-            raise ValueError("--budget needs thresholds: a packed checkpoint, or training pictures (--eval_mode 2)")
+            raise ValueError("--budget needs thresholds: a packed checkpoint, or training images (--eval_mode 2)")
     if not chosen and stored is not None:
         chosen = {f"p = {p}": stored[p - 1] for p in SHOWN if p <= len(stored)}
     if not chosen:
         raise ValueError("--dynamic needs --threshold, --budget, or a checkpoint with dynamic_threshold")
     return chosen
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# For the command line
-
-
-def add_dynamic_args(parser: argparse.ArgumentParser) -> None:
-    """Flags of ``inference.py --dynamic``."""
-    add = parser.add_argument_group("early exit").add_argument
-    add(
-        "--dynamic",
-        action="store_true",
-        help="let pictures leave early for real, and measure accuracy, GFLOPs and throughput together",
-    )
-    add(
-        "--budget",
-        type=float,
-        nargs="+",
-        default=[],
-        metavar="G",
-        help="mean GFLOPs per picture; thresholds from the training pictures (mode 2) or the stored curve (mode 1)",
-    )
-    add("--threshold", type=float, nargs="+", default=[], metavar="T", help="confidence of the first two exits")
-    add("--compile", action="store_true", help="compile every exit, for any number of pictures left")
-    add("--output", type=Path, default=None, metavar="FILE", help="write what was measured as JSON")
-
-
-def run_dynamic(
-    cascade: Cascade,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    settings: Mapping[str, Sequence[float] | Tensor],
-    gflops: Sequence[float],
-    *,
-    device: torch.device,
-    batch_size: int,
-    compiled: bool = False,
-    output: Path | None = None,
-    **record: Any,
-) -> list[DynamicResult]:
-    """Measure, print a line per setting, and keep the numbers.
-
-    Args:
-        settings: see :func:`choose_settings`.
-        batch_size: of the loader, for the record.
-        output: JSON file to write; further keywords, such as ``model``, are kept in it.
-    """
-    results = measure_dynamic(cascade, settings, loader, gflops, device=device, compiled=compiled)
-    for result in results:
-        print(result.line(), flush=True)
-    if output is not None:
-        content = {
-            **record,
-            "batch_size": batch_size,
-            "compiled": compiled,
-            "device": describe_device(device),
-            "threads": torch.get_num_threads() if device.type == "cpu" else None,
-            "commit": current_commit(),
-            "created": now(),
-            "flops": list(gflops),
-            "rows": [result.as_dict() for result in results],
-        }
-        write_atomic(output, json.dumps(content, indent=1) + "\n")
-    return results

@@ -16,8 +16,6 @@ NO_PROGRAMS = ("hourglass_swag/models/", "common/run/program.py", "docs/")
 """Build scripts and published examples with environments of their own, and a docstring's example."""
 STILL_HEAVY = (
     *("common/gpu.py", "common/ledger/gpu.py"),
-    *("dvt/benchmark.py", "dvt/inference.py", "dvt/main.py", "dvt/pack.py", "dvt/transfer_learning.py"),
-    *("dvt/visualize.py",),
     *("hourglass_swag/get_flops_fps.py", "hourglass_swag/imagenet_1k_eval.py", "hourglass_swag/predict.py"),
     *("hourglass_swag/train.py", "hourglass_swag/visualize.py"),
     *("scala/benchmark.py", "scala/export.py", "scala/linear_probe.py", "scala/main_dinov2.py", "scala/main_scala.py"),

@@ -1,6 +1,6 @@
 """What T2T-ViT and DeiT share: tokens, blocks, head, and the two reuses from the stage before.
 
-Paper: arXiv:2105.15075, Section 3. A subclass brings the network that turns a picture into tokens.
+Paper: arXiv:2105.15075, Section 3. A subclass brings the network that turns an image into tokens.
 
 Shapes: B batch, N tokens of the stage, M of the stage before (class token not counted), D width, L blocks, H heads,
 C classes.
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from common.layers import init_linear
-from common.measure import flops
-from common.measure.flops import OpCounts
-from dvt.models.reuse import FEATURE_CHANNELS, RELATION_RATIO, TokenResize, reuse_relations
+from dvt.models.reuse import RELATION_RATIO, Grid, TokenResize, reuse_relations
 from dvt.models.transformer_block import Block, Norm, drop_path_rates
+
+Size = int | tuple[int, int]
+"""Side of an image in pixels, or height and width."""
 
 
 class StageOutput(NamedTuple):
@@ -33,7 +34,7 @@ class StageOutput(NamedTuple):
     relations: Tensor | None = None
 
     def select(self, index: Tensor) -> "StageOutput":
-        """The same for some pictures of the batch.
+        """The same for some images of the batch.
 
         Args:
             index: their numbers (int64), or a mask (bool, B).
@@ -48,10 +49,10 @@ class Backbone(nn.Module):
     """A Vision Transformer at one token grid, alone or as a stage of a cascade.
 
     Args:
-        embed: name and module of the network from pictures (B, 3, size, size) to tokens (B, N, D).
-        grid: tokens per side.
+        embed: name and module of the network from images (B, 3, height, width) to tokens (B, N, D).
+        grid: rows and columns of tokens.
         pos_embed: (1, N+1, D), trained or not.
-        source_grid: tokens per side of the stage before; needed for either reuse.
+        source_grid: those of the stage before; needed for either reuse.
         feature_reuse, relation_reuse: take over the features, the attention logits, of the stage before, which must
             have the same width, depth and heads.
 
@@ -63,7 +64,7 @@ class Backbone(nn.Module):
         self,
         *,
         embed: tuple[str, nn.Module],
-        grid: int,
+        grid: Grid,
         pos_embed: nn.Parameter,
         num_classes: int = 1000,
         embed_dim: int = 768,
@@ -76,7 +77,7 @@ class Backbone(nn.Module):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         norm_layer: Norm = nn.LayerNorm,
-        source_grid: int | None = None,
+        source_grid: Grid | None = None,
         feature_reuse: bool = False,
         relation_reuse: bool = False,
     ) -> None:
@@ -122,7 +123,7 @@ class Backbone(nn.Module):
 
     @property
     def embed(self) -> Any:
-        """The network from pictures to tokens."""
+        """The network from images to tokens."""
         return getattr(self, self.embed_name)
 
     def no_weight_decay(self) -> set[str]:
@@ -141,12 +142,14 @@ class Backbone(nn.Module):
         """Run the stage.
 
         Args:
-            images: (B, 3, size, size).
+            images: (B, 3, height, width).
             before: output of the stage before; not looked at without a reuse.
             hand_on: also return the attention logits, which makes each block materialise its map.
 
         Raises:
             ValueError: if a reuse lacks what it reuses.
+
+        Source: arXiv:2105.15075, Section 3.2, Eq. 8: A_up, the logits of all blocks and heads.
         """
         features, relations, matrix = self._find_reused(before)
         x = self.embed(images)
@@ -176,41 +179,19 @@ class Backbone(nn.Module):
         relations = before.relations if self.relation_reuse else None
         return features, relations, self.token_resize(before.features.dtype)
 
-    def count_ops(self, *, published: bool = False) -> OpCounts:
-        """Operations for one picture, as a stage with its reuse networks.
 
-        Args:
-            published: count the resizes as the operators of the official code (up-sampling and pooling); otherwise as
-                the matrix products that run here.
-        """
-        tokens = self.grid**2 + 1
-        source = 0 if self.source_grid is None else self.source_grid**2 + 1
-        counts = self.embed.count_ops()
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            counts += block.count_ops(tokens, source)
-        counts += self._count_reuse(tokens, source, published)
-        counts += flops.layer_norm(tokens * self.embed_dim)
-        if self.num_classes > 0:
-            counts += flops.linear(1, self.embed_dim, self.num_classes)
-        return counts
+def sides_of(size: Size) -> tuple[int, int]:
+    """Height and width of images in pixels."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
-    def _count_reuse(self, tokens: int, source: int, published: bool) -> OpCounts:
-        """The mixer of relations, and both resizes."""
-        counts, channels = OpCounts(), self.depth * self.num_heads
-        if self.relation_reuse:
-            counts += flops.conv2d(source, source, channels, RELATION_RATIO * channels, 1)
-            counts += flops.gelu(source**2 * RELATION_RATIO * channels)
-            counts += flops.conv2d(source, source, RELATION_RATIO * channels, channels, 1)
-        resized_features = FEATURE_CHANNELS * self.depth if self.feature_reuse else 0  # maps of n_up x n_up
-        resized_relations = channels * (source + tokens) if self.relation_reuse else 0  # along keys, along queries
-        if published and self.source_grid is not None:
-            pixels = (2 * self.source_grid) ** 2 * (resized_features + resized_relations)
-            return counts + flops.upsample(pixels) + flops.pool(pixels)
-        if self.feature_reuse:
-            counts += flops.matmul(self.depth, tokens - 1, FEATURE_CHANNELS, source - 1)
-        if self.relation_reuse:
-            padded = self.token_resize.padded_tokens
-            counts += flops.matmul(channels, source, padded, source)
-            counts += flops.matmul(channels, tokens, padded, source)
-        return counts
+
+def check_images(images: Tensor, size: tuple[int, int]) -> None:
+    """Refuse images of another size than the network is made for.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if images.shape[-2:] != size:
+        wanted, found = ("x".join(map(str, pair)) for pair in (size, images.shape[-2:]))
+        raise ValueError(f"this network takes images of {wanted} pixels, got {found}")

@@ -9,23 +9,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from common.measure.flops import OpCounts
+from dvt.models import EXITS, STAGE_NAMES
 from dvt.models.backbone import Backbone, StageOutput
-
-STAGE_NAMES = ("less_less_token", "less_token", "normal_token")
-"""Names of the stages in the published state dicts, in the order in which they run."""
-
-EXITS = len(STAGE_NAMES)
 
 
 class Cascade(nn.Module):
-    """Three exits over one picture.
+    """Three exits over one image.
 
     Args:
         stages: in the order in which they run; the first without reuse. Build them with :func:`make_cascade`.
 
     Raises:
         ValueError: if a stage does not fit the one before it.
+
+    Source: arXiv:2105.15075, Section 3.1: the transformers are run in the order of their numbers of tokens.
     """
 
     def __init__(self, stages: Sequence[Backbone]) -> None:
@@ -59,7 +56,7 @@ class Cascade(nn.Module):
         Args:
             exit: 0, 1 or 2.
             images: (B, 3, size, size).
-            before: output of exit ``exit - 1`` for the same pictures; None for exit 0.
+            before: output of exit ``exit - 1`` for the same images; None for exit 0.
         """
         stages = self.stages
         wanted = exit + 1 < len(stages) and stages[exit + 1].relation_reuse
@@ -73,14 +70,6 @@ class Cascade(nn.Module):
             output = self.run_exit(exit, images, output)
             logits.append(output.logits)
         return tuple(logits)
-
-    def count_ops(self, *, published: bool = False) -> list[OpCounts]:
-        """Operations for one picture up to each exit, cumulative; see ``Backbone.count_ops``."""
-        total, counts = OpCounts(), []
-        for stage in self.stages:
-            total = total + stage.count_ops(published=published)
-            counts.append(total)
-        return counts
 
 
 def make_cascade(

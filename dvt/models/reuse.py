@@ -1,19 +1,22 @@
 """Feature reuse and relationship reuse: what a stage takes over from the one before it, as functions of tensors.
 
 Paper: Not All Images are Worth 16x16 Words, arXiv:2105.15075, Section 3.2. Both resize from the token grid of the stage
-before (n_up x n_up) to that of the stage (n x n): nearest up-sampling by two, then adaptive average pooling. That is
-linear and separable, X -> A X A^T, so one matrix of tokens does it for features and, on either side, for relations.
+before to that of the stage: nearest up-sampling by two, then adaptive average pooling. That is linear and separable,
+X -> A X B^T (A = B on square grids), so one matrix of tokens does it for features and, on either side, for relations.
 
-Shapes: B batch, L blocks, H heads, D width, M = n_up^2 tokens before, N = n^2 tokens now; a class
-token comes first.
+Shapes: B batch, L blocks, H heads, D width, M = rows x columns tokens before, N tokens now; a class token comes first.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Grid = tuple[int, int]
+"""Rows and columns of tokens."""
 
 FEATURE_CHANNELS = 48
 """Channels of the reused features that each block receives."""
@@ -45,48 +48,36 @@ def grid_overlap(source: int, target: int) -> tuple[Tensor, Tensor]:
     return overlap.clamp(min=0).float(), (stop - start)[:, None].float()
 
 
-def resize_grid(maps: Tensor, target: int) -> Tensor:
-    """Resize square maps: nearest up-sampling by two, then adaptive average pooling, as ``A X A^T``.
+def token_overlap(source: Grid, target: Grid) -> tuple[Tensor, Tensor]:
+    """The resize of all tokens, class token first, as whole numbers: ``W = blockdiag(1, A (x) B) = overlap / sizes``.
 
     Args:
-        maps: (..., n_up, n_up).
-        target: tokens per side of the result.
-
-    Returns:
-        (..., target, target), in the dtype of ``maps``.
-    """
-    overlap, sizes = grid_overlap(maps.shape[-1], target)
-    matrix = overlap.to(maps) / sizes.to(maps)
-    return matrix @ maps @ matrix.T
-
-
-def token_overlap(source: int, target: int) -> tuple[Tensor, Tensor]:
-    """The resize of all tokens, class token first, as whole numbers: ``W = blockdiag(1, A (x) A) = overlap / sizes``.
+        source, target: rows and columns of tokens.
 
     Returns:
         (N+1, M+1) and (N+1, 1); see :func:`grid_overlap`.
     """
-    overlap, sizes = grid_overlap(source, target)
-    grids = torch.kron(overlap, overlap), torch.kron(sizes, sizes)
+    (rows, row_sizes), (columns, column_sizes) = map(grid_overlap, source, target)
     one = torch.ones(1, 1, device="cpu")
-    return torch.block_diag(one, grids[0]), torch.cat([one, grids[1]])
+    overlap = torch.block_diag(one, torch.kron(rows, columns))
+    return overlap, torch.cat([one, torch.kron(row_sizes, column_sizes)])
 
 
 class TokenResize(nn.Module):
     """Holds ``W`` of a stage; without parameters, and without entries in a state dict.
 
     Args:
-        source, target: tokens per side of the stage before and of this one.
+        source, target: rows and columns of tokens of the stage before and of this one.
     """
 
     overlap: Tensor
     sizes: Tensor
 
-    def __init__(self, source: int, target: int) -> None:
+    def __init__(self, source: Grid, target: Grid) -> None:
         super().__init__()
         self.source, self.target = source, target
-        self.register_buffer("overlap", torch.empty(target**2 + 1, source**2 + 1), persistent=False)
-        self.register_buffer("sizes", torch.empty(target**2 + 1, 1), persistent=False)
+        self.register_buffer("overlap", torch.empty(math.prod(target) + 1, math.prod(source) + 1), persistent=False)
+        self.register_buffer("sizes", torch.empty(math.prod(target) + 1, 1), persistent=False)
         self.reset_buffers()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "TokenResize":
@@ -108,11 +99,11 @@ class TokenResize(nn.Module):
     @property
     def padded_tokens(self) -> int:
         """Length of a row of resized relations in memory, in elements."""
-        tokens = self.target**2 + 1
+        tokens = len(self.overlap)
         return tokens + -tokens % ALIGNMENT
 
     def extra_repr(self) -> str:
-        return f"{self.source}x{self.source} -> {self.target}x{self.target}"
+        return "{}x{} -> {}x{}".format(*self.source, *self.target)
 
 
 def reuse_features(features: Tensor, matrix: Tensor) -> Tensor:
@@ -125,7 +116,7 @@ def reuse_features(features: Tensor, matrix: Tensor) -> Tensor:
     Returns:
         E_l, (B, N+1, 48).
 
-    Source: arXiv:2105.15075, Section 3.2, feature reuse: the context embedding E_l = Up(f_l(z_up)).
+    Source: arXiv:2105.15075, Section 3.2, Eq. 4: the context embedding E_l, f_l(z_up) up-sampled, zeros for the class.
     """
     return F.pad(matrix[1:, 1:] @ features[:, 1:], (0, 0, 1, 0))
 
@@ -159,6 +150,6 @@ def reuse_relations(relations: Tensor, mixer: nn.Module, matrix: Tensor, blocks:
     Returns:
         L tensors r_l(A_up), (B, H, N+1, N+1).
 
-    Source: arXiv:2105.15075, Section 3.2, relationship reuse: Attn = softmax(A_l + r_l(A_up)) V.
+    Source: arXiv:2105.15075, Section 3.2, Eq. 9: r_l(A_up), added to the logits.
     """
     return resize_relations(mixer(relations), matrix).chunk(blocks, dim=1)

@@ -9,9 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.layers import Performer, sinusoid_table
-from common.measure import flops
-from common.measure.flops import OpCounts
-from dvt.models.backbone import Backbone
+from dvt.models.backbone import Backbone, Size, check_images, sides_of
 from dvt.models.token_transformer import Token_transformer
 
 
@@ -31,12 +29,12 @@ LATER_SPLIT = Split(3, 2, 1)
 """Second and third split of every grid."""
 
 GRIDS: dict[str, tuple[Split, Callable[[int], int]]] = {
-    "": (Split(7, 4, 2), lambda size: (size // 16) ** 2),
-    "_less_token": (Split(11, 6, 5), lambda size: 100),
-    "_less_less_token": (Split(14, 8, 3), lambda size: (size // 32) ** 2),
-    "_4x4": (Split(24, 14, 5), lambda size: (size // 56) ** 2),
+    "": (Split(7, 4, 2), lambda side: side // 16),
+    "_less_token": (Split(11, 6, 5), lambda side: 10),
+    "_less_less_token": (Split(14, 8, 3), lambda side: side // 32),
+    "_4x4": (Split(24, 14, 5), lambda side: side // 56),
 }
-"""End of a tokens_type -> first split, and tokens that the published position table has for a picture of ``size``.
+"""End of a tokens_type -> first split, and tokens that the published position table has along a side of so many pixels.
 
 The last one is ours: Table 1 of the paper has a row with 4x4 tokens at 0.21 G, whose split is in no published code.
 This one covers 224 pixels exactly, and the network then costs 0.213 G."""
@@ -48,10 +46,10 @@ ENCODERS: dict[str, Callable[[int, int], nn.Module]] = {
 
 
 class T2T_module(nn.Module):
-    """Tokens of a picture: three soft splits, a token encoder after the first two, a projection after the last.
+    """Tokens of an image: three soft splits, a token encoder after the first two, a projection after the last.
 
     Args:
-        img_size: side of the picture in pixels.
+        img_size: side of the image in pixels, or (height, width).
         tokens_type: ``performer`` or ``transformer``, followed by nothing (14x14 tokens at 224 pixels),
             ``_less_token`` (10x10), ``_less_less_token`` (7x7) or ``_4x4``.
         token_dim: width of the token encoders.
@@ -66,7 +64,7 @@ class T2T_module(nn.Module):
 
     def __init__(
         self,
-        img_size: int = 224,
+        img_size: Size = 224,
         tokens_type: str = "performer",
         in_chans: int = 3,
         embed_dim: int = 768,
@@ -80,14 +78,15 @@ class T2T_module(nn.Module):
             raise ValueError(f"unknown tokens_type {tokens_type!r}; the types are {known}")
         first, table_size = GRIDS[grid]
         self.splits = (first, LATER_SPLIT, LATER_SPLIT)
-        self.num_patches = table_size(img_size)
-        self.img_size, self.in_chans, self.token_dim = img_size, in_chans, token_dim
-        self.sides = self._find_sides(img_size)
-        if self.sides[-1] ** 2 != self.num_patches:
-            sizes = [size for size in range(32, 1025) if self._find_sides(size)[-1] ** 2 == table_size(size)]
+        self.img_size = sides_of(img_size)
+        self.grids = list(zip(*map(self._find_sides, self.img_size), strict=True))  # after each split
+        self.num_patches = math.prod(map(table_size, self.img_size))
+        if any(self._find_sides(side)[-1] != table_size(side) for side in self.img_size):
+            sizes = [size for size in range(32, 1025) if self._find_sides(size)[-1] == table_size(size)]
+            rows, columns = self.grids[-1]
             raise ValueError(
-                f"img_size {img_size} gives {self.sides[-1]}x{self.sides[-1]} tokens of type {tokens_type!r}, but its "
-                f"position table has {self.num_patches}; sizes that work: {format_ranges(sizes)}"
+                f"img_size {img_size} gives {rows}x{columns} tokens of type {tokens_type!r}, but its position table "
+                f"has {self.num_patches}; sizes that work: {format_ranges(sizes)}"
             )
         make = ENCODERS[encoder]
         self.attention1 = make(in_chans * first.kernel**2, token_dim)
@@ -103,45 +102,12 @@ class T2T_module(nn.Module):
         return sides
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, size, size) -> (B, N, D)."""
-        if images.shape[-2:] != (self.img_size, self.img_size):
-            raise ValueError(
-                f"this network takes pictures of {self.img_size}x{self.img_size} pixels, got "
-                f"{images.shape[-2]}x{images.shape[-1]}"
-            )
+        """(B, 3, height, width) -> (B, N, D)."""
+        check_images(images, self.img_size)
         maps = images
-        for split, encoder in zip(self.splits[:2], (self.attention1, self.attention2), strict=True):
-            tokens = encoder(soft_split(maps, split))
-            side = math.isqrt(tokens.shape[1])
-            maps = tokens.transpose(1, 2).unflatten(2, (side, side))
+        for split, encoder, grid in zip(self.splits, (self.attention1, self.attention2), self.grids, strict=False):
+            maps = encoder(soft_split(maps, split)).transpose(1, 2).unflatten(2, grid)
         return self.project(soft_split(maps, self.splits[2]))
-
-    def count_ops(self) -> OpCounts:
-        """Operations for one picture."""
-        counts: Any = OpCounts()
-        for side, encoder in zip(self.sides, (self.attention1, self.attention2), strict=False):
-            counts += count_encoder(encoder, side**2)
-        return counts + flops.linear(self.sides[2] ** 2, self.project.in_features, self.project.out_features)
-
-
-def count_encoder(encoder: nn.Module, tokens: int) -> OpCounts:
-    """Operations of a token encoder for one picture of ``tokens`` tokens."""
-    if isinstance(encoder, Token_transformer):
-        return encoder.count_ops(tokens)
-    assert isinstance(encoder, Performer)
-    dim, e, m = encoder.kqv.in_features, encoder.width, encoder.features
-    return (
-        flops.layer_norm(tokens * dim)
-        + flops.linear(tokens, dim, 3 * e)
-        + 2 * flops.matmul(1, tokens, m, e)  # the features of keys and queries
-        + flops.elementwise("exp", 2 * tokens * m)
-        + flops.matmul(1, tokens, 1, m)  # the denominator
-        + 2 * flops.matmul(1, tokens, m, e)  # the summary, and what the queries take from it
-        + flops.linear(tokens, e, e)
-        + flops.layer_norm(tokens * e)
-        + 2 * flops.linear(tokens, e, e)
-        + flops.gelu(tokens * e)
-    )
 
 
 def soft_split(maps: Tensor, split: Split) -> Tensor:
@@ -178,7 +144,7 @@ class T2T_ViT(Backbone):
 
     def __init__(
         self,
-        img_size: int = 224,
+        img_size: Size = 224,
         tokens_type: str = "performer",
         in_chans: int = 3,
         embed_dim: int = 768,
@@ -189,7 +155,7 @@ class T2T_ViT(Backbone):
         table = sinusoid_table(embed.num_patches + 1, embed_dim).to(torch.get_default_device())
         super().__init__(
             embed=("tokens_to_token", embed),
-            grid=math.isqrt(embed.num_patches),
+            grid=embed.grids[-1],
             pos_embed=nn.Parameter(table, requires_grad=False),
             embed_dim=embed_dim,
             **options,

@@ -1,12 +1,10 @@
 """Token encoder of T2T-ViT with softmax attention ("T2T-ViT_t"). Paper: arXiv:2101.11986."""
 
 import torch.nn.functional as F
-from timm.layers.drop import DropPath
+from timm.layers import DropPath, Mlp  # pyright: ignore[reportPrivateImportUsage] - timm's documented entry
 from torch import Tensor, nn
 
-from common.measure import flops
-from common.measure.flops import OpCounts
-from dvt.models.transformer_block import Mlp, Norm
+from dvt.models.transformer_block import Norm
 
 
 class Attention(nn.Module):
@@ -70,21 +68,9 @@ class Token_transformer(nn.Module):
         self.attn = Attention(dim, in_dim, num_heads, qkv_bias, qk_scale, attn_drop, drop)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(in_dim)
-        self.mlp = Mlp(in_dim, int(in_dim * mlp_ratio), in_dim, drop)
+        self.mlp = Mlp(in_dim, int(in_dim * mlp_ratio), in_dim, drop=drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, dim) -> (B, T, in_dim)."""
         x = self.attn(self.norm1(x))
         return x + self.drop_path(self.mlp(self.norm2(x)))
-
-    def count_ops(self, tokens: int) -> OpCounts:
-        """Operations for one picture of ``tokens`` tokens."""
-        dim, e = self.attn.qkv.in_features, self.attn.in_dim
-        return (
-            flops.layer_norm(tokens * dim)
-            + flops.linear(tokens, dim, 3 * e, bias=self.attn.qkv.bias is not None)
-            + flops.attention(tokens, tokens, e, 1, scale_query=False)
-            + flops.linear(tokens, e, e)
-            + flops.layer_norm(tokens * e)
-            + self.mlp.count_ops(tokens)
-        )

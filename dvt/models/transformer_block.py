@@ -9,11 +9,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.layers.drop import DropPath
+from timm.layers import DropPath, Mlp  # pyright: ignore[reportPrivateImportUsage] - timm's documented entry
 from torch import Tensor, nn
 
-from common.measure import flops
-from common.measure.flops import OpCounts
 from dvt.models.reuse import FEATURE_CHANNELS, FEATURE_HIDDEN, reuse_features
 
 Norm = Callable[[int], nn.Module]
@@ -22,29 +20,6 @@ Norm = Callable[[int], nn.Module]
 def drop_path_rates(rate: float, depth: int) -> list[float]:
     """Drop-path rate of each block, rising linearly from 0 to ``rate``; a float32 ramp, as published."""
     return torch.linspace(0, rate, depth, device="cpu", dtype=torch.float32).tolist()
-
-
-class Mlp(nn.Module):
-    """Two linear layers around an exact GELU."""
-
-    def __init__(self, in_features: int, hidden_features: int, out_features: int, drop: float = 0.0) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(in_features, hidden_features)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_features, out_features)
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
-
-    def count_ops(self, rows: int) -> OpCounts:
-        """Operations for ``rows`` tokens."""
-        first, second = self.fc1, self.fc2
-        return (
-            flops.linear(rows, first.in_features, first.out_features)
-            + flops.gelu(rows * first.out_features)
-            + flops.linear(rows, second.in_features, second.out_features)
-        )
 
 
 class Attention(nn.Module):
@@ -90,6 +65,9 @@ class Attention(nn.Module):
 
         Returns:
             (B, N+1, D), and the logits, reused ones included, (B, H, N+1, N+1), or None.
+
+        Source: arXiv:2105.15075, Section 3.2, Eq. 6: Q, K, V = z W^Q, z W^K, z W^V; Eq. 7: Softmax(A) V, A = Q K^T /
+        sqrt(d); Eq. 9: Softmax(A + r(A_up)) V.
         """
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
@@ -104,15 +82,6 @@ class Attention(nn.Module):
             rate = self.attn_drop.p if self.training else 0.0
             mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=rate, scale=self.scale)
         return self.proj_drop(self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))), relation
-
-    def count_ops(self, tokens: int) -> OpCounts:
-        """Operations for one picture of ``tokens`` tokens."""
-        width = self.proj.in_features
-        return (
-            flops.linear(tokens, width, 3 * width, bias=self.qkv.bias is not None)
-            + flops.attention(tokens, tokens, width, self.num_heads, scale_query=False)
-            + flops.linear(tokens, width, width)
-        )
 
 
 class Block(nn.Module):
@@ -150,9 +119,11 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(inputs)
-        self.mlp = Mlp(inputs, int(dim * mlp_ratio), dim, drop)
+        self.mlp = Mlp(inputs, int(dim * mlp_ratio), dim, drop=drop)
         if feature_reuse:  # the name is that of the published state dicts
-            self.feature_resuse_mlp = nn.Sequential(norm_layer(dim), Mlp(dim, FEATURE_HIDDEN, FEATURE_CHANNELS, drop))
+            self.feature_resuse_mlp = nn.Sequential(
+                norm_layer(dim), Mlp(dim, FEATURE_HIDDEN, FEATURE_CHANNELS, drop=drop)
+            )
 
     def forward(
         self,
@@ -177,6 +148,9 @@ class Block(nn.Module):
 
         Raises:
             ValueError: if features are given or missing against what the block was built for.
+
+        Source: arXiv:2105.15075, Section 3.2, Eq. 2: z' = MSA(LN(z)) + z; Eq. 3: MLP(LN(z')) + z'; Eq. 5: with reused
+        features MLP(LN(Concat(z', E_l))) + z'.
         """
         if (features is not None) != self.feature_reuse or (features is None) != (matrix is None):
             raise ValueError(
@@ -190,18 +164,3 @@ class Block(nn.Module):
             made = self.feature_resuse_mlp(features)
             inputs = torch.cat([x, reuse_features(made, matrix.to(made.dtype)).to(x.dtype)], dim=-1)
         return x + self.drop_path(self.mlp(self.norm2(inputs))), relation
-
-    def count_ops(self, tokens: int, source_tokens: int = 0) -> OpCounts:
-        """Operations for one picture of ``tokens`` tokens, the resize of features not included.
-
-        Args:
-            tokens: with the class token.
-            source_tokens: those of the stage before; used with feature reuse.
-        """
-        counts = flops.layer_norm(tokens * self.dim) + self.attn.count_ops(tokens)
-        counts += flops.layer_norm(tokens * self.mlp.fc1.in_features) + self.mlp.count_ops(tokens)
-        if self.feature_reuse:
-            network = self.feature_resuse_mlp[1]
-            assert isinstance(network, Mlp)
-            counts += flops.layer_norm(source_tokens * self.dim) + network.count_ops(source_tokens)
-        return counts

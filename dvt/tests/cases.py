@@ -24,13 +24,16 @@ from common.run import cli
 from common.tests import reference
 from common.tests.reference import Case, CaseError, Checks, NotCovered, Runner
 from dvt import cifar, exits
-from dvt.engine import build_criterion, exit_logits, summed_loss
-from dvt.models import STAGE_NAMES, Cascade, StageOutput, T2T_ViT, VisionTransformer, create_model, make_cascade
-from dvt.models.backbone import Backbone
-from dvt.models.reuse import resize_grid, reuse_relations, token_overlap
-from dvt.models.t2t_vit import T2T_module
+from dvt.losses import build_criterion, exit_logits, summed_loss
+from dvt.models import STAGE_NAMES, create_model
+from dvt.models.backbone import Backbone, StageOutput
+from dvt.models.cascade import Cascade, make_cascade
+from dvt.models.deit import VisionTransformer
+from dvt.models.reuse import reuse_relations, token_overlap
+from dvt.models.t2t_vit import T2T_module, T2T_ViT
 from dvt.models.token_transformer import Token_transformer
 from dvt.models.transformer_block import Block, drop_path_rates
+from dvt.tests.tiny import resize_grid
 
 RELATIVE, ABSOLUTE = 1e-9, 1e-10
 """Tolerance in float64, element by element."""
@@ -175,7 +178,8 @@ def run_block(case: Case, checks: Checks) -> None:
     x, features = draw(case, "x"), _try_draw(case, "features_to_be_reused")
     matrix = None
     if features is not None:
-        overlap, sizes = token_overlap(*(int((tokens.shape[1] - 1) ** 0.5) for tokens in (features, x)))
+        sides = (int((tokens.shape[1] - 1) ** 0.5) for tokens in (features, x))
+        overlap, sizes = token_overlap(*((side, side) for side in sides))
         matrix = overlap.double() / sizes.double()
     out, relation = module(x, features, _try_draw(case, "relations_to_be_reused"), matrix, hand_on=True)
     fused, _ = module(x, features, _try_draw(case, "relations_to_be_reused"), matrix)
@@ -248,7 +252,7 @@ def run_network(case: Case, checks: Checks) -> None:
 
 
 def read_targets(case: Case, count: int, text: str = "") -> Tensor:
-    """The class of each picture: ``target_i = <expression of i> mod C``."""
+    """The class of each image: ``target_i = <expression of i> mod C``."""
     found = re.search(r"target_?i?\s*=\s*(.+?)\s*(?:mod|%)\s*(\d+)", text or case.text)
     if not found:
         raise CaseError(f"{case.text!r} does not say what the targets are")

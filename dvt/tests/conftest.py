@@ -10,7 +10,7 @@ from dvt.tests.miniature import SMALL_MODELS, write_imagenet
 
 @pytest.fixture(scope="session")
 def imagenet(tmp_path_factory) -> Path:
-    """A miniature ImageNet of six classes: 24 pictures to train on, 12 to evaluate on."""
+    """A miniature ImageNet of six classes: 24 images to train on, 12 to evaluate on."""
     return write_imagenet(tmp_path_factory.mktemp("imagenet"))
 
 

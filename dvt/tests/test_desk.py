@@ -6,7 +6,8 @@ import torch
 from common.ledger import cache
 from dvt import desk, models
 from dvt.dynamic import DynamicClassifier
-from dvt.models import Cascade, create_model
+from dvt.models import create_model
+from dvt.models.cascade import Cascade
 from dvt.tests.test_pack import TINY
 
 
@@ -39,5 +40,5 @@ def test_the_desk_network_has_three_exits_of_growing_cost():
     with torch.device("meta"):
         model = create_model("DVT_desk", num_classes=10)
     assert isinstance(model, Cascade)
-    assert [stage.grid for stage in model.stages] == [2, 4, 6]
+    assert [stage.grid for stage in model.stages] == [(2, 2), (4, 4), (6, 6)]
     assert DynamicClassifier(model, [0.5] * 3).thresholds == [0.5] * 3

@@ -7,14 +7,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from dvt.dynamic import DynamicClassifier, bucket
 from dvt.exits import EVERYBODY, NOBODY, confidence_and_prediction, find_thresholds, first_exit
-from dvt.models import Cascade
+from dvt.models.cascade import Cascade
 from dvt.tests.tiny import small_cascade, t2t_cascade
 from dvt.throughput import choose_settings
 
 SHARES = [(0.4, 0.3, 0.3), (0.1, 0.1, 0.8), (0.0, 0.6, 0.4), (0.6, 0.4, 0.0), (0.0, 0.0, 1.0), (1.0, 0.0, 0.0)]
 
 
-def pictures(count: int, size: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def draw_images(count: int, size: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(count), dtype=dtype)
 
 
@@ -41,24 +41,24 @@ def check(classifier: DynamicClassifier, images: Tensor, logits: Tensor, confide
 
 
 @pytest.mark.parametrize("reuse", [(True, True), (True, False), (False, True), (False, False)])
-def test_equals_the_full_cascade_picture_by_picture(reuse):
+def test_equals_the_full_cascade_image_by_image(reuse):
     cascade = small_cascade(1, depth=2, feature_reuse=reuse[0], relation_reuse=reuse[1])
     for count in (1, 2, 3, 23):
-        images = pictures(count, 24)
+        images = draw_images(count, 24)
         logits, confidence = run_all(cascade, images)
         for shares in SHARES:
             check(DynamicClassifier(cascade, between(confidence, shares)), images, logits, confidence, 1e-10)
 
 
 def test_equals_the_full_cascade_at_the_published_grids():
-    cascade, images = t2t_cascade(2), pictures(7, 224)
+    cascade, images = t2t_cascade(2), draw_images(7, 224)
     logits, confidence = run_all(cascade, images)
     for shares in SHARES[:3]:
         check(DynamicClassifier(cascade, between(confidence, shares)), images, logits, confidence, 1e-10)
 
 
-def test_later_exits_see_only_the_pictures_that_are_left(monkeypatch):
-    cascade, images = small_cascade(3), pictures(40, 24)
+def test_later_exits_see_only_the_images_that_are_left(monkeypatch):
+    cascade, images = small_cascade(3), draw_images(40, 24)
     _, confidence = run_all(cascade, images)
     seen: dict[int, int] = {}
     for k, stage in enumerate(cascade.stages):
@@ -74,7 +74,7 @@ def test_later_exits_see_only_the_pictures_that_are_left(monkeypatch):
 
 
 def test_extreme_thresholds_and_an_empty_batch():
-    cascade, images = small_cascade(4), pictures(5, 24)
+    cascade, images = small_cascade(4), draw_images(5, 24)
     logits, _ = run_all(cascade, images)
     for thresholds, k in (([EVERYBODY] * 3, 0), ([NOBODY, EVERYBODY, EVERYBODY], 1), ([NOBODY] * 3, 2)):
         output = DynamicClassifier(cascade, thresholds)(images)
@@ -85,13 +85,13 @@ def test_extreme_thresholds_and_an_empty_batch():
 
 
 def test_what_is_not_a_number_is_not_confident():
-    cascade, images = small_cascade(4), pictures(3, 24)
+    cascade, images = small_cascade(4), draw_images(3, 24)
     images[1] = torch.nan
     assert DynamicClassifier(cascade, [EVERYBODY] * 3)(images).exits.tolist() == [0, 2, 0]
 
 
 def test_under_autocast():
-    cascade, images = small_cascade(5, torch.float32), pictures(6, 24, torch.float32)
+    cascade, images = small_cascade(5, torch.float32), draw_images(6, 24, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         logits, confidence = run_all(cascade, images)
         check(DynamicClassifier(cascade, between(confidence, (0.5, 0.3, 0.2))), images, logits, confidence, 2e-2)
@@ -103,7 +103,7 @@ def test_bad_use_is_refused():
         DynamicClassifier(cascade, [0.5, 0.5])
     classifier = DynamicClassifier(cascade.train(), [0.5] * 3)
     with pytest.raises(RuntimeError, match=r"call \.eval\(\) first"):
-        classifier(pictures(2, 24))
+        classifier(draw_images(2, 24))
 
 
 def test_buckets_grow_by_at_most_a_half_and_then_by_eight():
@@ -112,13 +112,13 @@ def test_buckets_grow_by_at_most_a_half_and_then_by_eight():
 
 
 def test_compiled_exits_answer_alike_and_are_not_compiled_again():
-    cascade, images = small_cascade(7, torch.float32), pictures(24, 24, torch.float32)
+    cascade, images = small_cascade(7, torch.float32), draw_images(24, 24, torch.float32)
     logits, confidence = run_all(cascade, images)
     counter = CompileCounterWithBackend("eager")
     classifier = DynamicClassifier(cascade, [0.5] * 3, compiled=True, backend=counter)
     classifier.warm_up(images)
     compiled = counter.frame_count
-    assert compiled >= 6  # each exit, for one picture and for more
+    assert compiled >= 6  # each exit, for one image and for more
     for count in (1, 2, 3, 7, 9, 15, 16, 17, 24):
         for shares in SHARES[:3]:
             classifier.set_thresholds(between(confidence[:, :count], shares))
@@ -130,7 +130,7 @@ def test_compiled_exits_answer_alike_and_are_not_compiled_again():
 def test_on_a_gpu_compiled_and_not():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    cascade, images = small_cascade(8, torch.float32).cuda(), pictures(24, 24, torch.float32).cuda()
+    cascade, images = small_cascade(8, torch.float32).cuda(), draw_images(24, 24, torch.float32).cuda()
     logits, confidence = (value.cpu() for value in run_all(cascade, images))
     for compiled in (False, True):
         classifier = DynamicClassifier(cascade, between(confidence, (0.4, 0.3, 0.3)), compiled=compiled)

@@ -1,4 +1,4 @@
-"""Threshold search and budgeted evaluation: the walk over the pictures written out, ties, edges, promises."""
+"""Threshold search and budgeted evaluation: the walk over the images written out, ties, edges, promises."""
 
 import math
 import random
@@ -12,7 +12,7 @@ from dvt.exits import EVERYBODY, NOBODY
 
 
 def walk(confidence: list[list[float]], shares: Tensor) -> list[float]:
-    """The published procedure for one budget, picture by picture."""
+    """The published procedure for one budget, image by image."""
     last, count = len(confidence) - 1, len(confidence[0])
     done, thresholds = [0] * count, [NOBODY] * (last + 1)
     for k in range(last):
@@ -31,7 +31,7 @@ def walk(confidence: list[list[float]], shares: Tensor) -> list[float]:
 
 
 def leave_one_by_one(confidence, correct, gmacs, thresholds) -> tuple[float, float, list[int], list[int]]:
-    """Accuracy, cost, pictures per exit and exit per picture under one row of thresholds."""
+    """Accuracy, cost, images per exit and exit per image under one row of thresholds."""
     exit_count, count = len(confidence), len(confidence[0])
     hits, left, chosen = 0, [0] * exit_count, []
     for i in range(count):
@@ -64,19 +64,19 @@ def scores(kind: int, seed: int) -> tuple[Tensor, Tensor, list[float]]:
 def test_equals_the_walk_and_the_loop(kind):
     for seed in range(12):
         confidence, correct, gmacs = scores(kind, seed)
-        others, _, _ = scores(0, seed)  # thresholds are applied to other pictures than they were found on
+        others, _, _ = scores(0, seed)  # thresholds are applied to other images than they were found on
         shares = exits.published_shares(len(confidence))
         found = exits.find_thresholds(confidence, shares)
         assert found.tolist() == [walk(confidence.tolist(), row) for row in shares]
-        for pictures in (confidence, others):
-            outcome = exits.evaluate_thresholds(pictures, correct, gmacs, found)
+        for images in (confidence, others):
+            outcome = exits.evaluate_thresholds(images, correct, gmacs, found)
             for row, thresholds in enumerate(found.tolist()):
-                top1, cost, left, chosen = leave_one_by_one(pictures.tolist(), correct.tolist(), gmacs, thresholds)
+                top1, cost, left, chosen = leave_one_by_one(images.tolist(), correct.tolist(), gmacs, thresholds)
                 assert outcome.top1_percent[row].item() == pytest.approx(top1, rel=1e-12)
                 assert outcome.gmacs[row].item() == pytest.approx(cost, rel=1e-6)
                 assert outcome.exit_counts[row].tolist() == left
                 if row % 20 == 0:
-                    assert exits.first_exit(pictures, found[row]).tolist() == chosen
+                    assert exits.first_exit(images, found[row]).tolist() == chosen
 
 
 def test_quota_is_a_share_of_all_and_ties_leave_together():
@@ -92,7 +92,7 @@ def test_quota_is_a_share_of_all_and_ties_leave_together():
     )
 
 
-def test_a_picture_that_passes_nothing_is_wrong_and_free():
+def test_a_image_that_passes_nothing_is_wrong_and_free():
     confidence = torch.tensor([[0.2, 0.9], [0.3, 0.9], [0.4, 0.9]])
     thresholds = torch.tensor([0.5, 0.5, 0.5])
     outcome = exits.evaluate_thresholds(confidence, torch.ones(3, 2, dtype=torch.bool), [1, 2, 4], thresholds)
@@ -164,7 +164,7 @@ def test_bad_input_is_named():
         exits.find_thresholds(torch.rand(3, 0), shares)
     with pytest.raises(ValueError, match="are the folders empty"):
         exits.evaluate_thresholds(torch.rand(3, 0), right[:, :0], [1, 2, 3], thresholds)
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="no image"):
         exits.anytime_top1_percent(right[:, :0])
     with pytest.raises(ValueError, match="nan"):
         exits.find_thresholds(confidence.clone().fill_(math.nan), shares)

@@ -10,8 +10,9 @@ import torch
 
 from common.run.checkpoint import CheckpointError
 from dvt import inference
-from dvt.checkpoints import PACKED_KEYS, read_packed
-from dvt.evaluation import cascade_gflops, held_out_loader
+from dvt.costs import exit_gflops
+from dvt.evaluation import ImageSource
+from dvt.loading import PACKED_KEYS, read_packed
 from dvt.models import create_model
 
 FLAGS = ["--model", "DVT_desk", "--num-classes", "6", "-j", "0", "--device", "cpu", "--batch_size", "5"]
@@ -19,7 +20,7 @@ FLAGS = ["--model", "DVT_desk", "--num-classes", "6", "-j", "0", "--device", "cp
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory) -> Path:
-    """A packed checkpoint of the desk network, with weights that are sure of some pictures and not of others."""
+    """A packed checkpoint of the desk network, with weights that are sure of some images and not of others."""
     torch.manual_seed(3)
     model = create_model("DVT_desk", num_classes=6)
     for stage in model.stages:  # pyright: ignore[reportAttributeAccessIssue]
@@ -37,17 +38,17 @@ def packed(tmp_path_factory) -> Path:
     return file
 
 
-def logits_of(packed: Path, pictures) -> tuple[torch.Tensor, torch.Tensor]:
+def logits_of(packed: Path, batches) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (K, n, C) of all exits, and targets, by the network itself."""
     model = create_model("DVT_desk", num_classes=6).eval()
     model.load_state_dict(torch.load(packed, weights_only=True)["model_state_dict"])
     with torch.no_grad():
-        parts = [(torch.stack(model(images)), targets) for images, targets in pictures]
+        parts = [(torch.stack(model(images)), targets) for images, targets in batches]
     return torch.cat([logits for logits, _ in parts], dim=1), torch.cat([targets for _, targets in parts])
 
 
 def walk(scores: torch.Tensor, targets: torch.Tensor, flops: list[float], thresholds: torch.Tensor) -> tuple:
-    """Accuracy and mean cost, picture by picture."""
+    """Accuracy and mean cost, image by image."""
     right, cost = 0, 0.0
     for number, target in enumerate(targets.tolist()):
         for exit in range(3):
@@ -81,14 +82,14 @@ def test_mode_1_takes_the_thresholds_of_the_file(packed, imagenet, tmp_path, cap
     words = ["--checkpoint_path", str(packed), "--eval_mode", "1", "--data_url", f"{only_val}{slash}"]
     result = inference.main([*FLAGS, *words, "--output", str(tmp_path / "result.json")])
     stored = torch.load(packed, weights_only=True)
-    logits, targets = logits_of(packed, held_out_loader("imagenet", str(imagenet), size=32, batch_size=5))
+    logits, targets = logits_of(packed, ImageSource("imagenet", str(imagenet), 32, 5).held_out())
     scores = logits.softmax(dim=-1)
     costs, accuracies = result["budgeted_batch_classification"]
     for p in range(0, 59, 7):
         accuracy, cost = walk(scores, targets, stored["flops"], stored["dynamic_threshold"][p])
         assert accuracies[p] == pytest.approx(accuracy)
         assert costs[p] == pytest.approx(cost, rel=1e-6)
-    assert len(set(costs)) > 3, "the thresholds must tell pictures apart for this test to mean something"
+    assert len(set(costs)) > 3, "the thresholds must tell images apart for this test to mean something"
     anytime = (scores.argmax(dim=-1) == targets).double().mean(dim=1) * 100
     assert result["anytime_classification"] == pytest.approx(anytime.tolist(), rel=1e-6)
     assert printed_lists(capsys.readouterr().out)["budgeted_batch_classification"] == [costs, accuracies]
@@ -103,10 +104,10 @@ def test_mode_2_finds_thresholds_and_needs_only_weights(packed, imagenet, tmp_pa
     words = ["--checkpoint_path", str(tmp_path / "training.pth.tar"), "--data_url", str(imagenet)]
     result = inference.main([*FLAGS, *words, "--no-augment-search"])
     model = create_model("DVT_desk", num_classes=6)
-    assert result["flops"] == cascade_gflops(model)  # pyright: ignore[reportArgumentType]
+    assert result["flops"] == exit_gflops(model)  # pyright: ignore[reportArgumentType]
     (tmp_path / "swapped").mkdir()
     (tmp_path / "swapped" / "val").symlink_to(imagenet / "train")
-    logits, _ = logits_of(packed, held_out_loader("imagenet", str(tmp_path / "swapped"), size=32, batch_size=5))
+    logits, _ = logits_of(packed, ImageSource("imagenet", str(tmp_path / "swapped"), 32, 5).held_out())
     confidence = logits.softmax(dim=-1).amax(dim=-1)
     thresholds = torch.tensor(result["dynamic_threshold"])
     for p in (1, 20, 40):  # the quota of the first exit leaves there, and ties with it
@@ -127,9 +128,9 @@ def test_a_network_with_one_exit(small_models, imagenet, tmp_path, capsys):
     torch.save({"net": model.state_dict(), "acc": 1.0, "epoch": 3}, tmp_path / "ckpt.pth")
     words = ["--model", "T2t_vit_7", "--checkpoint_path", str(tmp_path / "ckpt.pth"), "--data_url", str(imagenet)]
     result = inference.main([*words, "--num-classes", "6", "-j", "0", "--device", "cpu"])
-    pictures = held_out_loader("imagenet", str(imagenet), size=224, batch_size=12)
+    batches = ImageSource("imagenet", str(imagenet), 224, 12).held_out()
     with torch.no_grad():
-        hits = [float((model.eval()(images).argmax(dim=1) == targets).double().mean()) for images, targets in pictures]
+        hits = [float((model.eval()(images).argmax(dim=1) == targets).double().mean()) for images, targets in batches]
     assert result["anytime_classification"] == pytest.approx([100 * hits[0]], rel=1e-6)
     assert printed_lists(capsys.readouterr().out)["flops"] == result["flops"]
 
@@ -137,7 +138,7 @@ def test_a_network_with_one_exit(small_models, imagenet, tmp_path, capsys):
 def test_early_exit_from_the_command_line(packed, imagenet, tmp_path, capsys):
     words = [*FLAGS, "--checkpoint_path", str(packed), "--data_url", str(imagenet), "--dynamic"]
     stored = torch.load(packed, weights_only=True)
-    logits, targets = logits_of(packed, held_out_loader("imagenet", str(imagenet), size=32, batch_size=5))
+    logits, targets = logits_of(packed, ImageSource("imagenet", str(imagenet), 32, 5).held_out())
     result = inference.main([*words, "--threshold", "0.4", "0.5", "--eval_mode", "1"])
     full, early = result["rows"]
     thresholds = torch.tensor([0.4, 0.5, -1e8])

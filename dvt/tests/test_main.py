@@ -16,8 +16,9 @@ import yaml
 
 from common.run.checkpoint import CheckpointError
 from common.run.files import ROOT
+from common.run.settings import OptimizerSettings
 from common.tests.forks import Ended, free_port, run_forked
-from dvt import main
+from dvt import build, main
 from dvt.models import create_model
 
 DESK = ["--model", "DVT_desk", "--data-set", "IMNET", "--img-size", "32", "--num-classes", "6", "--epochs", "2",
@@ -195,9 +196,9 @@ def test_views_mixing_switches_and_dead_flags(imagenet, tmp_path, capsys, caplog
     assert "raw" not in (tmp_path / "train" / "b" / "log.jsonl").read_text().replace("raw_scheduler", "")
 
 
-def test_classes_that_the_data_lack_are_pointed_out(imagenet, caplog, capsys):
-    args = main.parse_args([str(imagenet), *DESK, "-b", "4", "--num-classes", "10"])
-    main.build_loaders(args)
+def test_classes_that_the_data_lack_are_pointed_out(imagenet, tmp_path, caplog, capsys):
+    torch.save(create_model("DVT_desk", num_classes=10).state_dict(), tmp_path / "ten.pth")
+    main.main([str(imagenet), *DESK, "--num-classes", "10", "--eval_checkpoint", str(tmp_path / "ten.pth")])
     assert "--num-classes 6 was probably meant" in caplog.text + capsys.readouterr().err
 
 
@@ -205,14 +206,18 @@ def test_initial_weights_config_and_decay(trained, imagenet, tmp_path):
     (tmp_path / "flags.yaml").write_text("model: DVT_desk\nlr: 0.25\nmodel_ema: false\nscale: [0.5, 1.0]\n")
     args = main.parse_args(["-c", str(tmp_path / "flags.yaml"), "--lr", "0.5", "--batch-size", "2"])
     assert (args.lr, args.model_ema, args.scale, args.data_set) == (0.5, False, [0.5, 1.0], "digits")
-    args = main.parse_args([str(imagenet), *DESK, "--initial-checkpoint", str(trained / "last.pth.tar")])
-    model = main.build_model(args)
+    model = build.build_model(
+        "DVT_desk", seed=0, feature_reuse=True, relation_reuse=True, num_classes=6,
+        initial_checkpoint=str(trained / "last.pth.tar"),
+    )  # fmt: skip
     average = state_of(trained)["model_ema"]
     assert equal(dict(model.state_dict()), dict(average))
     names = {id(weight): name for name, weight in model.named_parameters()}
     for flags, decayed in ([], True), (["--no-decay-tokens"], False):
         args = main.parse_args([str(imagenet), *DESK, *flags])
-        groups = {group["weight_decay"]: group["params"] for group in main.build_optimizer(args, model).param_groups}
+        settings = OptimizerSettings.of(args)
+        optimizer = build.build_optimizer(model, settings, decay_tokens=not args.no_decay_tokens)
+        groups = {group["weight_decay"]: group["params"] for group in optimizer.param_groups}
         assert sorted(groups) == [0.0, 0.05]
         found = {names[id(weight)] for weight in groups[0.05]}
         assert ("less_token.cls_token" in found, "less_token.pos_embed" in found) == (decayed, decayed)
@@ -270,8 +275,8 @@ def test_bad_data_and_checkpoints_are_named(trained, imagenet, tmp_path):
     with pytest.raises(Exception, match="empty"):
         main.main([str(tmp_path / "empty"), *DESK])
     few = [str(imagenet), *DESK, "--eval_checkpoint", str(trained / "last.pth.tar")]
-    with pytest.raises(CheckpointError, match=r"(?s)last.pth.tar does not fit.*head.*\[4, 64\]"):
-        main.main([*few, "--num-classes", "4"])
+    with pytest.raises(CheckpointError, match=r"(?s)last.pth.tar does not fit.*head.*\[7, 64\]"):
+        main.main([*few, "--num-classes", "7"])
     with pytest.raises(CheckpointError, match="no such file"):
         main.main(
             [str(imagenet), *DESK, "-b", "4", "--resume", str(tmp_path / "none.pth.tar"), "--output", str(tmp_path)]
@@ -282,7 +287,7 @@ def test_bad_data_and_checkpoints_are_named(trained, imagenet, tmp_path):
             [str(imagenet), *DESK, "-b", "4", "--resume", str(tmp_path / "odd.pth.tar"), "--output", str(tmp_path)]
         )
     torch.save(create_model("DVT_desk", num_classes=3).state_dict(), tmp_path / "three.pth")
-    with pytest.raises(ValueError, match="label 5, the model only 3 classes"):
+    with pytest.raises(ValueError, match="the data set has 6 classes and the network 3"):
         main.main([str(imagenet), *DESK, "--num-classes", "3", "--eval_checkpoint", str(tmp_path / "three.pth")])
     with pytest.raises(ValueError, match=r"img_size 256 does not give; sizes that work: 224-226"):
         main.main([str(imagenet), "--model", "DVT_T2t_vit_12", "--img-size", "256", *SMALL])

@@ -9,29 +9,19 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 
 from common.data.loaders import DataError
-from common.run.checkpoint import CheckpointError, save_atomic
-from dvt import benchmark, cifar, models, pack, visualize
-from dvt.checkpoints import PACKED_KEYS, read
-from dvt.evaluation import (
-    Scores,
-    cascade_gflops,
-    check_targets,
-    collect_scores,
-    draw_search_set,
-    held_out_loader,
-    open_pictures,
-    search_loader,
-    search_thresholds,
-)
+from common.run.checkpoint import CheckpointError, read_checkpoint, save_atomic
+from dvt import benchmark, cifar, drawing, inference, models, pack, visualize
+from dvt.costs import exit_gflops
+from dvt.engine import check_labels
+from dvt.evaluation import ImageSource, Scores, collect_scores, draw_search_set, search_thresholds
 from dvt.exits import EVERYBODY, evaluate_thresholds, find_thresholds, published_shares
+from dvt.loading import PACKED_KEYS
 from dvt.models import create_model
 from dvt.tests.tiny import SMALL_GRIDS, filled, small_cascade
-from dvt.throughput import FULL, choose_settings, measure_dynamic, run_dynamic
+from dvt.throughput import FULL, choose_settings, measure_dynamic
 
 CPU = torch.device("cpu")
-TINY = models.Entry(
-    models.VisionTransformer, {"img_size": 24, "embed_dim": 16, "depth": 1, "num_heads": 2}, tuple(SMALL_GRIDS)
-)
+TINY = models.Entry("deit", {"img_size": 24, "embed_dim": 16, "depth": 1, "num_heads": 2}, tuple(SMALL_GRIDS))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +35,7 @@ def trained(tmp_path_factory):
         raw = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
         save_atomic({"state_dict": raw, "state_dict_ema": averaged}, folder / "training.pth.tar")
         words = ["--model", "DVT_desk", "--dataset", "digits", "-j", "0", "-b", "180", "--device", "cpu",
-                 "--search-pictures", "200", "--checkpoint", str(folder / "training.pth.tar")]  # fmt: skip
+                 "--search-images", "200", "--checkpoint", str(folder / "training.pth.tar")]  # fmt: skip
         pack.main([*words, "--output", str(folder / "packed.pth.tar")])
     return model, folder, words
 
@@ -60,16 +50,14 @@ def test_the_five_entries(trained):
     content = torch.load(folder / "packed.pth.tar", weights_only=True)
     assert tuple(content) == PACKED_KEYS
     model.load_state_dict(content["model_state_dict"])  # strict: the average, not the zeros beside it
-    assert content["flops"] == cascade_gflops(model)
-    search = search_loader("digits", None, size=24, batch_size=180, count=200)
+    assert content["flops"] == exit_gflops(model)
+    search = ImageSource("digits", None, 24, 180).search(count=200)
     found = find_thresholds(
         collect_scores(model, search, device=CPU, title="", show=False).confidence, published_shares()
     )
     assert content["dynamic_threshold"].dtype == torch.float32
     assert torch.equal(content["dynamic_threshold"], found)
-    held_out = collect_scores(
-        model, held_out_loader("digits", None, size=24, batch_size=360), device=CPU, title="", show=False
-    )
+    held_out = collect_scores(model, ImageSource("digits", None, 24, 360).held_out(), device=CPU, title="", show=False)
     assert content["anytime_classification"] == pytest.approx(held_out.anytime)
     curve = evaluate_thresholds(held_out.confidence, held_out.correct, content["flops"], found)
     assert content["budgeted_batch_classification"][0] == pytest.approx(curve.gmacs.tolist(), rel=0.02)
@@ -86,29 +74,29 @@ def test_packing_again_gives_the_same_and_a_packed_file_can_be_packed(trained, t
 
 
 def test_the_search_set_is_drawn_once_and_cropped_alike():
-    pictures = open_pictures("digits", None, "train", size=24, augment=True)
-    first, same, other = (draw_search_set(pictures, count=50, seed=seed).indices for seed in (1, 1, 2))
+    images = ImageSource("digits", None, 24).open("train", augment=True)
+    first, same, other = (draw_search_set(images, count=50, seed=seed).indices for seed in (1, 1, 2))
     assert len(first) == len(set(first)) == 50
     assert first == same != other
-    assert len(draw_search_set(pictures)) == 1437
-    batches = [next(iter(search_loader("digits", None, size=24, batch_size=8, count=8, seed=5)))[0] for _ in range(2)]
+    assert len(draw_search_set(images)) == 1437
+    batches = [next(iter(ImageSource("digits", None, 24, 8).search(count=8, seed=5)))[0] for _ in range(2)]
     assert torch.equal(*batches)
-    plain = next(iter(search_loader("digits", None, size=24, batch_size=8, count=8, seed=5, augment=False)))[0]
+    plain = next(iter(ImageSource("digits", None, 24, 8).search(count=8, seed=5, augment=False)))[0]
     assert not torch.equal(plain, batches[0])
 
 
-def test_pictures_are_those_of_the_training():
+def test_images_are_those_of_the_training():
     def first(**more):
-        return next(iter(held_out_loader("digits", None, size=32, batch_size=1, **more)))[0]
+        return next(iter(ImageSource("digits", None, 32, 1, **more).held_out()))[0]
 
-    by_name, as_cifar = first(), first(pictures="cifar")
-    assert torch.equal(by_name, first(pictures="imagenet"))
+    by_name, as_cifar = first(), first(transforms="cifar")
+    assert torch.equal(by_name, first(transforms="imagenet"))
     pixels = as_cifar * torch.tensor(cifar.STD).view(1, 3, 1, 1) + torch.tensor(cifar.MEAN).view(1, 3, 1, 1)
     assert pixels.min() == pytest.approx(0, abs=1e-5)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     torch.testing.assert_close(pixels, by_name * std + mean, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="one of imagenet, cifar"):
-        first(pictures="digits")
+        first(transforms="digits")
 
 
 def test_bad_input_of_the_evaluation():
@@ -119,10 +107,10 @@ def test_bad_input_of_the_evaluation():
     with pytest.raises(DataError, match="a stream cannot give"):
         draw_search_set(Stream())
     with pytest.raises(ValueError, match="label 9, the network only 5 classes"):
-        check_targets(torch.tensor([1, 9]), 5)
-    with pytest.raises(ValueError, match="no picture could be read"):
-        collect_scores(small_cascade(), [], device=CPU, title="validation pictures", show=False)
-    with pytest.raises(ValueError, match="no picture could be read"):
+        check_labels(torch.tensor([1, 9]), 5)
+    with pytest.raises(ValueError, match="no image could be read"):
+        collect_scores(small_cascade(), [], device=CPU, title="validation images", show=False)
+    with pytest.raises(ValueError, match="no image could be read"):
         measure_dynamic(small_cascade(), {"a": [0.5] * 3}, [], [1, 2, 3], device=CPU, show=False)
 
 
@@ -141,9 +129,9 @@ class Clock:
 
 def test_early_exit_on_a_data_set_agrees_with_the_simulation():
     model = small_cascade(3, torch.float32)
-    batches = list(held_out_loader("digits", None, size=24, batch_size=120))
+    batches = list(ImageSource("digits", None, 24, 120).held_out())
     held_out = collect_scores(model, batches, device=CPU, title="", show=False)
-    gflops = cascade_gflops(model)
+    gflops = exit_gflops(model)
     stored = search_thresholds(held_out) * (1 - 1e-5)
     settings = choose_settings(gflops, budgets=[gflops[1]], search=held_out, stored=stored)
     settings |= {"p = 20": stored[19], "first": torch.tensor([EVERYBODY] * 3)}
@@ -161,7 +149,7 @@ def test_early_exit_on_a_data_set_agrees_with_the_simulation():
     for name, thresholds in settings.items():
         expected = evaluate_thresholds(held_out.confidence, held_out.correct, gflops, thresholds)
         result = results[name]
-        assert result.top1_percent == pytest.approx(expected.top1_percent.item(), abs=0.6)  # two pictures near a tie
+        assert result.top1_percent == pytest.approx(expected.top1_percent.item(), abs=0.6)  # two images near a tie
         assert result.gmacs == pytest.approx(expected.gmacs.item(), rel=0.01)
         assert result.flops_ratio == pytest.approx(gflops[2] / result.gmacs)
         assert result.realised == pytest.approx(result.speedup / result.flops_ratio)
@@ -188,26 +176,26 @@ def test_what_a_command_line_can_ask_for():
 
 
 def test_figures(trained, tiny_desk, tmp_path, capsys):
-    model, folder, _ = trained
-    batches = list(held_out_loader("digits", None, size=24, batch_size=180))
-    run_dynamic(
-        model, batches, {"half": [0.5, 0.5, 0.0]}, cascade_gflops(model), device=CPU, batch_size=180,
-        output=tmp_path / "dynamic.json", model="DVT_desk",
-    )  # fmt: skip
+    _, folder, _ = trained
+    packed = str(folder / "packed.pth.tar")
+    words = ["--model", "DVT_desk", "--checkpoint_path", packed, "--dataset", "digits", "--workers", "0", "--device",
+             "cpu"]  # fmt: skip
+    early = ["--dynamic", "--threshold", "0.5", "0.5", "--output", str(tmp_path / "dynamic.json"), "-b", "180"]
+    inference.main([*words, *early])
     assert "speed-up" in capsys.readouterr().out
     record = json.loads((tmp_path / "dynamic.json").read_text())
-    assert [row["name"] for row in record["rows"]] == [FULL, "half"]
-    packed = str(folder / "packed.pth.tar")
+    assert [row["name"] for row in record["rows"]] == [FULL, "thresholds 0.5 0.5"]
+    assert record["device"]["type"] == "cpu"
     drawn = visualize.main(["curves", packed, str(tmp_path / "dynamic.json"), "--output", str(tmp_path)])
     assert [path.name for path in drawn] == ["dvt-gflops.png", "dvt-throughput.png"]
     assert all(Image.open(path).width > 500 for path in drawn)
-    words = ["pictures", "--model", "DVT_desk", "--checkpoint_path", packed, "--dataset", "digits", "--workers", "0",
-             "--device", "cpu", "--p", "20", "--output", str(tmp_path)]  # fmt: skip
-    table, grid = visualize.main([*words, "--classes", "3", "7"])
+    words = ["images", *words, "--p", "20", "--output", str(tmp_path)]
+    table, grid, exits = visualize.main([*words, "--classes", "3", "7"])
     rows = list(csv.DictReader(table.read_text().splitlines()))
     assert len(rows) == 360
     assert {row["exit"] for row in rows} == {"1", "2", "3"}
     assert Image.open(grid).size == (8 + 4 * 168, 2 * 26 + 8 + 3 * 168)
+    assert Image.open(exits).size == (8 + 9 * 112, 2 * 26 + 8 + 3 * 112)
     with pytest.raises(ValueError, match="no such class"):
         visualize.main([*words, "--classes", "cockatoo"])
     with pytest.raises(CheckpointError, match="lacks dynamic_threshold"):
@@ -217,17 +205,17 @@ def test_figures(trained, tiny_desk, tmp_path, capsys):
         visualize.main(["curves", str(tmp_path / "other.json"), "--output", str(tmp_path)])
 
 
-def test_easy_and_hard_pictures():
+def test_easy_and_hard_images():
     confidence = torch.tensor([[0.9, 0.8, 0.95, 0.2, 0.1, 0.9], [0.5] * 6, [0.5] * 6])
     correct = torch.tensor([[True, True, False, True, True, True]] * 3)
     exits = torch.tensor([0, 0, 0, 2, 2, 0])
-    easy, hard = visualize.choose_pictures(exits, Scores(confidence, correct), [1, 1, 1, 1, 1, 0], 1)
+    easy, hard = drawing.choose_images(exits, Scores(confidence, correct), [1, 1, 1, 1, 1, 0], 1)
     assert (easy, hard) == ([0, 1], [4, 3])
 
 
 def test_reading_a_packed_file_runs_nothing(trained):
     _, folder, _ = trained
-    assert set(read(folder / "packed.pth.tar")) == set(PACKED_KEYS)
+    assert set(read_checkpoint(folder / "packed.pth.tar")) == set(PACKED_KEYS)
 
 
 def test_benchmark_reports_what_leaves_and_what_it_saves(tmp_path, capsys):

@@ -9,20 +9,27 @@ import pytest
 import torch
 from torch.utils.data import Subset
 
-from common.run.checkpoint import CheckpointError
+from common.data import build, loaders
+from common.run import launch
+from common.run.checkpoint import CheckpointError, CheckpointManager
+from common.run.errors import UsageError
 from common.run.files import ROOT
-from dvt import cifar, models, transfer_learning
+from dvt import cifar, loading, models, transfer_learning
 from dvt.models import create_model
 from dvt.tests.tiny import SMALL_GRIDS, small_cascade, t2t_cascade
 
-TINY = models.Entry(
-    models.VisionTransformer, {"img_size": 24, "embed_dim": 16, "depth": 1, "num_heads": 2}, tuple(SMALL_GRIDS)
-)
+TINY = models.Entry("deit", {"img_size": 24, "embed_dim": 16, "depth": 1, "num_heads": 2}, tuple(SMALL_GRIDS))
 
 
 @pytest.fixture
 def tiny_desk(monkeypatch):
     monkeypatch.setitem(models.MODELS, "DVT_desk", TINY)
+
+
+def few_digits(monkeypatch) -> None:
+    """Train and test on 64 digits each."""
+    whole_split = build.open_split
+    monkeypatch.setattr(build, "open_split", lambda *args, **more: Subset(whole_split(*args, **more), range(64)))
 
 
 def names_of(model, group):
@@ -67,7 +74,7 @@ def test_all_that_is_tuned_is_decayed_and_the_backbone_rises_at_a_small_rate():
 def test_heads_start_afresh_and_tables_are_resized():
     source = small_cascade(1, torch.float32, num_classes=7)
     target = small_cascade(2, torch.float32)
-    fresh = cifar.load_backbone(target, source.state_dict(), source="file")
+    fresh = loading.load_backbone(target, source.state_dict(), source="file")
     assert len(fresh) == 6
     assert all(".head." in name for name in fresh)
     torch.testing.assert_close(target.less_token.blocks[0].mlp.fc1.weight, source.less_token.blocks[0].mlp.fc1.weight)
@@ -76,7 +83,7 @@ def test_heads_start_afresh_and_tables_are_resized():
     # a table that rises along one side still does
     plane = torch.stack(torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij"), -1).reshape(1, 16, 2)
     table = torch.cat([torch.full((1, 1, 2), 9.0), plane], dim=1)
-    grown = cifar.resize_table(table, 65, where="x")
+    grown = loading.resize_table(table, 65, where="x")
     assert grown.shape == (1, 65, 2)
     assert grown[0, 0].tolist() == [9, 9]
     grid = grown[0, 1:].view(8, 8, 2)
@@ -84,29 +91,26 @@ def test_heads_start_afresh_and_tables_are_resized():
     assert (grid[..., 0].diff(dim=0)[1:-1] > 0.3).all()
     assert grid[..., 0].diff(dim=1).abs().max() < 1e-5
     with pytest.raises(CheckpointError, match="not squares"):
-        cifar.resize_table(table, 60, where="x")
+        loading.resize_table(table, 60, where="x")
     lacking = {name: value for name, value in source.state_dict().items() if "blocks" not in name}
     with pytest.raises(CheckpointError, match=r"blocks\.0"):
-        cifar.load_backbone(target, lacking, source="file")
+        loading.load_backbone(target, lacking, source="file")
 
 
-def test_pictures():
+def test_images():
     from PIL import Image
 
-    picture = Image.new("RGB", (32, 32), (255, 0, 0))
-    test = cifar.test_picture(224)(picture)
+    image = Image.new("RGB", (32, 32), (255, 0, 0))
+    test = cifar.test_transform(224)(image)
     assert test.shape == (3, 224, 224)
     expected = [(1 - cifar.MEAN[0]) / cifar.STD[0], -cifar.MEAN[1] / cifar.STD[1], -cifar.MEAN[2] / cifar.STD[2]]
     assert test[:, 7, 7].tolist() == pytest.approx(expected, abs=1e-5)
-    assert cifar.train_picture(224)(picture).shape == (3, 224, 224)
+    assert cifar.train_transform(224)(image).shape == (3, 224, 224)
 
 
 def test_from_a_cascade_to_digits_interrupted_and_resumed(tiny_desk, tmp_path, monkeypatch):
     source = create_model("DVT_desk", num_classes=7)
-    whole_split = transfer_learning.build_dataset
-    monkeypatch.setattr(
-        transfer_learning, "build_dataset", lambda *args, **more: Subset(whole_split(*args, **more), range(64))
-    )
+    few_digits(monkeypatch)
     torch.save({"state_dict_ema": {f"module.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "pre.pth")
     words = ["--model", "DVT_desk", "--dataset", "digits", "--lr", "0.05", "--b", "32", "--workers", "0", "--device",
              "cpu", "--transfer-learning", "True", "--transfer-model", str(tmp_path / "pre.pth"), "--epochs", "2",
@@ -126,7 +130,7 @@ def test_from_a_cascade_to_digits_interrupted_and_resumed(tiny_desk, tmp_path, m
         raise Interrupted
 
     with monkeypatch.context() as patch:  # after the first epoch's checkpoint, before the second epoch
-        patch.setattr(transfer_learning.CheckpointManager, "save", _save_and(stop, after=2))
+        patch.setattr(CheckpointManager, "save", _save_and(stop, after=2))
         with pytest.raises(Interrupted):
             transfer_learning.main([*words, "--output", str(tmp_path / "broken")])
     assert torch.load(tmp_path / "broken" / "last.pth", weights_only=True)["progress"]["epoch"] <= 1
@@ -140,9 +144,27 @@ def test_from_a_cascade_to_digits_interrupted_and_resumed(tiny_desk, tmp_path, m
             assert torch.equal(whole["model"][f"{stage}.{name}"], source.state_dict()[f"{stage}.{name}"])
 
 
+@pytest.mark.parametrize("kept", [(False, False), (False, True)])
+def test_a_cascade_trained_without_reuse_is_transferred(tiny_desk, tmp_path, monkeypatch, kept):
+    few_digits(monkeypatch)
+    source = create_model("DVT_desk", num_classes=7, feature_reuse=kept[0], relation_reuse=kept[1])
+    torch.save(source.state_dict(), tmp_path / "pre.pth")
+    words = ["--model", "DVT_desk", "--dataset", "digits", "--b", "32", "--workers", "0", "--device", "cpu",
+             "--transfer-learning", "True", "--transfer-model", str(tmp_path / "pre.pth"), "--epochs", "1",
+             "--output", str(tmp_path)]  # fmt: skip
+    transfer_learning.main(words)
+    (published,) = tmp_path.glob("ckpt_*.pth")
+    net = torch.load(published, weights_only=True)["net"]
+    assert list(net) == list(source.state_dict())
+    again = loading.load_network("DVT_desk", {"net": net}, source=published, device=torch.device("cpu"), num_classes=10)
+    assert (again.less_token.feature_reuse, again.less_token.relation_reuse) == kept
+    with pytest.raises(CheckpointError, match="feature_resuse_mlp"):
+        transfer_learning.main([*words, "--feature-reuse"])
+
+
 def _save_and(then, *, after):
     calls = []
-    save = transfer_learning.CheckpointManager.save
+    save = CheckpointManager.save
 
     def wrapper(*args, **options):
         calls.append(save(*args, **options))
@@ -169,7 +191,7 @@ def test_two_processes_on_class_folders(imagenet, tmp_path):
     assert rows[-1]["train_images"] == 24
 
 
-def test_bad_command_lines(capsys, tmp_path):
+def test_bad_command_lines(capsys, tmp_path, monkeypatch):
     for words, message in (
         (["--transfer-learning", "True"], "needs --transfer-model"),
         (["--transfer-model", "x.pth"], "only with --transfer-learning"),
@@ -178,10 +200,13 @@ def test_bad_command_lines(capsys, tmp_path):
             transfer_learning.parse_args(words)
         assert message in capsys.readouterr().err
     args = transfer_learning.parse_args(["--dataset", "cifar100", "--gp", "avg"])
-    assert (args.num_classes, args.img_size, args.hflip, args.batch_size) == (100, 224, 0.5, 128)
+    assert (args.num_classes, args.img_size, args.hflip, args.batch_size) == (None, 224, 0.5, 128)
+    assert loaders.default_num_classes(args.dataset) == 100
     assert "--gp has no effect" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="a multiple of it"):
-        transfer_learning.build_loaders(args, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "launch", lambda *_, **__: launch.World(0, 3, 0, torch.device("cpu"), None))
+        with pytest.raises(UsageError, match="a multiple of it"):
+            transfer_learning.main(["--dataset", "cifar100"])
     with pytest.raises(CheckpointError, match=r"there is no .*last\.pth"):
         transfer_learning.main(
             ["--model", "DVT_desk", "--dataset", "digits", "--workers", "0", "--resume", "--output", str(tmp_path),

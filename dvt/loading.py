@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.layers import resample_abs_pos_embed  # pyright: ignore[reportPrivateImportUsage] - timm's documented entry
 from torch import Tensor, nn
 
-from common.run.checkpoint import CheckpointError, TrainingState, load_safely, load_strict, locate, select_state
-from common.run.launch import main_process_first
+from common.run.checkpoint import CheckpointError, TrainingState, load_strict, read_checkpoint, select_state
 from common.run.program import get_logger
-from dvt.models import EXITS
+from dvt.models import EXITS, MODELS, create_model
+from dvt.models.backbone import Backbone
+from dvt.models.cascade import Cascade
 
 logger = get_logger(__name__)
 
@@ -36,22 +38,16 @@ RAW_WEIGHT_KEYS = ("model_state_dict", "state_dict", "model", "net")
 """The same without averages."""
 
 
-def read(path: str | os.PathLike[str]) -> Any:
-    """Content of a file or URL; with several processes, one downloads.
-
-    Raises:
-        CheckpointError: naming the file and what is wrong with it.
-    """
-    with main_process_first():
-        file = locate(path)
-    return load_safely(file)
+def select_weights(content: Any, source: str | os.PathLike[str], average: bool = True) -> Mapping[str, Tensor]:
+    """The weights of any kind of checkpoint by their names; arguments as :func:`load_weights`."""
+    return select_state(content, WEIGHT_KEYS if average else RAW_WEIGHT_KEYS, source=str(source))
 
 
 def load_weights(model: nn.Module, content: Any, *, source: str | os.PathLike[str], average: bool = True) -> nn.Module:
     """Load the weights of any kind of checkpoint strictly: every key must be there, and no other.
 
     Args:
-        content: from :func:`read`.
+        content: of a file, from ``read_checkpoint``.
         source: the file, for messages.
         average: prefer the moving average of the weights where the file has one.
 
@@ -61,9 +57,122 @@ def load_weights(model: nn.Module, content: Any, *, source: str | os.PathLike[st
     Raises:
         CheckpointError: listing what does not fit.
     """
-    keys = WEIGHT_KEYS if average else RAW_WEIGHT_KEYS
-    load_strict(model, select_state(content, keys, source=str(source)), source=source)
+    load_strict(model, select_weights(content, source, average), source=source)
     return model
+
+
+def choose_reuse(state: Mapping[str, Any], feature_reuse: bool | None, relation_reuse: bool | None) -> dict[str, bool]:
+    """Which reuse a cascade has, as options of ``create_model``.
+
+    Args:
+        state: weights by their names, which say what it was trained with; may be empty.
+        feature_reuse, relation_reuse: what is asked for; None: as the weights say, on without any.
+    """
+    chosen: dict[str, bool] = {}
+    for option, asked, part in (
+        ("feature_reuse", feature_reuse, "feature_resuse_mlp"),
+        ("relation_reuse", relation_reuse, "relation_reuse_conv"),
+    ):
+        chosen[option] = (not state or any(part in name for name in state)) if asked is None else asked
+    return chosen
+
+
+def load_network(
+    name: str,
+    content: Any,
+    *,
+    source: str | os.PathLike[str],
+    device: torch.device,
+    average: bool = True,
+    feature_reuse: bool | None = None,
+    relation_reuse: bool | None = None,
+    **options: Any,
+) -> Cascade | Backbone:
+    """A network by its published name with the weights of a checkpoint, in evaluation mode.
+
+    Args:
+        content, source, average: see :func:`load_weights`.
+        feature_reuse, relation_reuse: of a cascade; None: as the checkpoint was trained.
+        options: of ``create_model``.
+    """
+    state = select_weights(content, source, average)
+    if MODELS[name].stages:
+        options |= choose_reuse(state, feature_reuse, relation_reuse)
+    model = create_model(name, **options)
+    load_strict(model, state, source=source)
+    return model.to(device).eval()
+
+
+def start_transfer(
+    name: str,
+    file: str,
+    *,
+    seed: int,
+    feature_reuse: bool | None = None,
+    relation_reuse: bool | None = None,
+    **options: Any,
+) -> Cascade | Backbone:
+    """The network that a transfer begins with: fresh, and with a checkpoint's backbone where ``file`` names one.
+
+    Args:
+        feature_reuse, relation_reuse: of a cascade; None: as the checkpoint was trained, on without one.
+        options: of ``create_model``.
+    """
+    state = select_weights(read_checkpoint(file), file) if file else {}
+    if MODELS[name].stages:
+        options |= choose_reuse(state, feature_reuse, relation_reuse)
+    torch.manual_seed(seed)
+    model = create_model(name, **options)
+    if file:
+        fresh = load_backbone(model, state, source=file)
+        logger.info("weights of %s; %s", file, f"new: {', '.join(fresh)}" if fresh else "heads kept")
+    return model
+
+
+def load_backbone(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> Sequence[str]:
+    """Load pretrained weights into a network with other classes: heads whose shape differs start afresh.
+
+    Position tables of another resolution are resized, bicubic.
+
+    Args:
+        model: network to fill.
+        state: weights by published names.
+        source: the file, for messages.
+
+    Returns:
+        Names of the weights that were not taken over.
+
+    Raises:
+        CheckpointError: if anything else does not fit.
+    """
+    own = model.state_dict()
+    merged: dict[str, Tensor] = {}
+    fresh: list[str] = []
+    for name, value in state.items():
+        parts = name.split(".")
+        if name in own and "head" in parts and own[name].shape != value.shape:
+            fresh.append(name)
+            continue
+        if name in own and parts[-1] == "pos_embed" and own[name].shape != value.shape:
+            value = resize_table(value, own[name].shape[1], where=f"{source}: {name}")
+        merged[name] = value
+    load_strict(model, {**{name: own[name] for name in fresh}, **merged}, source=source)
+    return fresh
+
+
+def resize_table(table: Tensor, tokens: int, *, where: str) -> Tensor:
+    """Resize a position table (1, M+1, D) to ``tokens`` rows, the class token's kept; bicubic over the grid.
+
+    Raises:
+        CheckpointError: if either number of patches is no square.
+    """
+    source, target = round((table.shape[1] - 1) ** 0.5), round((tokens - 1) ** 0.5)
+    if source**2 + 1 != table.shape[1] or target**2 + 1 != tokens:
+        raise CheckpointError(
+            f"{where} has {table.shape[1]} positions, the network {tokens}: not squares with a class token, so the "
+            "table cannot be resized; give the --img-size that the checkpoint was trained at"
+        )
+    return resample_abs_pos_embed(table, [target, target], antialias=False)
 
 
 @dataclass(frozen=True)
@@ -87,7 +196,7 @@ def read_packed(content: Any, needed: Sequence[str], *, source: str | os.PathLik
     """The entries of a packed checkpoint that something needs.
 
     Args:
-        content: from :func:`read`.
+        content: of a file, from ``read_checkpoint``.
         needed: keys out of ``PACKED_KEYS``.
         source: the file, for messages.
         why: what needs them, for messages.
@@ -144,8 +253,8 @@ def _numbers(value: Any, count: int, key: str, source: str | os.PathLike[str]) -
 
 def resume(
     state: TrainingState,
-    path: str | os.PathLike[str],
     *,
+    path: str | os.PathLike[str],
     optimizer: bool = True,
     start_epoch: int | None = None,
 ) -> None:
@@ -158,7 +267,7 @@ def resume(
     Raises:
         CheckpointError: naming what the file lacks or what does not fit.
     """
-    content = read(path)
+    content = read_checkpoint(path)
     if isinstance(content, Mapping) and "state_dict" in content and "model" not in content:
         content = _from_official(content)
     if optimizer:

@@ -1,0 +1,71 @@
+"""What ``main.py`` is built of besides what all trainers share: network, optimiser, record."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.optim import param_groups_weight_decay  # pyright: ignore[reportPrivateImportUsage] - timm's documented entry
+from torch import nn
+
+from common.run import build
+from common.run.checkpoint import read_checkpoint
+from common.run.files import write_atomic
+from common.run.metrics import Record
+from common.run.settings import OptimizerSettings
+from dvt.loading import load_weights
+from dvt.models import MODELS, create_model
+
+
+def build_model(
+    name: str, *, seed: int, feature_reuse: bool, relation_reuse: bool, initial_checkpoint: str = "", **options: Any
+) -> nn.Module:
+    """The network, the same on every rank.
+
+    Args:
+        feature_reuse, relation_reuse: of a cascade.
+        initial_checkpoint: weights to start from; empty for fresh ones.
+        options: of ``create_model``.
+    """
+    if MODELS[name].stages:
+        options |= {"feature_reuse": feature_reuse, "relation_reuse": relation_reuse}
+    torch.manual_seed(seed)
+    model = create_model(name, **options)
+    if initial_checkpoint:
+        load_weights(model, read_checkpoint(initial_checkpoint), source=initial_checkpoint)
+    return model
+
+
+def build_optimizer(
+    model: nn.Module, settings: OptimizerSettings, *, decay_tokens: bool = True
+) -> torch.optim.Optimizer:
+    """timm's optimiser. The published cascades decay their class tokens and position tables; so does this one."""
+    groups = None
+    if not decay_tokens:
+        tokens = [name for name, _ in model.named_parameters() if name.endswith(("cls_token", "pos_embed"))]
+        groups = partial(param_groups_weight_decay, weight_decay=settings.weight_decay, no_weight_decay_list=tokens)
+    return build.build_optimizer(model, settings, group_fn=groups)
+
+
+class SummaryRecord(Record):
+    """The record of a run, and ``summary.csv`` beside it in the published columns, rewritten after every epoch."""
+
+    def write(self, event: str, row: Mapping[str, Any]) -> None:
+        super().write(event, row)
+        if event != "epoch" or self.path is None:
+            return
+        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        rows = [line for line in lines if line["event"] == "epoch"]
+        names = [name for name in rows[-1] if name.startswith("test_") and name.endswith(("loss", "top1", "top5"))]
+        names = [name for name in names if "_raw_" not in name]
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator=os.linesep)
+        table.writerow(["epoch", "train_loss", *(name.replace("test_", "eval_") for name in names)])
+        for line in rows:
+            table.writerow([line.get(name) for name in ("epoch", "train_loss", *names)])
+        write_atomic(Path(self.path).with_name("summary.csv"), text.getvalue())

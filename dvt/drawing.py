@@ -1,0 +1,120 @@
+"""Images that leave a cascade early and late, as sheets.
+
+Letters: K exits, n images.
+"""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+from dvt.evaluation import Scores
+
+ROWS = 3
+"""Images in a column."""
+
+SIDE, SMALL, GAP, TITLE, RIM = 160, 104, 8, 26, 3
+"""Pixels of an image, of a small one, between two, of a line of text, and of the rim of an image."""
+
+PAPER, INK = (255, 255, 255), (24, 24, 27)
+EASY, HARD = (34, 160, 107), (208, 69, 76)
+EXIT_COLOURS = (EASY, (217, 142, 4), HARD)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a sheet.
+
+    Attributes:
+        title, subtitle: two lines of text above it; the second, and the rims, have ``colour``.
+        grid: rows and columns of tokens, drawn over every image; None for none.
+    """
+
+    title: str
+    subtitle: str
+    colour: tuple[int, int, int]
+    images: Sequence[Image.Image] = field(repr=False)
+    grid: tuple[int, int] | None = None
+
+
+def draw_sheet(columns: Sequence[Column], *, side: int = SIDE) -> Image.Image:
+    """Columns of images of ``side`` pixels side by side."""
+    sheet = Image.new("RGB", (GAP + len(columns) * (side + GAP), 2 * TITLE + GAP + ROWS * (side + GAP)), PAPER)
+    canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
+    inner = side - 2 * RIM
+    for number, column in enumerate(columns):
+        left = GAP + number * (side + GAP)
+        canvas.text((left, GAP // 2), column.title, INK, font)
+        canvas.text((left, TITLE), column.subtitle, column.colour, font)
+        for row, image in enumerate(column.images):
+            top = 2 * TITLE + GAP // 2 + row * (side + GAP)
+            fitted = ImageOps.fit(image.convert("RGB"), (inner, inner), Image.Resampling.BICUBIC)
+            sheet.paste(ImageOps.expand(fitted, RIM, column.colour), (left, top))
+            for count, vertical in zip(column.grid or (), (False, True), strict=False):
+                for line in range(1, count):
+                    along = RIM + round(line * inner / count)
+                    start, end = (along, RIM), (along, RIM + inner - 1)
+                    points = [start, end] if vertical else [start[::-1], end[::-1]]
+                    canvas.line([(left + x, top + y) for x, y in points], column.colour)
+    return sheet
+
+
+def choose_images(
+    exits: Tensor, scores: Scores, targets: Sequence[int], label: int, count: int = ROWS
+) -> tuple[list[int], list[int]]:
+    """Numbers of the easy and of the hard images of a class; fewer where there are not as many.
+
+    Args:
+        exits: exit that answers each image, (n,).
+        scores: of all exits.
+        targets: class of each image.
+    """
+    last = len(scores.confidence) - 1
+    sure = scores.confidence[0].tolist()
+    own = [i for i, target in enumerate(targets) if target == label]
+    easy = sorted((i for i in own if exits[i] == 0 and scores.correct[0, i]), key=lambda i: (-sure[i], i))
+    hard = sorted((i for i in own if exits[i] == last), key=lambda i: (sure[i], i))
+    return easy[:count], hard[:count]
+
+
+def exit_columns(
+    dataset: Any, exits: Tensor, scores: Scores, grids: Sequence[tuple[int, int]], *, width: int = 3
+) -> list[Column]:
+    """``width`` columns for each exit: the first images of ``dataset`` that leave there, under its token grid."""
+    columns: list[Column] = []
+    for k, (rows, tokens) in enumerate(grids):
+        own = (exits == k).nonzero().squeeze(1)
+        right = 100 * scores.correct[k, own].double().mean().item() if len(own) else 0.0
+        title = f"exit {k + 1}: {rows}x{tokens} tokens"
+        share = f"{100 * len(own) / len(exits):.1f} % leave here, {right:.1f} % of them right"
+        for number in range(width):
+            chosen = own[number : width * ROWS : width].tolist()
+            images = [dataset[i][0] for i in chosen]
+            texts = ("", "") if number else (title, share)  # which reach over the columns beside
+            columns.append(Column(*texts, EXIT_COLOURS[k % len(EXIT_COLOURS)], images, (rows, tokens)))
+    return columns
+
+
+def exit_table(dataset: Any, targets: Sequence[int], exits: Tensor, scores: Scores) -> str:
+    """CSV: file (or number), class, exit, confidence and correctness of every image."""
+    samples = getattr(dataset, "samples", None)
+    classes = list(dataset.classes)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "class", "exit", "confidence", "correct"])
+    for i, k in enumerate(exits.tolist()):
+        name = i if samples is None else samples[i][0]
+        sure, right = scores.confidence[k, i], int(scores.correct[k, i])
+        writer.writerow([name, classes[targets[i]], k + 1, f"{sure:.6f}", right])
+    return text.getvalue()
+
+
+def png_of(image: Image.Image) -> bytes:
+    """The image as the content of a PNG file of few colours, which sheets are small in."""
+    stream = io.BytesIO()
+    image.quantize(128).save(stream, "PNG", optimize=True)
+    return stream.getvalue()
