@@ -19,7 +19,7 @@ from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, V
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer as TorchvisionViT
 
-from common.hosts import Effect, Facts, Lean, Method, NotAHost, Parts, Plan, PlanError, Tokens, explain, lean
+from common.hosts import Effect, Facts, Lean, Method, NotAHost, Parts, Plan, PlanError, Tokens, explain, families, lean
 from common.hosts.network import find_host
 from common.run.files import ROOT
 
@@ -445,3 +445,15 @@ def test_the_documented_module(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["lean", "16", "False"]
+
+
+def test_every_family_of_timm_is_a_host_or_refused_by_name() -> None:
+    """One network of each family, and the page in the docs says the same of it."""
+    page = families.PAGE.read_text(encoding="utf-8")
+    chosen = families.one_of_each(families.names())
+    assert len(chosen) > 60
+    for name in chosen:
+        good, why = families.verdict(name)
+        assert good or why, name
+        row = f"| `{families._model_to_module[name]}` | {'yes' if good else 'no'} | {why} |"
+        assert row in page, f"{name}: {row} is not in docs/hosts.md; python -m common.hosts.families renders it"

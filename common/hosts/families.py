@@ -1,0 +1,105 @@
+"""Which of timm's Vision Transformers are hosts: every name tried, and the table that the documentation shows.
+
+    python -m common.hosts.families            # writes docs/hosts.md; a minute or two, nothing is downloaded
+
+Networks are built on the meta device, so that only their structure is asked; ``lean`` itself also compares numbers.
+"""
+
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import timm
+import torch
+from timm.models._registry import _model_to_module
+
+from common.hosts.host import NotAHost
+from common.hosts.network import find_host
+from common.hosts.runner import Plan
+from common.run.files import ROOT, write_atomic
+
+MODULES = (
+    *("vision_transformer", "deit", "eva", "vision_transformer_hybrid", "vitamin", "beit", "cait", "xcit", "naflexvit"),
+    *("vision_transformer_relpos", "vision_transformer_sam", "hiera", "swin_transformer", "mvitv2", "volo", "crossvit"),
+)
+"""timm's modules of networks that people call Vision Transformers."""
+SIZES = re.compile(
+    r"_(x?pwee|d?p?wee|d?little|atto|nano|x?x?tiny|x?x?small|betwixt|medium\w*|base\w*|large\w*|huge|giant\w*|gigantic|"
+    r"enormous|plus|so\d+m\w*|so\w?\d\w*|[smltb]\d*|\d+b|\d+m|\d+)(?=_|$)"
+)
+PAGE = ROOT / "docs" / "hosts.md"
+
+
+def names() -> list[str]:
+    """All names of these modules."""
+    return [name for name in timm.list_models() if _model_to_module[name] in MODULES]
+
+
+def family(name: str) -> str:
+    """A name without the words for size: ``vit_patch14_reg4_dinov2`` of ``vit_small_patch14_reg4_dinov2``."""
+    while (shorter := SIZES.sub("", name, count=1)) != name:
+        name = shorter
+    return name
+
+
+def one_of_each(all_names: Iterable[str]) -> list[str]:
+    """A name of every family."""
+    return list({family(name): name for name in all_names}.values())
+
+
+def verdict(name: str) -> tuple[bool, str]:
+    """Whether a network is a host, and the adapter or the reason."""
+    with torch.device("meta"):
+        net = timm.create_model(name)
+    try:
+        host = find_host(net)
+        Plan(host, (), opened=True)
+    except NotAHost as error:
+        reason = str(error)
+        if "is not a host; known are" in reason:
+            reason = f"no adapter for {type(net).__name__}"
+        return False, re.sub(r"blocks\.\d+", "blocks.*", reason)
+    return True, type(host).__name__
+
+
+def table(verdicts: Mapping[str, tuple[bool, str]]) -> str:
+    """Markdown: module, verdict, reason or adapter, number of names, and examples."""
+    groups: dict[tuple[str, bool, str], list[str]] = defaultdict(list)
+    for name, (good, why) in verdicts.items():
+        groups[_model_to_module[name], good, why].append(name)
+    lines = ["| timm module | host | adapter, or why not | names | such as |", "| :-- | :-- | :-- | --: | :-- |"]
+    order = sorted(groups, key=lambda key: (MODULES.index(key[0]), not key[1], key[2]))
+    for module, good, why in order:
+        found = groups[module, good, why]
+        such = ", ".join(f"`{name}`" for name in one_of_each(found)[:2])
+        lines.append(f"| `{module}` | {'yes' if good else 'no'} | {why} | {len(found)} | {such} |")
+    return "\n".join(lines)
+
+
+def page(verdicts: Mapping[str, tuple[bool, str]]) -> str:
+    """The whole page."""
+    hosts = sum(good for good, _ in verdicts.values())
+    return f"""# Which networks can have token methods
+
+`leanvit.explain(net)` answers for a network at hand. Of the {len(verdicts)} names of Vision Transformers in timm
+{timm.__version__}, {hosts} are hosts; the others are refused by the name of the module that no adapter knows. Hosts are
+also `torchvision.models.vit_*`, and the SWAG networks of `hourglass_swag`.
+
+{table(verdicts)}
+
+Rendered by `python -m common.hosts.families`.
+"""
+
+
+def main(argv: Sequence[str] | None = None, path: Path = PAGE) -> int:
+    """Try every name and write the page."""
+    found = {name: verdict(name) for name in names()}
+    write_atomic(path, page(found))
+    print(f"{sum(good for good, _ in found.values())} of {len(found)} names are hosts; written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
