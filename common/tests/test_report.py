@@ -289,6 +289,8 @@ def test_students_are_not_drawn_through_a_teacher():
     assert not teachers.joined
     assert len(set(teachers.labels)) == len(teachers.x)
     assert not {series.kind for series in lines.values()} - {"published"}
+    page = to_html(found, drawn={"sit-slimming": "<svg></svg>"})
+    assert page.count('<div class="figure"><svg></svg></div>') == 1, "shown once, above the first of its tables"
 
 
 def test_the_overview_has_a_panel_per_backbone_and_ends_at_the_dense_row(tmp_path):
