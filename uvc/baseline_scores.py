@@ -143,7 +143,7 @@ def gmp_sparsity(step: int, *, start: int, interval: int, times: int, final: flo
 
     final (1 - (1 - (t - t0) / (n delta))^3); it stays at ``final`` after the n-th event.
 
-    Source: the schedule of Zhu and Gupta (arXiv:1710.01878, Eq. 1) with an initial sparsity of 0.
+    Source: Gradual magnitude pruning, arXiv:1710.01878, Eq. 1: s_f (1 - (1 - (t - t0) / (n dt))^3), from sparsity 0.
     """
     done = min((step - start) / (times * interval), 1.0)
     return final * (1 - (1 - done) ** 3)

@@ -1,6 +1,6 @@
 """Remaining cost as a differentiable function of pruning numbers, block gates and patch gates.
 
-*Unified Visual Transformer Compression*, ICLR 2022: R in the constraint R <= B. Cost is multiply-accumulates by the
+UVC, arXiv:2203.08243: R in the constraint R <= B. Cost is multiply-accumulates by the
 paper's rules (``GatedTransformer.mac_counts``), relative to the dense network.
 
 L blocks, H heads, d channels of a head, D = H d, M hidden neurons, N patches.
@@ -116,7 +116,7 @@ class CostModel:
     ) -> Tensor:
         """R: the remaining share of the cost, (). Arguments as ``remaining``.
 
-        Source: the resource constraint of the paper.
+        Source: arXiv:2203.08243, resource constraint: R(s, r, g) <= R_budget.
         """
         embed, terms = self.remaining(s, r, head_scores, run, patch_gating)
         return (embed + terms.sum()) / self.full

@@ -1,6 +1,6 @@
 """Objective of both stages: labels, distillation from the dense network, and a penalty on patch gates.
 
-*Unified Visual Transformer Compression*, arXiv:2203.08243.
+UVC, arXiv:2203.08243.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def objective(
         kind: ``none``, ``soft`` (KL divergence at temperature tau, divided by batch and classes) or ``hard``.
         alpha: weight of the distillation, from 0 to 1.
 
-    Source: UVC, arXiv:2203.08243, objective of problem (5) and Figure 1 (3).
+    Source: arXiv:2203.08243, objective of problem (5): (1 - alpha) CE + alpha KD; Figure 1 (3): distillation.
     """
     return DistillationLoss(SoftTargetCrossEntropy(), teacher, kind, alpha, tau)
 

@@ -1,6 +1,6 @@
 """Groups of weights: their scores, the proximal step that shrinks the least of them, and masks.
 
-*Unified Visual Transformer Compression*, ICLR 2022. Groups of block l are columns: of W1 = ``attn.proj`` (D x D) one
+UVC, arXiv:2203.08243. Groups of block l are columns: of W1 = ``attn.proj`` (D x D) one
 per head h and dimension j, d of them together a head; of W3 = ``mlp.fc2`` (D x M) one per hidden neuron. A group's
 score is its squared L2 norm. s[l, 0], s[l, 1] and r[l, h] say how many heads, neurons and dimensions of head h to
 remove; a positive number of any size counts as the next whole one.
@@ -52,7 +52,10 @@ def blocks_of(model: GatedTransformer) -> list[Block]:
 
 @torch.no_grad()
 def group_scores(model: GatedTransformer) -> GroupScores:
-    """Scores of all groups from the current weights."""
+    """Scores of all groups from the current weights.
+
+    Source: arXiv:2203.08243, Figure 1 (1): heads, their dimensions and neurons, by the norms of their columns.
+    """
     blocks = blocks_of(model)
     columns = torch.stack([_column_norms(block.attn.proj.weight) for block in blocks])  # (L, D)
     dims = columns.unflatten(1, (model.num_heads, model.head_dim))
@@ -92,7 +95,7 @@ def least_sum(scores: Tensor, numbers: Tensor) -> Tensor:
 
     Its gradient by the number is the next smallest score, and the largest where none is left.
 
-    Source: T in the constraints of the paper.
+    Source: arXiv:2203.08243, sparsity constraints: T_k(v), the sum of the k smallest group norms, is zero.
     """
     ascending = scores.detach().sort(dim=-1).values
     count = whole(numbers).clamp(0, scores.shape[-1])[..., None]
@@ -126,7 +129,7 @@ def proximal_step_(
     Returns:
         The scores after the step.
 
-    Source: proximal operator of the y and p terms of the Lagrangian.
+    Source: arXiv:2203.08243, proximal step: columns of the least groups are divided by 1 + 2 lr dual.
     """
     by_dim = torch.where(removed.dims, 1 + 2 * lr * p[..., None], 1.0)  # (L, H, d)
     by_head = torch.where(removed.heads, 1 + 2 * lr * y[:, :1], 1.0)  # (L, H)

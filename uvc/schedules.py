@@ -40,6 +40,8 @@ def zlr_schedule(values: Sequence[float], epochs: int) -> dict[int, float]:
     """Learning rate of z by the epoch from which it holds, the values spread evenly over the run.
 
     Later values win where there are more of them than epochs.
+
+    Source: arXiv:2203.08243, learning rate of z: changed during the run.
     """
     return {index * (epochs // len(values)): value for index, value in enumerate(values)}
 

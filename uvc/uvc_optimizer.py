@@ -1,6 +1,6 @@
 """One primal-dual step of UVC, in the order of the paper's algorithm.
 
-*Unified Visual Transformer Compression*, ICLR 2022. The Lagrangian
+UVC, arXiv:2203.08243. The Lagrangian
 
     L = loss + sum y T_{ceil s} + sum p T_{ceil r} + z (R - B)
 
@@ -77,6 +77,8 @@ class StepValues:
 
 class PrimalDual:
     """Pruning numbers, duals and their updates for one model.
+
+    Source: arXiv:2203.08243, problem (5): min over W, s, r, g of the loss, subject to R <= B and T_s = T_r = 0.
 
     Args:
         model: its gates must have their place; masks are not touched here.
@@ -165,7 +167,7 @@ class PrimalDual:
             lr: learning rate of the weights for the proximal step.
             warmup: stop after the proximal step.
 
-        Source: arXiv:2203.08243, Algorithm 1.
+        Source: arXiv:2203.08243, Algorithm 1: one step on weights (proximal), s, r, gates and the duals y, p, z.
         """
         settings, model = self.settings, self.model
         self.count += 1
@@ -302,6 +304,8 @@ def descend_within_bounds(variable: Tensor, gradient: Tensor, optimizer: torch.o
         variable: s (L, 2) or r (L, H). gradient: of the same shape.
         optimizer: holds ``variable``.
         bound: how many groups there are, () or (2,).
+
+    Source: arXiv:2203.08243, descent on s and r: projected onto 0 <= s < number of groups.
     """
     limit = (bound - JUST_BELOW).clamp(min=0).expand_as(variable)
     over, under = variable >= limit, variable <= 0

@@ -1,6 +1,6 @@
 """DeiT with gates on blocks and patches, the backbone of UVC.
 
-*Unified Visual Transformer Compression*, ICLR 2022; the network is DeiT's (arXiv:2012.12877), whose published weights
+UVC, arXiv:2203.08243; the network is DeiT's (arXiv:2012.12877), whose published weights
 load by name. Every block also owns two pairs of logits for its halves, which the method never uses but its files hold.
 
 B batch, N patches, T tokens, D width, H heads, d channels of a head, M hidden neurons.

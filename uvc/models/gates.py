@@ -1,6 +1,6 @@
 """Gates of blocks and patches, and what every gated backbone shares.
 
-*Unified Visual Transformer Compression*, ICLR 2022. Each block has a pair of logits (index 0 skip, index 1 run), each
+UVC, arXiv:2203.08243. Each block has a pair of logits (index 0 skip, index 1 run), each
 patch position may have one logit, and a linear layer may score patch tokens for selection by image.
 
 B batch, N patches, T tokens (patches, class token and, where there is one, distillation token), D width, L blocks.
@@ -54,6 +54,8 @@ def gate_weights(
 
     Raises:
         ValueError: unknown ``mode``.
+
+    Source: arXiv:2203.08243, block gating: Gumbel softmax of the pair (skip, run).
     """
     if mode == "gumbel":
         return gumbel_softmax(gates, GATE_TAU, hard=hard, generator=generator)
@@ -228,8 +230,9 @@ class GatedTransformer(nn.Module):
     def run_blocks(self, x: Tensor, *options: Any) -> Tensor:
         """Blocks under their gates, (B, T, D) -> (B, T, D); each gets ``options`` besides.
 
-        Source: the block-skipping gates of the paper. The block's output holds its input, so the run weight scales
-        the residual update.
+        The block's output holds its input, so the run weight scales the residual update.
+
+        Source: arXiv:2203.08243, Figure 1 (2): x <- run block(x) + skip x.
         """
         gates, summed = self.gates, torch.zeros_like(x) if self.gates.jumping else None
         running = () if gates.block_gating else self.runs()
