@@ -7,28 +7,15 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from common.run import cli
 from common.run.errors import CheckpointError, DataError, UsageError
+from common.run.settings import AugmentationSettings, DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
 from uvc.config import add_config_args, config_text, with_config
 from uvc.schedules import DECAYS, zlr_schedule
-from uvc.settings import (
-    Data,
-    JointRun,
-    JointSettings,
-    Mixing,
-    PostRun,
-    PrimalDualSettings,
-    Recipe,
-    Run,
-    Student,
-    Teacher,
-)
-
-Settings = TypeVar("Settings")
+from uvc.settings import JointRun, JointSettings, PostRun, PrimalDualSettings, Student, Teacher
 
 DATASETS = ("imagenet", "cifar10", "cifar100", "digits", "folder", "tar")
 DEIT = "https://dl.fbaipublicfiles.com/deit/"
@@ -327,43 +314,47 @@ def check_files(args: argparse.Namespace) -> None:
             raise DataError(f"--data_dir {args.data_dir}: no such folder")
 
 
-def take(kind: type[Settings], args: argparse.Namespace, **more: Any) -> Settings:
-    """Settings whose fields are flags, apart from those in ``more``."""
-    named = {item.name: getattr(args, item.name) for item in fields(kind) if item.name not in more}  # pyright: ignore[reportArgumentType]
-    return kind(**named, **more)
-
-
-def take_run(args: argparse.Namespace, **more: Any) -> Run:
-    """How a run proceeds; ``more`` are flags whose value was found otherwise."""
-    folder = Path(args.output_dir) / args.name if args.output_dir else None
-    return take(Run, args, folder=folder, arguments={**vars(args), **more})
-
-
-def take_teacher(args: argparse.Namespace, model_type: str, model_path: str | None) -> Teacher:
-    """The teacher of a network: the dense one of the same architecture unless flags name another."""
-    return take(Teacher, args, model_type=args.teacher_model or model_type, source=args.teacher_path or model_path)
+def _shared(args: argparse.Namespace, model_type: str, model_path: str | None) -> dict[str, Any]:
+    """What both stages' settings hold."""
+    folder = str(Path(args.output_dir) / args.name) if args.output_dir else ""
+    plain = {"aa": None, "color_jitter": None, "train_interpolation": "bilinear", "repeated_aug": False, "reprob": 0.0}
+    return {
+        "data": DataSettings.of(
+            args, data_set=args.dataset, data_path=args.data_dir, input_size=args.img_size or 0,
+            batch_size=args.train_batch_size, workers=args.num_workers,
+        ),
+        "augmentation": AugmentationSettings.of(args, hflip=0.0 if args.dataset == "digits" else 0.5, **plain),
+        "eval_batch_size": args.eval_batch_size,
+        "teacher": Teacher.of(
+            args, model_type=args.teacher_model or model_type, source=args.teacher_path or model_path
+        ),
+        "run": RunSettings.of(
+            args, output_dir=folder, log_every_steps=args.log_every_steps or getattr(args, "log_interval", None)
+        ),
+        "optimizer": OptimizerSettings.of(args, lr=args.learning_rate, clip_grad=args.max_grad_norm),
+        "arguments": {**vars(args), "model_type": model_type},
+    }  # fmt: skip
 
 
 def joint_run(args: argparse.Namespace) -> JointRun:
     """Stage 1 out of its flags."""
     learned = args.enable_patch_gating == 1 and not args.official
     zlr = args.zlr_schedule_list
-    primal_dual = take(
-        PrimalDualSettings, args, zlr=zlr[0], block_gating=args.enable_block_gating, pruning=args.enable_pruning,
-        learn_patches=learned, with_mhsa=args.flops_with_mhsa,
+    primal_dual = PrimalDualSettings.of(
+        args, zlr=zlr[0], block_gating=args.enable_block_gating, pruning=args.enable_pruning, learn_patches=learned,
+        with_mhsa=args.flops_with_mhsa,
     )  # fmt: skip
-    course = take(
-        JointSettings, args,
+    course = JointSettings.of(
+        args,
         warmup_epochs=args.warmup_epochs if args.enable_warmup or args.official else 0,
         zlr_schedule={0: zlr[0]} if args.official else zlr_schedule(zlr, args.num_epochs),
-        parts=args.gradient_accumulation_steps, total_steps=1,
+        parts=args.gradient_accumulation_steps,
         select_ratio=args.patch_ratio if args.enable_patch_gating == 2 else None,
         patch_l1_weight=args.patch_l1_weight if learned else 0.0,
-    )  # fmt: skip
-    return take(
-        JointRun, args, data=take(Data, args), mixing=take(Mixing, args), student=take(Student, args),
-        teacher=take_teacher(args, args.model_type, args.model_path), run=take_run(args), primal_dual=primal_dual,
-        course=course,
+    )
+    return JointRun(
+        **_shared(args, args.model_type, args.model_path), student=Student.of(args), primal_dual=primal_dual,
+        course=course, decay_type=args.decay_type, warmup_steps=args.warmup_steps, num_epochs=args.num_epochs,
     )  # fmt: skip
 
 
@@ -373,6 +364,6 @@ def post_run(args: argparse.Namespace, model_type: str) -> PostRun:
     if args.stated_model_type is None and path == WEIGHTS[MODEL_TYPE]:
         path = None  # "pretrained" meant the network of the file
     return PostRun(
-        take(Data, args), take(Mixing, args), take_teacher(args, model_type, path or WEIGHTS.get(model_type)),
-        take_run(args, model_type=model_type), take(Recipe, args),
+        **_shared(args, model_type, path or WEIGHTS.get(model_type)),
+        schedule=ScheduleSettings.of(args, cooldown_epochs=0), parts=args.gradient_accumulation_steps,
     )  # fmt: skip

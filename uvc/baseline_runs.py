@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from common.data.loaders import num_classes, train_loader
+from common.data.build import open_split
+from common.data.datasets import num_classes
+from common.data.loaders import train_loader
 from common.run.engine import StepInfo
 from common.run.errors import UsageError
 from common.run.launch import get_world_size
 from common.run.program import get_logger
+from common.run.settings import AugmentationSettings, DataSettings
 from uvc import baseline_scores as scoring
 from uvc.build import create_named
-from uvc.data import open_datasets
+from uvc.data import build_transforms
 from uvc.loading import Masked, freeze_structure, load_masked
 from uvc.models import input_size
 from uvc.models.gates import GatedTransformer, register_masks
-from uvc.settings import Data
 
 logger = get_logger(__name__)
 
@@ -26,14 +29,14 @@ SMALL = 0.01
 """A gradient's element is next to nothing below this share of its layer's root mean square."""
 
 
-def open_dense(data: Data, model_type: str, source: str | None, *, img_size: int | None) -> Masked:
+def open_dense(data: DataSettings, model_type: str, source: str | None, *, img_size: int | None) -> Masked:
     """The dense network of a checkpoint with masks of ones, or one of random weights without it."""
     if source:
         model = load_masked(source, model_type).model
     else:
         size = img_size or input_size(model_type)
-        _, held_out = open_datasets(data.dataset, data.data_dir, size, only_evaluate=True)
-        model = register_masks(create_named(model_type, num_classes=num_classes(held_out), img_size=size))
+        classes = num_classes(open_split(data, "val", None))
+        model = register_masks(create_named(model_type, num_classes=classes, img_size=size))
     model.fix_blocks([True] * len(model.blocks))
     return Masked(model, model_type, {})
 
@@ -47,12 +50,14 @@ def prepare(model: GatedTransformer, scratch: str | None) -> None:
     freeze_structure(model)
 
 
-def scoring_batches(data: Data, model: GatedTransformer, images: int) -> Iterator[tuple[Tensor, Tensor]]:
+def scoring_batches(
+    data: DataSettings, augmentation: AugmentationSettings, model: GatedTransformer, images: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Training batches up to a number of images; each rank has its own, and rank 0's scores are taken."""
-    dataset, _ = open_datasets(data.dataset, data.data_dir, model.image_size[0])
-    assert dataset is not None
+    data = replace(data, input_size=model.image_size[0])
+    dataset = open_split(data, "train", build_transforms(data, augmentation)[0])
     device, seen = next(model.parameters()).device, 0
-    for inputs, labels in train_loader(dataset, batch_size=data.train_batch_size, workers=0, seed=data.seed):
+    for inputs, labels in train_loader(dataset, batch_size=data.batch_size, workers=0, seed=data.seed):
         yield inputs.to(device), labels.to(device)
         seen += len(inputs)
         if seen >= images:
@@ -62,7 +67,8 @@ def scoring_batches(data: Data, model: GatedTransformer, images: int) -> Iterato
 def prune(
     model: GatedTransformer,
     method: str,
-    data: Data,
+    data: DataSettings,
+    augmentation: AugmentationSettings,
     *,
     density: float,
     scope: scoring.Scope,
@@ -76,7 +82,7 @@ def prune(
     if method == "omp":
         scores = scoring.magnitude_scores(model)
     elif method == "taylor":
-        scores = scoring.taylor_scores(model, scoring_batches(data, model, score_images))
+        scores = scoring.taylor_scores(model, scoring_batches(data, augmentation, model, score_images))
     elif method == "synflow":
         scores = scoring.synflow_scores(model)
     elif method == "gradient-sparsity":
@@ -84,7 +90,7 @@ def prune(
         layers = scoring.magnitude_scores(model)
         scores = {name: torch.rand(value.shape, generator=generator).to(value) for name, value in layers.items()}
     elif method == "structured":
-        heads, neurons, _ = scoring.structured_scores(model, *next(scoring_batches(data, model, 1)))
+        heads, neurons, _ = scoring.structured_scores(model, *next(scoring_batches(data, augmentation, model, 1)))
         kept = scoring.best(heads, attention_density), scoring.best(neurons, mlp_density)
         scoring.set_structured_masks_(model, *kept)
     if scores is not None:

@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     masked = baseline_runs.open_dense(settings.data, args.model_type, args.model_path, img_size=args.img_size)
     model = masked.model.to(world.device)
     baseline_runs.prune(
-        model, args.method, settings.data, density=args.density, scope=args.scope, score_images=args.score_images,
-        attention_density=args.attention_density, mlp_density=args.mlp_density,
+        model, args.method, settings.data, settings.augmentation, density=args.density, scope=args.scope,
+        score_images=args.score_images, attention_density=args.attention_density, mlp_density=args.mlp_density,
     )  # fmt: skip
     baseline_runs.prepare(model, args.model_type if args.from_scratch else None)
     gradual = None

@@ -4,55 +4,69 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from timm.data.mixup import Mixup, mixup_target
+from timm.data.mixup import mixup_target
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision import transforms
 
-from common.data.loaders import DataError, build_dataset, eval_transform, train_transform
-from common.data.transforms import Transform
-from common.run.cli import DATASET_NAMES
-from uvc.settings import Mixing
+from common.data.build import Batches, build_mixup, build_train_transform, open_split
+from common.data.datasets import num_classes
+from common.data.loaders import eval_loader, train_loader
+from common.data.transforms import Transform, eval_transform
+from common.run.errors import DataError
+from common.run.settings import AugmentationSettings, DataSettings
 
 HALF = (0.5, 0.5, 0.5)
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def build_transforms(dataset: str, size: int) -> tuple[Transform, Transform]:
+def build_transforms(data: DataSettings, augmentation: AugmentationSettings) -> tuple[Transform, Transform]:
     """Transforms of training and validation images to (3, size, size).
 
     ImageNet: random resized crop and flip, bilinear, no further augmentation; validation resizes to 256/224 of the size
     and crops the centre. CIFAR: crops of at least 5 %, validation resizes. Digits and other images of up to 32
     pixels: padded random crops.
     """
-    if dataset in ("cifar10", "cifar100"):
+    size = data.input_size
+    if data.data_set in ("cifar10", "cifar100"):
         tail = [transforms.ToTensor(), transforms.Normalize(mean=HALF, std=HALF)]
         crop = transforms.RandomResizedCrop((size, size), scale=(0.05, 1.0))
         return transforms.Compose([crop, *tail]), transforms.Compose([transforms.Resize((size, size)), *tail])
-    train = train_transform(
-        size, auto_augment=None, color_jitter=None, interpolation="bilinear", erase_probability=0.0,
-        hflip=0.0 if dataset == "digits" else 0.5,
-    )  # fmt: skip
-    return train, eval_transform(size, interpolation="bilinear")
+    return build_train_transform(size, augmentation), eval_transform(size, interpolation="bilinear")
 
 
-def open_datasets(
-    name: str, folder: str | Path | None, size: int, *, only_evaluate: bool = False
-) -> tuple[Dataset[Any] | None, Dataset[Any]]:
-    """Training and validation split; the first is None where only evaluation is wanted.
+def open_batches(
+    data: DataSettings,
+    augmentation: AugmentationSettings,
+    *,
+    eval_batch_size: int,
+    size: int,
+    only_evaluate: bool = False,
+    data_rate: float = 1.0,
+) -> Batches:
+    """Training and validation batches; the first are None where only evaluation is wanted.
+
+    Args:
+        size: side of the images in pixels.
+        data_rate: share of each class's training images to take, see ``first_of_each_class``.
 
     Raises:
         DataError: missing or unusable data, saying what to do.
     """
-    name = DATASET_NAMES.get(name, name)
-    train, test = build_transforms(name, size)
-    held_out = build_dataset(name, folder or None, "val", test)
-    return None if only_evaluate else build_dataset(name, folder or None, "train", train), held_out
+    data = replace(data, input_size=size)
+    train, held_out = build_transforms(data, augmentation)
+    kept = open_split(data, "val", held_out)
+    test_batches = eval_loader(kept, batch_size=eval_batch_size, workers=data.workers)
+    batches = None
+    if not only_evaluate:
+        images = first_of_each_class(open_split(data, "train", train), data_rate)
+        batches = train_loader(images, batch_size=data.batch_size, workers=data.workers, seed=data.seed)
+    return Batches(batches, test_batches, num_classes(kept))
 
 
 def first_of_each_class(images: Dataset[Any], share: float) -> Dataset[Any]:
@@ -75,27 +89,19 @@ def first_of_each_class(images: Dataset[Any], share: float) -> Dataset[Any]:
     return subset
 
 
-def build_mix(classes: int, mixing: Mixing) -> Mix:
+def build_mix(augmentation: AugmentationSettings, classes: int) -> Mix:
     """A function of images and labels (B,) to mixed images and class probabilities (B, classes).
 
     An odd last image is left out, since mixing pairs them. Without mixup and CutMix labels are smoothed alone.
     """
-    if not (mixing.mixup > 0 or mixing.cutmix > 0 or mixing.cutmix_minmax):
-
-        def smooth(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            return images, mixup_target(targets, classes, 1.0, mixing.smoothing)
-
-        return smooth
-    mixer = Mixup(
-        mixing.mixup, mixing.cutmix, mixing.cutmix_minmax, mixing.mixup_prob, mixing.mixup_switch_prob,
-        mixing.mixup_mode, label_smoothing=mixing.smoothing, num_classes=classes,
-    )  # fmt: skip
+    mixup = build_mixup(augmentation, classes)
 
     def mix(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if mixup is None:
+            return images, mixup_target(targets, classes, 1.0, augmentation.smoothing)
         even = len(images) - len(images) % 2
         if even == 0:
             raise ValueError("mixup pairs images: --train_batch_size (after accumulation) must be at least 2")
-        images, targets = mixer(images[:even].clone(), targets[:even])
-        return images, targets
+        return mixup(images[:even].clone(), targets[:even])
 
     return mix

@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.data.build import open_split
+from common.data.transforms import eval_transform
 from common.ledger.cache import cached, source_files
 from common.ledger.desk import quiet, sha256_of
 from common.ledger.tables import DeskTable
 from common.measure.benchmark import compare, device_name
 from common.measure.flops import CONVENTIONS
 from common.run.checkpoint import load_safely, save_atomic
+from common.run.settings import DataSettings
 from uvc import baselines, joint_train, post_train
 from uvc.cost_model import CostModel
-from uvc.data import open_datasets
 from uvc.loading import load_masked, save_masked
 from uvc.models.compact import padded
 from uvc.models.gates import GatedTransformer
@@ -232,5 +234,5 @@ def nonzero_share(model: GatedTransformer) -> float:
 
 def held_out(number: int) -> Tensor:
     """The first held-out digits, from the start again if need be, (number, 3, 32, 32)."""
-    _, images = open_datasets("digits", None, 32, only_evaluate=True)
+    images = open_split(DataSettings("digits", "", 32, number), "val", eval_transform(32, interpolation="bilinear"))
     return torch.stack([images[index % 360][0] for index in range(number)])

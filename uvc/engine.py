@@ -1,6 +1,6 @@
 """The training steps of both stages, and what surrounds them: phases, masks, evaluation, records.
 
-*Unified Visual Transformer Compression*, ICLR 2022. ``JointTraining`` (stage 1) learns weights, pruning numbers and
+UVC, arXiv:2203.08243. ``JointTraining`` (stage 1) learns weights, pruning numbers and
 gates together; ``FineTuning`` (stage 2) trains the weights of the architecture found. Their methods are the hooks of
 ``common.run.engine.train``.
 """
@@ -332,8 +332,8 @@ class FineTuning:
     """Stage 2 on one model: weights trained, masks and structure fixed.
 
     Args:
-        model: the bare backbone, masked and fixed (``loading.load_masked``).
-        network: the same as the training step calls it.
+        model: the bare backbone, masked and fixed (``loading.load_masked``). The training step calls ``network``, at
+            first the same.
         criterion, mix: loss and mixing.
         parts: pieces of a batch, see ``back_propagate``.
         before_step: called with the number of steps done before each batch, for pruning that goes on; says whether it
@@ -344,7 +344,6 @@ class FineTuning:
     def __init__(
         self,
         model: GatedTransformer,
-        network: nn.Module,
         *,
         criterion: DistillationLoss,
         mix: Mix,
@@ -352,7 +351,8 @@ class FineTuning:
         before_step: Callable[[int], bool] | None = None,
         observe: Callable[[StepInfo], dict[str, float]] | None = None,
     ) -> None:
-        self.model, self.network = model, network
+        self.model = model
+        self.network: nn.Module = model
         self.criterion, self.mix, self.parts = criterion, mix, parts
         self.before_step, self.observe = before_step, observe
         self.steps = 0

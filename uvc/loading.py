@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from common.run.checkpoint import load_safely, load_strict, locate, save_atomic, select_state
+from common.run.checkpoint import keep_own_heads, load_safely, load_strict, locate, save_atomic, select_state
 from common.run.errors import CheckpointError
 from common.run.launch import main_process_first
 from common.run.program import get_logger
@@ -98,13 +98,8 @@ def load_dense(
             state[weight] = state[weight] * mask
     if masks:
         logger.info("%s: its masks are multiplied into its weights, and masks start anew", os.fspath(source))
-    for key in ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias"):
-        if new_head and key in state and key in own and state[key].shape != own[key].shape:
-            logger.warning(
-                "%s: %s is for %d classes, the data has %d: this layer starts from random weights",
-                os.fspath(source), key, len(state[key]), len(own[key]),
-            )  # fmt: skip
-            state[key] = own[key]
+    if new_head:
+        state = keep_own_heads(model, state, source=source)
     if model_type.startswith("t2t") and "pos_embed" in state:
         state["pos_embed"] = own["pos_embed"]  # a fixed table of sines, whatever the number of patches
     if ("dist_token" in state) != (getattr(model, "dist_token", None) is not None):

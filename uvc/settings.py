@@ -8,36 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
+
+from common.run.settings import (
+    AugmentationSettings,
+    DataSettings,
+    OptimizerSettings,
+    RunSettings,
+    ScheduleSettings,
+    Settings,
+)
 
 
 @dataclass(frozen=True)
-class Data:
-    """Images and batches."""
-
-    dataset: str
-    data_dir: str
-    num_workers: int
-    train_batch_size: int
-    eval_batch_size: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class Mixing:
-    """Mixup, CutMix and label smoothing."""
-
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    cutmix_minmax: list[float] | None = None
-    mixup_prob: float = 0.8
-    mixup_switch_prob: float = 0.5
-    mixup_mode: str = "batch"
-    smoothing: float = 0.1
-
-
-@dataclass(frozen=True)
-class Student:
+class Student(Settings):
     """The network that stage 1 trains; ``model_path`` only where ``pretrained``."""
 
     model_type: str
@@ -53,7 +37,7 @@ class Student:
 
 
 @dataclass(frozen=True)
-class Teacher:
+class Teacher(Settings):
     """The dense network that is learned from: its name and weights, and the weight of its term."""
 
     model_type: str
@@ -64,47 +48,7 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class Run:
-    """How a run proceeds. ``folder`` is where its files go, ``arguments`` what its checkpoints say of its flags."""
-
-    folder: Path | None
-    arguments: Mapping[str, object]
-    amp: str
-    compile: bool
-    eval: bool
-    resume: str
-    tensorboard: bool
-    save_every_steps: int | None
-    log_every_steps: int | None
-    max_grad_norm: float
-    gradient_accumulation_steps: int
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Optimiser and schedule of stage 2, in timm's terms."""
-
-    learning_rate: float
-    opt: str
-    opt_eps: float
-    opt_betas: list[float] | None
-    momentum: float
-    weight_decay: float
-    epochs: int
-    sched: str
-    warmup_epochs: int
-    warmup_lr: float
-    min_lr: float
-    decay_epochs: float
-    decay_rate: float
-    patience_epochs: int
-    lr_noise: list[float] | None
-    lr_noise_pct: float
-    lr_noise_std: float
-
-
-@dataclass(frozen=True)
-class PrimalDualSettings:
+class PrimalDualSettings(Settings):
     """Numbers of the primal-dual step.
 
     Attributes:
@@ -144,7 +88,7 @@ class PrimalDualSettings:
 
 
 @dataclass(frozen=True)
-class JointSettings:
+class JointSettings(Settings):
     """Course of stage 1.
 
     Attributes:
@@ -176,28 +120,33 @@ class JointSettings:
 
 @dataclass(frozen=True)
 class JointRun:
-    """All of stage 1."""
+    """All of stage 1. ``optimizer`` is of the weights; ``arguments`` is what files say of the flags."""
 
-    data: Data
-    mixing: Mixing
+    data: DataSettings
+    augmentation: AugmentationSettings
+    eval_batch_size: int
     student: Student
     teacher: Teacher
-    run: Run
-    primal_dual: PrimalDualSettings
-    course: JointSettings
-    learning_rate: float
-    weight_decay: float
+    run: RunSettings
+    optimizer: OptimizerSettings
     decay_type: str
     warmup_steps: int
     num_epochs: int
+    primal_dual: PrimalDualSettings
+    course: JointSettings
+    arguments: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class PostRun:
-    """All of stage 2, and of training a pruning baseline."""
+    """All of stage 2, and of training a pruning baseline; the rate of ``optimizer`` is for 512 images per step."""
 
-    data: Data
-    mixing: Mixing
+    data: DataSettings
+    augmentation: AugmentationSettings
+    eval_batch_size: int
     teacher: Teacher
-    run: Run
-    recipe: Recipe
+    run: RunSettings
+    optimizer: OptimizerSettings
+    schedule: ScheduleSettings
+    parts: int
+    arguments: Mapping[str, Any]

@@ -67,14 +67,16 @@ def measure_step(
     import torch
 
     from common.measure.benchmark import synchronize
-    from common.run.engine import Optimization, autocast
+    from common.run.engine import Optimization
+    from common.run.precision import autocast
+    from common.run.settings import AugmentationSettings
     from uvc.build import create_named
     from uvc.data import build_mix
     from uvc.engine import FineTuning
     from uvc.loading import freeze_idle
     from uvc.losses import objective
     from uvc.models.gates import register_masks
-    from uvc.settings import Mixing, PrimalDualSettings
+    from uvc.settings import PrimalDualSettings
     from uvc.uvc_optimizer import PrimalDual
 
     model = register_masks(create_named(model_type)).to(device).train()
@@ -85,8 +87,9 @@ def measure_step(
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     optimization = Optimization(optimizer, clip_grad=1.0)
     state = PrimalDual(model, PrimalDualSettings(slr=1.0, rlr=1.0, gating_interval=50))
+    plain = AugmentationSettings(mixup=0, cutmix=0)
     criterion = objective(teacher, kind="soft", alpha=0.1)
-    training = FineTuning(model, model, criterion=criterion, mix=build_mix(model.num_classes, Mixing()))
+    training = FineTuning(model, criterion=criterion, mix=build_mix(plain, model.num_classes))
     images = torch.randn(batch, 3, *model.image_size, device=device)
     targets = torch.randint(0, model.num_classes, (batch,), device=device)
 

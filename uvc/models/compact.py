@@ -21,11 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.measure.flops import OpCounts, conv2d
+from common.measure.flops import Counted, OpCounts, count_operations
 from uvc.models.t2t_vit import TokensToToken
-
-TERMS = ("qkv", "scores", "values", "proj", "fc1", "fc2")
-"""The six matrix products of a block, in the order of UVC's counter."""
 
 LANES = 16
 """Layers whose sizes are multiples of this run fastest: on CPUs with AVX-512 and on tensor cores."""
@@ -73,21 +70,6 @@ class BlockShape:
     def held_values(self, head_dim: int) -> int:
         """Value channels that the layers hold: V and its padding."""
         return self.heads * head_dim if self.full_values else round_up(self.value_width, self.multiple)
-
-    def macs(self, tokens: int, width: int, head_dim: int) -> dict[str, int]:
-        """Multiply-accumulates of the six products for one image, by name (spec of UVC's physical removal).
-
-        qkv (2 d K + V) D T, scores K d T^2, values V T^2, proj V D T, fc1 and fc2 J D T each. Padding is not counted.
-        """
-        keys, values = self.heads * head_dim, self.value_width
-        return {
-            "qkv": (2 * keys + values) * width * tokens,
-            "scores": keys * tokens**2,
-            "values": values * tokens**2,
-            "proj": values * width * tokens,
-            "fc1": self.neurons * width * tokens,
-            "fc2": self.neurons * width * tokens,
-        }
 
 
 @dataclass(frozen=True)
@@ -276,7 +258,7 @@ class CompactBlock(nn.Module):
     def __init__(self, config: CompactConfig, shape: BlockShape) -> None:
         super().__init__()
         dim, eps = config.embed_dim, config.norm_eps
-        self.shape = shape
+        self.shape, self.head_dim = shape, config.head_dim
         attends, thinks = shape.heads > 0, shape.neurons > 0
         self.norm1 = nn.LayerNorm(dim, eps=eps) if attends else nn.Identity()
         self.attn: nn.Module = Constant(dim)
@@ -298,6 +280,16 @@ class CompactBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
+
+    def published_ops(self, inside: OpCounts, args: tuple[Tensor, ...], result: Tensor) -> OpCounts:
+        """What is executed, less padding: (2 d K + V) D T for qkv, K d T^2 and V T^2, V D T for proj, 2 J D T."""
+        batch, tokens, dim = args[0].shape
+        shape = self.shape
+        keys = shape.heads * self.head_dim
+        padding = shape.held_values(self.head_dim) - shape.value_width
+        padding += round_up(shape.neurons, shape.multiple) - shape.neurons
+        spread = (keys - shape.value_width) * tokens**2
+        return inside + {"linear": -2 * batch * padding * dim * tokens, "matmul": -batch * spread}
 
 
 class PatchEmbedding(nn.Module):
@@ -384,35 +376,25 @@ class CompactViT(nn.Module):
             return self.head(x[:, 0])
         return (self.head(x[:, 0]) + self.head_dist(x[:, 1])) / 2
 
-    def block_macs(self) -> list[dict[str, int]]:
-        """Multiply-accumulates of each block's six products, for one image; see ``BlockShape.macs``."""
+    def count(self) -> Counted:
+        """Operations of one image, without weights or data: as executed, and without padding (``published``)."""
         config = self.config
-        return [shape.macs(config.tokens, config.embed_dim, config.head_dim) for shape in config.blocks]
-
-    def padded_macs(self) -> int:
-        """What a pass executes beyond ``count_ops``: padding to multiples, and values spread to d channels per head."""
-        config, extra = self.config, 0
-        tokens, dim = config.tokens, config.embed_dim
-        for shape in config.blocks:
-            keys, width = shape.heads * config.head_dim, shape.value_width
-            padding = shape.held_values(config.head_dim) - width
-            neurons = round_up(shape.neurons, shape.multiple) - shape.neurons
-            extra += 2 * padding * dim * tokens + (keys - width) * tokens**2 + 2 * neurons * dim * tokens
-        return extra
+        heads = [head for head in (self.head, self.head_dist) if head is not None]
+        rules = {head: lambda inside, args, result: {"head": inside["linear"]} for head in heads}
+        return count_operations(
+            self,
+            torch.empty(1, config.in_chans, *config.image_size, dtype=self.cls_token.dtype, device="meta"),
+            published=rules,
+        )
 
     def count_ops(self) -> OpCounts:
-        """Multiply-accumulates of one image: embedding, the blocks' six products, heads; from shapes alone."""
-        config = self.config
-        counts = OpCounts(head=config.prefix * config.embed_dim * config.num_classes)
-        for block in self.block_macs():
-            counts = counts + OpCounts(
-                linear=block["qkv"] + block["proj"] + block["fc1"] + block["fc2"],
-                matmul=block["scores"] + block["values"],
-            )
-        if config.token_dim:
-            return counts + OpCounts(linear=sum(_tokens_to_token_macs(self.tokens_to_token)))
-        embedded = config.patches if config.positions is None else len(config.positions)
-        return counts + conv2d(1, embedded, config.in_chans, config.embed_dim, config.patch_size)
+        """Operations of one image; zeros that only pad, and values spread to d channels per head, are left out."""
+        return self.count().published
+
+    def padded_macs(self) -> int:
+        """Multiply-accumulates that a pass executes beyond ``count_ops``."""
+        counted = self.count()
+        return counted.executed.macs - counted.published.macs
 
 
 @torch.no_grad()
@@ -468,13 +450,3 @@ def padded(network: CompactViT, multiple: int = LANES) -> CompactViT:
         else:
             parameter.copy_(held[name])
     return made
-
-
-def _tokens_to_token_macs(stages: TokensToToken) -> list[int]:
-    """What T2T's embedding really multiplies: two Performers and the projection, which UVC's counter leaves out."""
-    macs = [stages.grids[2] ** 2 * stages.project.weight.numel()]
-    for performer, side in zip((stages.attention1, stages.attention2), stages.grids, strict=False):
-        tokens, e, m = side**2, performer.width, performer.features
-        layers = performer.kqv.weight.numel() + 3 * e * e  # projections of the attention and of the MLP
-        macs.append(tokens * (layers + 2 * e * m + m + 2 * e * m))
-    return macs

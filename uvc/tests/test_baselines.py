@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 
+from common.data.build import open_split
 from common.measure.flops import CONVENTIONS
 from common.run.checkpoint import load_safely, save_atomic
 from common.run.errors import DataError
+from common.run.settings import DataSettings
 from uvc import baselines
 from uvc.baseline_scores import (
     best,
@@ -21,7 +23,7 @@ from uvc.baseline_scores import (
     synflow_scores,
     taylor_scores,
 )
-from uvc.data import first_of_each_class, open_datasets
+from uvc.data import first_of_each_class
 from uvc.loading import load_masked
 from uvc.models import create
 from uvc.models.gates import register_masks
@@ -166,7 +168,7 @@ def test_a_run_too_short_for_its_pruning_events_is_refused(dense, tmp_path):
 
 
 def test_a_share_of_each_class():
-    images, _ = open_datasets("digits", None, 32)
+    images = open_split(DataSettings("digits", "", 32, 1), "train", None)
     fifth = first_of_each_class(images, 0.2)
     labels = [images.targets[index] for index in fifth.indices]
     assert len(fifth) == sum(math.ceil(0.2 * images.targets.count(digit)) for digit in range(10))

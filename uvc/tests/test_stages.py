@@ -451,7 +451,7 @@ def test_the_teacher_of_stage2_is_that_of_the_file(words, path, tmp_path, monkey
     args = post_train.parse_args(words)
     name = load_network(args.checkpoint_dir, args.stated_model_type, img_size=None).model_type
     settings = arguments.post_run(args, name)
-    assert name == settings.teacher.model_type == settings.run.arguments["model_type"] == "deit_small_patch16_224"
+    assert name == settings.teacher.model_type == settings.arguments["model_type"] == "deit_small_patch16_224"
     assert settings.teacher.source == path
 
 

@@ -234,7 +234,7 @@ def run_stage2(case: Case, checks: Checks) -> None:
     optimizer = cli.build_optimizer(
         model, lr=float(rate[1]) if rate else 1e-3, weight_decay=float(decay[1]) if decay else 0.05
     )
-    tuning = FineTuning(model, model, criterion=objective(None), mix=keep)
+    tuning = FineTuning(model, criterion=objective(None), mix=keep)
     clip = re.search(rf"clip ({NUMBER})", what)
     optimization = Optimization(optimizer, clip_grad=float(clip[1]) if clip else None)
     losses, shown = [], []
