@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from timm.models._factory import create_model
 
 from common.run.errors import UsageError
 from sit import run_with_submitit as script
+from sit.models.lvvit import build_lvvit
 from sit.tests.tools import SMALL, miniature_imagenet
 
 submitit = pytest.importorskip("submitit", reason="submitit is not installed: pip install 'leanvit[slurm]'")
@@ -20,7 +20,7 @@ submitit = pytest.importorskip("submitit", reason="submitit is not installed: pi
 @pytest.fixture
 def words(tmp_path: Path) -> list[str]:
     imagenet = miniature_imagenet(tmp_path / "imagenet")
-    teacher = create_model("sit_lvvit_desk", distillation_type=None, num_classes=3)
+    teacher = build_lvvit("sit_lvvit_desk", distillation_type=None, num_classes=3)
     torch.save({"model": teacher.state_dict()}, tmp_path / "teacher.pth")
     file = str(tmp_path / "teacher.pth")
     more = ["--data-path", str(imagenet), "--teacher-path", file, "--finetune", file, "--save-every-steps", "1"]
