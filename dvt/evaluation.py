@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from common.data.datasets import DEIT_NAMES
 from common.data.loaders import DataError, Loader, build_dataset, eval_loader, eval_transform, train_transform
+from common.run.cli import dataset_name
 from common.run.metrics import ProgressLine
 from dvt import SEARCH_IMAGES, TRANSFORMS, cifar
 from dvt.costs import exit_gflops
@@ -150,7 +150,7 @@ class ImageSource:
         Raises:
             ValueError: if ``transforms`` is none that is known.
         """
-        dataset = DEIT_NAMES.get(self.dataset, self.dataset)
+        dataset = dataset_name(self.dataset)
         transforms = self.transforms or ("cifar" if dataset.startswith("cifar") else "imagenet")
         if transforms not in TRANSFORMS:
             raise ValueError(f"transforms must be one of {', '.join(TRANSFORMS)}, got {transforms!r}")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from common.data.build import open_split
-from common.data.datasets import SkipBadPictures, num_classes
+from common.data.datasets import SkipBadImages, num_classes
 from common.data.loaders import eval_loader, train_loader
 from common.data.transforms import eval_transform, train_transform
 from common.run.build import build_run
@@ -194,7 +194,7 @@ def open_clips(data: DataSettings, split: str, settings: ProbeSettings) -> Datas
     """Clips of a split, cropped and flipped at random in training, without further augmentation."""
     transform = clip_transform(data.input_size, train=split == "train", crop_ratio=data.eval_crop_ratio)
     clips = Clips(data.data_path, split, frames=settings.frames, transform=transform, fold=settings.fold)
-    return SkipBadPictures(clips) if data.skip_bad_images else clips
+    return SkipBadImages(clips) if data.skip_bad_images else clips
 
 
 def open_images(data: DataSettings, split: str) -> Dataset[Any]:
@@ -229,7 +229,7 @@ def probe_widths(
     ratios = trained.choose(sorted(set(wanted)), allow_untrained=settings.allow_untrained, flag="--ratios")
     is_clips = data.data_set.lower() in CLIP_SETS
     held_out = open_clips(data, "val", settings) if is_clips else open_images(data, "val")
-    classes = num_classes(held_out.dataset if isinstance(held_out, SkipBadPictures) else held_out)
+    classes = num_classes(held_out.dataset if isinstance(held_out, SkipBadImages) else held_out)
     loading: dict[str, Any] = {"batch_size": data.batch_size, "workers": data.workers, "pin_memory": data.pin_mem}
     test = partial(evaluate, loader=eval_loader(held_out, **loading), device=world.device, amp=run.amp)
     features = FrozenFeatures(trained.model.to(world.device))

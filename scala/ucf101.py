@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from common.data.loaders import BadPictureError, DataError, load_picture
+from common.data.loaders import BadImageError, DataError, load_image
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 ANIMATED = (".gif", ".webp", ".tif", ".tiff", ".apng", ".png")
@@ -124,18 +124,18 @@ def read_frames(path: Path, frames: int, *, random: bool) -> Tensor:
     """T frames of a clip, (T, 3, height, width) in uint8; see :func:`frame_indices`.
 
     Raises:
-        BadPictureError: a clip or frame that cannot be decoded, or frames of different sizes.
+        BadImageError: a clip or frame that cannot be decoded, or frames of different sizes.
         DataError: a folder without images, or a video without PyAV.
     """
     if path.is_dir():
         files = _frame_files(path)
-        images = [load_picture(files[index]) for index in frame_indices(len(files), frames, random=random)]
+        images = [load_image(files[index]) for index in frame_indices(len(files), frames, random=random)]
     elif path.suffix.lower() in VIDEOS:
         images = _read_video(path, frames, random=random)
     else:
         images = _read_animation(path, frames, random=random)
     if len({image.size for image in images}) > 1:
-        raise BadPictureError(f"the frames of {path} have different sizes; extract them again")
+        raise BadImageError(f"the frames of {path} have different sizes; extract them again")
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
 
 
@@ -161,7 +161,7 @@ def _read_animation(path: Path, frames: int, *, random: bool) -> list[Image.Imag
                 if index in wanted
             }
     except OSError as error:
-        raise BadPictureError(f"cannot decode clip {path} ({error}); replace it") from error
+        raise BadImageError(f"cannot decode clip {path} ({error}); replace it") from error
     return [kept[index] for index in wanted]
 
 
@@ -180,7 +180,7 @@ def _read_video(path: Path, frames: int, *, random: bool) -> list[Image.Image]:
             decoded[index].to_image().convert("RGB") for index in frame_indices(len(decoded), frames, random=random)
         ]
     except (av.FFmpegError, ValueError, IndexError) as error:
-        raise BadPictureError(f"cannot decode video {path} ({error}); replace it") from error
+        raise BadImageError(f"cannot decode video {path} ({error}); replace it") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

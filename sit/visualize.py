@@ -136,7 +136,7 @@ def open_image(name: Path) -> Image.Image:
     Raises:
         DataError: if it is neither.
     """
-    from common.data.loaders import build_dataset, load_picture
+    from common.data.loaders import build_dataset, load_image
 
     kind, _, number = name.name.partition("-")
     if not name.exists() and kind == "digit" and number.isdigit():
@@ -147,7 +147,7 @@ def open_image(name: Path) -> Image.Image:
         from sklearn.datasets import load_sample_image
 
         return Image.fromarray(load_sample_image(str(name)))
-    return load_picture(name)
+    return load_image(name)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

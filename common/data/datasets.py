@@ -1,8 +1,8 @@
 """Datasets by name: folders of classes, tar files, iNaturalist, CIFAR, digits, and all that timm's factory opens.
 
-Every dataset of pictures yields (picture through ``transform``, class number) and has ``classes``, the class names in
+Every dataset of images yields (image through ``transform``, class number) and has ``classes``, the class names in
 the order of their numbers. Nothing is skipped or replaced in silence: timm's own ``ImageDataset`` would return the next
-picture in place of one that does not decode, so its readers are used without it.
+image in place of one that does not decode, so its readers are used without it.
 """
 
 import json
@@ -24,18 +24,18 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
+from common.data.paths import contents, existing_folder
 from common.data.transforms import Transform
+from common.run.cli import INAT_CATEGORIES, dataset_name
 from common.run.errors import DataError as DataError
 
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "img_val", "validation", "valid")}
 NUM_CLASSES = {"imagenet": 1000, "inat18": 8142, "inat19": 1010, "cifar10": 10, "cifar100": 100, "digits": 10}
-DEIT_NAMES = {"IMNET": "imagenet", "CIFAR": "cifar100", "CIFAR10": "cifar10", "INAT": "inat18", "INAT19": "inat19"}
 TIMM_PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
-INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
 
-class BadPictureError(DataError):
-    """A picture that cannot be decoded; the only error that ``on_bad_image="skip"`` passes over."""
+class BadImageError(DataError):
+    """A image that cannot be decoded; the only error that ``on_bad_image="skip"`` passes over."""
 
 
 def build_dataset(
@@ -59,19 +59,19 @@ def build_dataset(
             ``create_dataset`` with its prefix (``hfds/``, ``hfids/``, ``tfds/``, ``wds/``, ``torch/``). DeiT's names
             (``IMNET``, ``CIFAR`` for CIFAR-100, ``INAT``, ``INAT19``) are understood.
         split: ``train`` or ``val``; for timm's names whatever split the dataset has.
-        on_bad_image: ``raise`` stops at the first picture that cannot be decoded; ``skip`` yields None in its place,
+        on_bad_image: ``raise`` stops at the first image that cannot be decoded; ``skip`` yields None in its place,
             which the loaders of ``common.data.loaders`` leave out and count. ``hfids/`` and ``tfds/`` decode in
-            their own libraries, where a bad picture stops the run in any case.
+            their own libraries, where a bad image stops the run in any case.
         download: let CIFAR and timm's names fetch what ``root`` lacks.
         inat_category: level of the taxonomy that makes the classes of ``inat18`` and ``inat19``.
         batch_size, seed: passed on to streams, which shuffle and count by them.
 
     Raises:
-        DataError: wrong path, missing split, class folders without pictures, a name that nothing knows.
+        DataError: wrong path, missing split, class folders without images, a name that nothing knows.
     """
     if on_bad_image not in ("raise", "skip"):
         raise ValueError(f"on_bad_image must be 'raise' or 'skip', got {on_bad_image!r}")
-    name = DEIT_NAMES.get(name, name)
+    name = dataset_name(name)
     split = next((main for main, names in SPLIT_NAMES.items() if split in names), split)
     if name == "digits":
         dataset: Dataset[Any] = Digits(split, transform)
@@ -80,22 +80,22 @@ def build_dataset(
         if isinstance(dataset, IterableImageDataset) and isinstance(dataset.reader, reader_wds.ReaderWds):
             dataset = ShardStream(dataset, skip=on_bad_image == "skip")
     elif name in ("imagenet", "folder", "tar"):
-        dataset = _open_folder(name, _existing(name, root), split, transform)
+        dataset = _open_folder(name, existing_folder(name, root), split, transform)
     elif name in ("inat18", "inat19"):
         dataset = INaturalist(
-            _existing(name, root), split, transform, year=2000 + int(name[-2:]), category=inat_category
+            existing_folder(name, root), split, transform, year=2000 + int(name[-2:]), category=inat_category
         )
     elif name in ("cifar10", "cifar100"):
         dataset = _open_cifar(name, root, split, transform, download)
     else:
         known = ", ".join([*NUM_CLASSES, "folder", "tar"])
         raise DataError(f"unknown dataset {name!r}: give one of {known}, or a timm name such as hfds/NAME or wds/NAME")
-    return SkipBadPictures(dataset) if on_bad_image == "skip" and not isinstance(dataset, IterableDataset) else dataset
+    return SkipBadImages(dataset) if on_bad_image == "skip" and not isinstance(dataset, IterableDataset) else dataset
 
 
 def default_num_classes(name: str) -> int:
-    """Classes of a dataset known by name, for building a model before (or without) its pictures."""
-    name = DEIT_NAMES.get(name, name)
+    """Classes of a dataset known by name, for building a model before (or without) its images."""
+    name = dataset_name(name)
     if name not in NUM_CLASSES:
         raise DataError(f"the number of classes of {name!r} is known only once it is open: give --num-classes")
     return NUM_CLASSES[name]
@@ -109,39 +109,39 @@ def num_classes(dataset: Dataset[Any]) -> int:
     return len(classes)
 
 
-def decode_picture(file: IO[bytes], name: str) -> Image.Image:
-    """Decode a whole picture to RGB.
+def decode_image(file: IO[bytes], name: str) -> Image.Image:
+    """Decode a whole image to RGB.
 
     Raises:
-        BadPictureError: naming the picture, whatever its decoder raised.
+        BadImageError: naming the image, whatever its decoder raised.
     """
     try:
-        with Image.open(file) as picture:
-            return picture.convert("RGB")
+        with Image.open(file) as image:
+            return image.convert("RGB")
     except Exception as error:  # damaged data makes Pillow's decoders raise nearly any type
-        raise _bad_picture(name, error) from error
+        raise _bad_image(name, error) from error
 
 
-def _bad_picture(name: str, error: Exception) -> BadPictureError:
+def _bad_image(name: str, error: Exception) -> BadImageError:
     unknown = isinstance(error, UnidentifiedImageError)  # whose text names a buffer in memory
     reason = "not in a format that Pillow knows" if unknown else f"{type(error).__name__}: {error}"
-    return BadPictureError(
-        f"cannot decode picture {name} ({reason}); replace it, "
-        "or leave such pictures out and count them with --skip-bad-images"
+    return BadImageError(
+        f"cannot decode image {name} ({reason}); replace it, "
+        "or leave such images out and count them with --skip-bad-images"
     )
 
 
-def load_picture(path: str | Path) -> Image.Image:
-    """Read and decode a picture file; a file that cannot be read at all is a ``DataError``, never skipped."""
+def load_image(path: str | Path) -> Image.Image:
+    """Read and decode a image file; a file that cannot be read at all is a ``DataError``, never skipped."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read picture {path}: {error.strerror}") from error
-    return decode_picture(BytesIO(content), str(path))
+        raise DataError(f"cannot read image {path}: {error.strerror}") from error
+    return decode_image(BytesIO(content), str(path))
 
 
-class SkipBadPictures(Dataset[Any]):
-    """``dataset`` with None where a picture cannot be decoded; the collate functions of the loaders count these."""
+class SkipBadImages(Dataset[Any]):
+    """``dataset`` with None where a image cannot be decoded; the collate functions of the loaders count these."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
@@ -153,12 +153,12 @@ class SkipBadPictures(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         try:
             return self.dataset[index]
-        except BadPictureError:
+        except BadImageError:
             return None
 
 
 class Digits(Dataset[Any]):
-    """The 1,797 handwritten digits inside scikit-learn: 8x8 grey levels 0 to 16, here 32x32 RGB pictures.
+    """The 1,797 handwritten digits inside scikit-learn: 8x8 grey levels 0 to 16, here 32x32 RGB images.
 
     80 % train and 20 % val, stratified by digit, the same on every machine.
 
@@ -178,23 +178,23 @@ class Digits(Dataset[Any]):
         self.indices = [int(index) for index in chosen[0 if split == "train" else 1]]
         self.targets: list[int] = labels[self.indices].tolist()
         pixels = np.rint(grey[self.indices].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-        self.pictures = [
-            Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC).convert("RGB") for picture in pixels
+        self.images = [
+            Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC).convert("RGB") for image in pixels
         ]
         self.transform = transform
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        picture = self.pictures[index]
-        return (self.transform(picture) if self.transform else picture), self.targets[index]
+        image = self.images[index]
+        return (self.transform(image) if self.transform else image), self.targets[index]
 
 
 class INaturalist(Dataset[Any]):
     """iNaturalist 2018 or 2019 from its JSON lists: train{year}.json, val{year}.json, categories.json.
 
-    Classes are numbered in the order in which they first appear among the *train* annotations. The path of a picture is
+    Classes are numbered in the order in which they first appear among the *train* annotations. The path of a image is
     its file name without its second part (the supercategory); its category id is the third part.
     """
 
@@ -225,12 +225,12 @@ class INaturalist(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path, target = self.samples[index]
-        picture = load_picture(path)
-        return (self.transform(picture) if self.transform else picture), target
+        image = load_image(path)
+        return (self.transform(image) if self.transform else image), target
 
 
-class ReaderPictures(Dataset[Any]):
-    """Pictures of a timm reader (tar files, Hugging Face datasets), decoded here so that a bad one is named."""
+class ReaderImages(Dataset[Any]):
+    """Images of a timm reader (tar files, Hugging Face datasets), decoded here so that a bad one is named."""
 
     def __init__(self, reader: Reader, transform: Transform | None, *, source: str) -> None:
         self.reader = reader
@@ -245,14 +245,14 @@ class ReaderPictures(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         file, target = self.reader[index][:2]  # pyright: ignore[reportIndexIssue]
         with file:
-            picture = decode_picture(file, f"{self.source}: {self.reader.filename(index) or f'picture {index}'}")
-        return (self.transform(picture) if self.transform else picture), int(target)
+            image = decode_image(file, f"{self.source}: {self.reader.filename(index) or f'image {index}'}")
+        return (self.transform(image) if self.transform else image), int(target)
 
 
 class ShardStream(IterableDataset[Any]):
-    """WebDataset shards through timm, with None for each picture left out, or the error that names it.
+    """WebDataset shards through timm, with None for each image left out, or the error that names it.
 
-    timm's reader logs a warning and goes on, so that accuracy would be of an unknown part of the pictures. Its error
+    timm's reader logs a warning and goes on, so that accuracy would be of an unknown part of the images. Its error
     handler is a name in its module, looked up once, when the reader builds its pipeline in the process that iterates;
     the name stands for ``handle`` during that moment only.
     """
@@ -282,7 +282,7 @@ class ShardStream(IterableDataset[Any]):
                 f"cannot use sample {sample['__key__']} of {sample.get('__url__')} ({type(error).__name__}: {error})"
             ) from error
         if not self.skip:
-            raise _bad_picture(f"{sample.get('__url__')}: {sample['__key__']}", error) from error
+            raise _bad_image(f"{sample.get('__url__')}: {sample['__key__']}", error) from error
         self.left_out += 1
         return True
 
@@ -299,22 +299,6 @@ class ShardStream(IterableDataset[Any]):
             reported = self.left_out
             if sample is not None:
                 yield sample
-
-
-def _existing(name: str, root: str | Path | None) -> Path:
-    if root is None or not str(root):
-        raise DataError(f"dataset {name!r} needs a data directory: give DIR (--data-path DIR)")
-    path = Path(root).expanduser()
-    if not path.exists():
-        parent = next(parent for parent in path.absolute().parents if parent.exists())
-        raise DataError(f"data directory {path} does not exist; the nearest that does, {parent}, {_contents(parent)}")
-    return path
-
-
-def _contents(folder: Path, limit: int = 12) -> str:
-    names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"holds {', '.join(names[:limit])}{more}" if names else "is empty"
 
 
 def _read_json(path: Path) -> Any:
@@ -343,7 +327,7 @@ def _find_split(name: str, root: Path, split: str) -> Path:
     if split != "train" and not divided and (name != "imagenet" or _holds_tars(root)):
         return root
     looked_for = ", ".join(f"{entry}/" for entry in wanted)
-    holds = _contents(root) if root.is_dir() else "is a file"
+    holds = contents(root) if root.is_dir() else "is a file"
     raise DataError(f"{root} has no {split} split: looked for {looked_for} (or .tar) in it; it {holds}")
 
 
@@ -364,14 +348,14 @@ def _open_folder(name: str, root: Path, split: str, transform: Transform | None)
         try:  # a handle kept open would be shared by the workers, who would move its position under each other
             reader = ReaderImageInTar(str(path), cache_tarfiles=False)
         except (tarfile.TarError, AssertionError, ValueError) as error:
-            raise DataError(f"cannot use {path} as tar files of pictures ({type(error).__name__}: {error})") from error
-        return ReaderPictures(reader, transform, source=str(path))
+            raise DataError(f"cannot use {path} as tar files of images ({type(error).__name__}: {error})") from error
+        return ReaderImages(reader, transform, source=str(path))
     if path.is_file():
         raise DataError(f"{path} is neither a folder of class folders nor a .tar file")
     try:
-        dataset = ImageFolder(str(path), transform=transform, loader=load_picture)
-    except FileNotFoundError as error:  # torchvision names the class folders that hold no picture
-        raise DataError(f"{path}: {error}; it {_contents(path)}") from error
+        dataset = ImageFolder(str(path), transform=transform, loader=load_image)
+    except FileNotFoundError as error:  # torchvision names the class folders that hold no image
+        raise DataError(f"{path}: {error}; it {contents(path)}") from error
     _check_same_classes(root, path, dataset.classes)
     return dataset
 
@@ -394,7 +378,7 @@ def _open_cifar(
 ) -> Dataset[Any]:
     if split not in SPLIT_NAMES:
         raise DataError(f"{name} has the splits train and val, not {split!r}")
-    path = Path(root).expanduser() if root and download else _existing(name, root)
+    path = Path(root).expanduser() if root and download else existing_folder(name, root)
     kind = CIFAR10 if name == "cifar10" else CIFAR100
     try:
         return kind(str(path), train=split == "train", transform=transform, download=download)
@@ -402,7 +386,7 @@ def _open_cifar(
         raise DataError(
             f"{name} is not (or not completely) under {path}: expected {path / kind.base_folder}/, "
             f"unpacked from {kind.filename}; put it there, or fetch it: python -c 'from torchvision.datasets import "
-            f'{kind.__name__}; {kind.__name__}("{path}", download=True)\'; {path} {_contents(path)}'
+            f'{kind.__name__}; {kind.__name__}("{path}", download=True)\'; {path} {contents(path)}'
         ) from error
 
 
@@ -432,5 +416,5 @@ def _open_with_timm(
             f"timm cannot open dataset {name!r} (root {root}, split {timm_split!r}): {type(error).__name__}: {error}"
         ) from error
     if isinstance(dataset, ImageDataset):
-        return ReaderPictures(dataset.reader, transform, source=name)
+        return ReaderImages(dataset.reader, transform, source=name)
     return dataset

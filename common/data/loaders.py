@@ -1,15 +1,15 @@
-"""Samplers and loaders whose pictures do not depend on how they are loaded.
+"""Samplers and loaders whose images do not depend on how they are loaded.
 
-The randomness of a training picture is a function of (seed, epoch, index, repeat) alone, so augmentation is the same
+The randomness of a training image is a function of (seed, epoch, index, repeat) alone, so augmentation is the same
 for any number of workers, and a run stopped in the middle of an epoch goes on with exactly the batches that were left.
-Evaluation hands out every picture exactly once over all ranks. Datasets by name are in ``common.data.datasets``,
+Evaluation hands out every image exactly once over all ranks. Datasets by name are in ``common.data.datasets``,
 transforms in ``common.data.transforms``; this module passes their public names on.
 
     loader = train_loader(dataset, batch_size=64, workers=4, seed=0)
     loader.set_epoch(epoch)                 # once per epoch; a resumed position within this epoch stays
     for images, targets in loader: ...      # (B, 3, height, width), (B,)
     loader.state_dict()                     # position after the batch last received, whatever was prefetched
-    loader.skipped                          # pictures that could not be decoded since the iteration began
+    loader.skipped                          # images that could not be decoded since the iteration began
 """
 
 import random
@@ -35,19 +35,19 @@ from torch.utils.data import (
 )
 
 from common.data.datasets import (
-    BadPictureError,
+    BadImageError,
     DataError,
     Digits,
     build_dataset,
-    decode_picture,
+    decode_image,
     default_num_classes,
-    load_picture,
+    load_image,
     num_classes,
 )
 from common.data.transforms import eval_transform, train_transform
 
 __all__ = [
-    "BadPictureError",
+    "BadImageError",
     "DataError",
     "Digits",
     "Key",
@@ -55,11 +55,11 @@ __all__ = [
     "ResumableBatchSampler",
     "SeededDataset",
     "build_dataset",
-    "decode_picture",
+    "decode_image",
     "default_num_classes",
     "eval_loader",
     "eval_transform",
-    "load_picture",
+    "load_image",
     "num_classes",
     "seeded",
     "train_loader",
@@ -117,8 +117,8 @@ class SeededStream(IterableDataset[Any]):
 
     Args:
         rank, world_size: share of an evaluation stream to yield, every ``world_size``-th sample of each worker, so that
-            no picture is counted twice. None leaves sharding to timm's reader, which gives each rank as many good
-            pictures, repeating some: right for training, where those left out are then not counted.
+            no image is counted twice. None leaves sharding to timm's reader, which gives each rank as many good
+            images, repeating some: right for training, where those left out are then not counted.
     """
 
     def __init__(self, stream: IterableDataset[Any], seed: int, *, share: tuple[int, int] | None, rank: int) -> None:
@@ -208,9 +208,9 @@ class ResumableBatchSampler(Position, Sampler[list[Key]]):
 
 
 class RepeatedSampler(RepeatAugSampler):
-    """timm's repeated augmentation, yielding (index, repeat) so that the repeats of a picture differ on all ranks.
+    """timm's repeated augmentation, yielding (index, repeat) so that the repeats of a image differ on all ranks.
 
-    As published, a dataset of fewer than 256 pictures yields nothing; timm's would yield each once.
+    As published, a dataset of fewer than 256 images yields nothing; timm's would yield each once.
     """
 
     def __init__(self, dataset: Any, *args: Any, **options: Any) -> None:
@@ -224,11 +224,11 @@ class RepeatedSampler(RepeatAugSampler):
 
 
 class Loader(DataLoader[Any]):
-    """A ``DataLoader`` of (images, targets) that knows its position, counts skipped pictures and draws no global random
+    """A ``DataLoader`` of (images, targets) that knows its position, counts skipped images and draws no global random
     number.
 
     Attributes:
-        skipped: pictures that could not be decoded since the last iteration began, on this rank; add it over the ranks.
+        skipped: images that could not be decoded since the last iteration began, on this rank; add it over the ranks.
         position: see ``Position``; ``set_epoch``, ``state_dict`` and ``load_state_dict`` are passed on to it.
     """
 
@@ -285,20 +285,20 @@ class Loader(DataLoader[Any]):
 
 
 def collate_evaluation(samples: list[Any]) -> tuple[Any, Any, int]:
-    """A batch without its undecodable pictures, and their number; (None, None, n) where no other is left."""
+    """A batch without its undecodable images, and their number; (None, None, n) where no other is left."""
     good = [sample for sample in samples if sample is not None]
     images, targets = default_collate(good) if good else (None, None)
     return images, targets, len(samples) - len(good)
 
 
 def collate_training(samples: list[Any]) -> tuple[Any, Any, int]:
-    """A batch with good pictures of its own repeated in place of undecodable ones, and the number of these.
+    """A batch with good images of its own repeated in place of undecodable ones, and the number of these.
 
     The size stays, because mixup needs an even one and ranks must take the same number of steps.
     """
     good = [sample for sample in samples if sample is not None]
     if not good:
-        raise DataError(f"none of the {len(samples)} pictures of a batch can be decoded")
+        raise DataError(f"none of the {len(samples)} images of a batch can be decoded")
     skipped = len(samples) - len(good)
     images, targets = default_collate(good + [good[i % len(good)] for i in range(skipped)])
     return images, targets, skipped
@@ -318,10 +318,10 @@ def train_loader(
     """Shuffled batches of exactly ``batch_size``, each rank its share; what does not fill a batch is dropped.
 
     Args:
-        batch_size: pictures per batch of this rank.
+        batch_size: images per batch of this rank.
         workers: loading processes; 0 loads in this one. Any number gives the same batches.
         seed: of order and augmentation, the same on all ranks.
-        repeated_aug: three augmented versions of each picture, spread over the ranks, of a third of the pictures.
+        repeated_aug: three augmented versions of each image, spread over the ranks, of a third of the images.
         pin_memory: None pins where there is a CUDA device.
         rank, world_size: None takes those of the process group, or one process.
 
@@ -331,7 +331,7 @@ def train_loader(
     rank, world_size = _place(rank, world_size)
     if isinstance(dataset, IterableDataset):
         if repeated_aug:
-            raise DataError("a stream cannot repeat pictures: give --no-repeated-aug, or a dataset with an index")
+            raise DataError("a stream cannot repeat images: give --no-repeated-aug, or a dataset with an index")
         stream = _open_stream(dataset, seed, workers, share=None, rank=rank)
         return Loader(
             stream,
@@ -345,7 +345,7 @@ def train_loader(
     if repeated_aug:
         if count < 256:
             raise DataError(
-                f"repeated augmentation takes pictures by 256 and there are {count} to train on: give --no-repeated-aug"
+                f"repeated augmentation takes images by 256 and there are {count} to train on: give --no-repeated-aug"
             )
         sampler: Sampler[Any] = RepeatedSampler(dataset, num_replicas=world_size, rank=rank)
     else:
@@ -353,7 +353,7 @@ def train_loader(
     batches = ResumableBatchSampler(sampler, batch_size, drop_last=True)
     if len(batches) == 0:
         raise DataError(
-            f"the training split has {count} pictures, too few for one batch of {batch_size} on each of {world_size} "
+            f"the training split has {count} images, too few for one batch of {batch_size} on each of {world_size} "
             "process(es): give a smaller --batch-size"
         )
     return Loader(
@@ -375,9 +375,9 @@ def eval_loader(
     rank: int | None = None,
     world_size: int | None = None,
 ) -> Loader:
-    """Every picture exactly once over all ranks, in order and without padding; a rank may get none.
+    """Every image exactly once over all ranks, in order and without padding; a rank may get none.
 
-    Rank r takes pictures r, r + world_size, ... Reduce sums, not means, over the ranks. ``seed`` matters only where the
+    Rank r takes images r, r + world_size, ... Reduce sums, not means, over the ranks. ``seed`` matters only where the
     transform is random.
     """
     rank, world_size = _place(rank, world_size)

@@ -1,4 +1,4 @@
-"""Picture -> tensor: DeiT's training recipe, 3-Augment and the evaluation resize, all built by timm and torchvision.
+"""Image -> tensor: DeiT's training recipe, 3-Augment and the evaluation resize, all built by timm and torchvision.
 
 Mixup and CutMix act on batches: papers build ``timm.data.Mixup`` next to their step function.
 """
@@ -14,7 +14,7 @@ from torchvision import transforms
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
-SMALL = 32  # up to this side in pixels, DeiT takes pictures as they are: padded crops, no resize
+SMALL = 32  # up to this side in pixels, DeiT takes images as they are: padded crops, no resize
 
 
 def train_transform(
@@ -37,13 +37,13 @@ def train_transform(
     """Training transform of a (3, size, size) tensor; the defaults are DeiT's.
 
     Random resized crop, flip, RandAugment (or colour jitter where ``auto_augment`` is empty), normalisation, random
-    erasing. At ``size`` <= 32 the crop becomes a random crop of the picture padded by 4, as in DeiT.
+    erasing. At ``size`` <= 32 the crop becomes a random crop of the image padded by 4, as in DeiT.
 
     Args:
         size: side of the result in pixels.
         auto_augment: timm policy, or None (also ``""`` and ``"none"``).
         color_jitter: strength of brightness, contrast and saturation; unused under RandAugment (timm's rule).
-        interpolation: ``bicubic``, ``bilinear``, or ``random`` for one of the two per picture.
+        interpolation: ``bicubic``, ``bilinear``, or ``random`` for one of the two per image.
         scale, ratio: area and aspect ratio of the crop; None for (0.08, 1) and (3/4, 4/3).
         three_augment: DeiT III's 3-Augment (one of greyscale, solarise, blur, then colour jitter, no erasing) in
             place of ``auto_augment`` and the erasing.
@@ -92,7 +92,7 @@ def eval_transform(
     """Shorter side to int(size / crop_ratio) pixels, centre crop, normalisation: a (3, size, size) tensor.
 
     ``crop_ratio`` 0.875 is the 256-to-224 rule of DeiT and of those that follow it, 1.0 is SWAG's. At ``size`` <= 32
-    it counts as 1, so that a 32x32 picture passes untouched, as in DeiT.
+    it counts as 1, so that a 32x32 image passes untouched, as in DeiT.
     """
     if not 0 < crop_ratio <= 1:
         raise ValueError(f"crop_ratio must be in (0, 1], got {crop_ratio}")
@@ -114,11 +114,11 @@ def _mode(interpolation: str) -> transforms.InterpolationMode:
 
 
 def posterize_any(image: Image.Image, bits_to_keep: int, **unused: object) -> Image.Image:
-    """timm's posterise, extended to 0 bits, which give the black picture that they always meant.
+    """timm's posterise, extended to 0 bits, which give the black image that they always meant.
 
     ``rand-m9-mstd0.5-inc1`` draws its magnitude from a normal distribution around 9 and cuts it at 10, where 4 - 4 = 0
     bits are kept. Pillow masked all bits then, hence black, until version 13 made it a ValueError, which kills a
-    training run after some thousand pictures. The published models were trained with the black picture (one in about
+    training run after some thousand images. The published models were trained with the black image (one in about
     660), so 0 bits stay black here instead of becoming 1 bit.
     """
     if bits_to_keep < 1:

@@ -153,9 +153,9 @@ def add_data_args(parser: argparse.ArgumentParser, **defaults: Any) -> None:
         type=fraction,
         default=0.875,
         metavar="RATIO",
-        help="share of the resized picture's side that the evaluation crop keeps",
+        help="share of the resized image's side that the evaluation crop keeps",
     )
-    add("--batch-size", "-b", type=positive_int, default=64, metavar="N", help="pictures per step and process")
+    add("--batch-size", "-b", type=positive_int, default=64, metavar="N", help="images per step and process")
     add(
         "--workers",
         "--num-workers",
@@ -171,7 +171,7 @@ def add_data_args(parser: argparse.ArgumentParser, **defaults: Any) -> None:
         "--skip-bad-images",
         action=Switch,
         default=False,
-        help="leave out pictures that cannot be decoded, and count them, instead of stopping",
+        help="leave out images that cannot be decoded, and count them, instead of stopping",
     )
     group.done()
 
@@ -186,9 +186,9 @@ def add_augmentation_args(parser: argparse.ArgumentParser, **defaults: Any) -> N
         "--train-interpolation",
         default="bicubic",
         choices=("bicubic", "bilinear", "random"),
-        help="resampling of the training crop; random is either per picture",
+        help="resampling of the training crop; random is either per image",
     )
-    add("--repeated-aug", action=Switch, default=True, help="three augmented versions of a picture per epoch's share")
+    add("--repeated-aug", action=Switch, default=True, help="three augmented versions of a image per epoch's share")
     add("--reprob", type=fraction, default=0.25, help="probability of random erasing")
     add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what random erasing fills in")
     add("--recount", type=positive_int, default=1, help="areas that random erasing takes")
@@ -200,7 +200,7 @@ def add_augmentation_args(parser: argparse.ArgumentParser, **defaults: Any) -> N
         nargs=2,
         default=None,
         metavar=("MIN", "MAX"),
-        help="smallest and largest side of CutMix's box as a share of the picture's, instead of --cutmix",
+        help="smallest and largest side of CutMix's box as a share of the image's, instead of --cutmix",
     )
     add("--mixup-prob", type=fraction, default=1.0, help="probability of mixup or CutMix per batch")
     add("--mixup-switch-prob", type=fraction, default=0.5, help="probability of CutMix where both are on")

@@ -82,7 +82,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def count_images(batch: Batch) -> int:
-    """Pictures in a batch: the length of its first tensor."""
+    """Images in a batch: the length of its first tensor."""
     while not isinstance(batch, Tensor):
         batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
     return batch.shape[0]
@@ -498,13 +498,13 @@ def evaluate(
     title: str = "test",
     show_progress: bool = True,
 ) -> dict[str, float]:
-    """Accuracy over the pictures of all ranks, each counted once, whatever the number of ranks and the batch size.
+    """Accuracy over the images of all ranks, each counted once, whatever the number of ranks and the batch size.
 
     Args:
         model: called with images (B, 3, height, width); put in evaluation mode, and back afterwards. Without the
             shell of DistributedDataParallel, whose ranks would have to take the same number of batches. Its buffers
             become those of rank 0, which are the ones in a checkpoint.
-        loader: (images, targets) of this rank's share; an attribute ``skipped`` counts undecodable pictures.
+        loader: (images, targets) of this rank's share; an attribute ``skipped`` counts undecodable images.
         device: of the model.
         amp: value of ``--amp``; logits are compared in float32.
         output: picks the class logits (B, C) out of what the model returns, where that is no tensor.
@@ -516,7 +516,7 @@ def evaluate(
         fewer than five classes), ``images``, ``skipped``; the same on every rank.
 
     Raises:
-        ValueError: no picture at all, or a label the model has no class for.
+        ValueError: no image at all, or a label the model has no class for.
     """
     model = without_exchange(model)
     broadcast_buffers(model)
@@ -542,7 +542,7 @@ def evaluate(
         | {"batch_loss": batch_loss, "batches": batches_seen}
     )
     if total["images"] == 0:
-        raise ValueError(f"no picture to evaluate ({total['skipped']:.0f} skipped as undecodable); check the dataset")
+        raise ValueError(f"no image to evaluate ({total['skipped']:.0f} skipped as undecodable); check the dataset")
     if math.isnan(total["loss"]):
         raise ValueError("the model gives logits that are not numbers: damaged weights, or an overflow under --amp")
     return {

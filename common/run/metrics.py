@@ -1,4 +1,4 @@
-"""What a run shows and keeps: means over pictures, a progress line, a JSONL record, TensorBoard on request."""
+"""What a run shows and keeps: means over images, a progress line, a JSONL record, TensorBoard on request."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remain
 
 
 class Means:
-    """Means of named values over pictures, which add up over ranks and over the parts of an interrupted epoch."""
+    """Means of named values over images, which add up over ranks and over the parts of an interrupted epoch."""
 
     def __init__(self, sums: Mapping[str, float] | None = None) -> None:
         """``sums`` continues where :attr:`sums` of an earlier part stopped."""
         self.sums: dict[str, float] = dict(sums or {})
 
     def add(self, values: Mapping[str, float], images: int) -> None:
-        """Count ``values``, each a mean over ``images`` pictures."""
+        """Count ``values``, each a mean over ``images`` images."""
         for name, value in values.items():
             self.sums[f"sum/{name}"] = self.sums.get(f"sum/{name}", 0.0) + value * images
             self.sums[f"count/{name}"] = self.sums.get(f"count/{name}", 0.0) + images
@@ -58,7 +58,7 @@ def values_text(values: Mapping[str, float]) -> str:
 
 
 class ProgressLine:
-    """Done and total, pictures per second over all ranks, time left, and named values; on rank 0 only.
+    """Done and total, images per second over all ranks, time left, and named values; on rank 0 only.
 
     On a terminal a bar that moves; elsewhere a plain line after two seconds and then at every interval, so that log
     files stay short. Use it as a context manager.
@@ -123,7 +123,7 @@ class ProgressLine:
         return self.images * get_world_size() / seconds if seconds > 0 else 0.0
 
     def update(self, images: int, values: Mapping[str, float] | None = None) -> None:
-        """One more batch, of ``images`` pictures on this rank; ``values`` are the latest known."""
+        """One more batch, of ``images`` images on this rank; ``values`` are the latest known."""
         self.done += 1
         self.images += images
         if values:

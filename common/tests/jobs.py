@@ -28,7 +28,7 @@ from common.run.settings import OptimizerSettings, RunSettings, ScheduleSettings
 EPOCHS = 3
 
 
-class Pictures(torch.utils.data.Dataset[tuple[Tensor, int]]):
+class Images(torch.utils.data.Dataset[tuple[Tensor, int]]):
     """41 pictures of 4 classes, augmented with random numbers of all three generators."""
 
     classes = ("a", "b", "c", "d")
@@ -130,7 +130,7 @@ def training(
         extra={"duals": duals}, schedule_every=schedule_every, show_progress=False,
     )  # fmt: skip
     state, network = trainer.state, trainer.network
-    validation = eval_loader(Pictures(augment=False), batch_size=8)
+    validation = eval_loader(Images(augment=False), batch_size=8)
 
     def step(batch: list[Tensor]) -> dict[str, Tensor]:
         images, targets = batch
@@ -156,7 +156,7 @@ def training(
         result = evaluate(model, validation, device=world.device, show_progress=False)
         return {**result, "ema_loss": average["loss"]}
 
-    loader = train_loader(Pictures(augment=True), batch_size=8 // world.size, workers=workers)
+    loader = train_loader(Images(augment=True), batch_size=8 // world.size, workers=workers)
     trainer.fit(step, loader, evaluate_fn=evaluation, after_step=after_step)
     return digest(model.state_dict(), ema.module.state_dict(), optimizer.state_dict(), duals.value)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
 from common.data.loaders import (
-    BadPictureError,
+    BadImageError,
     DataError,
     Loader,
     RepeatedSampler,
@@ -198,7 +198,7 @@ def test_too_few_pictures_name_the_flag() -> None:
     with pytest.raises(DataError, match="by 256 and there are 255 to train on: give --no-repeated-aug"):
         train_loader(Numbers(255), batch_size=8, repeated_aug=True)
     assert list(RepeatedSampler(Numbers(255), num_replicas=1, rank=0)) == []  # as the published sampler
-    with pytest.raises(DataError, match=r"has 7 pictures, too few for one batch of 5 on each of 2 .*--batch-size"):
+    with pytest.raises(DataError, match=r"has 7 images, too few for one batch of 5 on each of 2 .*--batch-size"):
         train_loader(Numbers(7), batch_size=5, rank=0, world_size=2)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         eval_loader(Numbers(7), batch_size=0)
@@ -212,7 +212,7 @@ def test_bad_picture_stops_the_run_by_name(tmp_path: Path, workers: int) -> None
     root = write_folders(tmp_path, bad=("val/bee/2.png",))
     loader = eval_loader(build_dataset("imagenet", root, "val", eval_transform(32)), batch_size=3, workers=workers)
     with pytest.raises(
-        BadPictureError, match=r"^cannot decode picture \S*val/bee/2.png \(not in a format.*--skip-bad-images$"
+        BadImageError, match=r"^cannot decode image \S*val/bee/2.png \(not in a format.*--skip-bad-images$"
     ):
         batches_of(loader)
 
@@ -235,7 +235,7 @@ def test_training_batches_keep_their_size() -> None:
     loader = train_loader(Numbers(32, bad=(3, 4, 17)), batch_size=8)
     sizes = [len(targets) for _, targets in batches_of(loader)]
     assert (sizes, loader.skipped) == ([8, 8, 8, 8], 3)
-    with pytest.raises(DataError, match="none of the 8 pictures of a batch can be decoded"):
+    with pytest.raises(DataError, match="none of the 8 images of a batch can be decoded"):
         batches_of(train_loader(Numbers(8, bad=tuple(range(8))), batch_size=8))
 
 
@@ -283,5 +283,5 @@ def test_stream_resumes_with_the_same_workers(workers: int) -> None:
 
 
 def test_streams_refuse_repeated_augmentation() -> None:
-    with pytest.raises(DataError, match="a stream cannot repeat pictures: give --no-repeated-aug"):
+    with pytest.raises(DataError, match="a stream cannot repeat images: give --no-repeated-aug"):
         train_loader(Stream(1000), batch_size=4, repeated_aug=True)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from common.data.loaders import (
-    BadPictureError,
+    BadImageError,
     DataError,
     build_dataset,
     default_num_classes,
@@ -20,6 +20,7 @@ from common.data.loaders import (
     eval_transform,
     num_classes,
 )
+from common.data.paths import check_data_path
 
 
 def write_picture(path: Path, seed: int = 0, size: tuple[int, int] = (40, 36)) -> None:
@@ -146,7 +147,7 @@ def test_undecodable_picture_is_named_or_skipped(tmp_path: Path, damage: str) ->
         "broken": content[:middle] + bytes(50) + content[middle + 50 :],
     }
     bad.write_bytes(damaged[damage])
-    with pytest.raises(BadPictureError, match=r"cannot decode picture .*val/bee/1.png .*--skip-bad-images"):
+    with pytest.raises(BadImageError, match=r"cannot decode image .*val/bee/1.png .*--skip-bad-images"):
         build_dataset("imagenet", tmp_path, "val", None)[3]
     dataset = build_dataset("imagenet", tmp_path, "val", None, on_bad_image="skip")
     assert [dataset[i] is None for i in range(len(dataset))] == [False, False, False, True, False, False]
@@ -156,7 +157,7 @@ def test_undecodable_picture_is_named_or_skipped(tmp_path: Path, damage: str) ->
 def test_unreadable_file_is_never_skipped(tmp_path: Path) -> None:
     dataset = build_dataset("imagenet", write_folders(tmp_path), "val", None, on_bad_image="skip")
     (tmp_path / "val" / "bee" / "1.png").unlink()
-    with pytest.raises(DataError, match=r"cannot read picture .*bee/1.png: No such file"):
+    with pytest.raises(DataError, match=r"cannot read image .*bee/1.png: No such file"):
         dataset[3]
 
 
@@ -208,7 +209,7 @@ def test_bad_picture_in_a_tar_is_named(tmp_path: Path) -> None:
             info = tarfile.TarInfo(member)
             info.size = 3
             tar.addfile(info, io.BytesIO(b"bad"))
-    with pytest.raises(BadPictureError, match=r"val.tar: bee/1.png"):
+    with pytest.raises(BadImageError, match=r"val.tar: bee/1.png"):
         build_dataset("tar", tmp_path, "val", None)[1]
     assert build_dataset("tar", tmp_path, "val", None, on_bad_image="skip")[1] is None
 
@@ -216,7 +217,7 @@ def test_bad_picture_in_a_tar_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"not a tar file" * 100])
 def test_damaged_tar_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "val.tar").write_bytes(content)
-    with pytest.raises(DataError, match=r"cannot use .*val.tar as tar files of pictures"):
+    with pytest.raises(DataError, match=r"cannot use .*val.tar as tar files of images"):
         build_dataset("imagenet", tmp_path, "val", None)
 
 
@@ -346,7 +347,7 @@ def test_webdataset_shards(tmp_path: Path, workers: int, world_size: int) -> Non
         seen, skipped = seen + targets, skipped + loader.skipped
     assert (sorted(seen), skipped) == ([0, 1, 2, 3, 5, 6, 7, 8], 3)
     strict = eval_loader(build_dataset("wds/", root, "val", eval_transform(32)), batch_size=2, workers=workers)
-    with pytest.raises(BadPictureError, match=r"cannot decode picture \S*val-[01].tar: (004|009|010) \(not in"):
+    with pytest.raises(BadImageError, match=r"cannot decode image \S*val-[01].tar: (004|009|010) \(not in"):
         list(strict)
     assert reader_wds.log_and_continue is timms
     (root / "val-2.tar").write_bytes((root / "val-2.tar").read_bytes()[:700])
@@ -368,3 +369,13 @@ def test_unknown_names_are_refused() -> None:
         8142,
         1010,
     ]
+
+
+def test_a_wrong_path_is_said_without_opening_anything(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data directory .*nowhere does not exist; the nearest that does, .*is empty"):
+        check_data_path("IMNET", tmp_path / "nowhere")
+    with pytest.raises(DataError, match="'CIFAR' needs a data directory"):
+        check_data_path("CIFAR", "")
+    check_data_path("DIGITS", "")
+    check_data_path("hfds/some/set", None)
+    check_data_path("IMNET", tmp_path)

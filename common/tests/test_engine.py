@@ -1,4 +1,5 @@
 import json
+import logging
 import math
 import re
 import signal
@@ -37,7 +38,7 @@ from common.run.launch import World, launch
 from common.run.metrics import Means, Record
 from common.run.program import run
 from common.tests.forks import run_forked, torchrun_variables
-from common.tests.jobs import Pictures, tiny_model, training
+from common.tests.jobs import Images, tiny_model, training
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, CPU, None)
@@ -173,7 +174,7 @@ def small_run(
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(108, 4))
     state = TrainingState(model, torch.optim.SGD(model.parameters(), lr=lr), ema=options.pop("ema", None))
-    options.setdefault("loader", train_loader(Pictures(augment=False), batch_size=8))
+    options.setdefault("loader", train_loader(Images(augment=False), batch_size=8))
     row = train(
         step_of(model), state, options.pop("loader"), world=ALONE, epochs=epochs, show_progress=False, **options
     )
@@ -284,7 +285,7 @@ def test_rates_by_hand_and_by_epoch() -> None:
         for group, factor in zip(optimizer.param_groups, (5, 1), strict=True):
             group["lr"] = factor * 0.1 / (epoch + 1)
 
-    loader = train_loader(Pictures(augment=False), batch_size=8)
+    loader = train_loader(Images(augment=False), batch_size=8)
     state = TrainingState(model, optimizer)
     row = train(
         cross_entropy_step(model), state, loader, world=ALONE, epochs=2, epoch_start=epoch_start, show_progress=False
@@ -292,6 +293,15 @@ def test_rates_by_hand_and_by_epoch() -> None:
     assert (row["train_lr"], row["train_lr_1"]) == (0.25, 0.05)
     assert state.progress.epoch == 2
     assert train(cross_entropy_step(model), state, loader, world=ALONE, epochs=2) == {}
+
+
+def test_the_number_of_epochs_with_the_cooldown_is_said(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("common"), "propagate", True)
+    _, row = small_run(cross_entropy_step, epochs=3, cooldown_epochs=2)
+    assert row["epoch"] == 2
+    assert "3 epochs in all: 1 and 2 of cooldown" in caplog.text
 
 
 def test_last_row_has_means_over_all_pictures(tmp_path: Path) -> None:
@@ -436,7 +446,7 @@ def test_compiled_training_is_the_same_state(tmp_path: Path) -> None:
     state = TrainingState(network, torch.optim.SGD(model.parameters(), lr=0.1))  # pyright: ignore[reportArgumentType]
     manager = CheckpointManager(tmp_path, metric=None)
     step = cross_entropy_step(network)  # pyright: ignore[reportArgumentType]
-    loader = train_loader(Pictures(augment=False), batch_size=8)
+    loader = train_loader(Images(augment=False), batch_size=8)
     train(step, state, loader, world=ALONE, epochs=1, network=network, manager=manager, show_progress=False)  # pyright: ignore[reportArgumentType]
     assert load_safely(manager.last)["model"].keys() == model.state_dict().keys()
 
@@ -449,7 +459,7 @@ def numbers(pictures: int, size: int) -> dict[str, float]:
     world = launch("cpu", start_timeout_s=30)
     torch.manual_seed(1)
     network = prepare_network(tiny_model(), world)
-    dataset = torch.utils.data.Subset(Pictures(augment=False), range(pictures))
+    dataset = torch.utils.data.Subset(Images(augment=False), range(pictures))
     return evaluate(network, eval_loader(dataset, batch_size=size), device=CPU, show_progress=False)
 
 
@@ -535,7 +545,7 @@ def test_evaluation_names_what_is_wrong() -> None:
         evaluate(model, indexed_loader(labels, 2), device=CPU, output=lambda result: result[1], show_progress=False)
     with pytest.raises(TypeError, match="the model gave tuple; pass output="):
         evaluate(model, indexed_loader(labels, 2), device=CPU, show_progress=False)
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="no image"):
         evaluate(model, [], device=CPU)
 
 
@@ -564,9 +574,9 @@ def test_training_and_evaluation_on_cuda(tmp_path: Path, amp: str) -> None:
         model, optimizer, scaler=make_scaler(amp, world.device), ema=ModelEmaV3(model), device=world.device
     )
     manager = CheckpointManager(tmp_path)
-    validation = eval_loader(Pictures(augment=False), batch_size=16)
+    validation = eval_loader(Images(augment=False), batch_size=16)
     row = train(
-        cross_entropy_step(model), state, train_loader(Pictures(augment=True), batch_size=8), world=world, epochs=20,
+        cross_entropy_step(model), state, train_loader(Images(augment=True), batch_size=8), world=world, epochs=20,
         amp=amp, clip_grad=1.0, manager=manager, save_every_steps=3, show_progress=False,
         evaluate_fn=lambda: evaluate(model, validation, device=world.device, amp=amp, show_progress=False),
     )  # fmt: skip
@@ -598,7 +608,7 @@ def test_non_finite_loss_on_cuda_writes_no_checkpoint(tmp_path: Path) -> None:
     state = TrainingState(model, torch.optim.SGD(model.parameters(), lr=0.1), device=world.device)
     with pytest.raises(NonFiniteLoss, match="epoch 0, step 4"):
         train(
-            step, state, train_loader(Pictures(augment=False), batch_size=8), world=world, epochs=1, manager=manager,
+            step, state, train_loader(Images(augment=False), batch_size=8), world=world, epochs=1, manager=manager,
             save_every_steps=3, show_progress=False,
         )  # fmt: skip
     assert load_safely(manager.last)["progress"]["step"] == 3

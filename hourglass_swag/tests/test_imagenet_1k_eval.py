@@ -126,7 +126,7 @@ def test_bad_pictures_stop_the_run_or_are_counted(material, tmp_path, capsys):
     write_pictures(tmp_path / "val", 5)
     (tmp_path / "val" / "n01" / "broken.png").write_bytes(b"no picture")
     words = ["-m", "vit_desk", *NETWORK, "--weights", str(material / "desk.pth"), str(tmp_path)]
-    with pytest.raises(SystemExit, match=r"cannot decode picture .*broken\.png"):
+    with pytest.raises(SystemExit, match=r"cannot decode image .*broken\.png"):
         imagenet_1k_eval.main(words)
     result = imagenet_1k_eval.main([*words, "--skip-bad-images"])
     assert (result["images"], result["skipped"]) == (5, 1)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common.data.loaders import BadPictureError, DataError
+from common.data.loaders import BadImageError, DataError
 from common.run.checkpoint import save_atomic
 from common.run.errors import UsageError
 from scala import linear_probe, probing
@@ -116,7 +116,7 @@ def test_video_files_are_decoded(tmp_path: Path) -> None:
     assert frames.shape == (3, 3, 32, 48)
     np.testing.assert_allclose(frames.float().mean((1, 2, 3)), [40, 120, 200], atol=12)
     (tmp_path / "bad.avi").write_bytes(b"no video")
-    with pytest.raises(BadPictureError, match=r"cannot decode video .*bad\.avi"):
+    with pytest.raises(BadImageError, match=r"cannot decode video .*bad\.avi"):
         read_frames(tmp_path / "bad.avi", 3, random=False)
 
 
@@ -135,10 +135,10 @@ def test_missing_things_are_named(ucf101: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no frames"):
         _ = Clips(tmp_path, "train")[0]
     write_frames(tmp_path / "mixed", [Image.new("RGB", (8, 8)), Image.new("RGB", (9, 8))])
-    with pytest.raises(BadPictureError, match="different sizes"):
+    with pytest.raises(BadImageError, match="different sizes"):
         read_frames(tmp_path / "mixed", 2, random=False)
     (tmp_path / "broken.gif").write_bytes(b"GIF89a")
-    with pytest.raises(BadPictureError, match=r"broken\.gif"):
+    with pytest.raises(BadImageError, match=r"broken\.gif"):
         read_frames(tmp_path / "broken.gif", 2, random=False)
 
 

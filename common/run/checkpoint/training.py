@@ -189,7 +189,7 @@ class TrainingState:
             return
         if self.progress.batch:
             raise CheckpointError(
-                f"{source} is from within an epoch of {len(ranks)} processes, whose order of pictures {size} cannot "
+                f"{source} is from within an epoch of {len(ranks)} processes, whose order of images {size} cannot "
                 f"continue; resume with {len(ranks)}, or from a checkpoint written after an epoch"
             )
         logger.warning(
