@@ -24,6 +24,7 @@ from tqdm import tqdm
 from common.ledger import plots
 from common.ledger.cache import cached
 from common.ledger.compare import KEYS, STATUSES, Ledger
+from common.ledger.overview import GROUPS
 from common.ledger.text import to_text
 from common.ledger.view import (
     TableView,
@@ -39,16 +40,6 @@ from common.run.files import write_atomic
 
 BADGES: Mapping[str, str] = {**{s: s for s in STATUSES}, "reproduced": "✓", "differs": "✗"}
 """Statuses in the tables of the page."""
-
-GROUPS: Mapping[str, Sequence[str]] = {
-    "reproduced": ("reproduced",),
-    "differs": ("differs",),
-    "recorded": ("recorded",),
-    "needs data, weights, GPU or compute": ("needs data", "needs weights", "needs gpu", "needs compute"),
-    "not implemented yet": ("not implemented yet",),
-    "cited": ("cited",),
-}
-"""Statuses that are one column of the shortened ledger."""
 
 
 @cache
@@ -123,7 +114,7 @@ def markdown_summary(views: Sequence[TableView]) -> str:
         totals = [a + b for a, b in zip(totals, numbers, strict=True)]
         rows.append([view.name, view.table.title, *(str(number or "") for number in numbers)])
     rows.append(["all", "", *map(str, totals)])
-    return "\n".join(markdown_table(["Table", "", "Values", *GROUPS], rows, left=2))
+    return "\n".join(markdown_table(["Table", "", "values", *GROUPS], rows, left=2))
 
 
 def to_markdown(ledger: Ledger, *, pictures: Mapping[str, str] | None = None) -> str:
