@@ -296,6 +296,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--pretrained: there are no such weights; give --initial-checkpoint FILE")
     if not args.data and args.data_set != "digits":
         parser.error("DIR is missing: the folder with train/ and val/")
+    if args.data and args.data_set == "digits":
+        parser.error(f"{args.data}: the digits ship inside scikit-learn; leave DIR out, or say --data-set IMNET")
     mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
     if args.aug_splits == 1:
         parser.error("--aug-splits 1: give 0, or at least 2 views")

@@ -247,6 +247,7 @@ def test_published_defaults_and_recipes():
     [
         (["--model", "DVT_T2t_vit_12"], "DIR is missing"),
         (["DIR", "--pretrained"], "--initial-checkpoint"),
+        (["DIR", "--model", "DVT_desk"], "leave DIR out, or say --data-set IMNET"),
         (["DIR", "-b", "3"], "must be even"),
         (["DIR", "--jsd"], "--aug-splits"),
         (["DIR", "--aug-splits", "3"], "--mixup 0 --cutmix 0"),
