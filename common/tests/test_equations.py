@@ -109,3 +109,11 @@ def test_every_link_to_a_line_points_at_the_function_it_names(paper):
     readme = ROOT / paper / "README.md"
     assert len(LINK.findall(readme.read_text(encoding="utf-8"))) >= 1
     assert wrong_links(readme) == [], "run make docs"
+
+
+@pytest.mark.parametrize(("paper", "numbers"), [("scala", range(2, 11)), ("dvt", range(1, 11))])
+def test_every_numbered_equation_that_is_computed_has_its_function(paper, numbers):
+    """Scala's Eq. 1 states what separate training would cost, which no function computes."""
+    places = [c.place for path in (ROOT / paper).rglob("*.py") for c in citations(path) if not c.name]
+    cited = {int(number) for place in places for number in re.findall(r"\bEqs?\. (\d+)", place)}
+    assert set(numbers) <= cited
