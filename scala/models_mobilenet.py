@@ -156,7 +156,8 @@ class MobileNetV2_scala(SlicedNetwork, nn.Module):
         return x if pre_logits or self.classifier is None else self.classifier(x, ratio)
 
     def forward(self, x: Tensor, ratio: Ratio) -> Tensor:
-        return self.forward_head(self.forward_features(x, ratio), ratio)
+        width = self.check_ratio(ratio)
+        return self.forward_head(self.forward_features(x, width), width)
 
 
 MODELS = {"mobilenet_v2_scala": MobileNetV2_scala}

@@ -438,7 +438,8 @@ class VisionTransformer_scala(SlicedNetwork, Sliced, nn.Module):
         Raises:
             ValueError: a ratio the heads cannot share, or images of another size.
         """
-        return self.forward_head(self.forward_features(images, ratio), ratio)
+        width = self.check_ratio(ratio)
+        return self.forward_head(self.forward_features(images, width), width)
 
     @property
     def _tokens(self) -> int:

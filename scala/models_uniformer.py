@@ -222,7 +222,8 @@ class UniFormer_scala(SlicedNetwork, nn.Module):
         return x if pre_logits or self.head is None else self.head(x, ratio)
 
     def forward(self, images: Tensor, ratio: Ratio) -> Tensor:
-        return self.forward_head(self.forward_features(images, ratio), ratio)
+        width = self.check_ratio(ratio)
+        return self.forward_head(self.forward_features(images, width), width)
 
 
 def _initialise(module: nn.Module) -> None:

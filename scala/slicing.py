@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from fractions import Fraction
-from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from common.run.errors import UsageError
@@ -59,7 +58,6 @@ def exact(ratio: Ratio) -> Width:
     return ratio if isinstance(ratio, Width) else _snap(ratio)
 
 
-@cache
 def _snap(ratio: float) -> Width:
     if not 0 < ratio < 1 + SNAP:
         raise WidthError(f"a width ratio must be above 0 and at most 1, got {ratio:g}")
@@ -91,7 +89,8 @@ class SliceRule(NamedTuple):
 
         Source: arXiv:2412.04786, Section 4.2, Eq. 3: the smallest width at an end of its own (the other one in print).
         """
-        return exact(ratio) in (exact(self.smallest), exact(self.largest))
+        width = exact(ratio)
+        return any(abs(width.steps / width.of - bound) < SNAP for bound in self)
 
     def span(self, full: int, ratio: Ratio, parts: int = 1) -> tuple[int, int]:
         """First channel of ``ratio`` out of ``full``, and how many they are.
