@@ -380,26 +380,3 @@ def add_ignored_args(parser: argparse.ArgumentParser, reasons: Mapping[str, str]
             help=f"no effect: {reason}".replace("%", "%%"),
             **options,
         )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Until every paper has moved to common.run.build
-
-
-def scaled_lr(lr: float, *, batch_size: int, world_size: int, reference: int = 512) -> float:
-    return lr * batch_size * world_size / reference
-
-
-def build_optimizer(model_or_groups: Any, *, eps: Any = None, betas: Any = None, group_fn: Any = None, **values: Any):
-    from common.run import build, settings
-
-    return build.build_optimizer(
-        model_or_groups, settings.OptimizerSettings(opt_eps=eps, opt_betas=betas, **values), group_fn=group_fn
-    )
-
-
-def build_schedule(optimizer: Any, *, seed: int = 42, **values: Any):
-    from common.run import build, settings
-
-    values = {f"lr_{name}" if name.startswith("noise") else name: value for name, value in values.items()}
-    return build.build_schedule(optimizer, settings.ScheduleSettings(noise_seed=seed, **values))

@@ -25,6 +25,7 @@ from common.run.engine import (
     PendingTerms,
     StepInfo,
     TermReader,
+    Trainer,
     amp_dtype,
     autocast,
     count_images,
@@ -32,7 +33,6 @@ from common.run.engine import (
     make_scaler,
     prepare_network,
     to_device,
-    train,
 )
 from common.run.launch import World, launch
 from common.run.metrics import Means, Record
@@ -165,6 +165,12 @@ def test_two_processes_killed_and_resumed(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The step
+
+
+def train(step: Any, state: TrainingState, loader: Any, *, world: World, epochs: int, **options: Any) -> dict:
+    """``Trainer(...).fit(...)`` in one call."""
+    hooks = {name: options.pop(name) for name in ("evaluate_fn", "epoch_start", "after_step") if name in options}
+    return Trainer(state, world, epochs, **options).fit(step, loader, **hooks)
 
 
 def small_run(

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from common.layers import Performer, sinusoid_table
 from common.measure.flops import count_parameters
-from common.run import cli
+from common.run.build import build_optimizer, build_schedule
+from common.run.settings import OptimizerSettings, ScheduleSettings
 from common.tests import reference
 from common.tests.reference import Case, CaseError, Checks, NotCovered, Runner
 from dvt import cifar, exits
@@ -285,8 +286,8 @@ def run_step(case: Case, checks: Checks) -> None:
     targets = read_targets(case, len(images))
     mixed = mixup_target(targets, build["num_classes"], build["mixup_lam"], build["smoothing"]).double()
     average = ModelEmaV3(model, build["ema_decay"])
-    optimizer = cli.build_optimizer(
-        model, opt=build.get("opt", "adamw"), lr=build["lr"], weight_decay=build["weight_decay"]
+    optimizer = build_optimizer(
+        model, OptimizerSettings(opt=build.get("opt", "adamw"), lr=build["lr"], weight_decay=build["weight_decay"])
     )
     groups = {
         "no_decay" if group["weight_decay"] == 0 else "decay": [names[id(weight)] for weight in group["params"]]
@@ -324,7 +325,7 @@ def run_schedule(case: Case, checks: Checks) -> None:
     for number, row in enumerate(case.build["rows"]):
         settings = {key: value for key, value in row.items() if key not in ("lr", "num_epochs")}
         optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=row["lr"])
-        schedule, epochs = cli.build_schedule(optimizer, **settings)
+        schedule, epochs = build_schedule(optimizer, ScheduleSettings(**settings))
         checks.equal(f"epochs of row {number}", epochs, row["num_epochs"])
         rates = []
         for epoch in range(epochs):

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from common.losses import DistillationLoss
-from common.run import cli
+from common.run.build import build_optimizer, build_schedule
 from common.run.engine import Optimization, StepInfo
 from common.run.launch import World
+from common.run.settings import OptimizerSettings, ScheduleSettings
 from common.tests.reference import Case, Checks, NotCovered, image
 from uvc.engine import FineTuning, JointTraining
 from uvc.loading import freeze_structure
@@ -96,10 +97,11 @@ def run_stage2_rates(case: Case, checks: Checks) -> None:
         return float(found[1]) if found else default
 
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=float(case.build["base_lr"]))
-    scheduler, _ = cli.build_schedule(
-        optimizer, epochs=int(case.build["epochs"]), min_lr=number("min", 1e-5),
+    settings = ScheduleSettings(
+        epochs=int(case.build["epochs"]), min_lr=number("min", 1e-5),
         warmup_epochs=0 if "no warm-up" in what else int(number("warm-up", 5)), warmup_lr=number("epochs from", 1e-6),
     )  # fmt: skip
+    scheduler, _ = build_schedule(optimizer, settings)
     rates = []
     for epoch in range(len(checks.stored[f"{case.name}/lr"])):
         scheduler.step(epoch)
@@ -231,9 +233,8 @@ def run_stage2(case: Case, checks: Checks) -> None:
     model.train()
     rate = re.search(rf"AdamW ({NUMBER})", what)
     decay = re.search(rf"wd ({NUMBER})", what)
-    optimizer = cli.build_optimizer(
-        model, lr=float(rate[1]) if rate else 1e-3, weight_decay=float(decay[1]) if decay else 0.05
-    )
+    lr, weight_decay = float(rate[1]) if rate else 1e-3, float(decay[1]) if decay else 0.05
+    optimizer = build_optimizer(model, OptimizerSettings(lr, weight_decay=weight_decay))
     tuning = FineTuning(model, criterion=objective(None), mix=keep)
     clip = re.search(rf"clip ({NUMBER})", what)
     optimization = Optimization(optimizer, clip_grad=float(clip[1]) if clip else None)
