@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from common.run.checkpoint import CheckpointError, load_safely, load_strict
 from common.run.files import write_atomic
-from uvc.models.compact import LANES, CompactAttention, CompactBlock, CompactConfig, CompactMlp, CompactViT, padded
+from uvc.models.compact import LANES, CompactBlock, CompactConfig, CompactViT, Constant, padded
 from uvc.removal import Compressed
 from uvc.structure import Structure
 
@@ -156,7 +156,8 @@ def to_timm(network: CompactViT) -> VisionTransformer:
         norm_layer=norm,  # pyright: ignore[reportArgumentType] - a function from the width, as timm's partials are
         weight_init="skip",
     ).to(network.cls_token)  # pyright: ignore[reportCallIssue, reportArgumentType] - dtype and device
-    for index, block in enumerate(network.blocks):
+    full = padded(network, 1, full_values=True)
+    for index, block in enumerate(full.blocks):
         assert isinstance(block, CompactBlock)
         model.blocks[index] = _timm_block(block, config, norm)
     own = dict(network.named_parameters())
@@ -167,41 +168,22 @@ def to_timm(network: CompactViT) -> VisionTransformer:
 
 
 def _timm_block(block: CompactBlock, config: CompactConfig, norm: Any) -> Block:
-    """One block of timm with this one's heads and neurons."""
+    """One block of timm with the weights of this one, which holds all d value dimensions of its heads."""
     heads, neurons = max(block.shape.heads, 1), max(block.shape.neurons, 1)
-    dim, head_dim = config.embed_dim, config.head_dim
-    made = Block(dim, 1, qkv_bias=config.qkv_bias, norm_layer=norm)
-    attn = Attention(dim, heads, attn_head_dim=head_dim, qkv_bias=config.qkv_bias)
-    made.attn = attn
-    mlp = Mlp(dim, neurons)
-    made.mlp = mlp
-    assert isinstance(attn.proj, nn.Linear)
-    assert isinstance(mlp.fc1, nn.Linear)
-    assert isinstance(mlp.fc2, nn.Linear)
+    made = Block(config.embed_dim, 1, qkv_bias=config.qkv_bias, norm_layer=norm)
+    made.attn = Attention(config.embed_dim, heads, attn_head_dim=config.head_dim, qkv_bias=config.qkv_bias)
+    made.mlp = Mlp(config.embed_dim, neurons)
     made.to(next(block.parameters()))  # pyright: ignore[reportCallIssue, reportArgumentType]
-    for parameter in made.parameters():
-        parameter.zero_()
-    if isinstance(block.attn, CompactAttention):
-        keys, attention = block.attn.keys, block.attn
-        values = [head * head_dim + dim for head, kept in enumerate(block.shape.value_dims) for dim in range(kept)]
-        rows = [*range(2 * keys), *(2 * keys + value for value in values)]
-        held = [*range(2 * keys), *(2 * keys + value for value in attention.value_rows)]
-        attn.qkv.weight[rows] = attention.qkv.weight[held]
-        if attention.qkv.bias is not None:
-            attn.qkv.bias[rows] = attention.qkv.bias[held]
-        attn.proj.weight[:, values] = attention.proj.weight[:, attention.value_rows]
-        attn.proj.bias.copy_(attention.proj.bias)
-        made.norm1.load_state_dict(block.norm1.state_dict())
-    else:
-        attn.proj.bias.copy_(block.attn.get_parameter("bias"))
-    if isinstance(block.mlp, CompactMlp):
-        mlp.fc1.weight.copy_(block.mlp.fc1.weight[:neurons])
-        mlp.fc1.bias.copy_(block.mlp.fc1.bias[:neurons])
-        mlp.fc2.weight.copy_(block.mlp.fc2.weight[:, :neurons])
-        mlp.fc2.bias.copy_(block.mlp.fc2.bias)
-        made.norm2.load_state_dict(block.norm2.state_dict())
-    else:
-        mlp.fc2.bias.copy_(block.mlp.get_parameter("bias"))
+    for branch, last in (("attn", "proj"), ("mlp", "fc2")):
+        mine, theirs = block.get_submodule(branch), made.get_submodule(branch)
+        if isinstance(mine, Constant):
+            for parameter in theirs.parameters():
+                parameter.zero_()
+            theirs.get_parameter(f"{last}.bias").copy_(mine.bias)
+        else:
+            theirs.load_state_dict(mine.state_dict())
+            norm_of = "norm1" if branch == "attn" else "norm2"
+            made.get_submodule(norm_of).load_state_dict(block.get_submodule(norm_of).state_dict())
     return made
 
 

@@ -8,7 +8,6 @@ L blocks, H heads, d channels of a head, M hidden neurons, N patches.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -174,15 +173,6 @@ class Structure:
         except (KeyError, TypeError) as error:
             raise ValueError(f"this is no structure of a compressed network: {error!r}") from error
         return cls(**sizes, blocks=blocks, patches=None if patches is None else tuple(patches))
-
-    def to_json(self) -> str:
-        """One line of JSON."""
-        return json.dumps(self.to_dict())
-
-    @classmethod
-    def from_json(cls, text: str) -> Structure:
-        """Inverse of ``to_json``."""
-        return cls.from_dict(json.loads(text))
 
 
 _SIZES = ("embed_dim", "num_heads", "hidden_dim", "num_patches", "num_prefix_tokens")

@@ -45,28 +45,6 @@ def build_variable_optimizer(name: str, variable: Tensor, lr: float) -> torch.op
 
 
 @dataclass
-class GateAverage:
-    """Gradients of a gate between two of its updates, each weighted by its place in the interval."""
-
-    total: Tensor
-    count: int = 0
-
-    def add(self, gradient: Tensor, weight: int) -> None:
-        self.total.add_(gradient, alpha=weight)
-        self.count += 1
-
-    def take(self) -> Tensor:
-        """The mean; starts anew."""
-        mean = self.total / self.count
-        self.clear()
-        return mean
-
-    def clear(self) -> None:
-        self.total = torch.zeros_like(self.total)
-        self.count = 0
-
-
-@dataclass
 class StepValues:
     """What a step leaves to look at, on the device: R before the primal and after it (None in the warm-up)."""
 
@@ -89,6 +67,8 @@ class PrimalDual:
         s: (L, 2) heads and neurons to remove. r: (L, H) dimensions to remove of each head.
         y: (L, 2). p: (L, H). z: () duals of the same, and of the budget.
         zlr: learning rate of z.
+        gate_total, gate_count: gradients of the gates since their last update, each weighted by its place in the
+            interval, and their number.
         generator: source of the noise; None takes the global one.
         cost: R, which the budget holds. whole_cost: the same unless that is of the output projections alone.
     """
@@ -108,7 +88,7 @@ class PrimalDual:
         self.s_optimizer = build_variable_optimizer(settings.soptim, self.s, settings.slr)
         self.r_optimizer = build_variable_optimizer(settings.roptim, self.r, settings.rlr)
         self.gate_optimizer = torch.optim.SGD([gates], lr=settings.glr, momentum=0.9, weight_decay=1e-4)
-        self.gate_average = GateAverage(torch.zeros_like(gates))
+        self.gate_total, self.gate_count = torch.zeros_like(gates), 0
         self.patch_optimizer = None
         if settings.learn_patches:
             if model.patch_gating is None:
@@ -158,7 +138,7 @@ class PrimalDual:
 
     def epoch_start(self) -> None:
         """Forget the gate gradients gathered since the last update."""
-        self.gate_average.clear()
+        self.gate_total, self.gate_count = torch.zeros_like(self.gate_total), 0
 
     def step(self, lr: float, *, warmup: bool = False) -> StepValues:
         """One primal-dual step, after the weights' own gradient step and before its gradients are cleared.
@@ -233,9 +213,11 @@ class PrimalDual:
             gradient += torch.nan_to_num(gates.grad, posinf=0.0, neginf=0.0)
         if by_gates is not None:
             gradient += self.z * settings.gating_weight * by_gates
-        self.gate_average.add(gradient, self.count % settings.gating_interval)
+        self.gate_total.add_(gradient, alpha=self.count % settings.gating_interval)
+        self.gate_count += 1
         if (self.count + 1) % settings.gating_interval == 0:
-            gates.grad = self.gate_average.take()
+            gates.grad = self.gate_total / self.gate_count
+            self.epoch_start()
             self.gate_optimizer.step()
 
     def _step_patches(self, by_patches: Tensor | None) -> None:
@@ -266,8 +248,8 @@ class PrimalDual:
             "zlr": self.zlr,
             "eps": self.model.gates.eps,
             "count": self.count,
-            "gate_total": self.gate_average.total.clone(),
-            "gate_count": self.gate_average.count,
+            "gate_total": self.gate_total.clone(),
+            "gate_count": self.gate_count,
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self._optimizers().items()},
             "generator": None if self.generator is None else self.generator.get_state(),
         }
@@ -283,8 +265,8 @@ class PrimalDual:
                         f"{list(variable.shape)}; was it written for another --model_type?"
                     )
                 variable.copy_(state[name])
-            self.gate_average.total.copy_(state["gate_total"])
-        self.gate_average.count = int(state["gate_count"])
+            self.gate_total.copy_(state["gate_total"])
+        self.gate_count = int(state["gate_count"])
         self.count, self.zlr = int(state["count"]), float(state["zlr"])
         self.model.gates.eps = float(state["eps"])
         for name, optimizer in self._optimizers().items():

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Mlp  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
 from common.measure.flops import Counted, OpCounts, count_operations
@@ -240,18 +241,6 @@ def _channels(value_dims: Sequence[int], head_dim: int, width: int) -> tuple[Ten
     return spread, gather
 
 
-class CompactMlp(nn.Module):
-    """The kept neurons: GELU between two linear layers."""
-
-    def __init__(self, dim: int, neurons: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, neurons)
-        self.fc2 = nn.Linear(neurons, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class CompactBlock(nn.Module):
     """Pre-norm block of any size; a branch without heads or neurons adds its bias alone and needs no normalisation."""
 
@@ -275,7 +264,7 @@ class CompactBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=eps) if thinks else nn.Identity()
         self.mlp: nn.Module = Constant(dim)
         if thinks:
-            self.mlp = CompactMlp(dim, round_up(shape.neurons, shape.multiple))
+            self.mlp = Mlp(dim, round_up(shape.neurons, shape.multiple))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -398,7 +387,7 @@ class CompactViT(nn.Module):
 
 
 @torch.no_grad()
-def padded(network: CompactViT, multiple: int = LANES) -> CompactViT:
+def padded(network: CompactViT, multiple: int = LANES, *, full_values: bool = False) -> CompactViT:
     """The same function with layers padded by zeros where that makes them faster; for running, not for storing.
 
     Kept neurons and value channels are rounded up to a multiple; where moving values to their heads would cost more
@@ -407,6 +396,7 @@ def padded(network: CompactViT, multiple: int = LANES) -> CompactViT:
     Args:
         network: untouched.
         multiple: 1 gives the layers their exact sizes.
+        full_values: let the layers hold all d value dimensions whatever that costs.
 
     Returns:
         A network on the same device, in the same precision and mode.
@@ -417,7 +407,7 @@ def padded(network: CompactViT, multiple: int = LANES) -> CompactViT:
         keys, held = shape.heads * config.head_dim, round_up(shape.value_width, multiple)
         moved = MOVE * (keys + held) if shape.value_width < keys else 0
         cheaper = multiple > 1 and 2 * (keys - held) * config.embed_dim < moved
-        return replace(shape, multiple=multiple, full_values=cheaper)
+        return replace(shape, multiple=multiple, full_values=full_values or cheaper)
 
     made = CompactViT(replace(config, blocks=tuple(sizes(shape) for shape in config.blocks)))
     made.to(network.cls_token).train(network.training)  # pyright: ignore[reportCallIssue, reportArgumentType]

@@ -1,5 +1,7 @@
 """The description of what survives."""
 
+import json
+
 import pytest
 import torch
 
@@ -46,7 +48,7 @@ def test_removed_patches_and_json(model):
     structure = Structure.from_model(model, remove_patches=True)
     assert structure.patches == (60, 61, 62, 63)
     assert structure.num_tokens == 5
-    assert Structure.from_json(structure.to_json()) == structure
+    assert Structure.from_dict(json.loads(json.dumps(structure.to_dict()))) == structure
     assert Structure.from_model(model).patches is None
 
 
