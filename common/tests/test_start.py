@@ -14,13 +14,7 @@ from common.run.files import ROOT
 HEAVY = ("torch", "torchvision", "timm", "scipy", "sklearn")
 NO_PROGRAMS = ("hourglass_swag/models/", "common/run/program.py", "docs/")
 """Build scripts and published examples with environments of their own, and a docstring's example."""
-STILL_HEAVY = (
-    *("common/gpu.py", "common/ledger/gpu.py"),
-    *("hourglass_swag/get_flops_fps.py", "hourglass_swag/imagenet_1k_eval.py", "hourglass_swag/predict.py"),
-    *("hourglass_swag/train.py", "hourglass_swag/visualize.py"),
-    *("scala/benchmark.py", "scala/export.py", "scala/linear_probe.py", "scala/main_dinov2.py", "scala/main_scala.py"),
-    *("scala/models_scala.py", "sit/main.py", "sit/run_with_submitit.py"),
-)
+STILL_HEAVY = ("common/gpu.py", "common/hosts/families.py", "common/ledger/gpu.py", "scala/models_scala.py")
 """Programs that import torch before they parse, to be mended."""
 
 BLOCKED = "import runpy, sys; sys.argv = sys.argv[1:]; sys.modules.update(dict.fromkeys({heavy})); " + (
