@@ -182,13 +182,13 @@ def _as_recorded(row: Row, name: str, record: Record) -> Recorded:
 
 
 def best_records(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
-    """One record per (table/row, column): an accelerator before a CPU, eager float32 as published, then the newest."""
+    """One record per (table/row, column): eager float32 as published, an accelerator before a CPU, then the newest."""
 
     def rank(record: Record) -> tuple[bool, bool, bool, str]:
         assert record.origin is not None
         accelerator = record.origin.device.get("type") != "cpu"
         eager = not record.compiled and not record.cuda_graph
-        return (accelerator, record.dtype == "float32", eager, record.origin.created)
+        return (record.dtype == "float32", accelerator, eager, record.origin.created)
 
     return {(f"{record.table}/{record.row}", record.column): record for record in sorted(records, key=rank)}
 

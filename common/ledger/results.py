@@ -265,7 +265,10 @@ def add(file: Path, *, force: bool = False, root: Path = ROOT) -> list[Path]:
     origin = records[0].origin
     assert origin is not None
     contents: dict[Path, str] = {}
-    for paper in sorted({record.paper for record in records}):
+    programs = {name.split("/")[0] for name in origin.programs}
+    if unknown := programs - set(papers(root)):
+        raise RecordError(f"{file}: programs of {sorted(unknown)}, which is no paper")
+    for paper in sorted({record.paper for record in records} | programs):
         data = json.loads(text)
         own = [record.as_dict() for record in records if record.paper == paper]
         if "programs" in data:
@@ -287,10 +290,12 @@ def add(file: Path, *, force: bool = False, root: Path = ROOT) -> list[Path]:
 
 
 def current_commit(root: Path = ROOT) -> str:
-    """The commit of this checkout, with ``-dirty`` if files differ from it.
+    """The environment variable COMMIT, else the commit of this checkout, with ``-dirty`` if files differ from it.
 
-    Where there is no git history (a copied working tree), the environment variable COMMIT is asked; else "unknown".
+    A copied working tree has no history, or that of another checkout; without either the commit is "unknown".
     """
+    if named := os.environ.get("COMMIT"):
+        return named
     commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
     try:
         head, status = (
@@ -298,7 +303,7 @@ def current_commit(root: Path = ROOT) -> str:
             for words in commands
         )
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COMMIT", "") or "unknown"
+        return "unknown"
     return head + ("-dirty" if status else "")
 
 

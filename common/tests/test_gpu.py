@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common.ledger import gpu
-from common.ledger.results import add, load_records, parse_records
+from common.ledger.results import RecordError, add, load_records, parse_records
 from common.ledger.speeds import measure_together
 from common.run.files import ROOT
 
@@ -218,6 +218,13 @@ def test_programs_put_what_they_write_into_the_file(root: Path, monkeypatch: pyt
     assert [gpu.run_step(step, job, **options) for step in steps] == [True, False]
     assert read(root)["programs"] == {"shrinkpaper/speed": [1]}
     assert read(root)["left_out"] == ["shrinkpaper/broken: it broke"]
+    assert run(root, "--only", "*fps-float32") == 0
+    (root / "out/gpu.json").write_text(json.dumps(read(root) | {"programs": {"shrinkpaper/speed": [1]}}))
+    (path,) = add(root / "out/gpu.json", root=root)
+    assert json.loads(path.read_text())["programs"] == {"shrinkpaper/speed": [1]}
+    (root / "out/gpu.json").write_text(json.dumps(read(root) | {"programs": {"other/speed": [1]}}))
+    with pytest.raises(RecordError, match=r"programs of \['other'\], which is no paper"):
+        add(root / "out/gpu.json", root=root)
 
 
 def test_the_tests_step_runs_only_marked_tests(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
