@@ -45,7 +45,7 @@ def test_parsing_needs_no_torch(program: str, tmp_path: Path) -> None:
     script = str(ROOT / program)
     for words in (["--help"], ["--no-such-flag"]):
         done = start("-c", BLOCKED.format(heavy=HEAVY), script, *words, cwd=tmp_path)
-        if "import of torch halted" in done.stderr and program in STILL_HEAVY:
+        if program in STILL_HEAVY and re.search(r"import of \S+ halted", done.stderr):
             pytest.xfail("imports torch before it parses")
         assert "Traceback" not in done.stderr, done.stderr[-2000:]
         if words == ["--help"]:
