@@ -15,39 +15,30 @@ from torch import Tensor, nn
 from hourglass_swag.models.ops.ACT.ada_clustering_attention import AdaClusteringAttention, ClustersUnknown
 from hourglass_swag.models.ops.ACT.attention_layer import AdaMultiheadAttention
 from hourglass_swag.models.plug_in import NEVER, plugged_in
-from hourglass_swag.models.vision_transformer import SIZES, Encoder, EncoderBlock, VisionTransformer
+from hourglass_swag.models.vision_transformer import Encoder, EncoderBlock, VisionTransformer, sized
 
 
 class ACTEncoderBlock(EncoderBlock):
     """Transformer layer with clustered attention.
 
     Args:
-        num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate: see ``EncoderBlock``.
+        shape: arguments of ``EncoderBlock``.
         group_q, group_k, q_hashes, k_hashes: see ``AdaClusteringAttention``.
     """
 
     def __init__(
         self,
-        num_heads: int,
-        hidden_dim: int,
-        mlp_dim: int,
-        dropout_rate: float,
-        attention_dropout_rate: float,
+        *shape: Any,
         group_q: bool = True,
         group_k: bool = False,
         q_hashes: int = 32,
         k_hashes: int = 32,
+        **named: Any,
     ) -> None:
-        super().__init__(num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate)
+        super().__init__(*shape, **named)
+        dropout = self.self_attention.dropout
         self.self_attention = AdaMultiheadAttention(
-            hidden_dim,
-            num_heads,
-            group_q,
-            group_k,
-            q_hashes,
-            k_hashes,
-            dropout=attention_dropout_rate,
-            batch_first=True,
+            self.hidden_dim, self.num_heads, group_q, group_k, q_hashes, k_hashes, dropout=dropout, batch_first=True
         )
 
     def attend(self, y: Tensor) -> Tensor:
@@ -66,8 +57,7 @@ class ActVisionTransformer(VisionTransformer):
     """Vision Transformer with clustered attention in some layers.
 
     Args:
-        image_size, patch_size, num_layers, num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate,
-            options: see ``VisionTransformer``.
+        arguments, options: of ``VisionTransformer``.
         act_plug_in_index, act_plug_out_index: first layer with the method, and first after that without; -1: never.
         act_group_q, act_group_k: cluster queries; cluster keys and values.
         act_q_hashes, act_k_hashes: hash rounds, 1 to 32.
@@ -80,14 +70,7 @@ class ActVisionTransformer(VisionTransformer):
 
     def __init__(
         self,
-        image_size: int,
-        patch_size: int,
-        num_layers: int,
-        num_heads: int,
-        hidden_dim: int,
-        mlp_dim: int,
-        dropout_rate: float = 0.0,
-        attention_dropout_rate: float = 0.0,
+        *arguments: Any,
         act_plug_in_index: int = 0,
         act_plug_out_index: int = NEVER,
         act_group_q: bool = True,
@@ -96,26 +79,13 @@ class ActVisionTransformer(VisionTransformer):
         act_k_hashes: int = 32,
         **options: Any,
     ) -> None:
-        clustered = plugged_in(num_layers, act_plug_in_index, act_plug_out_index, "act")
-        shape = (num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate)
+        method = {"group_q": act_group_q, "group_k": act_group_k, "q_hashes": act_q_hashes, "k_hashes": act_k_hashes}
 
-        def make_block(index: int) -> nn.Module:
-            if clustered[index]:
-                return ACTEncoderBlock(*shape, act_group_q, act_group_k, act_q_hashes, act_k_hashes)
-            return WrappedEncoderBlock(*shape)
+        def make_block(index: int, *shape: Any) -> nn.Module:
+            clustered = plugged_in(self.num_layers, act_plug_in_index, act_plug_out_index, "act")
+            return ACTEncoderBlock(*shape, **method) if clustered[index] else WrappedEncoderBlock(*shape)
 
-        super().__init__(
-            image_size,
-            patch_size,
-            num_layers,
-            num_heads,
-            hidden_dim,
-            mlp_dim,
-            dropout_rate,
-            attention_dropout_rate,
-            make_block=make_block,
-            **options,
-        )
+        super().__init__(*arguments, make_block=make_block, **options)
 
     def attentions(self) -> list[AdaClusteringAttention]:
         """The clustered attentions, by layer."""
@@ -147,22 +117,6 @@ class ActVisionTransformer(VisionTransformer):
         return any(attention.group_Q or attention.group_K for attention in self.attentions())
 
 
-class ActViTL16(ActVisionTransformer):
-    """ACT on ViT-L/16; ``options`` are the other arguments of ``ActVisionTransformer``."""
-
-    def __init__(self, image_size: int = 224, **options: Any) -> None:
-        super().__init__(image_size=image_size, **SIZES["l16"].kwargs(), **options)
-
-
-class ActViTH14(ActVisionTransformer):
-    """ACT on ViT-H/14; ``options`` are the other arguments of ``ActVisionTransformer``."""
-
-    def __init__(self, image_size: int = 224, **options: Any) -> None:
-        super().__init__(image_size=image_size, **SIZES["h14"].kwargs(), **options)
-
-
-class ActViTDesk(ActVisionTransformer):
-    """The network of the embedded experiment; ``options`` are the other arguments of ``ActVisionTransformer``."""
-
-    def __init__(self, image_size: int = 32, **options: Any) -> None:
-        super().__init__(image_size=image_size, **SIZES["desk"].kwargs(), **options)
+ActViTL16 = sized("ActViTL16", ActVisionTransformer, "l16")
+ActViTH14 = sized("ActViTH14", ActVisionTransformer, "h14")
+ActViTDesk = sized("ActViTDesk", ActVisionTransformer, "desk", 32)

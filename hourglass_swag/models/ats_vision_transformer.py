@@ -14,13 +14,13 @@ Letters: B images, N tokens in, U tokens out, C width.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from common.measure.flops import OpCounts
-from hourglass_swag.models.ops.ats import AdaptiveTokenSampler, gather_tokens
-from hourglass_swag.models.vision_transformer import SIZES, Encoder, EncoderBlock, VisionTransformer
+from hourglass_swag.models.ops.ats import attend_with_policy, gather_tokens, sample_tokens
+from hourglass_swag.models.vision_transformer import Encoder, EncoderBlock, VisionTransformer, sized
 
 Residual = Literal["normalized", "input"]
 
@@ -29,8 +29,8 @@ class ATSBlock(EncoderBlock):
     """Transformer layer that samples among its tokens.
 
     Args:
-        num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate: see ``EncoderBlock``.
-        n_ref_tokens, drop_tokens: see ``AdaptiveTokenSampler``.
+        shape: arguments of ``EncoderBlock``.
+        n_ref_tokens, drop_tokens: see ``ops.ats.sample_tokens``.
         residual: what the attention output is added to, see the top of this file.
 
     Raises:
@@ -39,23 +39,17 @@ class ATSBlock(EncoderBlock):
 
     def __init__(
         self,
-        num_heads: int,
-        hidden_dim: int,
-        mlp_dim: int,
-        dropout_rate: float,
-        attention_dropout_rate: float,
-        *,
+        *shape: Any,
         n_ref_tokens: int,
         drop_tokens: bool = False,
         residual: Residual = "normalized",
+        **named: Any,
     ) -> None:
-        super().__init__(num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate)
+        super().__init__(*shape, **named)
         if residual not in ("normalized", "input"):
             raise ValueError(f"residual must be 'normalized' or 'input', got {residual!r}")
         self.residual: Residual = residual
-        self.self_attention = AdaptiveTokenSampler(
-            hidden_dim, num_heads, attention_dropout_rate, n_ref_tokens=n_ref_tokens, drop_tokens=drop_tokens
-        )
+        self.n_ref_tokens, self.drop_tokens = n_ref_tokens, drop_tokens
 
     def forward(self, x: Tensor, policy: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One layer.
@@ -69,13 +63,23 @@ class ATSBlock(EncoderBlock):
         """
         x = x.transpose(0, 1)  # (B, N, C)
         normalized = self.ln_1(x)
-        attended, positions, policy = self.self_attention(normalized, policy)
+        q, k, v = self.self_attention.project(normalized)
+        if policy is not None:
+            k, v = k * policy[:, None], v * policy[:, None]
+        before, (positions, policy) = policy, self.sample(q, k, v, policy)
+        q = q.gather(2, positions[:, None, :, None].expand(-1, self.num_heads, -1, q.shape[3]))
+        dropout = self.self_attention.dropout if self.training else 0.0
+        attended = self.self_attention.merge_heads(attend_with_policy(q, k, v, before, dropout=dropout))
         x = gather_tokens(normalized if self.residual == "normalized" else x, positions, policy)
         x = x + self.dropout(attended)
         x = x + self.dropout(self.mlp(self.ln_2(x)))
         if policy is not None:
             x = x * policy
         return x.transpose(0, 1), policy
+
+    def sample(self, q: Tensor, k: Tensor, v: Tensor, policy: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Positions (B, U) of the sampled tokens, and their policy; see ``ops.ats.sample_tokens``."""
+        return sample_tokens(q, k, v, policy, n_ref_tokens=self.n_ref_tokens, drop_tokens=self.drop_tokens)
 
     def published_ops(self, inside: OpCounts, args: Sequence[Any], result: Any) -> OpCounts:
         """As executed around the attention, which the published code computes for all N tokens before it samples U.
@@ -84,7 +88,7 @@ class ATSBlock(EncoderBlock):
         multiply, add, divide), and the policy counts as if there were padding.
         """
         (N, B, C), U, h = args[0].shape, len(result[0]), self.num_heads
-        R = cast(AdaptiveTokenSampler, self.self_attention).n_ref_tokens - 1
+        R = self.n_ref_tokens - 1
         around = ("linear", "linear_bias", "layer_norm", "dropout", "gelu")
         return OpCounts({kind: inside[kind] for kind in around}) + B * OpCounts(
             matmul=2 * N * N * C,
@@ -116,8 +120,7 @@ class ATSVisionTransformer(VisionTransformer):
     """Vision Transformer with adaptive token sampling in some layers.
 
     Args:
-        image_size, patch_size, num_layers, num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate,
-            options: see ``VisionTransformer``.
+        arguments, options: of ``VisionTransformer``.
         ats_blocks: indices of the layers that sample.
         num_tokens: upper bound of the tokens sampled. It must not bind: at least as many as enter the network, or 1
             for all of them (the published code fails otherwise).
@@ -132,47 +135,28 @@ class ATSVisionTransformer(VisionTransformer):
 
     def __init__(
         self,
-        image_size: int,
-        patch_size: int,
-        num_layers: int,
-        num_heads: int,
-        hidden_dim: int,
-        mlp_dim: int,
-        dropout_rate: float = 0.0,
-        attention_dropout_rate: float = 0.0,
-        *,
+        *arguments: Any,
         ats_blocks: Sequence[int] = (),
         num_tokens: float = 197,
         drop_tokens: bool = False,
         residual: Residual = "normalized",
         **options: Any,
     ) -> None:
-        if beyond := sorted(index for index in ats_blocks if not 0 <= index < num_layers):
-            raise ValueError(f"ats_blocks (--ats_blocks_indexes) must hold layers 0 to {num_layers - 1}, got {beyond}")
-
-        def make_block(index: int) -> nn.Module:
-            shape = (num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate)
+        def make_block(index: int, *shape: Any) -> nn.Module:
+            if beyond := sorted(index for index in ats_blocks if not 0 <= index < self.num_layers):
+                raise ValueError(
+                    f"ats_blocks (--ats_blocks_indexes) must hold layers 0 to {self.num_layers - 1}, got {beyond}"
+                )
             if index not in ats_blocks:
                 return EncoderBlock(*shape)
             return ATSBlock(*shape, n_ref_tokens=self.seq_length, drop_tokens=drop_tokens, residual=residual)
 
-        super().__init__(
-            image_size,
-            patch_size,
-            num_layers,
-            num_heads,
-            hidden_dim,
-            mlp_dim,
-            dropout_rate,
-            attention_dropout_rate,
-            make_block=make_block,
-            **options,
-        )
+        super().__init__(*arguments, make_block=make_block, **options)
         self.ats_blocks, self.drop_tokens = sorted(set(ats_blocks)), drop_tokens
         if self.ats_blocks and num_tokens != 1 and num_tokens < self.seq_length:
             raise ValueError(
                 f"num_tokens (--ats_num_tokens) must be at least {self.seq_length}, the tokens that enter the network "
-                f"at {image_size} pixels, got {num_tokens}: it is a bound that ATS cannot keep to"
+                f"at {self.image_size} pixels, got {num_tokens}: it is a bound that ATS cannot keep to"
             )
 
     @property
@@ -181,29 +165,7 @@ class ATSVisionTransformer(VisionTransformer):
         return self.drop_tokens and bool(self.ats_blocks)
 
 
-class ATSViTB16(ATSVisionTransformer):
-    """ATS ViT-B/16; ``options`` are the other arguments of ``ATSVisionTransformer``."""
-
-    def __init__(self, image_size: int = 224, **options: Any) -> None:
-        super().__init__(image_size, **SIZES["b16"].kwargs(), **options)
-
-
-class ATSViTL16(ATSVisionTransformer):
-    """ATS ViT-L/16; ``options`` are the other arguments of ``ATSVisionTransformer``."""
-
-    def __init__(self, image_size: int = 224, **options: Any) -> None:
-        super().__init__(image_size, **SIZES["l16"].kwargs(), **options)
-
-
-class ATSViTH14(ATSVisionTransformer):
-    """ATS ViT-H/14; ``options`` are the other arguments of ``ATSVisionTransformer``."""
-
-    def __init__(self, image_size: int = 224, **options: Any) -> None:
-        super().__init__(image_size, **SIZES["h14"].kwargs(), **options)
-
-
-class ATSViTDesk(ATSVisionTransformer):
-    """The network of the embedded experiment; ``options`` are the other arguments of ``ATSVisionTransformer``."""
-
-    def __init__(self, image_size: int = 32, **options: Any) -> None:
-        super().__init__(image_size, **SIZES["desk"].kwargs(), **options)
+ATSViTB16 = sized("ATSViTB16", ATSVisionTransformer, "b16")
+ATSViTL16 = sized("ATSViTL16", ATSVisionTransformer, "l16")
+ATSViTH14 = sized("ATSViTH14", ATSVisionTransformer, "h14")
+ATSViTDesk = sized("ATSViTDesk", ATSVisionTransformer, "desk", 32)

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hourglass_swag.models.ops.class_row import score_class_row
 from hourglass_swag.models.ops.mean_attention import has_kernel, mean_attention
-from hourglass_swag.models.vision_transformer import SIZES, EncoderBlock, SelfAttention, VisionTransformer
+from hourglass_swag.models.vision_transformer import EncoderBlock, VisionTransformer, sized
 
 Score = Literal["mean", "cls"]
 
@@ -66,45 +67,25 @@ def attend_and_score(q: Tensor, k: Tensor, v: Tensor, *, rows: int, dropout: flo
     return out.unflatten(0, (-1, heads)), torch.stack(sums).sum(0)
 
 
-def score_class_row(q: Tensor, k: Tensor) -> Tensor:
-    """Attention of token 0 to every token, averaged over heads, (B, N); q and k are (B, h, N, d)."""
-    weights = (q[:, :, :1] * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # (B, h, 1, N)
-    return weights.softmax(dim=3, dtype=torch.promote_types(q.dtype, torch.float32)).mean(1)[:, 0]
+def attend_with_scores(q: Tensor, k: Tensor, v: Tensor, score: Score, *, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Attention, and the score of every token.
 
-
-class MultiheadAttention(SelfAttention):
-    """Self-attention that can score its tokens; parameters as its parent's.
+    One row of weights beside fused attention suffices for "cls"; "mean" needs them all. On a GPU in half precision a
+    kernel makes and adds them up without storing them; that repeats a product.
 
     Args:
-        embed_dim, num_heads, dropout: see ``SelfAttention``.
+        q, k, v: queries, keys, values, (B, h, N, d).
         score: "mean" over all queries, or "cls", the class token's row.
+        dropout: rate at the weights.
 
-    Raises:
-        ValueError: for another ``score``.
+    Returns:
+        Output (B, h, N, d), scores (B, N).
     """
-
-    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, *, score: Score = "mean") -> None:
-        super().__init__(embed_dim, num_heads, dropout)
-        if score not in ("mean", "cls"):
-            raise ValueError(f"score must be 'mean' or 'cls', got {score!r}")
-        self.score: Score = score
-
-    def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention among the tokens of ``x`` (B, N, C): output of the same shape, and patch scores (B, N - 1).
-
-        One row of weights beside fused attention suffices for "cls"; "mean" needs them all. On a GPU
-        in half precision a kernel makes and adds them up without storing them; that repeats a product.
-        """
-        q, k, v = self.project(x)
-        dropout = self.dropout if self.training else 0.0
-        if self.score == "cls":
-            out, scores = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout), score_class_row(q, k)
-        elif not dropout and has_kernel(q, k):
-            out, scores = F.scaled_dot_product_attention(q, k, v), mean_attention(q, k)
-        else:
-            rows = CPU_ROWS if x.device.type == "cpu" else x.shape[1]
-            out, scores = attend_and_score(q, k, v, rows=rows, dropout=dropout)
-        return self.merge_heads(out), scores[:, 1:]
+    if score == "cls":
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout), score_class_row(q, k)
+    if not dropout and has_kernel(q, k):
+        return F.scaled_dot_product_attention(q, k, v), mean_attention(q, k)
+    return attend_and_score(q, k, v, rows=CPU_ROWS if q.device.type == "cpu" else q.shape[2], dropout=dropout)
 
 
 class TokenSelection(nn.Module):
@@ -160,28 +141,21 @@ class EViTEncoderBlock(EncoderBlock):
     """Transformer layer that drops patches between its halves; with keep rate 1 it is a plain layer.
 
     Args:
-        num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate: see ``EncoderBlock``.
+        shape: arguments of ``EncoderBlock``.
         keep_rate, fuse_token: see ``TokenSelection``.
-        score: see ``MultiheadAttention``.
+        score: "mean" over all queries, or "cls", the class token's row.
 
     Raises:
         ValueError: if the keep rate or the score is out of range.
     """
 
     def __init__(
-        self,
-        num_heads: int,
-        hidden_dim: int,
-        mlp_dim: int,
-        dropout_rate: float,
-        attention_dropout_rate: float,
-        keep_rate: float = 1.0,
-        fuse_token: bool = False,
-        *,
-        score: Score = "mean",
+        self, *shape: Any, keep_rate: float = 1.0, fuse_token: bool = False, score: Score = "mean", **named: Any
     ) -> None:
-        super().__init__(num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate)
-        self.self_attention = MultiheadAttention(hidden_dim, num_heads, attention_dropout_rate, score=score)
+        super().__init__(*shape, **named)
+        if score not in ("mean", "cls"):
+            raise ValueError(f"score must be 'mean' or 'cls', got {score!r}")
+        self.score: Score = score
         self.selection = TokenSelection(keep_rate, fuse_token)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -189,8 +163,10 @@ class EViTEncoderBlock(EncoderBlock):
         if not self.selection.drops(x.shape[0]):
             return super().forward(x)
         x = x.transpose(0, 1)  # (B, N, C)
-        attended, scores = self.self_attention.attend(self.ln_1(x))
-        x, _ = self.selection(x + self.dropout(attended), scores)
+        attention = self.self_attention
+        q, k, v = attention.project(self.ln_1(x))
+        out, scores = attend_with_scores(q, k, v, self.score, dropout=attention.dropout if self.training else 0.0)
+        x, _ = self.selection(x + self.dropout(attention.merge_heads(out)), scores[:, 1:])
         x = x + self.mlp(self.ln_2(x))
         return x.transpose(0, 1)
 
@@ -199,8 +175,7 @@ class EViT(VisionTransformer):
     """Vision Transformer whose layers drop the patches that are attended least.
 
     Args:
-        image_size, patch_size, num_layers, num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate,
-            options: see ``VisionTransformer``.
+        arguments, options: of ``VisionTransformer``.
         keep_rate: fraction of the patches that each layer keeps, one number per layer.
         fuse_token: append the dropped patches as one token; later layers treat it as a patch.
         score: how patches are ranked: "mean" as in the published rows on SWAG, "cls" as in EViT's paper.
@@ -211,41 +186,20 @@ class EViT(VisionTransformer):
 
     def __init__(
         self,
-        image_size: int,
-        patch_size: int,
-        num_layers: int,
-        num_heads: int,
-        hidden_dim: int,
-        mlp_dim: int,
-        dropout_rate: float = 0.0,
-        attention_dropout_rate: float = 0.0,
-        *,
+        *arguments: Any,
         keep_rate: Sequence[float] = (1,),
         fuse_token: bool = False,
         score: Score = "mean",
         **options: Any,
     ) -> None:
-        if len(keep_rate) != num_layers:
-            raise ValueError(
-                f"keep_rate must hold one number for each of the {num_layers} layers, got {len(keep_rate)}"
-            )
+        def make_block(index: int, *shape: Any) -> nn.Module:
+            if len(keep_rate) != self.num_layers:
+                raise ValueError(
+                    f"keep_rate must hold one number for each of the {self.num_layers} layers, got {len(keep_rate)}"
+                )
+            return EViTEncoderBlock(*shape, keep_rate=keep_rate[index], fuse_token=fuse_token, score=score)
 
-        def make_block(index: int) -> nn.Module:
-            shape = (num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate)
-            return EViTEncoderBlock(*shape, keep_rate[index], fuse_token, score=score)
-
-        super().__init__(
-            image_size,
-            patch_size,
-            num_layers,
-            num_heads,
-            hidden_dim,
-            mlp_dim,
-            dropout_rate,
-            attention_dropout_rate,
-            make_block=make_block,
-            **options,
-        )
+        super().__init__(*arguments, make_block=make_block, **options)
 
 
 def keep_rates(num_layers: int, base_keep_rate: float, drop_loc: Sequence[int]) -> list[float]:
@@ -259,78 +213,23 @@ def keep_rates(num_layers: int, base_keep_rate: float, drop_loc: Sequence[int]) 
     return [base_keep_rate if index in drop_loc else 1.0 for index in range(num_layers)]
 
 
-class _SizedEViT(EViT):
-    """EViT of a named size, which drops at the layers ``drop_loc``; ``options`` are arguments of ``EViT``."""
-
-    size: str
-
-    def __init__(
-        self, image_size: int, base_keep_rate: float, drop_loc: Sequence[int], fuse_token: bool, **options: Any
-    ) -> None:
-        size = SIZES[self.size]
-        rates = keep_rates(size.num_layers, base_keep_rate, drop_loc)
-        super().__init__(image_size, **size.kwargs(), keep_rate=rates, fuse_token=fuse_token, **options)
-
-
-class EViTB16(_SizedEViT):
-    """EViT-B/16; ``options`` are the other arguments of ``EViT``."""
-
-    size = "b16"
+class _Dropping(EViT):
+    """EViT that drops at the layers ``drop_loc``."""
 
     def __init__(
         self,
-        image_size: int = 224,
+        *,
+        num_layers: int,
         base_keep_rate: float = 0.6,
-        drop_loc: Sequence[int] = (3, 6, 9),
+        drop_loc: Sequence[int],
         fuse_token: bool = True,
         **options: Any,
     ) -> None:
-        super().__init__(image_size, base_keep_rate, drop_loc, fuse_token, **options)
+        rates = keep_rates(num_layers, base_keep_rate, drop_loc)
+        super().__init__(num_layers=num_layers, keep_rate=rates, fuse_token=fuse_token, **options)
 
 
-class EViTL16(_SizedEViT):
-    """EViT-L/16; ``options`` are the other arguments of ``EViT``."""
-
-    size = "l16"
-
-    def __init__(
-        self,
-        image_size: int = 224,
-        base_keep_rate: float = 0.6,
-        drop_loc: Sequence[int] = (6, 12, 18),
-        fuse_token: bool = True,
-        **options: Any,
-    ) -> None:
-        super().__init__(image_size, base_keep_rate, drop_loc, fuse_token, **options)
-
-
-class EViTH14(_SizedEViT):
-    """EViT-H/14; ``options`` are the other arguments of ``EViT``."""
-
-    size = "h14"
-
-    def __init__(
-        self,
-        image_size: int = 224,
-        base_keep_rate: float = 0.6,
-        drop_loc: Sequence[int] = (8, 16, 24),
-        fuse_token: bool = True,
-        **options: Any,
-    ) -> None:
-        super().__init__(image_size, base_keep_rate, drop_loc, fuse_token, **options)
-
-
-class EViTDesk(_SizedEViT):
-    """The network of the embedded experiment; ``options`` are the other arguments of ``EViT``."""
-
-    size = "desk"
-
-    def __init__(
-        self,
-        image_size: int = 32,
-        base_keep_rate: float = 0.7,
-        drop_loc: Sequence[int] = (2, 4, 6),
-        fuse_token: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(image_size, base_keep_rate, drop_loc, fuse_token, **options)
+EViTB16 = sized("EViTB16", _Dropping, "b16", drop_loc=(3, 6, 9))
+EViTL16 = sized("EViTL16", _Dropping, "l16", drop_loc=(6, 12, 18))
+EViTH14 = sized("EViTH14", _Dropping, "h14", drop_loc=(8, 16, 24))
+EViTDesk = sized("EViTDesk", _Dropping, "desk", 32, drop_loc=(2, 4, 6), base_keep_rate=0.7, fuse_token=False)

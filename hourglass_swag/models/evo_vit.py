@@ -24,14 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.measure.flops import OpCounts
+from hourglass_swag.models.ops.class_row import score_class_row
 from hourglass_swag.models.ops.tokens import take_tokens
 from hourglass_swag.models.vision_transformer import (
-    SIZES,
     BlockFactory,
     Encoder,
     EncoderBlock,
     SelfAttention,
     VisionTransformer,
+    sized,
 )
 
 
@@ -56,16 +57,14 @@ def attend_with_class_row(q: Tensor, k: Tensor, v: Tensor, *, dropout: float = 0
         Output (B, h, N, d), and the class row averaged over heads, (B, N), in float32 at least.
     """
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-    logits = (q[:, :, :1] * q.shape[3] ** -0.5) @ k.mT  # (B, h, 1, N)
-    row = logits.softmax(3, dtype=torch.promote_types(logits.dtype, torch.float32)).mean(1)
-    return out, row[:, 0]
+    return out, score_class_row(q, k)
 
 
 class EvoEncoderBlock(EncoderBlock):
     """Transformer layer for the most attended patches.
 
     Args:
-        num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate: see ``EncoderBlock``.
+        shape: arguments of ``EncoderBlock``.
         prune_ratio: p, in (0, 1]; 1 for a plain layer.
         tradeoff: t, weight of this layer's class row in the running class attention.
 
@@ -73,17 +72,8 @@ class EvoEncoderBlock(EncoderBlock):
         ValueError: if a number is out of range.
     """
 
-    def __init__(
-        self,
-        num_heads: int,
-        hidden_dim: int,
-        mlp_dim: int,
-        dropout_rate: float,
-        attention_dropout_rate: float,
-        prune_ratio: float = 1.0,
-        tradeoff: float = 0.5,
-    ) -> None:
-        super().__init__(num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate)
+    def __init__(self, *shape: Any, prune_ratio: float = 1.0, tradeoff: float = 0.5, **named: Any) -> None:
+        super().__init__(*shape, **named)
         if not 0 < prune_ratio <= 1:
             raise ValueError(
                 f"prune_ratio (--evo_prune_ratio), the kept fraction, must be in (0, 1], got {prune_ratio}"
@@ -190,8 +180,7 @@ class EvoViT(VisionTransformer):
     """Vision Transformer whose later layers process the most attended patches only.
 
     Args:
-        image_size, patch_size, num_layers, num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate,
-            options: see ``VisionTransformer``.
+        arguments, options: of ``VisionTransformer``.
         prune_ratio: p, the kept fraction from the layer ``prune_location`` on; or one number per layer.
         tradeoff: t; or one number per layer.
         prune_location: first pruned layer, unless there is one ratio per layer.
@@ -204,41 +193,21 @@ class EvoViT(VisionTransformer):
 
     def __init__(
         self,
-        image_size: int,
-        patch_size: int,
-        num_layers: int,
-        num_heads: int,
-        hidden_dim: int,
-        mlp_dim: int,
-        dropout_rate: float = 0.0,
-        attention_dropout_rate: float = 0.0,
-        *,
+        *arguments: Any,
         prune_ratio: float | Sequence[float] = 1.0,
         tradeoff: float | Sequence[float] = 0.5,
         prune_location: int = 3,
         **options: Any,
     ) -> None:
-        ratios = ratio_per_layer(num_layers, prune_ratio, prune_location)
-        tradeoffs = [tradeoff] * num_layers if isinstance(tradeoff, (int, float)) else list(tradeoff)
-        if len(tradeoffs) != num_layers:
-            raise ValueError(f"tradeoff must be a number or one for each of {num_layers} layers, got {len(tradeoffs)}")
-        shape = (num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate)
+        def make_block(index: int, *shape: Any) -> nn.Module:
+            layers = self.num_layers
+            ratios = ratio_per_layer(layers, prune_ratio, prune_location)
+            tradeoffs = [tradeoff] * layers if isinstance(tradeoff, (int, float)) else list(tradeoff)
+            if len(tradeoffs) != layers:
+                raise ValueError(f"tradeoff must be a number or one for each of {layers} layers, got {len(tradeoffs)}")
+            return EvoEncoderBlock(*shape, prune_ratio=ratios[index], tradeoff=tradeoffs[index])
 
-        def make_block(index: int) -> nn.Module:
-            return EvoEncoderBlock(*shape, ratios[index], tradeoffs[index])
-
-        super().__init__(
-            image_size,
-            patch_size,
-            num_layers,
-            num_heads,
-            hidden_dim,
-            mlp_dim,
-            dropout_rate,
-            attention_dropout_rate,
-            make_block=make_block,
-            **options,
-        )
+        super().__init__(*arguments, make_block=make_block, **options)
 
 
 def ratio_per_layer(num_layers: int, prune_ratio: float | Sequence[float], prune_location: int) -> list[float]:
@@ -266,29 +235,7 @@ def ratio_per_layer(num_layers: int, prune_ratio: float | Sequence[float], prune
     return ratios
 
 
-class EvoViTB16(EvoViT):
-    """Evo-ViT-B/16; ``options`` are the other arguments of ``EvoViT``."""
-
-    def __init__(self, image_size: int = 224, **options: Any) -> None:
-        super().__init__(image_size=image_size, **SIZES["b16"].kwargs(), **options)
-
-
-class EvoViTL16(EvoViT):
-    """Evo-ViT-L/16; ``options`` are the other arguments of ``EvoViT``."""
-
-    def __init__(self, image_size: int = 224, **options: Any) -> None:
-        super().__init__(image_size=image_size, **SIZES["l16"].kwargs(), **options)
-
-
-class EvoViTH14(EvoViT):
-    """Evo-ViT-H/14; ``options`` are the other arguments of ``EvoViT``."""
-
-    def __init__(self, image_size: int = 224, **options: Any) -> None:
-        super().__init__(image_size=image_size, **SIZES["h14"].kwargs(), **options)
-
-
-class EvoViTDesk(EvoViT):
-    """The network of the embedded experiment; ``options`` are the other arguments of ``EvoViT``."""
-
-    def __init__(self, image_size: int = 32, **options: Any) -> None:
-        super().__init__(image_size=image_size, **SIZES["desk"].kwargs(), **options)
+EvoViTB16 = sized("EvoViTB16", EvoViT, "b16")
+EvoViTL16 = sized("EvoViTL16", EvoViT, "l16")
+EvoViTH14 = sized("EvoViTH14", EvoViT, "h14")
+EvoViTDesk = sized("EvoViTDesk", EvoViT, "desk", 32)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hourglass_swag.models.ops.cluster import TokenClusteringBlock
-from hourglass_swag.models.vision_transformer import SIZES, VisionTransformer
+from hourglass_swag.models.vision_transformer import VisionTransformer, sized
 
 OFF = -1  # the clustering_location that switches clustering off
 
@@ -99,43 +99,18 @@ class HourglassViT(VisionTransformer):
         return self.encoder.normalize(x)
 
 
-class _SizedHourglassViT(HourglassViT):
-    """Hourglass ViT of a named size; unlike its parent it refuses a location beyond its layers, but for -1."""
+class _Checked(HourglassViT):
+    """Hourglass ViT that refuses a location beyond its layers, but for -1, where its parent warns."""
 
-    size: str
-
-    def __init__(self, image_size: int, *, clustering_location: int = 0, **options: Any) -> None:
-        size = SIZES[self.size]
-        if not OFF <= clustering_location < size.num_layers:
+    def __init__(self, *, num_layers: int, clustering_location: int = 0, **options: Any) -> None:
+        if not OFF <= clustering_location < num_layers:
             raise ValueError(
-                f"clustering_location (-l, --clustering_location) must be 0 to {size.num_layers - 1}, or {OFF} for "
+                f"clustering_location (-l, --clustering_location) must be 0 to {num_layers - 1}, or {OFF} for "
                 f"nowhere, got {clustering_location}"
             )
-        super().__init__(image_size=image_size, **size.kwargs(), clustering_location=clustering_location, **options)
+        super().__init__(num_layers=num_layers, clustering_location=clustering_location, **options)
 
 
-class HourglassViTL16(_SizedHourglassViT):
-    """Hourglass ViT-L/16; ``options`` are the other arguments of ``HourglassViT``."""
-
-    size = "l16"
-
-    def __init__(self, image_size: int = 224, **options: Any) -> None:
-        super().__init__(image_size, **options)
-
-
-class HourglassViTH14(_SizedHourglassViT):
-    """Hourglass ViT-H/14; ``options`` are the other arguments of ``HourglassViT``."""
-
-    size = "h14"
-
-    def __init__(self, image_size: int = 224, **options: Any) -> None:
-        super().__init__(image_size, **options)
-
-
-class HourglassViTDesk(_SizedHourglassViT):
-    """The network of the embedded experiment; ``options`` are the other arguments of ``HourglassViT``."""
-
-    size = "desk"
-
-    def __init__(self, image_size: int = 32, **options: Any) -> None:
-        super().__init__(image_size, **options)
+HourglassViTL16 = sized("HourglassViTL16", _Checked, "l16")
+HourglassViTH14 = sized("HourglassViTH14", _Checked, "h14")
+HourglassViTDesk = sized("HourglassViTDesk", _Checked, "desk", 32)

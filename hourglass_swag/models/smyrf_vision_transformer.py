@@ -17,38 +17,34 @@ from torch import Tensor, nn
 from hourglass_swag.models.ops.smyrf.attn import SmyrfAttention, cluster_lengths
 from hourglass_swag.models.ops.smyrf.smyrf_attn import SmyrfMultiheadAttention
 from hourglass_swag.models.plug_in import NEVER, plugged_in
-from hourglass_swag.models.vision_transformer import SIZES, Encoder, EncoderBlock, VisionTransformer
+from hourglass_swag.models.vision_transformer import Encoder, EncoderBlock, VisionTransformer, sized
 
 
 class SmyrfEncoderBlock(EncoderBlock):
     """Transformer layer with attention inside clusters.
 
     Args:
-        num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate: see ``EncoderBlock``.
+        shape: arguments of ``EncoderBlock``.
         n_hashes, q_cluster_size, k_cluster_size, padded: see ``SmyrfAttention``.
     """
 
     def __init__(
         self,
-        num_heads: int,
-        hidden_dim: int,
-        mlp_dim: int,
-        dropout_rate: float,
-        attention_dropout_rate: float,
+        *shape: Any,
         n_hashes: int = 32,
         q_cluster_size: int = 64,
         k_cluster_size: int = 64,
-        *,
         padded: bool = False,
+        **named: Any,
     ) -> None:
-        super().__init__(num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate)
+        super().__init__(*shape, **named)
         self.self_attention = SmyrfMultiheadAttention(
-            hidden_dim,
-            num_heads,
+            self.hidden_dim,
+            self.num_heads,
             n_hashes,
             q_cluster_size,
             k_cluster_size,
-            dropout=attention_dropout_rate,
+            dropout=self.self_attention.dropout,
             padded=padded,
             batch_first=True,
         )
@@ -66,8 +62,7 @@ class SmyrfVisionTransformer(VisionTransformer):
     """Vision Transformer with attention inside clusters in some layers.
 
     Args:
-        image_size, patch_size, num_layers, num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate,
-            options: see ``VisionTransformer``.
+        arguments, options: of ``VisionTransformer``.
         smyrf_plug_in_index, smyrf_plug_out_index: first layer with the method, and first after that without; -1: never.
         smyrf_n_hashes: rounds.
         smyrf_q_cluster_size, smyrf_k_cluster_size: queries and keys per cluster.
@@ -81,48 +76,27 @@ class SmyrfVisionTransformer(VisionTransformer):
 
     def __init__(
         self,
-        image_size: int,
-        patch_size: int,
-        num_layers: int,
-        num_heads: int,
-        hidden_dim: int,
-        mlp_dim: int,
-        dropout_rate: float = 0.0,
-        attention_dropout_rate: float = 0.0,
+        *arguments: Any,
         smyrf_plug_in_index: int = 0,
         smyrf_plug_out_index: int = NEVER,
         smyrf_n_hashes: int = 32,
         smyrf_q_cluster_size: int = 64,
         smyrf_k_cluster_size: int = 64,
-        *,
         smyrf_padded: bool = False,
         **options: Any,
     ) -> None:
-        clustered = plugged_in(num_layers, smyrf_plug_in_index, smyrf_plug_out_index, "smyrf")
-        shape = (num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate)
-        clustering = (smyrf_n_hashes, smyrf_q_cluster_size, smyrf_k_cluster_size)
+        method = {"n_hashes": smyrf_n_hashes, "padded": smyrf_padded}
+        sizes = {"q_cluster_size": smyrf_q_cluster_size, "k_cluster_size": smyrf_k_cluster_size}
 
-        def make_block(index: int) -> nn.Module:
-            if clustered[index]:
-                return SmyrfEncoderBlock(*shape, *clustering, padded=smyrf_padded)
-            return EncoderBlock(*shape)
+        def make_block(index: int, *shape: Any) -> nn.Module:
+            clustered = plugged_in(self.num_layers, smyrf_plug_in_index, smyrf_plug_out_index, "smyrf")
+            return SmyrfEncoderBlock(*shape, **method, **sizes) if clustered[index] else EncoderBlock(*shape)
 
-        super().__init__(
-            image_size,
-            patch_size,
-            num_layers,
-            num_heads,
-            hidden_dim,
-            mlp_dim,
-            dropout_rate,
-            attention_dropout_rate,
-            make_block=make_block,
-            **options,
-        )
-        if any(clustered):
-            check_clusters(
-                self.seq_length, smyrf_n_hashes * num_heads, smyrf_q_cluster_size, smyrf_k_cluster_size, smyrf_padded
-            )
+        super().__init__(*arguments, make_block=make_block, **options)
+        attention = next((module for module in self.modules() if isinstance(module, SmyrfMultiheadAttention)), None)
+        if attention is not None:
+            lists = smyrf_n_hashes * attention.num_heads
+            check_clusters(self.seq_length, lists, smyrf_q_cluster_size, smyrf_k_cluster_size, smyrf_padded)
 
     def set_generator(self, generator: torch.Generator | None) -> None:
         """Draw the random projections of all layers from ``generator``; None: torch's default one."""
@@ -154,22 +128,6 @@ def check_clusters(tokens: int, lists: int, q_cluster_size: int, k_cluster_size:
         )
 
 
-class SmyrfViTL16(SmyrfVisionTransformer):
-    """SMYRF on ViT-L/16; ``options`` are the other arguments of ``SmyrfVisionTransformer``."""
-
-    def __init__(self, image_size: int = 224, **options: Any) -> None:
-        super().__init__(image_size=image_size, **SIZES["l16"].kwargs(), **options)
-
-
-class SmyrfViTH14(SmyrfVisionTransformer):
-    """SMYRF on ViT-H/14; ``options`` are the other arguments of ``SmyrfVisionTransformer``."""
-
-    def __init__(self, image_size: int = 224, **options: Any) -> None:
-        super().__init__(image_size=image_size, **SIZES["h14"].kwargs(), **options)
-
-
-class SmyrfViTDesk(SmyrfVisionTransformer):
-    """The network of the embedded experiment; ``options`` are the other arguments of ``SmyrfVisionTransformer``."""
-
-    def __init__(self, image_size: int = 32, **options: Any) -> None:
-        super().__init__(image_size=image_size, **SIZES["desk"].kwargs(), **options)
+SmyrfViTL16 = sized("SmyrfViTL16", SmyrfVisionTransformer, "l16")
+SmyrfViTH14 = sized("SmyrfViTH14", SmyrfVisionTransformer, "h14")
+SmyrfViTDesk = sized("SmyrfViTDesk", SmyrfVisionTransformer, "desk", 32)

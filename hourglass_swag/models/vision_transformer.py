@@ -14,7 +14,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,8 @@ from hourglass_swag.models.weights import POSITION_KEY, convert_torchvision, res
 LAYER_NORM_EPS = 1e-6
 
 Classifier = Literal["token", "gap"]
-BlockFactory = Callable[[int], nn.Module]
+BlockFactory = Callable[..., nn.Module]
+"""Builds layer i: called with i and the five arguments that every ``EncoderBlock`` takes."""
 
 
 class ConvStemLayer(NamedTuple):
@@ -180,7 +181,7 @@ class Encoder(nn.Module):
         seq_length: number of tokens N.
         num_layers, hidden_dim: L and C.
         dropout_rate: rate after the position embedding.
-        make_block: builds layer i.
+        make_block: builds layer i from i alone.
     """
 
     def __init__(
@@ -313,9 +314,11 @@ class VisionTransformer(nn.Module):
         self.conv_proj = _patch_projection(patch_size, hidden_dim, conv_stem_layers)
         if classifier == "token":
             self.class_token = nn.Parameter(torch.zeros(1, 1, hidden_dim))
-        if make_block is None:
-            make_block = _plain_blocks(num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate)
-        self.encoder = self.encoder_class(self.seq_length, num_layers, hidden_dim, dropout_rate, make_block)
+        make = make_block or _plain_block
+        shape = (num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate)
+        self.encoder = self.encoder_class(
+            self.seq_length, num_layers, hidden_dim, dropout_rate, lambda index: make(index, *shape)
+        )
         self.trunk_output = nn.Identity()
         self.head = None if num_classes is None else VisionTransformerHead(hidden_dim, num_classes)
 
@@ -384,11 +387,6 @@ class VisionTransformer(nn.Module):
         return state
 
 
-def _plain_blocks(*arguments: Any) -> BlockFactory:
-    """Layers that are all the same ``EncoderBlock``."""
-    return lambda index: EncoderBlock(*arguments)
-
-
 def _embed_patches(projection: nn.Module, images: Tensor) -> Tensor:
     """Tokens (B, P, C) of images (B, 3, S, S).
 
@@ -400,6 +398,10 @@ def _embed_patches(projection: nn.Module, images: Tensor) -> Tensor:
     patches = images.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # (B, 3, rows, p, columns, p)
     patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
     return F.linear(patches, projection.weight.flatten(1), projection.bias)
+
+
+def _plain_block(index: int, *shape: Any) -> nn.Module:
+    return EncoderBlock(*shape)
 
 
 def _patch_projection(
@@ -430,29 +432,20 @@ def _patch_projection(
     return nn.Sequential(modules)
 
 
-class ViTB16(VisionTransformer):
-    """ViT-B/16; ``options`` are the other arguments of ``VisionTransformer``."""
-
-    def __init__(self, image_size: int = 224, **options: Any) -> None:
-        super().__init__(image_size=image_size, **SIZES["b16"].kwargs(), **options)
+Network = TypeVar("Network", bound=VisionTransformer)
 
 
-class ViTL16(VisionTransformer):
-    """ViT-L/16; ``options`` are the other arguments of ``VisionTransformer``."""
+def sized(name: str, network: type[Network], size: str, image_size: int = 224, **defaults: Any) -> type[Network]:
+    """The class ``name``: a network of a named size, whose other arguments win over ``defaults``."""
 
-    def __init__(self, image_size: int = 224, **options: Any) -> None:
-        super().__init__(image_size=image_size, **SIZES["l16"].kwargs(), **options)
+    def init(self: Network, image_size: int = image_size, **options: Any) -> None:
+        network.__init__(self, image_size=image_size, **SIZES[size].kwargs(), **(defaults | options))
 
-
-class ViTH14(VisionTransformer):
-    """ViT-H/14; ``options`` are the other arguments of ``VisionTransformer``."""
-
-    def __init__(self, image_size: int = 224, **options: Any) -> None:
-        super().__init__(image_size=image_size, **SIZES["h14"].kwargs(), **options)
+    text = f"{network.__name__.strip('_')} of size {size}; ``options`` are its other arguments."
+    return type(name, (network,), {"__init__": init, "__doc__": text, "__module__": network.__module__})
 
 
-class ViTDesk(VisionTransformer):
-    """The small network of the embedded experiment; ``options`` are the other arguments of ``VisionTransformer``."""
-
-    def __init__(self, image_size: int = 32, **options: Any) -> None:
-        super().__init__(image_size=image_size, **SIZES["desk"].kwargs(), **options)
+ViTB16 = sized("ViTB16", VisionTransformer, "b16")
+ViTL16 = sized("ViTL16", VisionTransformer, "l16")
+ViTH14 = sized("ViTH14", VisionTransformer, "h14")
+ViTDesk = sized("ViTDesk", VisionTransformer, "desk", 32)  # of the embedded experiment

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hourglass_swag.models.act_vision_transformer import ActVisionTransformer
-from hourglass_swag.models.ats_vision_transformer import ATSVisionTransformer
+from hourglass_swag.models.ats_vision_transformer import ATSBlock, ATSVisionTransformer
 from hourglass_swag.models.evit import EViT, TokenSelection
 from hourglass_swag.models.evo_vit import EvoEncoderBlock, EvoViT, count_processed
 from hourglass_swag.models.hourglass_vit import HourglassViT
-from hourglass_swag.models.ops.ats import AdaptiveTokenSampler
 from hourglass_swag.models.ops.tome.tome.patch.common import ToMeModel
 from hourglass_swag.models.smyrf_vision_transformer import SmyrfVisionTransformer
 from hourglass_swag.models.vision_transformer import VisionTransformer
@@ -171,21 +170,29 @@ def trace_sampling(model: ATSVisionTransformer, image: Tensor) -> list[Selection
     """ATS: which patches every sampling layer picks; padding stands for none."""
     origin, stages = _origin(model), []
 
-    def record(layer: int, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
-        nonlocal origin
-        _, positions, policy = output
-        before, origin = origin, origin[positions[0].cpu()]
-        if policy is not None:
-            origin = origin.where(policy[0, :, 0].cpu() > 0, NO_PATCH)
-        caption = f"{_present(before)} to {_present(origin)} tokens"
-        stages.append(Selection(layer, caption, _states(model, before, origin)))
+    def watch(layer: int, block: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        sample = block.sample
 
-    samplers = [(i, cast(Any, layer).self_attention) for i, layer in _layers(model)]
-    _run(
-        model,
-        image,
-        [s.register_forward_hook(_at(i, record)) for i, s in samplers if isinstance(s, AdaptiveTokenSampler)],
-    )
+        def recording(*operands: Any) -> tuple[Tensor, Tensor | None]:
+            nonlocal origin
+            positions, policy = sample(*operands)
+            before, origin = origin, origin[positions[0].cpu()]
+            if policy is not None:
+                origin = origin.where(policy[0, :, 0].cpu() > 0, NO_PATCH)
+            caption = f"{_present(before)} to {_present(origin)} tokens"
+            stages.append(Selection(layer, caption, _states(model, before, origin)))
+            return positions, policy
+
+        return recording
+
+    blocks = [(i, block) for i, block in _layers(model) if isinstance(block, ATSBlock)]
+    for layer, block in blocks:
+        block.sample = watch(layer, block)
+    try:
+        model(image)
+    finally:
+        for _, block in blocks:
+            del block.sample  # the method of the class again
     return stages
 
 

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hourglass_swag.models.ops.class_row import class_row_logits
 from hourglass_swag.models.ops.tokens import take_tokens
-from hourglass_swag.models.vision_transformer import SelfAttention
 
 EPS = 1e-6
 
@@ -175,54 +175,30 @@ def attend_with_policy(
     return torch.lerp(weights.to(v.dtype) @ v, v.mean(2, keepdim=True), share.to(v.dtype))
 
 
-class AdaptiveTokenSampler(SelfAttention):
-    """Self-attention that returns the rows of the tokens it samples; parameters as its parent's.
+@torch.no_grad()
+def sample_tokens(
+    q: Tensor, k: Tensor, v: Tensor, policy: Tensor | None, *, n_ref_tokens: int, drop_tokens: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Sample among N tokens.
 
     Args:
-        embed_dim, num_heads, dropout: see ``SelfAttention``.
+        q, k, v: queries, keys, values, (B, h, N, d), keys and values zero for padding.
+        policy: m, (B, N, 1); None without padding.
         n_ref_tokens: R, tokens that enter the network.
         drop_tokens: return only as many rows as the image with most survivors needs, instead of N. Their number is
             read back from the device, which is the only wait for it.
+
+    Returns:
+        Where the sampled tokens are among the N, (B, U), and their policy (B, U, 1), or None if there is no padding.
     """
-
-    def __init__(
-        self, embed_dim: int, num_heads: int, dropout: float = 0.0, *, n_ref_tokens: int, drop_tokens: bool
-    ) -> None:
-        super().__init__(embed_dim, num_heads, dropout)
-        self.n_ref_tokens, self.drop_tokens = n_ref_tokens, drop_tokens
-
-    def forward(self, x: Tensor, policy: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Sample among the tokens of ``x``.
-
-        Args:
-            x: (B, N, C).
-            policy: m, (B, N, 1); None without padding.
-
-        Returns:
-            Attention output of the sampled tokens (B, U, C), which is meaningless for padding; where they were among
-            the N, (B, U); and their policy (B, U, 1), or None if there is no padding.
-        """
-        q, k, v = self.project(x)
-        if policy is not None:
-            k, v = k * policy[:, None], v * policy[:, None]
-        positions, policy_out = self.sample(q, k, v, policy)
-        rows = positions[:, None, :, None].expand(-1, self.num_heads, -1, self.head_dim)
-        dropout = self.dropout if self.training else 0.0
-        out = attend_with_policy(q.gather(2, rows), k, v, policy, dropout=dropout)
-        return self.merge_heads(out), positions, policy_out
-
-    @torch.no_grad()
-    def sample(self, q: Tensor, k: Tensor, v: Tensor, policy: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Positions (B, U) of the sampled tokens and their policy, from queries, keys and values (B, h, N, d)."""
-        if q.shape[2] == 1:  # the class token alone is left
-            return torch.zeros(len(q), 1, dtype=torch.long, device=q.device), None
-        logits = (q[:, :, :1] * self.head_dim**-0.5) @ k.transpose(2, 3)  # the class row, (B, h, 1, N)
-        row = softmax_with_policy(logits, v.new_ones(len(v), v.shape[2], 1) if policy is None else policy)
-        positions, counts = inverse_transform_sampling(*score_assignment_step(row, v), self.n_ref_tokens)
-        number, fewest = q.shape[2], 0
-        if self.drop_tokens:
-            fewest, number = torch.stack(torch.aminmax(counts)).tolist()
-        if fewest == number:
-            return positions[:, :number], None
-        numbers = torch.arange(number, device=counts.device)
-        return positions[:, :number], (numbers < counts[:, None]).to(v.dtype)[..., None]
+    number, fewest = q.shape[2], 0
+    if number == 1:  # the class token alone is left
+        return torch.zeros(len(q), 1, dtype=torch.long, device=q.device), None
+    row = softmax_with_policy(class_row_logits(q, k), v.new_ones(len(v), number, 1) if policy is None else policy)
+    positions, counts = inverse_transform_sampling(*score_assignment_step(row, v), n_ref_tokens)
+    if drop_tokens:
+        fewest, number = torch.stack(torch.aminmax(counts)).tolist()
+    if fewest == number:
+        return positions[:, :number], None
+    numbers = torch.arange(number, device=counts.device)
+    return positions[:, :number], (numbers < counts[:, None]).to(v.dtype)[..., None]

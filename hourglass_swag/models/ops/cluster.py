@@ -17,7 +17,6 @@ One iteration, with the mask fixed by the initial assignment of token p to a cel
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.measure.flops import OpCounts
+from common.run.precision import without_autocast
 
 MASK_DISTANCE = 1e16  # added to the squared distance outside the window
 MIN_WEIGHT = 1e-16  # smallest divisor of a weighted average
@@ -179,7 +179,7 @@ class TokenClusteringBlock(nn.Module):
         if grid is None:
             raise ValueError("num_spixels was given neither to TokenClusteringBlock nor to its forward")
         dtype = features.dtype if features.dtype in (torch.float32, torch.float64) else torch.float32
-        with _without_autocast(features.device.type):
+        with without_autocast(features):
             if features.is_cuda and features.dtype != dtype and not features.requires_grad:
                 centroids, labels = self._cluster_half(features, grid, return_labels)
             else:
@@ -289,10 +289,3 @@ class AvgPool(nn.Module):
     def forward(self, features: Tensor) -> tuple[Tensor, None]:
         """Pool features (B, C, H, W) to (B, K, C); there are no labels."""
         return F.adaptive_avg_pool2d(features, self.grid).flatten(2).transpose(1, 2), None
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Computation in the tensors' own types; the meta device has no automatic mixed precision to switch off."""
-    if device_type == "meta":  # torch.amp.is_autocast_available cannot be compiled before torch 2.12
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)

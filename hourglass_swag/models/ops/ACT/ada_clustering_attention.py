@@ -15,7 +15,6 @@ Letters: R rows (images x heads), N tokens, d channels of a head, H hash rounds,
 import math
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.measure.flops import OpCounts
+from common.run.precision import without_autocast
 from hourglass_swag.models.ops import library
 from hourglass_swag.models.ops.ACT.extensions import broadcast_, count_groups, number_groups, plain, weighted_sum_
 from hourglass_swag.models.ops.projections import draw_projections
@@ -254,7 +254,7 @@ class AdaClusteringAttention(nn.Module):
     def hash(self, vectors: Tensor, n_hashes: int) -> Tensor:
         """Codes (..., N) of vectors (..., N, d) under fresh projections; in float32 under autocast."""
         vectors = vectors.detach()
-        with _without_autocast(vectors.device.type):
+        with without_autocast(vectors):
             alpha, beta = self.draw(vectors.shape[-1], n_hashes, vectors.device, vectors.dtype)
             return hash_codes(vectors, alpha, beta, self.bucket_width)
 
@@ -315,10 +315,3 @@ class AdaClusteringAttention(nn.Module):
 
 def _is_autocast(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Computation in the tensors' own types, on devices that have automatic mixed precision at all."""
-    if not torch.amp.is_autocast_available(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)

@@ -18,7 +18,6 @@ with masked keys to whole clusters. Its results are not the published ones.
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from common.measure.flops import OpCounts
 from common.run.errors import UsageError
+from common.run.precision import without_autocast
 from hourglass_swag.models.ops import library
 from hourglass_swag.models.ops.projections import draw_projections
 from hourglass_swag.models.ops.smyrf.utils import EXTRA_CHANNELS, lsh_clustering
@@ -263,7 +263,7 @@ class SmyrfAttention(nn.Module):
     def orders(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Order of queries and keys in each round, (T, R, N) and (T, R, M), in float32 at least."""
         precise = torch.promote_types(queries.dtype, torch.float32)
-        with torch.no_grad(), _without_autocast(queries.device.type):
+        with torch.no_grad(), without_autocast(queries):
             alpha, beta = self.draw(queries.shape[-1] + EXTRA_CHANNELS, self.n_hashes, queries.device, precise)
             return lsh_clustering(queries.to(precise), keys.to(precise), alpha.reshape(-1, self.n_hashes), beta)
 
@@ -328,10 +328,3 @@ class SmyrfAttention(nn.Module):
             add=5 * R * T * N,
             mul=T * R * N * d,
         )
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Computation in the tensors' own types, on devices that have automatic mixed precision at all."""
-    if not torch.amp.is_autocast_available(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
