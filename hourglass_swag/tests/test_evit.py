@@ -49,12 +49,11 @@ def test_the_paper_s_score_is_the_class_row():
     block = build(EViTEncoderBlock, 1, **BLOCK, keep_rate=0.5, score="cls")
     x = draw("x", 2, 10, 16)
     attention = block.get_submodule("self_attention")
-    out, scores = attention.attend(x)  # pyright: ignore[reportCallIssue]
-    q, k, _ = attention.project(x)  # pyright: ignore[reportCallIssue]
-    torch.testing.assert_close(scores, weights_of(q, k)[:, :, 0, 1:].mean(1))
-    torch.testing.assert_close(out, attention(x))
-    mean = build(EViTEncoderBlock, 1, **BLOCK, keep_rate=0.5)
-    assert not torch.allclose(mean.get_submodule("self_attention").attend(x)[1], scores)  # pyright: ignore[reportCallIssue]
+    q, k, v = attention.project(x)  # pyright: ignore[reportCallIssue]
+    out, scores = evit.attend_with_scores(q, k, v, block.score)  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(scores[:, 1:], weights_of(q, k)[:, :, 0, 1:].mean(1))
+    torch.testing.assert_close(attention.merge_heads(out), attention(x))  # pyright: ignore[reportCallIssue]
+    assert not torch.allclose(evit.attend_with_scores(q, k, v, "mean")[1], scores)
 
 
 @pytest.mark.parametrize("fuse", [False, True])
