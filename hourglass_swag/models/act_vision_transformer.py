@@ -22,20 +22,23 @@ class ACTEncoderBlock(EncoderBlock):
     """Transformer layer with clustered attention.
 
     Args:
-        shape: arguments of ``EncoderBlock``.
+        num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate: see ``EncoderBlock``.
         group_q, group_k, q_hashes, k_hashes: see ``AdaClusteringAttention``.
     """
 
     def __init__(
         self,
-        *shape: Any,
+        num_heads: int,
+        hidden_dim: int,
+        mlp_dim: int,
+        dropout_rate: float,
+        attention_dropout_rate: float,
         group_q: bool = True,
         group_k: bool = False,
         q_hashes: int = 32,
         k_hashes: int = 32,
-        **named: Any,
     ) -> None:
-        super().__init__(*shape, **named)
+        super().__init__(num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate)
         dropout = self.self_attention.dropout
         self.self_attention = AdaMultiheadAttention(
             self.hidden_dim, self.num_heads, group_q, group_k, q_hashes, k_hashes, dropout=dropout, batch_first=True

@@ -141,7 +141,7 @@ class EViTEncoderBlock(EncoderBlock):
     """Transformer layer that drops patches between its halves; with keep rate 1 it is a plain layer.
 
     Args:
-        shape: arguments of ``EncoderBlock``.
+        num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate: see ``EncoderBlock``.
         keep_rate, fuse_token: see ``TokenSelection``.
         score: "mean" over all queries, or "cls", the class token's row.
 
@@ -150,9 +150,17 @@ class EViTEncoderBlock(EncoderBlock):
     """
 
     def __init__(
-        self, *shape: Any, keep_rate: float = 1.0, fuse_token: bool = False, score: Score = "mean", **named: Any
+        self,
+        num_heads: int,
+        hidden_dim: int,
+        mlp_dim: int,
+        dropout_rate: float,
+        attention_dropout_rate: float,
+        keep_rate: float = 1.0,
+        fuse_token: bool = False,
+        score: Score = "mean",
     ) -> None:
-        super().__init__(*shape, **named)
+        super().__init__(num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate)
         if score not in ("mean", "cls"):
             raise ValueError(f"score must be 'mean' or 'cls', got {score!r}")
         self.score: Score = score

@@ -64,7 +64,7 @@ class EvoEncoderBlock(EncoderBlock):
     """Transformer layer for the most attended patches.
 
     Args:
-        shape: arguments of ``EncoderBlock``.
+        num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate: see ``EncoderBlock``.
         prune_ratio: p, in (0, 1]; 1 for a plain layer.
         tradeoff: t, weight of this layer's class row in the running class attention.
 
@@ -72,8 +72,17 @@ class EvoEncoderBlock(EncoderBlock):
         ValueError: if a number is out of range.
     """
 
-    def __init__(self, *shape: Any, prune_ratio: float = 1.0, tradeoff: float = 0.5, **named: Any) -> None:
-        super().__init__(*shape, **named)
+    def __init__(
+        self,
+        num_heads: int,
+        hidden_dim: int,
+        mlp_dim: int,
+        dropout_rate: float,
+        attention_dropout_rate: float,
+        prune_ratio: float = 1.0,
+        tradeoff: float = 0.5,
+    ) -> None:
+        super().__init__(num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate)
         if not 0 < prune_ratio <= 1:
             raise ValueError(
                 f"prune_ratio (--evo_prune_ratio), the kept fraction, must be in (0, 1], got {prune_ratio}"

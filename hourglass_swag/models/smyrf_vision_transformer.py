@@ -24,20 +24,23 @@ class SmyrfEncoderBlock(EncoderBlock):
     """Transformer layer with attention inside clusters.
 
     Args:
-        shape: arguments of ``EncoderBlock``.
+        num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate: see ``EncoderBlock``.
         n_hashes, q_cluster_size, k_cluster_size, padded: see ``SmyrfAttention``.
     """
 
     def __init__(
         self,
-        *shape: Any,
+        num_heads: int,
+        hidden_dim: int,
+        mlp_dim: int,
+        dropout_rate: float,
+        attention_dropout_rate: float,
         n_hashes: int = 32,
         q_cluster_size: int = 64,
         k_cluster_size: int = 64,
         padded: bool = False,
-        **named: Any,
     ) -> None:
-        super().__init__(*shape, **named)
+        super().__init__(num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate)
         self.self_attention = SmyrfMultiheadAttention(
             self.hidden_dim,
             self.num_heads,
