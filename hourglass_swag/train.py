@@ -116,8 +116,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         return result
     mixup = build_mixup(augmentation, classes)
     criterion = build_criterion(mixup, args.smoothing)
+    assert batches.train is not None
+    assert trainer.network is not None
     step = partial(classification_step, network=trainer.network, criterion=criterion, mixup=mixup)
-    kept = trainer.state.ema.module if trainer.state.ema else model
+    kept: Any = trainer.state.ema.module if trainer.state.ema else model
     row = trainer.fit(step, batches.train, evaluate_fn=lambda: test(kept, batches.held_out, show_progress=False))
     if args.output_dir and is_main():
         file = Path(args.output_dir) / "weights.pth"

@@ -110,7 +110,7 @@ def lean_class(mixin: type, kind: type) -> type:
 
 def _empty(mixin: type, kind: type) -> Any:
     """A network without content, for copying and unpickling."""
-    made = lean_class(mixin, kind)
+    made: Any = lean_class(mixin, kind)
     return made.__new__(made)
 
 

@@ -48,13 +48,12 @@ class EvaView(BlockView):
         if rotation is None:
             return Parts(q, k, v, attn.scale, rate, extra=gate)
         prefix, half = attn.num_prefix_tokens, getattr(attn, "rotate_half", False)
-        rotated = (
-            torch.cat([z[:, :, :prefix], apply_rot_embed_cat(z[:, :, prefix:], rotation.table, half=half)], 2).type_as(
-                v
-            )
-            for z in (q, k)
-        )
-        return Parts(*rotated, v, attn.scale, rate, keys=k, extra=gate)
+
+        def rotate(x: Tensor) -> Tensor:
+            turned = apply_rot_embed_cat(x[:, :, prefix:], rotation.table, half=half)
+            return torch.cat([x[:, :, :prefix], turned], 2).type_as(v)
+
+        return Parts(rotate(q), rotate(k), v, attn.scale, rate, keys=k, extra=gate)
 
     def project(self, heads: Tensor, parts: Parts) -> Tensor:
         block, attn = self.module, self.module.attn

@@ -39,7 +39,7 @@ def attention(
     if key_bias is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
     if not dropout and has_kernel(q, k, v, key_bias):
-        scale = q.shape[3] ** -0.5 if scale is None else scale
+        scale = float(q.shape[3] ** -0.5) if scale is None else scale
         if torch.compiler.is_compiling():
             return torch.ops.leanvit.attend_with_key_bias(q, k, v, key_bias, scale)
         return _launch(q, k, v, key_bias, scale)

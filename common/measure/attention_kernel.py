@@ -99,7 +99,8 @@ def launch(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, scale: float, **op
     bias = (key_bias.float() * LOG2E).contiguous()
     chosen = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3} | options
     grid = (triton.cdiv(queries, chosen["BLOCK_M"]), batch * heads)
-    _attention[grid](
+    kernel: Any = _attention
+    kernel[grid](
         q, k, v, bias, out,
         q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1),
         v.stride(2), out.stride(0), out.stride(1), out.stride(2), keys,

@@ -424,7 +424,9 @@ def count_operations(
     """
     model = unwrap(model)
     _check_countable(model)
-    overrides = {module: module.published_ops for module in model.modules() if hasattr(module, "published_ops")}
+    overrides: dict[nn.Module, Any] = {
+        module: module.published_ops for module in model.modules() if hasattr(module, "published_ops")
+    }
     counter = _OperationCounter({**CUSTOM_OPERATORS, **RULES, **(rules or {})})
     on_meta = any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(inputs))
     state = {}

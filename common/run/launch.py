@@ -185,7 +185,8 @@ def _meet(place: _Place, wait_s: float) -> Any:
                 "torchrun --nnodes=... --nproc-per-node=...), or export it"
             )
     try:
-        meeting = dist.rendezvous("env://", place.rank, place.size, timeout=timedelta(seconds=wait_s))
+        meet: Any = dist.rendezvous  # pyright: ignore[reportPrivateImportUsage] - documented, but not in __all__
+        meeting = meet("env://", place.rank, place.size, timeout=timedelta(seconds=wait_s))
         return next(iter(meeting))[0]
     except (RuntimeError, ValueError, OSError) as error:
         host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]

@@ -14,7 +14,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -442,7 +442,8 @@ def sized(name: str, network: type[Network], size: str, image_size: int = 224, *
         network.__init__(self, image_size=image_size, **SIZES[size].kwargs(), **(defaults | options))
 
     text = f"{network.__name__.strip('_')} of size {size}; ``options`` are its other arguments."
-    return type(name, (network,), {"__init__": init, "__doc__": text, "__module__": network.__module__})
+    made = type(name, (network,), {"__init__": init, "__doc__": text, "__module__": network.__module__})
+    return cast(type[Network], made)
 
 
 ViTB16 = sized("ViTB16", VisionTransformer, "b16")
