@@ -5,19 +5,13 @@
 Networks are built on the meta device, so that only their structure is asked; ``lean`` itself also compares numbers.
 """
 
+import argparse
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import timm
-import torch
-from timm.models._registry import _model_to_module
-
-from common.hosts.host import NotAHost
-from common.hosts.network import find_host
-from common.hosts.runner import Plan
 from common.run.files import ROOT, write_atomic
 
 MODULES = (
@@ -32,9 +26,18 @@ SIZES = re.compile(
 PAGE = ROOT / "docs" / "hosts.md"
 
 
+def module_of(name: str) -> str:
+    """timm's module that a name is registered in."""
+    from timm.models._registry import _model_to_module
+
+    return _model_to_module[name]
+
+
 def names() -> list[str]:
     """All names of these modules."""
-    return [name for name in timm.list_models() if _model_to_module[name] in MODULES]
+    import timm
+
+    return [name for name in timm.list_models() if module_of(name) in MODULES]
 
 
 def family(name: str) -> str:
@@ -51,6 +54,12 @@ def one_of_each(all_names: Iterable[str]) -> list[str]:
 
 def verdict(name: str) -> tuple[bool, str]:
     """Whether a network is a host, and the adapter or the reason."""
+    import timm
+    import torch
+
+    from common.hosts import NotAHost, Plan
+    from common.hosts.network import find_host
+
     with torch.device("meta"):
         net = timm.create_model(name)
     try:
@@ -68,7 +77,7 @@ def table(verdicts: Mapping[str, tuple[bool, str]]) -> str:
     """Markdown: module, verdict, reason or adapter, number of names, and examples."""
     groups: dict[tuple[str, bool, str], list[str]] = defaultdict(list)
     for name, (good, why) in verdicts.items():
-        groups[_model_to_module[name], good, why].append(name)
+        groups[module_of(name), good, why].append(name)
     lines = ["| timm module | host | adapter, or why not | names | such as |", "| :-- | :-- | :-- | --: | :-- |"]
     order = sorted(groups, key=lambda key: (MODULES.index(key[0]), not key[1], key[2]))
     for module, good, why in order:
@@ -80,6 +89,8 @@ def table(verdicts: Mapping[str, tuple[bool, str]]) -> str:
 
 def page(verdicts: Mapping[str, tuple[bool, str]]) -> str:
     """The whole page."""
+    import timm
+
     hosts = sum(good for good, _ in verdicts.values())
     return f"""# Which networks can have token methods
 
@@ -95,6 +106,8 @@ Rendered by `python -m common.hosts.families`.
 
 def main(argv: Sequence[str] | None = None, path: Path = PAGE) -> int:
     """Try every name and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(argv)
     found = {name: verdict(name) for name in names()}
     write_atomic(path, page(found))
     print(f"{sum(good for good, _ in found.values())} of {len(found)} names are hosts; written to {path}")

@@ -1,14 +1,4 @@
-"""What can only be done on a machine with a GPU: one command, one file, in order of worth, within a time.
-
-    make gpu OUT=DIR BUDGET_S=480
-    python -m common.gpu --output DIR --only 'hourglass_swag*'   # some of the steps; --list says which there are
-
-Needs an interpreter with torch 2.11 or newer, torchvision, timm, pytest and tqdm, and PYTHONPATH=. ; nothing is
-installed, nothing is downloaded. First come the tests marked ``gpu``. Then the rows that have a speed, all those that
-share a dense row in turns with it: in bfloat16 a large batch, a batch of one, the same captured as a CUDA graph and
-compiled; then in float32 as published. DIR/gpu.json holds what is done so far, complete at any moment; what there was
-no time for is listed in it. ``python -m common.results add DIR/gpu.json`` files it in a checkout.
-"""
+"""The steps of ``common.gpu``, the file that they fill, and the order in which they are done."""
 
 import argparse
 import fnmatch
@@ -29,7 +19,7 @@ from typing import Any
 import torch
 
 from common.ledger import results
-from common.ledger.speeds import COLUMNS, LARGE_BATCH, SpeedRun, measure_rows, measure_together
+from common.ledger.speeds import COLUMNS, SpeedRun, measure_rows, measure_together
 from common.ledger.tables import Row, Unavailable, load_tables, papers
 from common.measure.benchmark import describe_device, device_name, synchronize
 from common.run.files import ROOT
@@ -282,52 +272,9 @@ def run_step(
     return good
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m common.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the file gpu.json")
-    parser.add_argument(
-        "--only", nargs="+", metavar="PATTERN", help="only steps whose name matches one of these (default: all)"
-    )
-    parser.add_argument("--skip", nargs="+", metavar="PATTERN", default=[], help="leave out rows that match")
-    parser.add_argument("--list", action="store_true", help="print the steps and end")
-    parser.add_argument(
-        "--budget-s", type=float, default=480, help="seconds for everything: no step starts later (default: 480)"
-    )
-    parser.add_argument("--rounds", type=int, default=10, help="timed passes of each network (default: 10)")
-    parser.add_argument(
-        "-b",
-        "--batch-size",
-        type=int,
-        help=f"batch of the throughput (default: {BATCH} on a GPU, {LARGE_BATCH['cpu']} on a CPU)",
-    )
-    parser.add_argument("--name", default="gpu", help="names the file, and the records once they are filed")
-    parser.add_argument(
-        "--device", default="cuda", help="cuda or cuda:N; cpu tries the job out where there is no GPU (default: cuda)"
-    )
-    parser.add_argument(
-        "--processor-time",
-        action="store_true",
-        help="with --device cpu: count the time that one thread computes instead of the time that passes, for a "
-        "machine that has other work to do",
-    )
-    args = parser.parse_args(argv)
-    if args.processor_time and torch.device(args.device).type != "cpu":
-        parser.error("--processor-time: a GPU's work does not count as processor time; it goes with --device cpu")
-    if args.output is None and not args.list:
-        parser.error("--output DIR is missing: the folder for the JSON file")
-    for flag, value in (("--rounds", args.rounds), ("--batch-size", args.batch_size), ("--budget-s", args.budget_s)):
-        if value is not None and value <= 0:
-            parser.error(f"{flag} must be positive, got {value}")
-    return args
-
-
-def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
-    """Entry point; exit status 2 without the device that was asked for, 1 if a step failed."""
+def run_job(args: argparse.Namespace, words: Sequence[str], root: Path = ROOT) -> int:
+    """What ``common.gpu`` was asked for; exit status 2 without the device that was asked for, 1 if a step failed."""
     begin = time.perf_counter()
-    args = parse_args(argv)
     device = torch.device(args.device)
     steps = plan(root, together=device.type == "cuda")
     steps = [replace(step, rows=rows) for step in steps if (rows := keep_rows(step, args.skip)) or not step.rows]
@@ -353,8 +300,7 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
         described = {**described, "matmul_tflops_bfloat16": round(matmul_tflops(device), 1), "clocks": read_clocks()}
     if args.processor_time:
         described = {**described, "threads": 1, "timing": "processor time, 1 thread"}
-    words = " ".join(sys.argv[1:] if argv is None else argv)
-    command = f"python -m common.gpu {words}".replace(str(args.output), "DIR")
+    command = " ".join(["python -m common.gpu", *words]).replace(str(args.output), "DIR")
     origin = results.Origin(results.now(), results.current_commit(root), described, command, part=args.name)
     job = Job(args.output / f"{args.name}.json", origin)
     failed = []
@@ -378,7 +324,3 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from common import gpu as command
 from common.ledger import gpu
 from common.ledger.results import RecordError, add, load_records, parse_records
 from common.ledger.speeds import measure_together
@@ -96,7 +97,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def run(root: Path, *words: str) -> int:
     argv = ["--output", str(root / "out"), "--device", "cpu", "--rounds", "2", "-b", "2", *words]
-    return gpu.main(argv, root)
+    return command.main(argv, root)
 
 
 def read(root: Path) -> dict:
@@ -188,7 +189,7 @@ def test_processor_time_counts_what_one_thread_computes(root: Path) -> None:
 
 def test_processor_time_is_refused_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        gpu.parse_args(["--output", "out", "--processor-time"])
+        command.parse_args(["--output", "out", "--processor-time"])
     assert "--processor-time: a GPU's work does not count" in capsys.readouterr().err
 
 
@@ -253,8 +254,8 @@ def test_tests_that_all_skip_or_run_too_long_do_not_pass(root: Path) -> None:
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "common.gpu", "--output", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120, check=False)
+    words = [sys.executable, "-m", "common.gpu", "--output", str(tmp_path / "out")]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("this machine has no CUDA device")
     assert not (tmp_path / "out").exists()
@@ -266,7 +267,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 )
 def test_wrong_flags(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        gpu.main(words)
+        command.main(words)
     assert message in capsys.readouterr().err
 
 

@@ -455,5 +455,5 @@ def test_every_family_of_timm_is_a_host_or_refused_by_name() -> None:
     for name in chosen:
         good, why = families.verdict(name)
         assert good or why, name
-        row = f"| `{families._model_to_module[name]}` | {'yes' if good else 'no'} | {why} |"
+        row = f"| `{families.module_of(name)}` | {'yes' if good else 'no'} | {why} |"
         assert row in page, f"{name}: {row} is not in docs/hosts.md; python -m common.hosts.families renders it"

@@ -14,7 +14,7 @@ from common.run.files import ROOT
 HEAVY = ("torch", "torchvision", "timm", "scipy", "sklearn")
 NO_PROGRAMS = ("hourglass_swag/models/", "common/run/program.py", "docs/")
 """Build scripts and published examples with environments of their own, and a docstring's example."""
-STILL_HEAVY = ("common/gpu.py", "common/hosts/families.py", "common/ledger/gpu.py", "scala/models_scala.py")
+STILL_HEAVY = ("scala/models_scala.py",)
 """Programs that import torch before they parse, to be mended."""
 
 BLOCKED = "import runpy, sys; sys.argv = sys.argv[1:]; sys.modules.update(dict.fromkeys({heavy})); " + (
