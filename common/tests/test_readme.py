@@ -18,7 +18,9 @@ def test_the_six_lines_of_python_run(capsys: pytest.CaptureFixture[str]) -> None
     assert len(code.splitlines()) <= 6
     with torch.device("meta"):  # every operation, on shapes alone: without half a minute of arithmetic
         exec(code, {})
-    assert capsys.readouterr().out == "torch.Size([1, 1000])\n"
+    shapes, cost = capsys.readouterr().out.splitlines()
+    assert shapes == "torch.Size([1, 1000]) torch.Size([1, 384, 14, 14])"
+    assert re.fullmatch(r"101 tokens at the end, 3\.\d+ GMACs", cost)
 
 
 def test_the_first_screen_says_how_to_start_and_types_no_count() -> None:
