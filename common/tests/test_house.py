@@ -1,7 +1,9 @@
 """The plan of the house: imports point one way, no file names a machine, and what the docs say to type is accepted."""
 
 import ast
+import contextlib
 import importlib
+import io
 import re
 import shlex
 import subprocess
@@ -179,10 +181,14 @@ def test_documented_commands_are_accepted_by_the_real_parsers(tmp_path: Path, mo
         parse_args = getattr(importlib.import_module(found[0]), "parse_args", None)
         if parse_args is None:
             continue
+        printed = io.StringIO()
         try:
-            parse_args(found[1])
+            with contextlib.redirect_stdout(printed):
+                parse_args(found[1])
         except SystemExit as error:
             if error.code:  # --print_config and the like end with 0
                 pytest.fail(f"{where}: {command}: refused ({error.code})")
+        if file := command.partition(" > ")[2].strip():  # which a later command reads
+            (tmp_path / file).write_text(printed.getvalue())
         seen.add(found[0])
     assert {"common.reproduce", "hourglass_swag.imagenet_1k_eval", "hourglass_swag.get_flops_fps"} <= seen
