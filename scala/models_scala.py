@@ -52,8 +52,8 @@ class Attention(nn.Module):
 
     def __init__(
         self,
-        smallest_ratio: Ratio,
-        largest_ratio: Ratio,
+        smallest_ratio: float,
+        largest_ratio: float,
         dim: int,
         num_heads: int = 8,
         qkv_bias: bool = False,
@@ -90,8 +90,8 @@ class LayerScale(Sliced, nn.Module):
 
     def __init__(
         self,
-        smallest_ratio: Ratio,
-        largest_ratio: Ratio,
+        smallest_ratio: float,
+        largest_ratio: float,
         dim: int,
         init_values: float = 1e-5,
         inplace: bool = False,
@@ -122,8 +122,8 @@ class Mlp(nn.Module):
 
     def __init__(
         self,
-        smallest_ratio: Ratio,
-        largest_ratio: Ratio,
+        smallest_ratio: float,
+        largest_ratio: float,
         in_features: int,
         hidden_features: int | None = None,
         out_features: int | None = None,
@@ -162,8 +162,8 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        smallest_ratio: Ratio,
-        largest_ratio: Ratio,
+        smallest_ratio: float,
+        largest_ratio: float,
         dim: int,
         num_heads: int,
         mlp_ratio: float = 4.0,

@@ -90,7 +90,7 @@ class LocalBlock(nn.Module):
     """Position embedding, local affinity (a depthwise 5x5 between 1x1s), MLP; each with a shortcut."""
 
     def __init__(
-        self, rule: SliceRule, widths: Sequence[float], channels: int, mlp_ratio: Ratio, drop: float, drop_path: float
+        self, rule: SliceRule, widths: Sequence[float], channels: int, mlp_ratio: float, drop: float, drop_path: float
     ) -> None:
         super().__init__()
         self.pos_embed = SlicedConv2d(rule, channels, channels, 3, depthwise=True, bias=True)
@@ -114,7 +114,7 @@ class GlobalBlock(Block):
     """Position embedding, then a pre-norm transformer block over all positions."""
 
     def __init__(
-        self, rule: SliceRule, channels: int, heads: int, mlp_ratio: Ratio, drop: float, drop_path: float
+        self, rule: SliceRule, channels: int, heads: int, mlp_ratio: float, drop: float, drop_path: float
     ) -> None:
         super().__init__(*rule, channels, heads, mlp_ratio=mlp_ratio, qkv_bias=True, drop=drop, drop_path=drop_path)
         self.pos_embed = SlicedConv2d(rule, channels, channels, 3, depthwise=True, bias=True)

@@ -121,6 +121,7 @@ def train_widths(
         find_unused_parameters=True, own_backward=True, train_mode=network.train_mode,
     )  # fmt: skip
     assert trainer.network is not None
+    assert batches.train is not None
     mixup = build_mixup(augmentation, batches.classes)
     coordination = ScaleCoordination(
         trainer.network, build_losses(losses, teacher, mixing=mixup is not None), grid,
