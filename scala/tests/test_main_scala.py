@@ -207,7 +207,7 @@ def test_the_scripts_of_record_run_on_two_processes(launcher: str, other: str, i
         NPROC="2", LAUNCHER=launcher, PORT=str(free_port()), TEACHER_S=str(tmp_path / "teacher.pth"),
         TEACHER_B=str(tmp_path / "teacher.pth"),
     )  # fmt: skip
-    small = [*TINY, "--teacher-model", "deit_tiny_patch16_224", "--output_dir", str(out)]
+    small = [*TINY, "--teacher-model", "deit_tiny_patch16_224", "--num-classes", "1000", "--output_dir", str(out)]
     short = ["--epochs", "1", "--full_warm_epoch", "0", "--granularity", "0.125"]
     size = "s" if launcher == "torchrun" else "b"
     run = ["bash", "scala/run.sh", str(imagenet), size, *small, *short]
