@@ -31,5 +31,5 @@ __all__ = [
     "get_dpr",
     "slim_tokens",
     *FACTORIES,
-]
+]  # pyright: ignore[reportUnsupportedDunderAll]
 globals().update(FACTORIES)
