@@ -115,7 +115,8 @@ class Gradual:
     def __init__(
         self, model: GatedTransformer, *, start: int, interval: int, times: int, density: float, scope: scoring.Scope
     ) -> None:
-        self.model, self.density, self.scope = model, density, scope
+        self.model, self.density = model, density
+        self.scope: scoring.Scope = scope
         self.start, self.interval, self.times = start, interval, times
 
     def __call__(self, steps: int) -> bool:

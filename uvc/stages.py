@@ -48,8 +48,9 @@ def learn(settings: JointRun, world: World) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(weights, lr=settings.optimizer.lr, weight_decay=settings.optimizer.weight_decay)
     steps = settings.num_epochs * (len(batches.train) if batches.train is not None else 1)
     factor = warmup_factor(settings.decay_type, warmup_steps=settings.warmup_steps, total_steps=steps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     trainer = build_run(
-        model, world, run, optimizer=optimizer, schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
+        model, world, run, optimizer=optimizer, schedule=scheduler,
         epochs=settings.num_epochs + settings.course.official, clip_grad=settings.optimizer.clip_grad,
         arguments=settings.arguments, extra={"uvc": primal_dual}, metric=None, broadcast_buffers=False,
         find_unused_parameters=model.num_prefix_tokens == 2 and criterion.kind == "none",
@@ -57,7 +58,7 @@ def learn(settings: JointRun, world: World) -> dict[str, Any]:
     )  # fmt: skip
     assert trainer.network is not None
     training = JointTraining(
-        model, trainer.network, optimizer=optimizer, scheduler=trainer.state.scheduler, primal_dual=primal_dual,
+        model, trainer.network, optimizer=optimizer, scheduler=scheduler, primal_dual=primal_dual,
         criterion=criterion, mix=build_mix(settings.augmentation, batches.classes),
         settings=replace(settings.course, total_steps=steps), record=trainer.record,
         folder=None if run.eval else folder, model_type=student.model_type,

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
-from common.measure.flops import Counted, OpCounts, count_operations
+from common.measure.flops import Counted, OpCounts, PublishedRule, count_operations
 from uvc.models.t2t_vit import TokensToToken
 
 LANES = 16
@@ -369,7 +369,9 @@ class CompactViT(nn.Module):
         """Operations of one image, without weights or data: as executed, and without padding (``published``)."""
         config = self.config
         heads = [head for head in (self.head, self.head_dist) if head is not None]
-        rules = {head: lambda inside, args, result: {"head": inside["linear"]} for head in heads}
+        rules: dict[nn.Module, PublishedRule] = {
+            head: lambda inside, args, result: {"head": inside["linear"]} for head in heads
+        }
         return count_operations(
             self,
             torch.empty(1, config.in_chans, *config.image_size, dtype=self.cls_token.dtype, device="meta"),

@@ -9,9 +9,12 @@ B batch, N patches, T tokens, D width, H heads, d channels of a head, M hidden n
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 import torch
 from timm.layers import PatchEmbed, trunc_normal_  # pyright: ignore[reportPrivateImportUsage]
+from timm.layers.attention import Attention
+from timm.layers.mlp import Mlp
 from timm.models import vision_transformer
 from torch import Tensor, nn
 
@@ -49,6 +52,8 @@ class Block(vision_transformer.Block):
             drop_path=drop_path,
             norm_layer=partial(nn.LayerNorm, eps=norm_eps),  # pyright: ignore[reportArgumentType] - makes a layer
         )
+        self.attn: Attention  # timm declares no more than a module
+        self.mlp: Mlp
         self.attn_skip_gating = nn.Parameter(torch.tensor([-1.0, 1.0]))
         self.mlp_skip_gating = nn.Parameter(torch.tensor([-1.0, 1.0]))
         self.scale = scale
@@ -91,7 +96,8 @@ class GatedDeiT(GatedTransformer):
         self.hidden_dim = int(embed_dim * mlp_ratio)
         self.num_prefix_tokens = 2 if distilled else 1
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
-        self.num_patches, self.image_size = self.patch_embed.num_patches, tuple(self.patch_embed.img_size)
+        self.num_patches = self.patch_embed.num_patches
+        self.image_size = cast(tuple[int, int], self.patch_embed.img_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_patches + self.num_prefix_tokens, embed_dim))
         self.register_parameter("dist_token", nn.Parameter(torch.zeros(1, 1, embed_dim)) if distilled else None)
