@@ -42,7 +42,7 @@ def with_config(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[s
     file = finder.parse_known_args(words)[0].config
     if not file:
         return list(words)
-    known = {action.dest: action for action in _settings(parser)}
+    known = _settings(parser)
     found: list[str] = []
     for name, value in _leaves(_read(Path(file)), file):
         if name not in known:
@@ -61,13 +61,17 @@ def config_text(parser: argparse.ArgumentParser, args: argparse.Namespace) -> st
         from ml_collections import ConfigDict
     except ModuleNotFoundError as error:
         raise UsageError(f"--print_config: {NEEDED}") from error
-    return str(ConfigDict({action.dest: getattr(args, action.dest) for action in _settings(parser)})).rstrip()
+    return str(ConfigDict({name: getattr(args, name) for name in _settings(parser)})).rstrip()
 
 
-def _settings(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """The flags that a file may set."""
+def _settings(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """Name -> flag that a file may set; of several that set the same, the first."""
     left_out = ("help", "config", "print_config", argparse.SUPPRESS)
-    return [action for action in parser._actions if action.option_strings and action.dest not in left_out]
+    found: dict[str, argparse.Action] = {}
+    for action in parser._actions:
+        if action.option_strings and action.dest not in left_out:
+            found.setdefault(action.dest, action)
+    return found
 
 
 def _words(action: argparse.Action, value: Any) -> list[str]:
