@@ -43,7 +43,7 @@ def test_every_listed_name_builds_or_says_why_not():
 def test_counted_cost_is_what_is_executed(name):
     with torch.device("meta"):
         model = create(name, num_classes=10)
-        images = torch.zeros(2, 3, model.img_size if hasattr(model, "img_size") else 32, 224 if "t2t" in name else 32)
+        images = torch.zeros(2, 3, *model.image_size)
     model.fix_blocks((True,) * len(model.blocks))
     executed = count_executed_macs(model, images)
     head = 2 * model.embed_dim * 10
