@@ -4,9 +4,9 @@
 methods a network can have, and why not the others. Imports ``measure`` and ``run``.
 """
 
-from common.hosts.host import BlockView, Facts, Host, NotAHost
+from common.hosts.host import BlockView, Facts, Host, NotAHost, Parts, Rotation, Tokens
 from common.hosts.network import Lean, explain, lean
-from common.hosts.runner import Effect, Method, Parts, Plan, PlanError, Rotation, Tokens
+from common.hosts.runner import Effect, Method, Plan, PlanError
 
 __all__ = [
     "BlockView",

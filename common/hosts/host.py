@@ -1,26 +1,105 @@
-"""What an adapter shows of a foreign network, and the check that it shows it rightly.
+"""What an adapter shows of a foreign network, and what a pass through it carries.
 
 An adapter knows no method. Its block views call the host's own modules, never copies of them.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from common.hosts.runner import Parts, Plan, Rotation, Tokens
-from common.measure.flops import evaluating
 from common.run.errors import UsageError
-
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest difference from the network itself, of the largest value, by precision."""
 
 
 class NotAHost(UsageError):
     """A network that no adapter can show rightly; the message names the module."""
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Rotary position embedding of the patches: angles that are linear in a patch's row and column."""
+
+    table: Tensor
+    """sines, then cosines, of the angles: (P, 2 d) for all images, or (B, 1, P, 2 d)"""
+    coordinates: Tensor
+    """rows and columns, whole numbers until tokens merge, (1 or B, P, 2)"""
+    first: Tensor
+    """angles of the patch in row 0 and column 0, (d,)"""
+    rates: Tensor
+    """angles per row and per column, (2, d)"""
+
+    def take(self, index: Tensor) -> "Rotation":
+        """That of some patches, exactly: ``index`` is (B, K)."""
+        rows = index[..., None]
+        table = self.table.expand(index.shape[0], 1, *self.table.shape[-2:])[:, 0]
+        table = table.gather(1, rows.expand(-1, -1, table.shape[2]))[:, None]
+        coordinates = self.coordinates.expand(index.shape[0], -1, -1).gather(1, rows.expand(-1, -1, 2))
+        return replace(self, table=table, coordinates=coordinates)
+
+    def at(self, coordinates: Tensor) -> "Rotation":
+        """That of tokens elsewhere: ``coordinates`` is (B, K, 2)."""
+        angles = self.first + coordinates.to(self.rates.dtype) @ self.rates
+        table = torch.cat([angles.sin(), angles.cos()], dim=-1)[:, None]
+        return replace(self, table=table.to(self.table.dtype), coordinates=coordinates)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a pass carries from block to block."""
+
+    x: Tensor
+    """(B, N, C)"""
+    prefix: int
+    """tokens in front that stand for no patch; they never merge, cluster or drop"""
+    grid: tuple[int, int] | None
+    """rows and columns of the patches as long as there is one token for each, in order"""
+    size: Tensor | None = None
+    """patches that each token stands for, (B, N, 1); None for one each"""
+    key_bias: Tensor | None = None
+    """added to the attention scores of each key, (B, N)"""
+    rotation: Rotation | None = None
+    """of the patches, where the host rotates queries and keys"""
+    undo: tuple[Callable[[Tensor], Tensor], ...] | None = ()
+    """the way back: each undoes one reduction, (B, U, C) to (B, N, C); None where nobody will ask for it"""
+
+    def update(self, **changes: Any) -> "Tokens":
+        """A copy with other fields; a function given as ``undone_by`` is put on the way back."""
+        if (step := changes.pop("undone_by", None)) is not None and self.undo is not None:
+            changes["undo"] = (*self.undo, step)
+        return replace(self, **changes)
+
+    def restored(self) -> Tensor:
+        """Features on the full grid again, (B, N, C) with the N of the embedding."""
+        assert self.undo is not None
+        x = self.x
+        for step in reversed(self.undo):
+            x = step(x)
+        return x
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Inside of an attention: what its input was projected to."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    """each (B, h, N, d), queries and keys rotated where the host does"""
+    scale: float
+    dropout: float = 0.0
+    """rate at the attention weights, 0 in evaluation"""
+    keys: Tensor | None = None
+    """keys before their rotation, by which tokens are compared; None where they are ``k``"""
+    extra: Any = None
+    """what the view needs again in ``project``"""
+
+    @property
+    def metric(self) -> Tensor:
+        """Keys without positions, (B, h, N, d)."""
+        return self.k if self.keys is None else self.keys
 
 
 @dataclass(frozen=True)
@@ -101,28 +180,6 @@ class Host(ABC):
     @abstractmethod
     def finish(self, net: Any, x: Tensor) -> Any:
         """The network's output of normalised tokens (B, N, C), of which there may be fewer if it reads the prefix."""
-
-    def check(self) -> None:
-        """Run the network and its opened blocks on a small random image and compare.
-
-        Raises:
-            NotAHost: if they differ by more than ``TOLERANCES``.
-        """
-        parameter = next(self.net.parameters())
-        if parameter.is_meta:
-            return
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(1, 3, *self.facts.image_size, generator=generator, device="cpu").to(parameter)
-        with torch.no_grad(), evaluating(self.net):
-            expected = self.net(images)
-            tokens = Plan(self, (), opened=True).run(self.embed(self.net, images))
-            found = self.finish(self.net, self.normalize(self.net, tokens.x))
-        difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
-        if not difference <= TOLERANCES[parameter.dtype]:
-            raise NotAHost(
-                f"{self.facts.name} computes something else than its blocks say: the outputs differ by "
-                f"{float(difference):.1e} of the largest value in {parameter.dtype}"
-            )
 
 
 def refuse_hooks(named: Sequence[tuple[str, nn.Module]]) -> None:

@@ -4,17 +4,15 @@ import difflib
 import importlib
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from common.hosts.runner import Method, Plan, PlanError, Tokens
-from common.measure.flops import evaluating, gmacs
+from common.hosts.host import Host, NotAHost, Tokens
+from common.hosts.runner import Method, Plan, PlanError
+from common.measure.flops import count_operations, evaluating, gmacs
 from common.run.errors import UsageError
-
-if TYPE_CHECKING:
-    from common.hosts.host import Host
 
 HOSTS = (
     "common.hosts.timm_vit:TimmViT",
@@ -83,8 +81,6 @@ class Lean:
 
     def gmacs(self) -> float:
         """Multiply-accumulates of one image at the network's own resolution, in 1e9, those of the methods included."""
-        from common.measure.flops import count_operations
-
         height, width = self.plan.host.facts.image_size
         counted = count_operations(self, torch.empty(1, 3, height, width, device="meta"))  # pyright: ignore
         return gmacs(counted.executed)
@@ -114,14 +110,12 @@ def _empty(mixin: type, kind: type) -> Any:
     return made.__new__(made)
 
 
-def find_host(net: nn.Module) -> "Host":
+def find_host(net: nn.Module) -> Host:
     """The adapter of a network.
 
     Raises:
         NotAHost: naming the module that is not known, or the families that are.
     """
-    from common.hosts.host import NotAHost
-
     if isinstance(net, Lean):
         raise NotAHost("this network has token methods already: give all of them in one call, or fast.restore() it")
     for place in HOSTS:
@@ -156,6 +150,33 @@ def _nearest(word: str, known: Any) -> str:
     return f", did you mean {near[0]!r}?" if near else ""
 
 
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Largest difference from the network itself, of the largest value, by precision."""
+
+
+def check(host: Host) -> None:
+    """Run the network and its opened blocks on a small random image and compare.
+
+    Raises:
+        NotAHost: if they differ by more than ``TOLERANCES``.
+    """
+    parameter = next(host.net.parameters())
+    if parameter.is_meta:
+        return
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(1, 3, *host.facts.image_size, generator=generator, device="cpu").to(parameter)
+    with torch.no_grad(), evaluating(host.net):
+        expected = host.net(images)
+        tokens = Plan(host, (), opened=True).run(host.embed(host.net, images))
+        found = host.finish(host.net, host.normalize(host.net, tokens.x))
+    difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+    if not difference <= TOLERANCES[parameter.dtype]:
+        raise NotAHost(
+            f"{host.facts.name} computes something else than its blocks say: the outputs differ by "
+            f"{float(difference):.1e} of the largest value in {parameter.dtype}"
+        )
+
+
 def lean(net: nn.Module, *methods: str | Method, verify: bool = True, **settings: Any) -> Any:
     """A network that computes what ``net`` does, on fewer tokens.
 
@@ -177,7 +198,7 @@ def lean(net: nn.Module, *methods: str | Method, verify: bool = True, **settings
     chosen = [make_method(method, settings) if isinstance(method, str) else method for method in methods]
     plan = Plan(host, chosen)
     if verify:
-        host.check()
+        check(host)
     return make_lean(net, plan)
 
 
@@ -195,7 +216,7 @@ def explain(net: nn.Module) -> dict[str, str]:
         NotAHost: if it can have none.
     """
     host = find_host(net)
-    host.check()
+    check(host)
 
     def answers() -> Iterator[tuple[str, str]]:
         for name in METHODS:

@@ -9,108 +9,21 @@ it. A block in which no method acts runs as the host's own forward.
 Letters: B images, N tokens (prefix first: class, distillation, registers), C width, h heads, d channels of a head.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor
 
+from common.hosts.host import Facts, Host, Parts, Tokens
 from common.measure.attention import attention
 from common.run.errors import UsageError
-
-if TYPE_CHECKING:
-    from common.hosts.host import Facts, Host
 
 HOOKS = ("before", "attend", "between", "after")
 
 
 class PlanError(UsageError):
     """Methods that cannot work on this host, or not with each other; known before any image is read."""
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """Rotary position embedding of the patches: angles that are linear in a patch's row and column."""
-
-    table: Tensor
-    """sines, then cosines, of the angles: (P, 2 d) for all images, or (B, 1, P, 2 d)"""
-    coordinates: Tensor
-    """rows and columns, whole numbers until tokens merge, (1 or B, P, 2)"""
-    first: Tensor
-    """angles of the patch in row 0 and column 0, (d,)"""
-    rates: Tensor
-    """angles per row and per column, (2, d)"""
-
-    def take(self, index: Tensor) -> "Rotation":
-        """That of some patches, exactly: ``index`` is (B, K)."""
-        rows = index[..., None]
-        table = self.table.expand(index.shape[0], 1, *self.table.shape[-2:])[:, 0]
-        table = table.gather(1, rows.expand(-1, -1, table.shape[2]))[:, None]
-        coordinates = self.coordinates.expand(index.shape[0], -1, -1).gather(1, rows.expand(-1, -1, 2))
-        return replace(self, table=table, coordinates=coordinates)
-
-    def at(self, coordinates: Tensor) -> "Rotation":
-        """That of tokens elsewhere: ``coordinates`` is (B, K, 2)."""
-        angles = self.first + coordinates.to(self.rates.dtype) @ self.rates
-        table = torch.cat([angles.sin(), angles.cos()], dim=-1)[:, None]
-        return replace(self, table=table.to(self.table.dtype), coordinates=coordinates)
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """What a pass carries from block to block."""
-
-    x: Tensor
-    """(B, N, C)"""
-    prefix: int
-    """tokens in front that stand for no patch; they never merge, cluster or drop"""
-    grid: tuple[int, int] | None
-    """rows and columns of the patches as long as there is one token for each, in order"""
-    size: Tensor | None = None
-    """patches that each token stands for, (B, N, 1); None for one each"""
-    key_bias: Tensor | None = None
-    """added to the attention scores of each key, (B, N)"""
-    rotation: Rotation | None = None
-    """of the patches, where the host rotates queries and keys"""
-    undo: tuple[Callable[[Tensor], Tensor], ...] | None = ()
-    """the way back: each undoes one reduction, (B, U, C) to (B, N, C); None where nobody will ask for it"""
-
-    def update(self, **changes: Any) -> "Tokens":
-        """A copy with other fields; a function given as ``undone_by`` is put on the way back."""
-        if (step := changes.pop("undone_by", None)) is not None and self.undo is not None:
-            changes["undo"] = (*self.undo, step)
-        return replace(self, **changes)
-
-    def restored(self) -> Tensor:
-        """Features on the full grid again, (B, N, C) with the N of the embedding."""
-        assert self.undo is not None
-        x = self.x
-        for step in reversed(self.undo):
-            x = step(x)
-        return x
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Inside of an attention: what its input was projected to."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    """each (B, h, N, d), queries and keys rotated where the host does"""
-    scale: float
-    dropout: float = 0.0
-    """rate at the attention weights, 0 in evaluation"""
-    keys: Tensor | None = None
-    """keys before their rotation, by which tokens are compared; None where they are ``k``"""
-    extra: Any = None
-    """what the view needs again in ``project``"""
-
-    @property
-    def metric(self) -> Tensor:
-        """Keys without positions, (B, h, N, d)."""
-        return self.k if self.keys is None else self.keys
 
 
 @dataclass(frozen=True)
@@ -128,7 +41,7 @@ class Method:
 
     name: ClassVar[str]
 
-    def resolve(self, facts: "Facts") -> Self:
+    def resolve(self, facts: Facts) -> Self:
         """A copy with every setting filled in and checked for a host.
 
         Raises:
@@ -170,7 +83,7 @@ class Plan:
         PlanError: if a method cannot work on the host, or needs what another has broken before.
     """
 
-    host: "Host"
+    host: Host
     methods: Sequence[Method]
     opened: bool = False
     acting: list[dict[str, list[Method]]] = field(init=False)

@@ -9,8 +9,7 @@ from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDino
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
-from common.hosts.host import BlockView, Facts, Host, NotAHost, refuse_hooks
-from common.hosts.runner import Parts, Rotation, Tokens
+from common.hosts.host import BlockView, Facts, Host, NotAHost, Parts, Rotation, Tokens, refuse_hooks
 from common.hosts.timm_vit import LeanTimm
 
 

@@ -8,9 +8,8 @@ from timm.layers.attention import Attention
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
-from common.hosts.host import BlockView, Facts, Host, NotAHost, refuse_hooks
+from common.hosts.host import BlockView, Facts, Host, NotAHost, Parts, Rotation, Tokens, refuse_hooks
 from common.hosts.network import Lean
-from common.hosts.runner import Parts, Rotation, Tokens
 from common.run.errors import UsageError
 
 BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}

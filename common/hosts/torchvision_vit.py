@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import Encoder, EncoderBlock, VisionTransformer
 
-from common.hosts.host import BlockView, Facts, Host, NotAHost, refuse_hooks
+from common.hosts.host import BlockView, Facts, Host, NotAHost, Parts, Rotation, Tokens, refuse_hooks
 from common.hosts.network import Lean
-from common.hosts.runner import Parts, Rotation, Tokens
 
 
 class TorchvisionBlock(BlockView):

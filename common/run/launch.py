@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from common.run import program
 from common.run.errors import LaunchError
 from common.run.program import get_rank, is_main
 
@@ -216,6 +217,9 @@ def shutdown() -> None:
     if dist.is_available() and dist.is_initialized():
         barrier()
         dist.destroy_process_group()
+
+
+program.farewells.append(shutdown)
 
 
 @contextlib.contextmanager
