@@ -20,8 +20,7 @@ def test_reference_vector(case):
     assert result.status == "pass", result.reason
 
 
-def test_command_reports_passes_failures_and_what_is_not_covered(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(runner.NOT_YET, "later", "Later")
+def test_command_reports_passes_failures_and_what_is_not_covered(tmp_path, capsys):
     chosen = {case.name: case for case in CASES if case.name in ("vit_token", "cluster_basic", "block_costs", "unpool")}
     arrays = {key: STORED[key].copy() for key in STORED if key.split("/")[0] in chosen}
     arrays["vit_token/output"][0, 0] *= 1 + 1e-6
@@ -43,7 +42,7 @@ def test_command_reports_passes_failures_and_what_is_not_covered(tmp_path, capsy
     assert "FAIL: hard_labels differs by 1.00e+00, allowed is 0e+00" in lines["cluster_basic"]
     assert "FAIL: cases.npz has no array unpool/naive" in lines["unpool"]
     assert lines["block_costs"].endswith("pass")
-    assert "not covered: Later: not implemented yet" in lines["later"]
+    assert "not covered: no runner for LaterViT" in lines["later"]
     assert "not covered: no runner for frobnicate" in lines["odd"]
     assert "FAIL: TypeError" in lines["broken"]
     assert "not covered: output new of a network" in lines["renamed"]
