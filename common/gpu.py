@@ -50,10 +50,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.processor_time and args.device != "cpu":
         parser.error("--processor-time: a GPU's work does not count as processor time; it goes with --device cpu")
+    if not args.name or set(args.name) & set("/\\"):
+        parser.error(f"--name must be the name of a file without its folder, got {args.name!r}")
     if args.output is None and not args.list:
         parser.error("--output DIR is missing: the folder for the JSON file")
     for flag, value in (("--rounds", args.rounds), ("--batch-size", args.batch_size), ("--budget-s", args.budget_s)):
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             parser.error(f"{flag} must be positive, got {value}")
     return args
 

@@ -66,7 +66,8 @@ class ToMe(Method):
 
     def effects(self) -> Sequence[Effect]:
         assert isinstance(self.r, list)
-        return [Effect(layer, "between", breaks=GRID) for layer, r in enumerate(self.r) if r]
+        breaks = GRID | {"plain attention"} if self.prop_attn else GRID
+        return [Effect(layer, "between", breaks=breaks) for layer, r in enumerate(self.r) if r]
 
     def between(self, layer: int, tokens: Tokens, parts: Parts, memo: Any) -> Tokens:
         assert isinstance(self.r, list)
@@ -76,7 +77,7 @@ class ToMe(Method):
         x, size = merge_wavg(merge, tokens.x, tokens.size)
         rotation = tokens.rotation
         if rotation is not None:
-            places = F.pad(rotation.coordinates.expand(len(x), -1, -1), (0, 0, tokens.prefix, 0))
+            places = F.pad(rotation.coordinates.expand(x.shape[0], -1, -1), (0, 0, tokens.prefix, 0))
             rotation = rotation.at(merge_wavg(merge, places, tokens.size)[0][:, tokens.prefix :])
         bias = size[..., 0].log() if self.prop_attn else None
         undo = unmerge if tokens.prefix < 2 else _restore_order(unmerge)
@@ -98,7 +99,8 @@ class Hourglass(Method):
         iters, window: iterations, and side of the window of cells that a patch may join.
         temperature: tau of the clustering, or "auto": 5 / m with m the image's median squared distance to the nearest
             centroid, so that it does not depend on the scale of the features.
-        k, reconstruction_temperature: clusters per patch and tau of the reconstruction; "auto": 1 / m.
+        k, reconstruction_temperature: clusters per patch (default: 3, or all there are) and tau of the reconstruction;
+            "auto": 1 / m.
         norm: of the reconstruction's weights: "l1" sums to one, "l2" as in the published code.
 
     Source: arXiv:2210.01035, token clustering and token reconstruction layers.
@@ -110,7 +112,7 @@ class Hourglass(Method):
     iters: int = 5
     window: int = 5
     temperature: float | Literal["auto"] = "auto"
-    k: int = 3
+    k: int | None = None
     reconstruction_temperature: float | Literal["auto"] = "auto"
     norm: Literal["l1", "l2"] = "l1"
 
@@ -128,13 +130,20 @@ class Hourglass(Method):
             raise PlanError(
                 f"hourglass: iters must not be negative and window odd, got iters={self.iters}, window={self.window}"
             )
-        if self.k == 0 or self.k > clusters[0] * clusters[1]:
-            raise PlanError(f"hourglass: k must be 1 to {clusters[0] * clusters[1]}, or negative for all, got {self.k}")
+        number = clusters[0] * clusters[1]
+        k = min(3, number) if self.k is None else self.k
+        if k == 0 or k > number:
+            raise PlanError(f"hourglass: k must be 1 to {number}, or negative for all, got {k}")
+        if self.norm not in ("l1", "l2"):
+            raise PlanError(f"hourglass: norm must be 'l1' or 'l2', got {self.norm!r}")
+        for key, value in (("layer", layer), ("iters", self.iters), ("window", self.window), ("k", k)):
+            if not isinstance(value, int):
+                raise PlanError(f"hourglass: {key} must be a whole number, got {value!r}")
         for key in ("temperature", "reconstruction_temperature"):
             value = getattr(self, key)
-            if value != "auto" and (isinstance(value, str) or not value >= 0):
+            if value != "auto" and (isinstance(value, str) or not 0 <= value < float("inf")):
                 raise PlanError(f"hourglass: {key} must be 'auto' or a number of at least 0, got {value!r}")
-        return replace(self, layer=layer, clusters=clusters)
+        return replace(self, layer=layer, clusters=clusters, k=k)
 
     def effects(self) -> Sequence[Effect]:
         assert self.layer is not None
@@ -144,27 +153,30 @@ class Hourglass(Method):
         assert isinstance(self.clusters, tuple)
         if tokens.grid is None:
             raise PlanError("hourglass: the patches are not on a grid any more")
+        grid = (min(self.clusters[0], tokens.grid[0]), min(self.clusters[1], tokens.grid[1]))  # of a smaller image
         prefix, patches = tokens.x[:, : tokens.prefix], tokens.x[:, tokens.prefix :]
         features = patches.transpose(1, 2).unflatten(2, tokens.grid)
         rotation = tokens.rotation
         if self.temperature == "auto":
-            clusters, weights = cluster_free_of_scale(features, self.clusters, self.iters, self.window // 2)
+            clusters, weights = cluster_free_of_scale(features, grid, self.iters, self.window // 2)
             if rotation is not None:
-                places = rotation.coordinates.to(weights.dtype).expand(len(weights), -1, -1)
+                places = rotation.coordinates.to(weights.dtype).expand(weights.shape[0], -1, -1)
                 rotation = rotation.at(average_tokens(places, weights))
         else:
-            block = TokenClusteringBlock(self.clusters, self.iters, self.temperature, self.window)
+            block = TokenClusteringBlock(grid, self.iters, self.temperature, self.window)
             clusters, _ = block(features, return_labels=False)
             if rotation is not None:  # clusters begin and stay around the cells of their grid
                 places = rotation.coordinates.mT.unflatten(2, tokens.grid)
-                rotation = rotation.at(F.adaptive_avg_pool2d(places, self.clusters).flatten(2).mT)
+                rotation = rotation.at(F.adaptive_avg_pool2d(places, grid).flatten(2).mT)
+
+        k = min(self.k or 3, grid[0] * grid[1])
 
         def undo(x: Tensor) -> Tensor:
             if self.reconstruction_temperature == "auto":
-                weights = weights_free_of_scale(patches, clusters, self.k, self.norm)
+                weights = weights_free_of_scale(patches, clusters, k, self.norm)
             else:
                 tau = float(self.reconstruction_temperature)
-                weights = reconstruction_weights(patches, clusters, self.k, tau, self.norm)
+                weights = reconstruction_weights(patches, clusters, k, tau, self.norm)
             return torch.cat([x[:, : tokens.prefix], weights @ x[:, tokens.prefix :]], dim=1)
 
         x = torch.cat([prefix, clusters], dim=1)
@@ -215,7 +227,7 @@ def cluster_free_of_scale(features: Tensor, grid: tuple[int, int], iters: int, r
     centroids = F.adaptive_avg_pool2d(features, grid).flatten(2).transpose(1, 2).to(z.dtype)
     size = (features.shape[2], features.shape[3])
     far = ~allowed_clusters(size, grid, radius, device=z.device, dtype=z.dtype)  # (P, K)
-    weights = (~far).to(z.dtype).expand(len(z), -1, -1)
+    weights = (~far).to(z.dtype).expand(z.shape[0], -1, -1)
     tau = None
     for _ in range(iters):
         distances = _distances(z, centroids)
@@ -246,7 +258,7 @@ class EViT(Method):
         keep: fraction of the patches that each of the layers keeps.
         layers: where; default: a quarter, half and three quarters of the depth.
         fuse: append the dropped patches, weighted by their scores, as one token.
-        score: "class", attention of the class token (without one: "mean"), or "mean" over all queries.
+        score: "class", attention of the class token, the default; or "mean" over all queries, that without one.
         restore: "nearest", the kept token most like a dropped one (cosine) then, followed to the end; or "frozen", the
             features that it had.
 
@@ -257,7 +269,7 @@ class EViT(Method):
     keep: float = 0.7
     layers: tuple[int, ...] | None = None
     fuse: bool = False
-    score: Literal["class", "mean"] = "class"
+    score: Literal["class", "mean"] | None = None
     restore: Literal["nearest", "frozen"] = "nearest"
 
     def resolve(self, facts: Facts) -> "EViT":
@@ -265,23 +277,27 @@ class EViT(Method):
         if layers is None:
             layers = tuple(sorted({facts.depth * quarter // 4 for quarter in (1, 2, 3)}))
         layers = tuple(_layer("evit: layers", layer, facts) for layer in layers)
+        if len(set(layers)) < len(layers):
+            raise PlanError(f"evit: layers must differ, got {layers}")
+        score = self.score or ("class" if facts.class_token else "mean")
+        if score == "class" and not facts.class_token:
+            raise PlanError(f"evit: score 'class' needs a class token, which {facts.name} has not; take 'mean'")
         if not 0 < self.keep <= 1:
             raise PlanError(f"evit: keep must be in (0, 1], got {self.keep}")
         for key, valid in (("score", ("class", "mean")), ("restore", ("nearest", "frozen"))):
-            if getattr(self, key) not in valid:
+            if getattr(self, key) not in (*valid, None):
                 raise PlanError(f"evit: {key} must be one of {', '.join(valid)}, got {getattr(self, key)!r}")
-        return replace(self, layers=layers, score=self.score if facts.class_token else "mean")
+        return replace(self, layers=layers, score=score)
 
     def effects(self) -> Sequence[Effect]:
         assert self.layers is not None
         if self.keep == 1:
             return []
-        hooks = ("attend", "between") if self.score == "mean" else ("between",)
-        return [Effect(layer, hook, breaks=GRID) for layer in self.layers for hook in hooks]
+        plain = frozenset({"plain attention"})  # whose probabilities are averaged
+        attends = [Effect(layer, "attend", needs=plain) for layer in self.layers if self.score == "mean"]
+        return attends + [Effect(layer, "between", breaks=GRID) for layer in self.layers]
 
     def attend(self, layer: int, tokens: Tokens, parts: Parts) -> tuple[Tensor, Any]:
-        if tokens.key_bias is not None:
-            raise PlanError("evit: score 'mean' does not go with proportional attention; take score='class'")
         if not parts.dropout and has_kernel(parts.q, parts.k):
             return attend(parts, tokens), mean_attention(parts.q, parts.k)
         rows = CPU_ROWS if tokens.x.device.type == "cpu" else tokens.x.shape[1]
@@ -303,7 +319,7 @@ class EViT(Method):
         undo = _Undrop(tokens.prefix, index, kept, chosen, others, self.restore)
         rotation = tokens.rotation
         if rotation is not None and self.fuse:
-            places = rotation.coordinates.expand(len(x), -1, -1)
+            places = rotation.coordinates.expand(x.shape[0], -1, -1)
             share = ranked.values[:, kept:, None] / ranked.values[:, kept:, None].sum(1, keepdim=True)
             fused = (take_tokens(places, ranked.indices[:, kept:]) * share).sum(1, keepdim=True)
             rotation = rotation.at(torch.cat([take_tokens(places, ranked.indices[:, :kept]), fused], dim=1))

@@ -41,7 +41,8 @@ class Rotation:
 
     def at(self, coordinates: Tensor) -> "Rotation":
         """That of tokens elsewhere: ``coordinates`` is (B, K, 2)."""
-        angles = self.first + coordinates.to(self.rates.dtype) @ self.rates
+        rows, columns = coordinates.to(self.rates.dtype).split(1, dim=-1)  # sums, not a product: autocast halves those
+        angles = self.first + rows * self.rates[0] + columns * self.rates[1]
         table = torch.cat([angles.sin(), angles.cos()], dim=-1)[:, None]
         return replace(self, table=table.to(self.table.dtype), coordinates=coordinates)
 
@@ -115,6 +116,8 @@ class Facts:
     width: int
     heads: int
     image_size: tuple[int, int]
+    channels: int = 3
+    """of an image"""
 
     @property
     def patches(self) -> int:
@@ -191,3 +194,8 @@ def refuse_hooks(named: Sequence[tuple[str, nn.Module]]) -> None:
     for name, module in named:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
             raise NotAHost(f"{name} has hooks, which would not be called: remove them first")
+
+
+def channels_of(net: nn.Module) -> int:
+    """Channels of the images that a network takes: those of its first convolution."""
+    return next((parameter.shape[1] for parameter in net.parameters() if parameter.dim() == 4), 3)

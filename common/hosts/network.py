@@ -41,6 +41,8 @@ class Lean:
 
     def run(self, images: Tensor, *, restorable: bool = True) -> Tokens:
         """Tokens behind the last block, reduced."""
+        if images.shape[0] == 0:
+            raise UsageError("the batch is empty: expected images (B, C, H, W) with B of at least 1")
         tokens = self.plan.host.embed(self, images)
         return self.plan.run(tokens if restorable else tokens.update(undo=None))
 
@@ -81,8 +83,7 @@ class Lean:
 
     def gmacs(self) -> float:
         """Multiply-accumulates of one image at the network's own resolution, in 1e9, those of the methods included."""
-        height, width = self.plan.host.facts.image_size
-        counted = count_operations(self, torch.empty(1, 3, height, width, device="meta"))  # pyright: ignore
+        counted = count_operations(self, self._probe().to("meta"))  # pyright: ignore[reportArgumentType] - a mixin
         return gmacs(counted.executed)
 
     def restore(self) -> nn.Module:
@@ -91,7 +92,8 @@ class Lean:
 
     def _probe(self) -> Tensor:
         parameter = next(self.parameters())  # pyright: ignore[reportAttributeAccessIssue]
-        return torch.zeros(1, 3, *self.plan.host.facts.image_size, device=parameter.device, dtype=parameter.dtype)
+        facts = self.plan.host.facts
+        return torch.zeros(1, facts.channels, *facts.image_size, device=parameter.device, dtype=parameter.dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
         mixin, kind = type(self).__bases__
@@ -164,8 +166,9 @@ def check(host: Host) -> None:
     if parameter.is_meta:
         return
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(1, 3, *host.facts.image_size, generator=generator, device="cpu").to(parameter)
-    with torch.no_grad(), evaluating(host.net):
+    shape = (1, host.facts.channels, *host.facts.image_size)
+    images = torch.randn(shape, generator=generator, device="cpu").to(parameter)
+    with torch.no_grad(), evaluating(host.net), torch.autocast(parameter.device.type, enabled=False):
         expected = host.net(images)
         tokens = Plan(host, (), opened=True).run(host.embed(host.net, images))
         found = host.finish(host.net, host.normalize(host.net, tokens.x))

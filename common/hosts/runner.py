@@ -91,7 +91,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         facts = self.host.facts
-        self.methods = tuple(method.resolve(facts) for method in self.methods)
+        self.methods = tuple(_resolve(method, facts) for method in self.methods)
         self.acting = [{hook: [] for hook in HOOKS} for _ in range(facts.depth)]
         found = [(effect, method) for method in self.methods for effect in method.effects()]
         found.sort(key=lambda pair: (pair[0].layer, HOOKS.index(pair[0].hook)))
@@ -110,6 +110,11 @@ class Plan:
             if effect.hook == "attend" and places:
                 raise PlanError(
                     f"{places[0].name} and {method.name} both take the place of the attention of layer {effect.layer}"
+                )
+            if effect.hook == "between" and places:
+                raise PlanError(
+                    f"{places[0].name} and {method.name} both reduce the tokens between the halves of layer "
+                    f"{effect.layer}, where one knows what the attention saw: give them different layers"
                 )
             places.append(method)
             broken |= {what: (effect.layer, method) for what in effect.breaks if what not in broken}
@@ -148,3 +153,15 @@ class Plan:
 def attend(parts: Parts, tokens: Tokens) -> Tensor:
     """The host's attention, aware of the sizes of its keys: (B, h, N, d)."""
     return attention(parts.q, parts.k, parts.v, tokens.key_bias, dropout=parts.dropout, scale=parts.scale)
+
+
+def _resolve(method: Any, facts: Facts) -> Method:
+    """A method with every setting filled in; whatever a setting of a wrong kind raises is said as its mistake."""
+    if not isinstance(method, Method):
+        raise PlanError(f"expected a method with its settings, such as leanvit.ToMe(r=16), or a name, got {method!r}")
+    try:
+        return method.resolve(facts)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, PlanError):
+            raise
+        raise PlanError(f"{method}: {error}") from error

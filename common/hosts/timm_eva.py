@@ -9,7 +9,7 @@ from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDino
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
-from common.hosts.host import BlockView, Facts, Host, NotAHost, Parts, Rotation, Tokens, refuse_hooks
+from common.hosts.host import BlockView, Facts, Host, NotAHost, Parts, Rotation, Tokens, channels_of, refuse_hooks
 from common.hosts.timm_vit import LeanTimm
 
 
@@ -36,10 +36,10 @@ class EvaView(BlockView):
         if attn.qkv is None:
             q, k, v = (part(y).unflatten(2, (attn.num_heads, -1)).transpose(1, 2) for part in _projections(attn))
         else:
-            bias = attn.qkv.bias
-            if getattr(attn, "q_bias", None) is not None:
-                bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-            qkv = F.linear(y, attn.qkv.weight, bias)
+            if getattr(attn, "q_bias", None) is None:
+                qkv = attn.qkv(y)
+            else:  # as the host does, which does not call the module then
+                qkv = F.linear(y, attn.qkv.weight, torch.cat([attn.q_bias, attn.k_bias, attn.v_bias]))
             q, k, v = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = attn.q_norm(q), attn.k_norm(k)
         gate = None if getattr(attn, "gate", None) is None else attn.gate(y).sigmoid()
@@ -105,10 +105,15 @@ class TimmEva(Host):
             width=eva.embed_dim,
             heads=eva.blocks[0].attn.num_heads,
             image_size=tuple(eva.patch_embed.img_size),
+            channels=channels_of(net),
         )
         grid = self.facts.grid
         assert grid is not None
         self.rotation = None if eva.rope is None else rotate(eva.rope.get_embed(shape=list(grid)), grid)
+        if self.rotation is not None and not self.rotation.table.is_meta:
+            again = self.rotation.at(self.rotation.coordinates).table[0, 0]
+            if (again - self.rotation.table).abs().max() > 1e-3:
+                raise NotAHost("rope turns patches by angles that are not linear in row and column")
 
     def embed(self, net: Any, images: Tensor) -> Tokens:
         x = net.patch_embed(images)
@@ -134,11 +139,7 @@ class TimmEva(Host):
 
 
 def rotate(table: Tensor, grid: tuple[int, int]) -> Rotation:
-    """The rotation of a table (P, 2 d) of a grid, its rates being the steps between neighbouring patches.
-
-    Raises:
-        NotAHost: if the angles are not linear in row and column.
-    """
+    """The rotation of a table (P, 2 d) of a grid, its rates being the steps between neighbouring patches."""
     sine, cosine = table.float().unflatten(0, grid).chunk(2, dim=-1)  # (rows, columns, d)
     places = torch.stack(torch.meshgrid(*(torch.arange(n, device=table.device) for n in grid), indexing="ij"), -1)
 
@@ -154,7 +155,4 @@ def rotate(table: Tensor, grid: tuple[int, int]) -> Rotation:
     down = step(sine, cosine)
     right = step(sine.transpose(0, 1), cosine.transpose(0, 1))
     first = torch.atan2(sine[0, 0], cosine[0, 0])
-    rotation = Rotation(table, places.flatten(0, 1)[None].to(sine.dtype), first, torch.stack([down, right]))
-    if not table.is_meta and (rotation.at(rotation.coordinates).table[0, 0] - table).abs().max() > 1e-3:
-        raise NotAHost("rope turns patches by angles that are not linear in row and column")
-    return rotation
+    return Rotation(table, places.flatten(0, 1)[None].to(sine.dtype), first, torch.stack([down, right]))

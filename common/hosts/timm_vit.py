@@ -8,7 +8,7 @@ from timm.layers.attention import Attention
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
-from common.hosts.host import BlockView, Facts, Host, NotAHost, Parts, Rotation, Tokens, refuse_hooks
+from common.hosts.host import BlockView, Facts, Host, NotAHost, Parts, Rotation, Tokens, channels_of, refuse_hooks
 from common.hosts.network import Lean
 from common.run.errors import UsageError
 
@@ -73,6 +73,11 @@ class LeanTimm(Lean):
 
     get_intermediate_layers = forward_intermediates
 
+    def set_input_size(self, *_: Any, **__: Any) -> Any:
+        raise UsageError("a plan is made for one network as it is: change fast.restore() and call lean on it again")
+
+    prune_intermediate_layers = set_grad_checkpointing = set_input_size
+
 
 class TimmViT(Host):
     """See the top of this file."""
@@ -105,6 +110,7 @@ class TimmViT(Host):
             width=vit.embed_dim,
             heads=vit.blocks[0].attn.num_heads,
             image_size=tuple(vit.patch_embed.img_size),
+            channels=channels_of(net),
         )
 
     def embed(self, net: Any, images: Tensor) -> Tokens:

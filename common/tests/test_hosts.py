@@ -457,3 +457,47 @@ def test_every_family_of_timm_is_a_host_or_refused_by_name() -> None:
         assert good or why, name
         row = f"| `{families.module_of(name)}` | {'yes' if good else 'no'} | {why} |"
         assert row in page, f"{name}: {row} is not in docs/hosts.md; python -m common.hosts.families renders it"
+
+
+class Adapter(nn.Module):
+    """A projection with something of its own."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner, self.extra = inner, nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + self.extra
+
+
+def test_what_wraps_a_projection_is_called() -> None:
+    for net in (build(), build_eva("DINOv3")):
+        for block in net.blocks:
+            block.attn.qkv = Adapter(block.attn.qkv)
+        fast, images = lean(net, Replace()), images_for(net)
+        before = fast(images)
+        with torch.no_grad():
+            for block in net.blocks:
+                block.attn.qkv.extra += 1.0
+        assert not torch.allclose(fast(images), before)
+        torch.testing.assert_close(fast(images), net(images), rtol=0, atol=1e-12)
+
+
+def test_rotation_at_another_size_under_autocast_and_compiled() -> None:
+    EVA["dynamic"] = {**EVA["DINOv3"], "dynamic_img_size": True, "img_size": 64}
+    net = build_eva("dynamic").float()
+    del EVA["dynamic"]
+    images = torch.randn(2, 3, 48, 80)
+    fast = lean(net, Halve(layer=3, hook="after"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lean(net, Drop())(images).isfinite().all()
+    compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images), fast(images), rtol=0, atol=1e-5)
+
+
+def test_other_channels_and_a_host_that_changes() -> None:
+    net = build(in_chans=1)
+    assert lean(net, Halve()).gmacs() < lean(net).gmacs()
+    for call in ("set_input_size", "prune_intermediate_layers", "set_grad_checkpointing"):
+        with pytest.raises(ValueError, match="call lean on it again"):
+            getattr(lean(net, Halve()), call)(1)

@@ -187,3 +187,41 @@ def test_networks_that_reduce_tokens_themselves_are_no_hosts() -> None:
         lean(EViTDesk(), "tome")
     with pytest.raises(NotAHost, match="HourglassViTDesk has a way of its own with tokens"):
         lean(HourglassViTDesk(), "tome")
+
+
+def test_what_cannot_share_a_layer_is_refused_before_any_image() -> None:
+    with pytest.raises(PlanError, match="tome and evit both reduce the tokens between the halves of layer 1"):
+        lean(timm(), ToMe(r=1), EViT())
+    with pytest.raises(PlanError, match="layers must differ"):
+        lean(timm(), EViT(layers=(1, 1)))
+    headless = timm(class_token=False, global_pool="avg")
+    with pytest.raises(PlanError, match="tome at layer 0 breaks the plain attention that evit needs at layer 3"):
+        lean(headless, ToMe(r=[1, 0, 0, 0]), EViT(layers=(3,)))
+    with pytest.raises(PlanError, match="score 'class' needs a class token"):
+        lean(headless, EViT(score="class"))
+    assert lean(headless, ToMe(r=[1, 0, 0, 0], prop_attn=False), EViT(layers=(3,)))(images(40)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("name", ["tome", "hourglass", "evit"])
+def test_costs_exports_and_smaller_images(name: str) -> None:
+    net = timm(dynamic_img_size=True)
+    fast = lean(net, name)
+    assert fast.gmacs() < lean(net).gmacs()
+    small = fast.plan.run(fast.plan.host.embed(fast, images(16)))
+    assert small.x.shape[1] <= 5  # 4 patches and the class token
+    batch = {0: torch.export.Dim("batch", min=2, max=16)}
+    plain = lean(timm(), name)
+    exported = torch.export.export(plain, (images(40),), dynamic_shapes=(batch,))
+    torch.testing.assert_close(exported.module()(images(40, 3)), plain(images(40, 3)), rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="the batch is empty"):
+        fast(images(40)[:0])
+
+
+@pytest.mark.parametrize(
+    "method",
+    [EViT(layers=2), EViT(keep="a"), Hourglass(clusters=-4), Hourglass(clusters=(6,)), Hourglass(iters=1.5),
+     Hourglass(norm="l3"), Hourglass(temperature=float("inf")), Hourglass(window=5.5), ToMe],
+)  # fmt: skip
+def test_settings_of_a_wrong_kind_are_refused(method: Any) -> None:
+    with pytest.raises(PlanError):
+        lean(timm(), method)
