@@ -133,6 +133,8 @@ def check_ratio(ratio: Ratio, embed_dim: int, num_heads: int) -> Width:
         WidthError: naming the nearest and all valid widths.
     """
     wanted = ratio.steps / ratio.of if isinstance(ratio, Width) else ratio
+    if not isinstance(wanted, (int, float)) or not math.isfinite(wanted):
+        raise WidthError(f"a width ratio must be a number above 0 and at most 1, got {wanted!r}")
     each = embed_dim // num_heads
     steps = round(wanted * each)
     if 1 <= steps <= each and abs(wanted - steps / each) < SNAP:

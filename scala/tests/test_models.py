@@ -18,6 +18,7 @@ from scala.slicing import (
     SliceRule,
     Width,
     WidthError,
+    check_ratio,
     check_sampling,
     exact,
     make_grid,
@@ -279,3 +280,9 @@ def test_grids_that_are_refused() -> None:
         check_sampling(make_grid(0.5, 1.0, 0.25))
     assert make_grid(0.1, 1.0, 0.1).upper_steps == (6, 9)  # 0.1 is no binary fraction
     assert make_grid(0.75, 0.75, 0.25).ratios == [0.75]
+
+
+@pytest.mark.parametrize("ratio", [float("nan"), float("inf"), "0.5", None])
+def test_what_is_no_number_is_no_width(ratio):
+    with pytest.raises(WidthError, match="a width ratio must be a number"):
+        check_ratio(ratio, 96, 3)
