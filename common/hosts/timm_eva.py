@@ -9,8 +9,8 @@ from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDino
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
-from common.hosts.host import BlockView, Facts, Host, NotAHost, Parts, Rotation, Tokens, channels_of, refuse_hooks
-from common.hosts.timm_vit import LeanTimm
+from common.hosts.host import BlockView, NotAHost, Parts, Rotation, Tokens, refuse_hooks
+from common.hosts.timm_vit import TimmHost
 
 
 class EvaView(BlockView):
@@ -34,7 +34,10 @@ class EvaView(BlockView):
         attn = self.module.attn
         y = self.module.norm1(x)
         if attn.qkv is None:
-            q, k, v = (part(y).unflatten(2, (attn.num_heads, -1)).transpose(1, 2) for part in _projections(attn))
+            q, k, v = (
+                part(y).unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
+                for part in (attn.q_proj, attn.k_proj, attn.v_proj)
+            )
         else:
             if getattr(attn, "q_bias", None) is None:
                 qkv = attn.qkv(y)
@@ -68,45 +71,23 @@ class EvaView(BlockView):
         return block.drop_path2(x if block.gamma_2 is None else block.gamma_2 * x)
 
 
-def _projections(attn: Any) -> tuple[Any, Any, Any]:
-    return attn.q_proj, attn.k_proj, attn.v_proj
-
-
-class TimmEva(Host):
+class TimmEva(TimmHost):
     """See the top of this file."""
 
-    lean_class = LeanTimm
+    family = Eva
+    view = EvaView
 
     @staticmethod
     def accepts(net: nn.Module) -> bool:
         return isinstance(net, Eva)
 
     def __init__(self, net: nn.Module) -> None:
-        super().__init__(net)
-        eva, kind = cast(Any, net), type(net)
-        for method in ("forward", "forward_features", "pool"):
-            if getattr(kind, method) is not getattr(Eva, method):
-                raise NotAHost(f"{kind.__name__} has a {method} of its own")
-        if eva.grad_checkpointing:
-            raise NotAHost("gradient checkpointing is on: call net.set_grad_checkpointing(False) first")
-        if eva.patch_drop is not None:
-            raise NotAHost("patch_drop drops patches in training: build the network with patch_drop_rate=0")
+        eva = cast(Any, net)
         if eva.rope_mixed or not isinstance(eva.rope, (RotaryEmbeddingCat, RotaryEmbeddingDinoV3, type(None))):
             raise NotAHost(f"rope ({type(eva.rope).__name__}) rotates every layer, or in a way that is not known here")
         if getattr(eva.rope, "in_pixels", False):
             raise NotAHost("rope turns neighbouring patches by more than half a turn (in_pixels)")
-        self.blocks = [EvaView(block, f"blocks.{index}") for index, block in enumerate(eva.blocks)]
-        self.facts = Facts(
-            name=kind.__name__,
-            depth=len(self.blocks),
-            prefix=eva.num_prefix_tokens,
-            class_token=eva.cls_token is not None,
-            grid=tuple(eva.patch_embed.grid_size),
-            width=eva.embed_dim,
-            heads=eva.blocks[0].attn.num_heads,
-            image_size=tuple(eva.patch_embed.img_size),
-            channels=channels_of(net),
-        )
+        super().__init__(net)
         grid = self.facts.grid
         assert grid is not None
         self.rotation = None if eva.rope is None else rotate(eva.rope.get_embed(shape=list(grid)), grid)
@@ -127,15 +108,6 @@ class TimmEva(Host):
             constants = (rotation.coordinates, rotation.first, rotation.rates)
             rotation = Rotation(table, *(constant.to(table.device) for constant in constants))
         return Tokens(net.norm_pre(x), self.facts.prefix, grid, rotation=rotation)
-
-    def normalize(self, net: Any, x: Tensor) -> Tensor:
-        return net.norm(x)
-
-    def reads_prefix(self, net: Any) -> bool:
-        return net.global_pool == "token" and net.attn_pool is None and net.forward_head.__func__ is Eva.forward_head
-
-    def finish(self, net: Any, x: Tensor) -> Tensor:
-        return net.forward_head(x)
 
 
 def rotate(table: Tensor, grid: tuple[int, int]) -> Rotation:

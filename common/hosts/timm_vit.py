@@ -1,7 +1,7 @@
 """timm's ``VisionTransformer`` as a host: plain, DeiT, DeiT III, AugReg, DINOv2, CLIP, SigLIP; with LayerScale,
 registers, qk-norm, gate, pre-norm, attention pool or average pool."""
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from timm.layers.attention import Attention
@@ -79,28 +79,28 @@ class LeanTimm(Lean):
     prune_intermediate_layers = set_grad_checkpointing = set_input_size
 
 
-class TimmViT(Host):
-    """See the top of this file."""
+class TimmHost(Host):
+    """What the two families of timm share: names of modules, checks, the way from tokens to an output."""
 
     lean_class = LeanTimm
-
-    @staticmethod
-    def accepts(net: nn.Module) -> bool:
-        return isinstance(net, timm_vit.VisionTransformer)
+    family: ClassVar[Any]
+    """timm's class"""
+    view: ClassVar[Any]
+    """class of the block views"""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net)
         vit, kind = cast(Any, net), type(net)
         for method in OWN:
-            if getattr(kind, method) is not getattr(timm_vit.VisionTransformer, method):
+            if getattr(kind, method) is not getattr(self.family, method):
                 raise NotAHost(f"{kind.__name__} has a {method} of its own")
         if vit.grad_checkpointing:
             raise NotAHost("gradient checkpointing is on: call net.set_grad_checkpointing(False) first")
-        if not isinstance(vit.patch_drop, nn.Identity):
+        if not isinstance(vit.patch_drop, (nn.Identity, type(None))):
             raise NotAHost("patch_drop drops patches in training: build the network with patch_drop_rate=0")
         if getattr(vit.patch_embed, "grid_size", None) is None:
             raise NotAHost(f"patch_embed ({type(vit.patch_embed).__name__}) has no grid of patches")
-        self.blocks = [TimmBlock(block, f"blocks.{index}") for index, block in enumerate(vit.blocks)]
+        self.blocks = [self.view(block, f"blocks.{index}") for index, block in enumerate(vit.blocks)]
         self.facts = Facts(
             name=kind.__name__,
             depth=len(self.blocks),
@@ -113,21 +113,39 @@ class TimmViT(Host):
             channels=channels_of(net),
         )
 
+    def normalize(self, net: Any, x: Tensor) -> Tensor:
+        return net.norm(x)
+
+    def prefix_heads(self) -> tuple[Any, ...]:
+        """Forms of ``forward_head`` that read nothing but the prefix where the pool is "token"."""
+        return (self.family.forward_head,)
+
+    def reads_prefix(self, net: Any) -> bool:
+        from_token = net.global_pool == "token" and net.attn_pool is None
+        return from_token and net.forward_head.__func__ in self.prefix_heads()
+
+    def finish(self, net: Any, x: Tensor) -> Tensor:
+        return net.forward_head(x)
+
+
+class TimmViT(TimmHost):
+    """See the top of this file."""
+
+    family = timm_vit.VisionTransformer
+    view = TimmBlock
+
+    @staticmethod
+    def accepts(net: nn.Module) -> bool:
+        return isinstance(net, timm_vit.VisionTransformer)
+
     def embed(self, net: Any, images: Tensor) -> Tokens:
         x = net.patch_embed(images)
         grid = tuple(x.shape[1:3]) if net.dynamic_img_size else self.facts.grid
         x = net.norm_pre(net._pos_embed(x))
         return Tokens(x, self.facts.prefix, grid)
 
-    def normalize(self, net: Any, x: Tensor) -> Tensor:
-        return net.norm(x)
-
-    def reads_prefix(self, net: Any) -> bool:
-        heads = (timm_vit.VisionTransformer.forward_head, _distilled_head())
-        return net.global_pool == "token" and net.attn_pool is None and net.forward_head.__func__ in heads
-
-    def finish(self, net: Any, x: Tensor) -> Tensor:
-        return net.forward_head(x)
+    def prefix_heads(self) -> tuple[Any, ...]:
+        return (*super().prefix_heads(), _distilled_head())
 
 
 def _distilled_head() -> Any:
