@@ -21,7 +21,7 @@ PYTHON=${PYTHON:-python}
 NPROC=${NPROC:-4}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 case "${LAUNCHER:-torchrun}" in
-    torchrun) START=(-m torch.distributed.run --nproc_per_node="$NPROC" ${PORT:+--master_port="$PORT"}) ;;
+    torchrun) START=(-m common.run.torchrun --nproc_per_node="$NPROC" ${PORT:+--master_port="$PORT"}) ;;
     launch) START=(-m torch.distributed.launch --nproc_per_node="$NPROC" ${PORT:+--master_port="$PORT"} --use_env) ;;
     *) echo "LAUNCHER must be torchrun or launch, got $LAUNCHER" >&2; exit 2 ;;
 esac

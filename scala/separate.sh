@@ -42,7 +42,7 @@ start() {
         return
     fi
     case "${LAUNCHER:-torchrun}" in
-        torchrun) "$PYTHON" -m torch.distributed.run --nproc_per_node="$NPROC" ${PORT:+--master_port="$PORT"} "$@" ;;
+        torchrun) "$PYTHON" -m common.run.torchrun --nproc_per_node="$NPROC" ${PORT:+--master_port="$PORT"} "$@" ;;
         launch) "$PYTHON" -m torch.distributed.launch --nproc_per_node="$NPROC" ${PORT:+--master_port="$PORT"} --use_env "$@" ;;
         *) echo "LAUNCHER must be torchrun or launch, got $LAUNCHER" >&2; exit 2 ;;
     esac

@@ -18,7 +18,7 @@ set -euo pipefail
 procs=${PROCS:-2}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-exec "${PYTHON:-python3}" -m torch.distributed.run --nproc_per_node "$procs" --master_port "${PORT:-6382}" \
+exec "${PYTHON:-python3}" -m common.run.torchrun --nproc_per_node "$procs" --master_port "${PORT:-6382}" \
     "$root/uvc/post_train.py" --pretrained 0 \
     --model_type deit_tiny_patch16_224 --model_path "${MODEL:-pretrained}" --checkpoint_dir "$CHECKPOINT" \
     --data_dir "$DATA" --distillation-type soft --distillation-alpha 0.1 --train_batch_size 128 \

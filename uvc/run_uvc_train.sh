@@ -16,7 +16,7 @@ set -euo pipefail
 procs=${PROCS:-2}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-exec "${PYTHON:-python3}" -m torch.distributed.run --nproc_per_node "$procs" --master_port "${PORT:-6019}" \
+exec "${PYTHON:-python3}" -m common.run.torchrun --nproc_per_node "$procs" --master_port "${PORT:-6019}" \
     "$root/uvc/joint_train.py" --gpu_num "${GPUS:-$(seq -s, 0 $((procs - 1)))}" --uvc_train \
     --model_type deit_tiny_patch16_224 --model_path "${MODEL:-pretrained}" --data_dir "$DATA" \
     --distillation-type soft --distillation-alpha 0.1 --train_batch_size 512 --num_epochs 30 --eval_every 1000 \

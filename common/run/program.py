@@ -54,26 +54,30 @@ def _process_group() -> Any:
 def run(main: Callable[[], Result], *, expected: tuple[type[Exception], ...] = ()) -> Result:
     """Call ``main()``; a failure on one rank ends the whole job, printing that rank's error.
 
+    A user's mistake (an error of ``common.run.errors``, a ``SystemExit`` with a text) prints one line, on rank 0 of a
+    job of several ranks, and ends with status 2, as argparse's do. A bug shows its traceback and ends with status 1.
+
     Args:
         main: the entry point; it calls ``common.run.launch.launch`` itself.
-        expected: errors besides those of ``common.run.errors`` whose message says all a user needs; they print one line
-            instead of a traceback and exit with status 1. A job of several ranks prints it once.
+        expected: further errors whose message says all a user needs.
 
     Returns:
         What ``main`` returns, after the process group is gone.
     """
-    expected = (*EXPECTED, *expected)
     agent = _find_agent()
     try:
         result = main()
     except BaseException as error:
-        helped = isinstance(error, SystemExit) and not error.code
-        if helped:
+        mistake = isinstance(error, (*EXPECTED, *expected, SystemExit))
+        if isinstance(error, SystemExit) and not error.code:
             _shutdown()
-        elif agent or _process_group():
-            _leave(error, agent, mistake=isinstance(error, (*expected, SystemExit)))
-        elif isinstance(error, expected):
-            raise SystemExit(f"error: {error}") from error
+        elif "TORCHELASTIC_RUN_ID" in os.environ or _process_group():
+            _leave(error, agent, mistake=mistake)
+        elif mistake and (text := _mistake_text(error)):
+            sys.stderr.write(text)
+            ending = SystemExit(text.strip())
+            ending.code = 2
+            raise ending from error
         raise
     _shutdown()
     return result
@@ -85,7 +89,10 @@ def _shutdown() -> None:
 
 
 def _find_agent() -> int:
-    """Process number of the torchrun that started this process, which ends with it; 0 where there is none."""
+    """Process number of the torchrun that started this process, which ends with it; 0 where there is none.
+
+    ``common.run.torchrun`` is none: it knows a user's mistake by its status.
+    """
     parent = os.getppid()
     try:
         words = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace").split("\0")[:4]
@@ -98,6 +105,13 @@ def _find_agent() -> int:
     return parent
 
 
+def _mistake_text(error: BaseException) -> str:
+    """The one line about a mistake; empty where argparse, for one, has spoken already."""
+    if isinstance(error, SystemExit):
+        return "" if isinstance(error.code, int) else f"{error.code}\n"
+    return f"error: {error}\n"
+
+
 def _leave(error: BaseException, agent: int, *, mistake: bool) -> NoReturn:
     """End a rank of a larger job for good: no clean-up that waits for the other ranks.
 
@@ -105,13 +119,13 @@ def _leave(error: BaseException, agent: int, *, mistake: bool) -> NoReturn:
     and rank 0 reports in its one line, it gets a signal that it does not handle instead, and says nothing.
     """
     rank = int(os.environ.get("RANK", get_rank()))
-    status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-    text = f"error: {error}\n"
-    if isinstance(error, SystemExit):
-        text = "" if isinstance(error.code, int) else f"{error.code}\n"  # argparse, for one, has spoken already
+    status = 1
+    if mistake:
+        text = _mistake_text(error)
+        status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 2
     elif isinstance(error, KeyboardInterrupt):
         status, text = 130, "interrupted\n"
-    elif not mistake:
+    else:
         text = "error:\n" + "".join(traceback.format_exception(error))
     follows = isinstance(error, RuntimeError) and re.search(LOST_PEER, str(error)) is not None
     if follows or (mistake and rank):

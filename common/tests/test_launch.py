@@ -2,10 +2,12 @@ import json
 import logging
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -138,7 +140,7 @@ def test_missing_partner_ends_with_an_error() -> None:
     variables = torchrun_variables(2)[:1]
     started = time.monotonic()
     (ended,) = run_forked(lambda: run(lambda: launch("cpu", start_timeout_s=2)), variables)
-    assert ended.status == 1
+    assert ended.status == 2
     assert "Are all 2 processes started" in ended.output
     assert time.monotonic() - started < 20
 
@@ -165,12 +167,20 @@ def test_device_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("cuda", local_rank=3, size=4, one_visible_gpu_is_mine=True) == torch.device("cuda:0")
 
 
-def test_expected_errors_of_one_process_print_one_line(bare: pytest.MonkeyPatch) -> None:
-    def main() -> None:
-        raise LaunchError("do this")
+def test_expected_errors_of_one_process_print_one_line(
+    bare: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(error: BaseException) -> None:
+        raise error
 
-    with pytest.raises(SystemExit, match="error: do this"):
-        run(main)
+    for error in (LaunchError("do this"), SystemExit("error: do this")):
+        with pytest.raises(SystemExit, match="error: do this") as ended:
+            run(partial(fail, error))
+        assert ended.value.code == 2
+        assert capsys.readouterr().err == "error: do this\n"
+    with pytest.raises(SystemExit) as ended:
+        run(partial(fail, SystemExit(3)))
+    assert ended.value.code == 3
 
     def broken() -> None:
         raise ArithmeticError("a bug")
@@ -181,6 +191,7 @@ def test_expected_errors_of_one_process_print_one_line(bare: pytest.MonkeyPatch)
 
 
 LAUNCHERS = {
+    "ours": ["common.run.torchrun"],
     "torchrun": ["torch.distributed.run"],
     "launch": ["torch.distributed.launch"],
     "launch --use_env": ["torch.distributed.launch", "--use_env"],
@@ -210,10 +221,11 @@ def test_real_launchers(launcher: str) -> None:
 
 
 @pytest.mark.parametrize(("rank", "how"), [(0, "busy"), (1, "bug")])
-def test_failure_on_one_rank_ends_the_job_with_its_error(rank: int, how: str) -> None:
+@pytest.mark.parametrize("launcher", ["ours", "torchrun"])
+def test_failure_on_one_rank_ends_the_job_with_its_error(launcher: str, rank: int, how: str) -> None:
     """The other rank is busy, or waits in a collective."""
     started = time.monotonic()
-    done = start("torchrun", f"--fail-rank={rank}", f"--how={how}")
+    done = start(launcher, f"--fail-rank={rank}", f"--how={how}")
     assert time.monotonic() - started < 50
     assert done.returncode == 1
     assert f"[rank {rank}] error:\nTraceback" in done.stderr
@@ -222,17 +234,21 @@ def test_failure_on_one_rank_ends_the_job_with_its_error(rank: int, how: str) ->
 
 
 @pytest.mark.parametrize(
-    ("words", "lines"),
+    ("words", "status", "lines"),
     [
-        (["--fail-rank=9", "--how=mistake"], ["error: give --less"]),
-        (["--fail-rank=1", "--how=mistake"], ["[rank 1] error: give --less"]),
-        (["--fail-rank=0", "--how=exit"], []),
-        (["--no-such-flag"], ["place_job.py: error: unrecognized arguments: --no-such-flag"]),
+        (["--fail-rank=9", "--how=mistake"], 2, ["error: give --less"]),
+        (["--fail-rank=1", "--how=mistake"], 2, ["[rank 1] error: give --less"]),
+        (["--fail-rank=0", "--how=exit"], 3, []),
+        (["--no-such-flag"], 2, ["place_job.py: error: unrecognized arguments: --no-such-flag"]),
     ],
 )
-def test_a_users_mistake_is_one_line_under_torchrun(words: list[str], lines: list[str]) -> None:
-    done = start("torchrun", *words)
-    assert done.returncode != 0
+@pytest.mark.parametrize("launcher", ["ours", "torchrun"])
+def test_a_users_mistake_is_one_line_under_torchrun(
+    launcher: str, words: list[str], status: int, lines: list[str]
+) -> None:
+    """torchrun itself, which would say much more, dies of a signal; ours takes the status."""
+    done = start(launcher, *words)
+    assert done.returncode == (status if launcher == "ours" else -signal.SIGUSR1)
     shown = [line for line in done.stderr.splitlines() if not line.startswith((" ", "usage:"))]
     assert shown == lines, done.stderr
     assert done.stdout == ""

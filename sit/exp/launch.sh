@@ -8,7 +8,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 usage() {
   sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$0" >&2
   cat >&2 <<'TEXT'
-NPROC (processes on this machine, 8), OUTPUT (folder to write to), PYTHON, and LAUNCHER (torch.distributed.run or
+NPROC (processes on this machine, 8), OUTPUT (folder to write to), PYTHON, and LAUNCHER (common.run.torchrun or
 torch.distributed.launch) may be set, too. Further words go to sit/main.py, where the last of two equal flags wins.
 TEXT
   exit 2
@@ -27,7 +27,7 @@ start() {
   local output=${OUTPUT:-output/sit/$1}
   shift
   mkdir -p "$output"
-  local launcher=(-m "${LAUNCHER:-torch.distributed.run}" --nproc_per_node="${NPROC:-8}")
-  [[ ${LAUNCHER:-torch.distributed.run} == torch.distributed.run ]] && launcher+=(--standalone)
+  local launcher=(-m "${LAUNCHER:-common.run.torchrun}" --nproc_per_node="${NPROC:-8}")
+  [[ ${LAUNCHER:-common.run.torchrun} != torch.distributed.launch ]] && launcher+=(--standalone)
   "${PYTHON:-python}" "${launcher[@]}" sit/main.py --output_dir "$output" "$@" 2>&1 | tee -a "$output/console.txt"
 }
