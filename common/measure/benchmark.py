@@ -18,8 +18,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -68,10 +68,6 @@ class Speed:
     compiled: bool
     rounds: int
     """timed passes"""
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields, for a record file."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -122,45 +118,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(
-    model: nn.Module,
-    images: Tensor,
-    *,
-    warmup: int = 3,
-    rounds: int = 10,
-    limit_s: float | None = None,
-    progress: str | None = None,
-    clock: Clock = time.perf_counter,
-) -> Speed:
-    """Median latency and throughput of a model on one batch.
-
-    Args:
-        model: network on the device of ``images``, in their precision; compiled or not. Its mode is restored.
-        images: one batch, (B, 3, height, width).
-        warmup, rounds: untimed and timed passes.
-        limit_s: stop after this many seconds, with the rounds done so far. The warm-up takes at most a fifth of it, but
-            at least one pass. A pass is never interrupted, and at least one is reported: the last of the warm-up if
-            that alone reaches the limit.
-        progress: label of a progress bar, which appears if the measurement takes longer than two seconds.
-        clock: source of the time.
-
-    Raises:
-        ValueError: if ``rounds`` < 1 or ``warmup`` < 0.
-        NotEnoughMemory: if the batch does not fit.
-    """
-    paired = compare(
-        {"model": model},
-        images,
-        baseline="model",
-        warmup=warmup,
-        rounds=rounds,
-        limit_s=limit_s,
-        progress=progress,
-        clock=clock,
-    )
-    return paired["model"].speed
-
-
 def compare(
     models: Mapping[str, nn.Module],
     images: Tensor,
@@ -172,13 +129,24 @@ def compare(
     progress: str | None = None,
     clock: Clock = time.perf_counter,
 ) -> dict[str, PairedSpeed]:
-    """Speeds of several models that take turns round by round, each with its ratio to the baseline of the same rounds.
+    """Speeds of models that take turns round by round, each with its ratio to the baseline of the same rounds.
 
-    The order within a round rotates, so that no model always follows the same one. Arguments and errors are those of
-    ``measure``; ``limit_s`` is for all models together and ends the run between rounds.
+    The order within a round rotates, so that no model always follows the same one.
+
+    Args:
+        models: networks on the device of ``images``, in their precision; compiled or not. Their mode is restored.
+        images: one batch, (B, 3, height, width).
+        baseline: name of the one that the ratios are over.
+        warmup, rounds: untimed and timed passes of each.
+        limit_s: stop after this many seconds, with the rounds done so far. The warm-up takes at most a fifth of it, but
+            at least one round. A round is never interrupted, and at least one is reported: the last of the warm-up if
+            that alone reaches the limit.
+        progress: label of a progress bar, which appears if the measurement takes longer than two seconds.
+        clock: source of the time.
 
     Raises:
-        ValueError: also if ``baseline`` is not one of ``models``.
+        ValueError: if ``baseline`` is not one of ``models``, ``rounds`` < 1 or ``warmup`` < 0.
+        NotEnoughMemory: if the batch does not fit.
     """
     if baseline not in models:
         raise ValueError(f"baseline {baseline!r} is not among the models {sorted(models)}")
@@ -500,73 +468,37 @@ class _LiveBytes(TorchDispatchMode):
         return result
 
 
-class _PassBar:
+class _PassBar(tqdm):
     """Progress over the passes of a measurement; within a pass, over the blocks of the model.
 
     The blocks are watched only while passes take longer than two seconds, where the cost of watching is nothing.
     """
 
     def __init__(self, label: str | None, passes: int) -> None:
-        self._label = label
-        self._passes = passes
-        self._bar: Any = None
-        self._watch = True
-        self._done = 0
-
-    def __enter__(self) -> "_PassBar":
-        if self._label is not None:
-            self._bar = tqdm(
-                total=self._passes,
-                desc=self._label,
-                delay=2,
-                leave=False,
-                file=sys.stderr,
-                mininterval=0.5 if sys.stderr.isatty() else 30,
-                bar_format="{desc}: {percentage:3.0f} %|{bar}| [{elapsed}, {remaining} left{postfix}]",
-                postfix=f"pass 1/{self._passes}",
-            )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        look = "{desc}: {percentage:3.0f} %|{bar}| {n:.1f}/{total} passes [{elapsed}, {remaining} left]"
+        often = {"delay": 2, "mininterval": 0.5 if sys.stderr.isatty() else 30}
+        super().__init__(total=passes, desc=label, disable=label is None, leave=False, bar_format=look, **often)
+        self._watch = not self.disable
 
     @contextmanager
     def one_pass(self, model: nn.Module) -> Iterator[None]:
         """Enclose one pass of ``model``."""
-        if self._bar is None:
-            yield
-            return
         blocks = _blocks(model) if self._watch and not hasattr(model, "_orig_mod") else []
-        start = time.perf_counter()
-        with _watching(blocks, self._advance) if blocks else nullcontext():
+        before, start = self.n, time.perf_counter()
+        handles = [
+            block.register_forward_hook(lambda *_, part=part: self.update(before + part / (len(blocks) + 1) - self.n))
+            for part, block in enumerate(blocks, 1)
+        ]
+        try:
             yield
-        self._watch = time.perf_counter() - start > 2
-        self._done += 1
-        self._bar.n = self._done
-        self._bar.set_postfix_str(f"pass {min(self._done + 1, self._passes)}/{self._passes}", refresh=False)
-        self._bar.update(0)
-
-    def _advance(self, fraction: float) -> None:
-        self._bar.update(self._done + fraction - self._bar.n)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._watch = not self.disable and time.perf_counter() - start > 2
+        self.update(before + 1 - self.n)
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """The longest chain of modules: the blocks of a transformer, the stages of a convolutional network."""
     chains = [list(module) for module in model.modules() if isinstance(module, (nn.Sequential, nn.ModuleList))]
     return max(chains, key=len, default=[])
-
-
-@contextmanager
-def _watching(blocks: Sequence[nn.Module], advance: Callable[[float], None]) -> Iterator[None]:
-    """Report the fraction of the blocks that have run."""
-
-    def report(index: int) -> Callable[..., None]:
-        return lambda *_: advance((index + 1) / (len(blocks) + 1))
-
-    handles = [block.register_forward_hook(report(index)) for index, block in enumerate(blocks)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

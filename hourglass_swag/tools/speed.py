@@ -16,7 +16,6 @@ from common.measure.benchmark import (
     compare,
     describe_device,
     device_name,
-    measure,
     measure_activation_bytes,
     measure_paper_protocol,
     measure_share,
@@ -52,7 +51,8 @@ def check_cpu(
             f"a batch of {batch_size} needs about {per_image * batch_size / 2**30:.1f} GiB beside the weights, but "
             f"only {free / 2**30:.1f} GiB are free; -b {max(int(0.9 * free / per_image), 1)} or less fits"
         )
-    batch_s = batch_size * measure(model, image, warmup=1, rounds=1, limit_s=LONG_S / 4).latency_ms / 1e3
+    timed = compare({"": model}, image, baseline="", warmup=1, rounds=1, limit_s=LONG_S / 4)[""].speed
+    batch_s = batch_size * timed.latency_ms / 1e3
     if batch_s * passes > LONG_S:
         limit = "" if limit_s is None else f" After {limit_s:.0f} s (--limit-s) no further pass is started."
         print(
