@@ -6,10 +6,12 @@ the same for readers, with the kept indices of every block, which trace the file
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +20,18 @@ from safetensors import safe_open
 from safetensors.torch import save
 from timm.layers import Attention, Mlp  # pyright: ignore[reportPrivateImportUsage]
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from common.run.checkpoint import CheckpointError, load_safely, load_strict
 from common.run.files import write_atomic
-from uvc.models.compact import LANES, CompactBlock, CompactConfig, CompactViT, Constant, padded
+from uvc.models.compact import LANES, CompactConfig, CompactViT, padded
 from uvc.removal import Compressed
 from uvc.structure import Structure
 
 FORMAT = "uvc compact network 1"
 KEY = "uvc"
 """The entry of the header that holds the description."""
-
-
-def describe(compressed: Compressed, **facts: Any) -> dict[str, Any]:
-    """What a file says besides the weights: format, sizes, kept indices, and further facts."""
-    network, structure = compressed.network, compressed.structure
-    return {"format": FORMAT, **facts, "config": network.config.as_dict(), "structure": structure.to_dict()}
 
 
 def save_compact(compressed: Compressed, path: str | os.PathLike[str], **facts: Any) -> tuple[Path, Path]:
@@ -52,7 +48,8 @@ def save_compact(compressed: Compressed, path: str | os.PathLike[str], **facts: 
     path = Path(path)
     if path.suffix != ".safetensors":
         path = path.with_name(path.name + ".safetensors")
-    description = describe(compressed, **facts)
+    config, structure = asdict(compressed.network.config), asdict(compressed.structure)
+    description = {"format": FORMAT, **facts, "config": config, "structure": structure}
     state = {key: value.detach().cpu().contiguous() for key, value in compressed.network.state_dict().items()}
     write_atomic(path, save(state, metadata={KEY: json.dumps(description), "format": "pt"}))
     write_atomic(path.with_suffix(".json"), json.dumps(description, indent=1) + "\n")
@@ -139,66 +136,35 @@ def to_timm(network: CompactViT) -> VisionTransformer:
     """
     config = network.config
     check_timm(config)
+    sizes: dict[str, Any] = {
+        "img_size": config.image_size, "patch_size": config.patch_size, "in_chans": config.in_chans,
+        "num_classes": config.num_classes, "embed_dim": config.embed_dim, "depth": len(config.blocks),
+        "num_heads": config.embed_dim // config.head_dim, "qkv_bias": config.qkv_bias, "weight_init": "skip",
+    }  # fmt: skip
     make = VisionTransformerDistilled if config.distilled else VisionTransformer
-
-    def norm(width: int, **options: Any) -> nn.Module:
-        return nn.LayerNorm(width, eps=config.norm_eps)
-
-    model = make(
-        img_size=config.image_size,
-        patch_size=config.patch_size,
-        in_chans=config.in_chans,
-        num_classes=config.num_classes,
-        embed_dim=config.embed_dim,
-        depth=len(config.blocks),
-        num_heads=config.embed_dim // config.head_dim,
-        qkv_bias=config.qkv_bias,
-        norm_layer=norm,  # pyright: ignore[reportArgumentType] - a function from the width, as timm's partials are
-        weight_init="skip",
-    ).to(network.cls_token)  # pyright: ignore[reportCallIssue, reportArgumentType] - dtype and device
-    full = padded(network, 1, full_values=True)
-    for index, block in enumerate(full.blocks):
-        assert isinstance(block, CompactBlock)
-        model.blocks[index] = _timm_block(block, config, norm)
-    own = dict(network.named_parameters())
+    model = make(**sizes, norm_layer=partial(nn.LayerNorm, eps=config.norm_eps))  # pyright: ignore[reportArgumentType]
+    for block, shape in zip(model.blocks, config.blocks, strict=True):
+        heads = max(shape.heads, 1)
+        block.attn = Attention(config.embed_dim, heads, attn_head_dim=config.head_dim, qkv_bias=config.qkv_bias)
+        block.mlp = Mlp(config.embed_dim, max(shape.neurons, 1))
+    state = padded(network, 1, full_values=True).state_dict()
+    for index in range(len(config.blocks)):  # the bias is all that is left of a branch that is a constant
+        for branch, last in (("attn", "proj"), ("mlp", "fc2")):
+            if (bias := state.get(f"blocks.{index}.{branch}.bias")) is not None:
+                state[f"blocks.{index}.{branch}.{last}.bias"] = bias
+    model.to(network.cls_token)  # pyright: ignore[reportCallIssue, reportArgumentType] - dtype and device
     for name, parameter in model.named_parameters():
-        if not name.startswith("blocks."):
-            parameter.copy_(own[name])
+        parameter.copy_(state[name]) if name in state else parameter.zero_()
     return model.eval()
-
-
-def _timm_block(block: CompactBlock, config: CompactConfig, norm: Any) -> Block:
-    """One block of timm with the weights of this one, which holds all d value dimensions of its heads."""
-    heads, neurons = max(block.shape.heads, 1), max(block.shape.neurons, 1)
-    made = Block(config.embed_dim, 1, qkv_bias=config.qkv_bias, norm_layer=norm)
-    made.attn = Attention(config.embed_dim, heads, attn_head_dim=config.head_dim, qkv_bias=config.qkv_bias)
-    made.mlp = Mlp(config.embed_dim, neurons)
-    made.to(next(block.parameters()))  # pyright: ignore[reportCallIssue, reportArgumentType]
-    for branch, last in (("attn", "proj"), ("mlp", "fc2")):
-        mine, theirs = block.get_submodule(branch), made.get_submodule(branch)
-        if isinstance(mine, Constant):
-            for parameter in theirs.parameters():
-                parameter.zero_()
-            theirs.get_parameter(f"{last}.bias").copy_(mine.bias)
-        else:
-            theirs.load_state_dict(mine.state_dict())
-            norm_of = "norm1" if branch == "attn" else "norm2"
-            made.get_submodule(norm_of).load_state_dict(block.get_submodule(norm_of).state_dict())
-    return made
 
 
 # Export
 
 
-@dataclass(frozen=True)
-class Exported:
-    """An exported file and how far its logits are from the network's, relative to the largest."""
-
-    path: Path
-    error: float
-
-
-def _difference(got: Tensor, want: Tensor) -> float:
+def difference(network: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], images: Tensor) -> float:
+    """Largest difference of the logits, relative to the largest logit of the other."""
+    with torch.no_grad():
+        want, got = other(images), network(images)
     return float((got - want).abs().max() / want.abs().max().clamp_min(1e-12))
 
 
@@ -208,27 +174,19 @@ def example_images(config: CompactConfig, batch: int = 2, *, seed: int = 0) -> T
     return torch.randn(batch, config.in_chans, *config.image_size, generator=generator)
 
 
-def export_program(network: CompactViT, path: str | os.PathLike[str]) -> Exported:
-    """Write the network through torch.export for any batch size, and compare the file with it on another batch."""
-    network = network.float().cpu().eval()
-    images = example_images(network.config)
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(network, (images,), dynamic_shapes=({0: batch},))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.pt2")
-    try:
-        torch.export.save(program, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    other = example_images(network.config, 3, seed=1)
-    with torch.no_grad():
-        return Exported(path, _difference(torch.export.load(path).module()(other), network(other)))
+def export_program(network: CompactViT, path: str | os.PathLike[str]) -> float:
+    """Write the network through torch.export for any batch size; how far the file is from it on another batch."""
+    network, path = network.float().cpu().eval(), Path(path)
+    batch = {0: torch.export.Dim("batch", min=1)}
+    program = torch.export.export(network, (example_images(network.config),), dynamic_shapes=(batch,))
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    write_atomic(path, content.getvalue())
+    return difference(torch.export.load(path).module(), network, example_images(network.config, 3, seed=1))
 
 
-def export_onnx(network: CompactViT, path: str | os.PathLike[str]) -> Exported:
-    """Write the network as ONNX for any batch size, and compare onnxruntime with it on another batch.
+def export_onnx(network: CompactViT, path: str | os.PathLike[str]) -> float:
+    """Write the network as ONNX for any batch size; how far onnxruntime is from it on another batch.
 
     Raises:
         ModuleNotFoundError: the packages of the extra ``export`` are missing; the message names them.
@@ -240,23 +198,16 @@ def export_onnx(network: CompactViT, path: str | os.PathLike[str]) -> Exported:
         raise ModuleNotFoundError(
             f"--onnx needs the package {error.name}: pip install 'leanvit[export]', or leave the flag out"
         ) from error
-    network = network.float().cpu().eval()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    images = example_images(network.config)
+    network, path = network.float().cpu().eval(), Path(path)
     program = torch.onnx.export(
-        network,
-        (images,),
-        dynamo=True,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-        verbose=False,
-    )
+        network, (example_images(network.config),), dynamo=True, input_names=["images"], output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), verbose=False,
+    )  # fmt: skip
     assert program is not None
     write_atomic(path, program.model_proto.SerializeToString())
     session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
-    other = example_images(network.config, 3, seed=1)
-    (logits,) = session.run(["logits"], {"images": other.numpy()})
-    with torch.no_grad():
-        return Exported(path, _difference(torch.from_numpy(logits), network(other)))
+
+    def read_back(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+    return difference(read_back, network, example_images(network.config, 3, seed=1))

@@ -66,8 +66,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if "://" not in args.checkpoint and not Path(args.checkpoint).is_file():
         raise CheckpointError(f"{args.checkpoint}: no such file; give a checkpoint of stage 1 or 2")
     from common.run.launch import choose_device
-    from uvc.compact_costs import costs_of, difference, measure_speeds
-    from uvc.compact_files import example_images, export_onnx, export_program, load_compact, save_compact, to_timm
+    from uvc import compact_files
+    from uvc.compact_costs import costs_of, measure_speeds
+    from uvc.compact_files import difference, load_compact, save_compact
     from uvc.loading import load_masked
     from uvc.models.compact import padded
     from uvc.removal import compress
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if not compressed.structure.running:
         print("warning: every block is skipped; nothing but the embedding and the head is left", file=sys.stderr)
     facts: dict[str, Any] = costs_of(model, compressed)
-    images = example_images(compressed.network.config).to(model.cls_token.dtype)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue, reportCallIssue]
+    images = compact_files.example_images(compressed.network.config).to(model.cls_token.dtype)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue, reportCallIssue]
     facts["difference"] = difference(compressed.network, model, images)
     exact = not args.drop_patches or model.gates.patch == "remove"
     if exact and facts["difference"] > AGREEMENT:
@@ -91,12 +92,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"logits differ from the masked network's by {facts['read_back_difference']:.1e} of the largest"
           + ("" if exact else "; tokens were dropped, so fine-tune"))  # fmt: skip
     if args.timm:
-        facts["timm_difference"] = difference(to_timm(compressed.network), model, images)
+        facts["timm_difference"] = difference(compact_files.to_timm(compressed.network), model, images)
         print(f"timm's VisionTransformer gives them to {facts['timm_difference']:.1e}")
-    for flag, export in (("export", export_program), ("onnx", export_onnx)):
+    for flag, export in (("export", compact_files.export_program), ("onnx", compact_files.export_onnx)):
         if path := getattr(args, flag):
-            exported = export(compressed.network, path)
-            print(f"{exported.path}: differs by {exported.error:.1e}")
+            print(f"{path}: differs by {export(compressed.network, path):.1e}")
     if args.benchmark:
         network = compressed.network
         versions = {"compact": padded(network), "compact, exact sizes": padded(network, 1)}

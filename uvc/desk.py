@@ -187,7 +187,7 @@ def measure(known: list[dict[str, Any]], folder: Path, device: torch.device, *, 
     speeds = compare(
         models, images, baseline="dense", warmup=WARMUP, rounds=ROUNDS, progress="speed" if progress else None
     )
-    macs = {name: CONVENTIONS["uvc"].total(model.count_ops()) for name, model in models.items()}
+    macs = {name: CONVENTIONS["uvc"].total(model.count().published) for name, model in models.items()}
     lines = []
     for row, (name, model) in zip(known, masked.items(), strict=True):
         structure = Structure.from_model(model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -235,12 +235,9 @@ def save_masked(
     state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
     if bare:
         return save_atomic(state, path)
-    remove = patch_mode == "remove"
-    structure = Structure.from_state_dict(
-        state, num_heads=model.num_heads, remove_patches=remove, num_prefix_tokens=model.num_prefix_tokens
-    )
+    structure = asdict(Structure.from_model(model, remove_patches=patch_mode == "remove"))
     metadata = {
         "model_type": model_type, "img_size": model.image_size[0], "patch_mode": patch_mode,
-        "jumping": model.gates.jumping, "structure": structure.to_dict(), **more,
+        "jumping": model.gates.jumping, "structure": structure, **more,
     }  # fmt: skip
     return save_atomic({"model": state, METADATA: metadata}, path)

@@ -1,21 +1,23 @@
 """What of a network survives, as plain indices: blocks, heads, head dimensions, neurons and patches.
 
-``Structure.from_model`` and ``from_state_dict`` read it from masks and gates; the compressed file carries it as JSON,
-so that the smaller network can be traced to the masked one.
+``Structure.from_model`` reads it from masks and gates; the compressed file carries it as JSON, so that the smaller
+network can be traced to the masked one.
 
 L blocks, H heads, d channels of a head, M hidden neurons, N patches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from uvc.models.deit import Block
 from uvc.models.gates import GatedTransformer
+from uvc.pruning import blocks_of
 
 
 @dataclass(frozen=True)
@@ -83,123 +85,65 @@ class Structure:
 
     @classmethod
     def from_model(cls, model: GatedTransformer, *, remove_patches: bool | None = None) -> Structure:
-        """Read the masks and gates of a model; a model without masks keeps everything.
+        """Read the masks and gates of a model; a model without masks keeps everything. Waits for the device.
 
         Args:
             model: a gated backbone.
             remove_patches: take patches with a gate below one half as removed; None does so where the model's own
                 forward pass removes them.
-        """
-        if remove_patches is None:
-            remove_patches = model.gates.patch == "remove"
-        state = dict(model.state_dict())
-        return cls.from_state_dict(
-            state,
-            num_heads=model.num_heads,
-            remove_patches=remove_patches,
-            running=model.runs(),
-            num_prefix_tokens=model.num_prefix_tokens,
-        )
-
-    @classmethod
-    def from_state_dict(
-        cls,
-        state: Mapping[str, Tensor],
-        *,
-        num_heads: int,
-        remove_patches: bool = False,
-        running: Sequence[bool] | None = None,
-        num_prefix_tokens: int | None = None,
-    ) -> Structure:
-        """Read the masks and gates of a state dict in the published names.
-
-        Args:
-            state: weights, with or without ``.mask`` entries and gates.
-            num_heads: H, which a state dict does not tell.
-            remove_patches: see ``from_model``.
-            running: overrides the gates.
-            num_prefix_tokens: None counts the distillation token if there is one.
 
         Raises:
-            KeyError: an entry that every such state has is missing; the message names it.
+            ValueError: patches are to be removed and have no gates.
         """
-        depth = 0
-        while f"blocks.{depth}.attn.proj.weight" in state:
-            depth += 1
-        for key in ("pos_embed", "blocks.0.attn.proj.weight", "blocks.0.mlp.fc1.weight"):
-            if key not in state:
-                raise KeyError(f"this state dict has no {key}: it is not of a DeiT or T2T-ViT in the published names")
-        hidden, width = state["blocks.0.mlp.fc1.weight"].shape
-        if width % num_heads:
-            raise ValueError(f"the width {width} is no multiple of the number of heads {num_heads}")
-        if running is None:
-            gates = state.get("block_skip_gating")
-            rows = [[-1.0, 1.0]] * depth if gates is None else gates.tolist()
-            running = [run > skip for skip, run in rows]
-        prefix = num_prefix_tokens if num_prefix_tokens is not None else 1 + ("dist_token" in state)
-        num_patches = state["pos_embed"].shape[1] - prefix
         patches = None
-        if remove_patches:
-            if state.get("patch_gating") is None:
-                raise KeyError("patches cannot be removed: this state dict has no patch_gating")
-            patches = _indices(state["patch_gating"].flatten() >= 0)
-        blocks = tuple(_read_block(state, index, bool(running[index]), num_heads) for index in range(depth))
-        return cls(width, num_heads, hidden, num_patches, prefix, blocks, patches)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers."""
-        return asdict(self)
+        if model.gates.patch == "remove" if remove_patches is None else remove_patches:
+            if model.patch_gating is None:
+                raise ValueError("patches cannot be removed: the network has no patch_gating")
+            patches = tuple(model.find_kept_patches().tolist())
+        pairs = zip(blocks_of(model), model.runs(), strict=True)
+        return cls(
+            model.embed_dim, model.num_heads, model.hidden_dim, model.num_patches, model.num_prefix_tokens,
+            tuple(_read_block(block, runs, model.num_heads) for block, runs in pairs), patches,
+        )  # fmt: skip
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Structure:
-        """Inverse of ``to_dict``.
+        """Inverse of ``dataclasses.asdict``, perhaps through JSON.
 
         Raises:
             ValueError: naming the entry that is missing or unknown.
         """
         try:
-            blocks = tuple(
-                BlockStructure(
-                    runs=bool(block["runs"]),
-                    heads=tuple(block["heads"]),
-                    dims=tuple(tuple(dims) for dims in block["dims"]),
-                    neurons=tuple(block["neurons"]),
-                    constant_neurons=tuple(block.get("constant_neurons", ())),
-                )
-                for block in content["blocks"]
-            )
-            patches = content.get("patches")
-            sizes = {key: int(content[key]) for key in _SIZES}
+            blocks = tuple(BlockStructure(**frozen(block)) for block in content["blocks"])
+            return cls(**{**frozen(content), "blocks": blocks})
         except (KeyError, TypeError) as error:
             raise ValueError(f"this is no structure of a compressed network: {error!r}") from error
-        return cls(**sizes, blocks=blocks, patches=None if patches is None else tuple(patches))
 
 
-_SIZES = ("embed_dim", "num_heads", "hidden_dim", "num_patches", "num_prefix_tokens")
+def frozen(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values whose lists, at any depth, are tuples again, which JSON does not know."""
+
+    def convert(value: Any) -> Any:
+        return tuple(map(convert, value)) if isinstance(value, (list, tuple)) else value
+
+    return {name: convert(value) for name, value in values.items()}
 
 
 def _indices(kept: Tensor) -> tuple[int, ...]:
     return tuple(kept.nonzero().flatten().tolist())
 
 
-def _read_block(state: Mapping[str, Tensor], index: int, runs: bool, num_heads: int) -> BlockStructure:
-    def kept(layer: str, dim: int) -> Tensor:
+def _read_block(block: Block, runs: bool, num_heads: int) -> BlockStructure:
+    def kept(layer: nn.Module, dim: int) -> Tensor:
         """Whether any element of a column (dim 0 reduced) or row (dim 1) is unmasked."""
-        mask = state.get(f"blocks.{index}.{layer}.mask")
-        if mask is None:
-            weight = state[f"blocks.{index}.{layer}.weight"]
-            return torch.ones(weight.shape[1 - dim], dtype=torch.bool)
-        return (mask != 0).any(dim)
+        return (layer._buffers.get("mask", torch.ones_like(layer.get_parameter("weight"))) != 0).any(dim)
 
-    columns = kept("attn.proj", 0)
-    columns = columns & kept("attn.qkv", 1)[2 * len(columns) :]  # a masked row of the values is a constant
+    columns = kept(block.attn.proj, 0)
+    columns = columns & kept(block.attn.qkv, 1)[2 * len(columns) :]  # a masked row of the values is a constant
     columns = columns.view(num_heads, -1)  # (H, d)
     heads = _indices(columns.any(1))
-    outputs, inputs = kept("mlp.fc2", 0), kept("mlp.fc1", 1)
+    outputs, inputs = kept(block.mlp.fc2, 0), kept(block.mlp.fc1, 1)
     return BlockStructure(
-        runs=runs,
-        heads=heads,
-        dims=tuple(_indices(columns[head]) for head in heads),
-        neurons=_indices(outputs & inputs),
-        constant_neurons=_indices(outputs & ~inputs),
-    )
+        runs, heads, tuple(_indices(columns[head]) for head in heads), _indices(outputs & inputs),
+        _indices(outputs & ~inputs),
+    )  # fmt: skip

@@ -13,8 +13,8 @@ never read. The linear layers thus work on V, and only attention itself on K x d
 saves where the width is small: ``padded`` then gives the layers zeros for what was removed, and nothing moves.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from timm.layers import Mlp  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
-from common.measure.flops import Counted, OpCounts, PublishedRule, count_operations
+from common.measure.flops import Counted, OpCounts, count_operations
 from uvc.models.t2t_vit import TokensToToken
+from uvc.structure import frozen
 
 LANES = 16
 """Layers whose sizes are multiples of this run fastest: on CPUs with AVX-512 and on tensor cores."""
@@ -121,25 +122,16 @@ class CompactConfig:
         dropped = self.drop_tokens and self.positions is not None
         return self.prefix + (len(self.positions or ()) if dropped else self.patches)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "CompactConfig":
-        """Read what ``as_dict`` gave, perhaps through JSON.
+        """Read what ``dataclasses.asdict`` gave, perhaps through JSON.
 
         Raises:
             ValueError: naming what is missing, unknown or impossible.
         """
-        values = dict(values)
         try:
-            values["image_size"] = tuple(values["image_size"])
-            values["positions"] = None if values.get("positions") is None else tuple(values["positions"])
-            values["blocks"] = tuple(
-                BlockShape(**{**block, "value_dims": tuple(block["value_dims"])}) for block in values["blocks"]
-            )
-            return cls(**values)
+            blocks = tuple(BlockShape(**frozen(block)) for block in values["blocks"])
+            return cls(**{**frozen(values), "blocks": blocks})
         except (KeyError, TypeError) as error:
             raise ValueError(f"not the description of a compact network: {error}") from error
 
@@ -162,83 +154,45 @@ class CompactAttention(nn.Module):
 
     Args:
         dim: D.
-        head_dim: d.
-        value_dims: kept value dimensions of each head, 1 to d.
+        head_dim: d, the most value dimensions that a head can keep.
+        shape: the heads and how their values are held.
         qkv_bias: whether ``qkv`` has a bias.
         scale: of the scores; None for 1/sqrt(d).
-        multiple: V is rounded up to a multiple of this by rows whose output nobody reads.
-        full_values: hold K x d value rows instead, those that were removed being zero.
 
     Attributes:
         value_rows: which of the value rows hold the kept dimensions, head after head, (V,).
+        spread: which value row each of the K x d attention channels reads; an unused channel reads any.
+        gather: which attention channel each column of ``proj`` reads; a padded column, whose weights are zero, any.
     """
 
     spread: Tensor
     gather: Tensor
 
     def __init__(
-        self,
-        dim: int,
-        head_dim: int,
-        value_dims: Sequence[int],
-        *,
-        qkv_bias: bool = True,
-        scale: float | None = None,
-        multiple: int = 1,
-        full_values: bool = False,
+        self, dim: int, head_dim: int, shape: BlockShape, *, qkv_bias: bool = True, scale: float | None = None
     ) -> None:
         super().__init__()
-        if not value_dims or not all(1 <= width <= head_dim for width in value_dims):
-            raise ValueError(f"every head keeps 1 to {head_dim} value dimensions, got {list(value_dims)}")
-        self.heads, self.head_dim, self.scale = len(value_dims), head_dim, scale
-        self.keys = self.heads * head_dim
-        width = BlockShape(tuple(value_dims), 0, multiple, full_values=full_values).held_values(head_dim)
+        if not shape.heads or max(shape.value_dims) > head_dim:
+            raise ValueError(f"every head keeps 1 to {head_dim} value dimensions, got {list(shape.value_dims)}")
+        self.heads, self.head_dim, self.scale = shape.heads, head_dim, scale
+        self.keys, width = shape.heads * head_dim, shape.held_values(head_dim)
         self.qkv = nn.Linear(dim, 2 * self.keys + width, bias=qkv_bias)
         self.proj = nn.Linear(width, dim)
-        kept = sum(value_dims)
-        self.full = width == self.keys and (full_values or kept == width)  # nothing to spread
-        self.even = not self.full and len(set(value_dims)) == 1 and width == kept
-        spread, gather = _channels(value_dims, head_dim, max(width, kept))
-        self.value_rows: list[int] = gather[:kept].tolist() if full_values else list(range(kept))
+        channels = [head * head_dim + place for head, kept in enumerate(shape.value_dims) for place in range(kept)]
+        self.full = shape.full_values or len(channels) == width == self.keys  # nothing to spread
+        self.value_rows = channels if shape.full_values else list(range(len(channels)))
+        spread = torch.zeros(self.keys, dtype=torch.long)
+        spread[channels] = torch.arange(len(channels))
         self.register_buffer("spread", spread, persistent=False)
-        self.register_buffer("gather", gather, persistent=False)
+        self.register_buffer("gather", torch.tensor(channels + [0] * (width - len(channels))), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, _ = x.shape
-        qkv = self.qkv(x)
-        if self.full:
-            q, k, v = qkv.view(batch, tokens, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        else:
-            qk, v = qkv.split([2 * self.keys, self.proj.in_features], dim=-1)
-            q, k = qk.view(batch, tokens, 2, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-            if self.even:
-                kept = self.proj.in_features // self.heads
-                v = F.pad(v.view(batch, tokens, self.heads, kept), (0, self.head_dim - kept)).transpose(1, 2)
-            else:
-                v = v.index_select(-1, self.spread).view(batch, tokens, self.heads, self.head_dim).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2)  # (B, T, K, d)
-        if self.even:
-            mixed = mixed[..., : self.proj.in_features // self.heads]
-        mixed = mixed.reshape(batch, tokens, -1)
-        if not (self.full or self.even):
-            mixed = mixed.index_select(-1, self.gather)
-        return self.proj(mixed)
-
-
-def _channels(value_dims: Sequence[int], head_dim: int, width: int) -> tuple[Tensor, Tensor]:
-    """Which of ``width`` value channels each of the K x d attention channels reads, and which of these is read back.
-
-    Unused attention channels read any channel; padded value channels are read back from any (their weights are zero).
-    """
-    spread = torch.zeros(len(value_dims) * head_dim, dtype=torch.long)
-    gather = torch.zeros(width, dtype=torch.long)
-    start = 0
-    for head, kept in enumerate(value_dims):
-        place = torch.arange(kept)
-        spread[head * head_dim + place] = start + place
-        gather[start + place] = head * head_dim + place
-        start += kept
-    return spread, gather
+        q, k, v = self.qkv(x).split([self.keys, self.keys, self.proj.in_features], dim=-1)
+        if not self.full:
+            v = v.index_select(-1, self.spread)
+        q, k, v = (part.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2) for part in (q, k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2)  # (B, T, K d)
+        return self.proj(mixed if self.full else mixed.index_select(-1, self.gather))
 
 
 class CompactBlock(nn.Module):
@@ -252,15 +206,7 @@ class CompactBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=eps) if attends else nn.Identity()
         self.attn: nn.Module = Constant(dim)
         if attends:
-            self.attn = CompactAttention(
-                dim,
-                config.head_dim,
-                shape.value_dims,
-                qkv_bias=config.qkv_bias,
-                scale=config.scale,
-                multiple=shape.multiple,
-                full_values=shape.full_values,
-            )
+            self.attn = CompactAttention(dim, config.head_dim, shape, qkv_bias=config.qkv_bias, scale=config.scale)
         self.norm2 = nn.LayerNorm(dim, eps=eps) if thinks else nn.Identity()
         self.mlp: nn.Module = Constant(dim)
         if thinks:
@@ -269,6 +215,17 @@ class CompactBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
+
+    def places(self) -> dict[str, list[int]]:
+        """Where the layers hold what is kept, the rest being zero: rows of qkv and fc1, columns of proj and fc2."""
+        held: dict[str, list[int]] = {}
+        if isinstance(self.attn, CompactAttention):
+            first = 2 * self.attn.keys
+            held["attn.proj"] = self.attn.value_rows
+            held["attn.qkv"] = [*range(first), *(first + row for row in self.attn.value_rows)]
+        if self.shape.neurons:
+            held["mlp.fc1"] = held["mlp.fc2"] = list(range(self.shape.neurons))
+        return held
 
     def published_ops(self, inside: OpCounts, args: tuple[Tensor, ...], result: Tensor) -> OpCounts:
         """What is executed, less padding: (2 d K + V) D T for qkv, K d T^2 and V T^2, V D T for proj, 2 J D T."""
@@ -351,44 +308,65 @@ class CompactViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.embed(images)
-        if self.config.sum_blocks:
-            total = x * self.config.skipped_first
-            for block, shape in zip(self.blocks, self.config.blocks, strict=True):
-                x = block(x)
-                total = total + shape.repeats * x
-            x = total
-        else:
-            for block in self.blocks:
-                x = block(x)
-        x = self.norm(x[:, : self.config.prefix])
+        sums = self.config.sum_blocks
+        total = self.config.skipped_first * x if sums else x
+        for block, shape in zip(self.blocks, self.config.blocks, strict=True):
+            x = block(x)
+            total = total + shape.repeats * x if sums else x
+        x = self.norm(total[:, : self.config.prefix])
         if self.head_dist is None:
             return self.head(x[:, 0])
         return (self.head(x[:, 0]) + self.head_dist(x[:, 1])) / 2
 
-    def count(self) -> Counted:
-        """Operations of one image, without weights or data: as executed, and without padding (``published``)."""
-        config = self.config
-        heads = [head for head in (self.head, self.head_dist) if head is not None]
-        rules: dict[nn.Module, PublishedRule] = {
-            head: lambda inside, args, result: {"head": inside["linear"]} for head in heads
+    def places(self) -> dict[str, list[int]]:
+        """``CompactBlock.places`` of all blocks, by the layers' names."""
+        blocks = enumerate(self.blocks)
+        return {
+            f"blocks.{index}.{layer}": held
+            for index, block in blocks
+            if isinstance(block, CompactBlock)
+            for layer, held in block.places().items()
         }
-        return count_operations(
-            self,
-            torch.empty(1, config.in_chans, *config.image_size, dtype=self.cls_token.dtype, device="meta"),
-            published=rules,
-        )
 
-    def count_ops(self) -> OpCounts:
-        """Operations of one image; zeros that only pad, and values spread to d channels per head, are left out."""
-        return self.count().published
+    @torch.no_grad()
+    def fill_(self, state: Mapping[str, Tensor], sources: Mapping[str, Sequence[int]]) -> "CompactViT":
+        """Copy weights in; padding becomes zero.
 
-    def padded_macs(self) -> int:
-        """Multiply-accumulates that a pass executes beyond ``count_ops``."""
-        counted = self.count()
-        return counted.executed.macs - counted.published.macs
+        Args:
+            state: weights by this network's names; others are not looked at.
+            sources: where ``state`` holds what each layer of ``places`` keeps.
+        """
+        targets = self.places()
+        for name, parameter in self.named_parameters():
+            layer, kind = name.rpartition(".")[::2]
+            by_columns = layer.endswith(("proj", "fc2"))
+            if layer not in targets or (by_columns and kind == "bias"):
+                parameter.copy_(state[name])
+                continue
+            parameter.zero_()
+            source, target = list(sources[layer]), targets[layer]
+            if by_columns:
+                parameter[:, target] = state[name][:, source]
+            else:
+                parameter[target] = state[name][source]
+        return self
+
+    def count(self) -> Counted:
+        """Operations of one image, without weights or data: as executed, and as ``published``.
+
+        The latter leaves out zeros that only pad, and values spread to d channels per head.
+        """
+
+        def as_head(inside: OpCounts, args: Any, result: Any) -> Mapping[str, int]:
+            del args, result
+            return {"head": inside["linear"]}
+
+        heads: list[nn.Module] = [head for head in (self.head, self.head_dist) if head is not None]
+        size = (1, self.config.in_chans, *self.config.image_size)
+        images = torch.empty(size, dtype=self.cls_token.dtype, device="meta")
+        return count_operations(self, images, published=dict.fromkeys(heads, as_head))
 
 
-@torch.no_grad()
 def padded(network: CompactViT, multiple: int = LANES, *, full_values: bool = False) -> CompactViT:
     """The same function with layers padded by zeros where that makes them faster; for running, not for storing.
 
@@ -413,32 +391,4 @@ def padded(network: CompactViT, multiple: int = LANES, *, full_values: bool = Fa
 
     made = CompactViT(replace(config, blocks=tuple(sizes(shape) for shape in config.blocks)))
     made.to(network.cls_token).train(network.training)  # pyright: ignore[reportCallIssue, reportArgumentType]
-    rows: dict[str, tuple[list[int], list[int]]] = {}  # of layers whose sizes differ: where rows come from, and go to
-    columns: dict[str, tuple[list[int], list[int]]] = {}
-    for index, (old, new) in enumerate(zip(network.blocks, made.blocks, strict=True)):
-        assert isinstance(old, CompactBlock)
-        assert isinstance(new, CompactBlock)
-        if isinstance(old.attn, CompactAttention) and isinstance(new.attn, CompactAttention):
-            keys = list(range(2 * old.attn.keys))
-            source, target = old.attn.value_rows, new.attn.value_rows
-            columns[f"blocks.{index}.attn.proj"] = source, target
-            rows[f"blocks.{index}.attn.qkv"] = (
-                [*keys, *(len(keys) + row for row in source)], [*keys, *(len(keys) + row for row in target)],
-            )  # fmt: skip
-        if old.shape.neurons:
-            neurons = list(range(old.shape.neurons))
-            rows[f"blocks.{index}.mlp.fc1"] = columns[f"blocks.{index}.mlp.fc2"] = neurons, neurons
-    held = dict(network.named_parameters())
-    for name, parameter in made.named_parameters():
-        layer, kind = name.rpartition(".")[::2]
-        if layer in rows:
-            source, target = rows[layer]
-            parameter.zero_()
-            parameter[target] = held[name][source]
-        elif layer in columns and kind == "weight":
-            source, target = columns[layer]
-            parameter.zero_()
-            parameter[:, target] = held[name][:, source]
-        else:
-            parameter.copy_(held[name])
-    return made
+    return made.fill_(network.state_dict(), network.places())

@@ -29,7 +29,7 @@ def check(model, **options):
     assert (got - want).abs().max() < 1e-12 * want.abs().max()
     network = compressed.network
     executed = count_executed_macs(network, batch[:1])
-    assert executed == network.count_ops().macs + padding_macs(network.config)
+    assert executed == network.count().published.macs + padding_macs(network.config)
     return compressed
 
 
@@ -47,8 +47,10 @@ def test_any_structure_gives_the_same_logits(seed, multiple):
         for size in (1, 16):
             network = padded(compressed.network, size)
             assert (network(batch) - want).abs().max() < 1e-12 * want.abs().max()
-            assert count_executed_macs(network, batch[:1]) == network.count_ops().macs + padding_macs(network.config)
-            mine, other = network.count_ops(), compressed.network.count_ops()
+            assert count_executed_macs(network, batch[:1]) == network.count().published.macs + padding_macs(
+                network.config
+            )
+            mine, other = network.count().published, compressed.network.count().published
             assert all(mine[kind] == other[kind] for kind in ("linear", "matmul", "conv", "head"))
             exact = zip(padded(network, 1).parameters(), padded(compressed.network, 1).parameters(), strict=True)
             assert all(torch.equal(one, other) for one, other in exact)
@@ -158,7 +160,7 @@ def test_what_cannot_be_removed_is_refused():
 def test_attention_of_any_widths(widths):
     """Against the sums written out, head by head."""
     torch.manual_seed(0)
-    layer = CompactAttention(6, 4, widths, multiple=2).double()
+    layer = CompactAttention(6, 4, BlockShape(widths, 0, multiple=2)).double()
     x = torch.randn(2, 5, 6).double()
     qkv, start, heads = layer.qkv(x), 16, []
     for head, width in enumerate(widths):
@@ -177,7 +179,7 @@ def test_bad_shapes_are_refused():
     with pytest.raises(ValueError, match="keeps at least one dimension"):
         BlockShape((3, 0), 5)
     with pytest.raises(ValueError, match="1 to 4 value dimensions"):
-        CompactAttention(6, 4, (5,))
+        CompactAttention(6, 4, BlockShape((5,), 0))
     with pytest.raises(ValueError, match="not the description"):
         CompactConfig.from_dict({"blocks": [{"heads": 3}], "image_size": [4, 4]})
 
