@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from common.run import cli
-from common.run.errors import CheckpointError, DataError
 from common.run.settings import (
     AugmentationSettings,
     DataSettings,
@@ -123,21 +121,6 @@ def _add_own_args(parser: argparse.ArgumentParser) -> None:
         help="first epoch of a run that is not resumed (default: 0)")  # fmt: skip
     add("--print-freq", type=cli.count, default=10, metavar="N",
         help="print the published line of meters every N steps; 0: never (default: 10)")  # fmt: skip
-
-
-def check_paths(*files: str | None, folder: str = "") -> None:
-    """Whether files of weights, and a folder, are there: a mistyped path need not wait for torch. URLs pass.
-
-    Raises:
-        CheckpointError, DataError: naming the path.
-    """
-    for file in files:
-        if file and "://" not in file and not Path(file).expanduser().exists():
-            raise CheckpointError(f"{file}: no such file, expected a checkpoint; check the path, or download the file")
-    path = Path(folder).expanduser()
-    if folder and not path.exists():
-        nearest = next(parent for parent in path.absolute().parents if parent.exists())
-        raise DataError(f"data directory {folder} does not exist; the nearest that does is {nearest}")
 
 
 def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.run.cli import make_parser, positive_int
+from common.run.files import check_files
 from common.run.program import run
-from sit.arguments import add_network_args, check_paths, network_options
+from sit.arguments import add_network_args, network_options
 from sit.sizes import TYPES
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> float:
         RuntimeError: if the exported network gives other logits.
     """
     args = parse_args(argv)
-    check_paths(args.weights)
+    check_files(args.weights)
     import torch
 
     from common.measure.benchmark import random_images

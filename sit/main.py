@@ -18,9 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.run import cli
+from common.data.paths import check_data_path
+from common.run.files import check_files
 from common.run.program import get_logger, is_main, run
-from sit.arguments import Job, check_paths, get_args_parser
+from sit.arguments import Job, get_args_parser
 
 if TYPE_CHECKING:
     from common.run.launch import World
@@ -120,10 +121,8 @@ def run_with(args: argparse.Namespace) -> dict[str, float]:
     """What one process does."""
     if args.output_dir:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    on_disk = cli.dataset_name(args.data_set) in ("imagenet", "inat18", "inat19", "folder", "tar")
-    resumed = "" if args.resume == "auto" else args.resume
-    teacher = "" if args.eval else args.teacher_path
-    check_paths(args.finetune, resumed, teacher, folder=args.data_path if on_disk else "")
+    check_files(args.finetune, args.resume, "" if args.eval else args.teacher_path)
+    check_data_path(args.data_set, args.data_path)
     from common.run.launch import launch, seed_everything
     from sit.build import check_flags
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.run.cli import make_parser
+from common.run.files import check_files
 from common.run.program import run
-from sit.arguments import check_paths
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -31,7 +31,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     """Write the file and say what is gone."""
     args = parse_args(argv)
-    check_paths(args.checkpoint)
+    check_files(args.checkpoint)
     from sit.loading import read_weights, strip, summarise
 
     report = strip(read_weights(args.checkpoint, key=args.key), args.output, half=args.half)

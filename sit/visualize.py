@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.run.cli import make_parser, positive_int
 from common.run.errors import DataError
+from common.run.files import check_files
 from common.run.program import run
-from sit.arguments import add_network_args, check_paths, network_options
+from sit.arguments import add_network_args, network_options
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -168,7 +169,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Draw every image, on the CPU, where one takes less than a second; returns the files written."""
     args = parse_args(argv)
-    check_paths(args.weights)
+    check_files(args.weights)
     for path in args.images:
         if not path.exists() and not path.name.startswith("digit-") and str(path) not in SAMPLES:
             raise DataError(f"{path}: no such file, and no image inside scikit-learn: {', '.join(SAMPLES)}, digit-N")

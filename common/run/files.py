@@ -1,4 +1,4 @@
-"""The checkout's root, and writing a file so that nobody ever reads a part of it."""
+"""The checkout's root, checkpoints that must be there, and writing a file so that nobody ever reads a part of it."""
 
 import contextlib
 import os
@@ -6,8 +6,35 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from common.run.errors import CheckpointError
+
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout: the folder that holds ``common`` and the papers."""
+
+
+def check_files(*sources: str | os.PathLike[str] | None) -> None:
+    """Raise what reading would where a checkpoint is not there: for ``main``, after parsing, before torch and data.
+
+    Addresses, ``auto`` and empty values pass.
+    """
+    for source in sources:
+        text = os.fspath(source or "")
+        if text and text != "auto" and "://" not in text:
+            existing_file(text)
+
+
+def existing_file(source: str | os.PathLike[str]) -> Path:
+    """``source`` as the path of a checkpoint.
+
+    Raises:
+        CheckpointError: nothing is there, or a folder.
+    """
+    path = Path(source)
+    if path.is_dir():
+        raise CheckpointError(f"{path}: found a folder, expected a checkpoint file; name a file inside it")
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file, expected a checkpoint; check the path, or download the file")
+    return path
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ from common.run.checkpoint import (
     save_atomic,
     select_state,
 )
+from common.run.files import check_files
 from common.tests.forks import run_forked
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,6 +196,15 @@ def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
         load_safely(tmp_path / "none.pth")
     with pytest.raises(CheckpointError, match="found a folder"):
         load_safely(tmp_path)
+
+
+def test_a_checkpoint_is_looked_for_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "there.pth").write_bytes(b"")
+    check_files("", None, "auto", "https://host/net.pth", tmp_path / "there.pth")
+    with pytest.raises(CheckpointError, match=r"none\.pth: no such file"):
+        check_files("auto", str(tmp_path / "none.pth"))
+    with pytest.raises(CheckpointError, match="found a folder"):
+        check_files(tmp_path)
 
 
 def test_other_archives_are_described(tmp_path: Path) -> None:

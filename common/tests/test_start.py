@@ -12,8 +12,8 @@ import pytest
 from common.run.files import ROOT
 
 HEAVY = ("torch", "torchvision", "timm", "scipy", "sklearn")
-NO_PROGRAMS = ("hourglass_swag/models/", "common/run/program.py", "docs/")
-"""Build scripts and published examples with environments of their own, and a docstring's example."""
+NO_PROGRAMS = ("hourglass_swag/models/", "common/run/program.py", "common/run/torchrun.py", "docs/")
+"""Build scripts and published examples with environments of their own, a docstring's example, torchrun's parser."""
 STILL_HEAVY = ("scala/models_scala.py",)
 """Programs that import torch before they parse, to be mended."""
 

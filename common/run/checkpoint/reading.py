@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from common.run.errors import CheckpointError
+from common.run.files import existing_file
 
 NUMERIC_KINDS = "biufcSU"
 
@@ -228,12 +229,8 @@ def load_safely(path: str | os.PathLike[str], *, map_location: str | torch.devic
         CheckpointError: missing, a folder, empty, truncated, not a checkpoint, or naming anything that is no plain
             value; the message says which.
     """
-    path = Path(path)
+    path = existing_file(path)
     again = "download or copy the file again, or name another"
-    if path.is_dir():
-        raise CheckpointError(f"{path}: found a folder, expected a checkpoint file; name a file inside it")
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file, expected a checkpoint; check the path, or download the file")
     try:
         safetensors = _is_safetensors(path)  # first: the length that such a file begins with can look like a pickle
         finding = None if safetensors else _describe(path)
