@@ -135,7 +135,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="batch of the evaluation, in training batches (default: 1)",
     )
-    add("-j", "--workers", type=cli.count, default=8, metavar="N", help="loading processes per process (default: 8)")
+    add("-j", "--workers", type=cli.count, default=cli.default_workers(8), metavar="N",
+        help="loading processes per process (default: 8, no more than cores)")  # fmt: skip
     add("--pin-mem", action=cli.Switch, default=None, help="page-locked memory (default: on with CUDA)")
     add(
         "--skip-bad-images",
@@ -350,7 +351,7 @@ def add_image_args(parser: argparse.ArgumentParser) -> None:
         help="those of training on ImageNet or of the transfer to CIFAR (default: by the data set)",
     )  # fmt: skip
     add("-b", "--batch-size", "--batch_size", type=cli.positive_int, default=64, metavar="N", help="images at once")
-    add("-j", "--workers", type=cli.count, default=8, metavar="N", help="loading processes")
+    add("-j", "--workers", type=cli.count, default=cli.default_workers(8), metavar="N", help="loading processes")
     add("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda or cuda:N")
 
 

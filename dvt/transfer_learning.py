@@ -61,7 +61,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             help="later exits reuse it (default: as in --transfer-model; on without one)")  # fmt: skip
     add("-r", "--resume", action="store_true", help="continue from last.pth of the output folder")
     add("--output", type=Path, default=None, metavar="DIR", help="default: checkpoint_<dataset>_<model>")
-    add("--workers", "-j", type=cli.count, default=4, help="loading processes per process")
+    add("--workers", "-j", type=cli.count, default=cli.default_workers(4), help="loading processes per process")
     add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, or cuda:N")
     add("--seed", type=cli.count, default=0, help="of all random numbers")
     add("--local-rank", "--local_rank", type=int, default=-1, help="set by torch.distributed.launch")

@@ -97,7 +97,7 @@ def add_common_arguments(
     add("--name", str, "debug", "name of the run: its files go to OUTPUT_DIR/NAME")
     add("--dataset", DATASETS, "imagenet", "imagenet has train/ and val/ with a folder per class")
     add("--data_dir", str, "", "folder of the dataset; digits need none", metavar="DIR")
-    add("--num_workers", cli.count, workers, "loading processes per process", metavar="N")
+    add("--num_workers", cli.count, cli.default_workers(workers), "loading processes per process", metavar="N")
     add("--model_type", str, MODEL_TYPE, "architecture", metavar="NAME")
     add("--model_path", str, None,
         "checkpoint or URL of the dense network, the teacher too unless --teacher-path names another; "

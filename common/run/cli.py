@@ -114,6 +114,12 @@ def fraction(text: str) -> float:
     return value
 
 
+def default_workers(wanted: int) -> int:
+    """Loading processes where nobody says how many: ``wanted``, or as many as there are cores for this process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(wanted, cores)
+
+
 def amp_mode(text: str) -> str:
     if text not in (*AMP_MODES, *AMP_BY_DEVICE):
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(AMP_MODES)}, got {text!r}")
@@ -131,7 +137,7 @@ def dataset_name(text: str) -> str:
 
 def add_data_args(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     """--data-path, --data-set, --inat-category, --input-size, --eval-crop-ratio, --batch-size, --workers, ..."""
-    group = _Group(parser, "data", defaults)
+    group = _Group(parser, "data", {**defaults, "workers": default_workers(defaults.get("workers", 10))})
     add = group.add
     add("--data-path", default="", metavar="DIR", help="folder of the dataset; the digits need none")
     add(
@@ -162,9 +168,8 @@ def add_data_args(parser: argparse.ArgumentParser, **defaults: Any) -> None:
         "--num_workers",
         "-j",
         type=count,
-        default=10,
         metavar="N",
-        help="loading processes per process; 0 loads in the process itself",
+        help="loading processes per process, no more than cores by default; 0 loads in the process itself",
     )
     add("--pin-mem", action=Switch, default=True, help="page-locked memory for faster copies to the GPU")
     add(
@@ -188,7 +193,7 @@ def add_augmentation_args(parser: argparse.ArgumentParser, **defaults: Any) -> N
         choices=("bicubic", "bilinear", "random"),
         help="resampling of the training crop; random is either per image",
     )
-    add("--repeated-aug", action=Switch, default=True, help="three augmented versions of a image per epoch's share")
+    add("--repeated-aug", action=Switch, default=True, help="three augmented versions of an image per epoch's share")
     add("--reprob", type=fraction, default=0.25, help="probability of random erasing")
     add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what random erasing fills in")
     add("--recount", type=positive_int, default=1, help="areas that random erasing takes")

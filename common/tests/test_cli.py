@@ -1,5 +1,6 @@
 import argparse
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -48,12 +49,19 @@ def test_defaults_are_deits() -> None:
         "reprob": 0.25, "remode": "pixel", "recount": 1, "mixup": 0.8, "cutmix": 1.0, "cutmix_minmax": None,
         "mixup_prob": 1.0, "mixup_switch_prob": 0.5, "mixup_mode": "batch", "model_ema": True,
         "model_ema_decay": 0.99996, "model_ema_force_cpu": False, "data_set": "IMNET", "inat_category": "name",
-        "output_dir": "", "seed": 0, "resume": "", "eval": False, "eval_crop_ratio": 0.875, "workers": 10,
-        "pin_mem": True,
+        "output_dir": "", "seed": 0, "resume": "", "eval": False, "eval_crop_ratio": 0.875, "pin_mem": True,
+        "workers": min(10, len(os.sched_getaffinity(0))),
     }  # fmt: skip
     assert {name: getattr(args, name) for name in deit} == deit
     ours = {"device": "auto", "amp": "none", "compile": False, "tensorboard": False, "local_rank": -1}
     assert {name: getattr(args, name) for name in ours} == ours
+
+
+def test_loading_processes_are_no_more_than_cores_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(3)))
+    assert cli.default_workers(2) == 2
+    assert full_parser().parse_args([]).workers == 3
+    assert full_parser().parse_args(["--workers", "20"]).workers == 20
 
 
 def test_every_flag_says_what_it_does_and_its_default() -> None:
