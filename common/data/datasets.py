@@ -35,7 +35,7 @@ TIMM_PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
 
 
 class BadImageError(DataError):
-    """A image that cannot be decoded; the only error that ``on_bad_image="skip"`` passes over."""
+    """An image that cannot be decoded; the only error that ``on_bad_image="skip"`` passes over."""
 
 
 def build_dataset(
@@ -132,7 +132,7 @@ def _bad_image(name: str, error: Exception) -> BadImageError:
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """Read and decode a image file; a file that cannot be read at all is a ``DataError``, never skipped."""
+    """Read and decode an image file; a file that cannot be read at all is a ``DataError``, never skipped."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -141,7 +141,7 @@ def load_image(path: str | Path) -> Image.Image:
 
 
 class SkipBadImages(Dataset[Any]):
-    """``dataset`` with None where a image cannot be decoded; the collate functions of the loaders count these."""
+    """``dataset`` with None where an image cannot be decoded; the collate functions of the loaders count these."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
@@ -194,7 +194,7 @@ class Digits(Dataset[Any]):
 class INaturalist(Dataset[Any]):
     """iNaturalist 2018 or 2019 from its JSON lists: train{year}.json, val{year}.json, categories.json.
 
-    Classes are numbered in the order in which they first appear among the *train* annotations. The path of a image is
+    Classes are numbered in the order in which they first appear among the *train* annotations. The path of an image is
     its file name without its second part (the supercategory); its category id is the third part.
     """
 

@@ -208,7 +208,7 @@ class ResumableBatchSampler(Position, Sampler[list[Key]]):
 
 
 class RepeatedSampler(RepeatAugSampler):
-    """timm's repeated augmentation, yielding (index, repeat) so that the repeats of a image differ on all ranks.
+    """timm's repeated augmentation, yielding (index, repeat) so that the repeats of an image differ on all ranks.
 
     As published, a dataset of fewer than 256 images yields nothing; timm's would yield each once.
     """
