@@ -17,10 +17,9 @@ from common.run.launch import get_world_size
 from common.run.program import get_logger
 from common.run.settings import AugmentationSettings, DataSettings
 from uvc import baseline_scores as scoring
-from uvc.build import create_named
 from uvc.data import build_transforms
 from uvc.loading import Masked, freeze_structure, load_masked
-from uvc.models import input_size
+from uvc.models import create, input_size
 from uvc.models.gates import GatedTransformer, register_masks
 
 logger = get_logger(__name__)
@@ -36,15 +35,15 @@ def open_dense(data: DataSettings, model_type: str, source: str | None, *, img_s
     else:
         size = img_size or input_size(model_type)
         classes = num_classes(open_split(data, "val", None))
-        model = register_masks(create_named(model_type, num_classes=classes, img_size=size))
+        model = register_masks(create(model_type, num_classes=classes, img_size=size))
     model.fix_blocks([True] * len(model.blocks))
-    return Masked(model, model_type, {})
+    return Masked(model, model_type)
 
 
 def prepare(model: GatedTransformer, scratch: str | None) -> None:
     """Freeze what masks and gates leave out; with the name of a network, start from random weights of it."""
     if scratch is not None:
-        fresh = create_named(scratch, num_classes=model.num_classes, img_size=model.image_size[0])
+        fresh = create(scratch, num_classes=model.num_classes, img_size=model.image_size[0])
         own = {name: value for name, value in fresh.state_dict().items() if not name.endswith("gating")}
         model.load_state_dict(own, strict=False)
     freeze_structure(model)

@@ -19,23 +19,6 @@ from uvc.uvc_optimizer import PrimalDual
 logger = get_logger(__name__)
 
 
-def create_named(model_type: str, *, flag: str = "--model_type", **options: object) -> GatedTransformer:
-    """A network by its name, with random weights.
-
-    Args:
-        model_type: see ``uvc.models.create``.
-        flag: where the name comes from.
-        options: for its class; those that are None are left at its default.
-
-    Raises:
-        UsageError: a name that is unknown or refused, with the reason.
-    """
-    try:
-        return create(model_type, **{name: value for name, value in options.items() if value is not None})
-    except ValueError as error:
-        raise UsageError(f"{flag}: {error}") from error
-
-
 def build_student(student: Student, classes: int) -> GatedTransformer:
     """The network of stage 1: dense weights loaded, gates set, idle parameters frozen, masks registered.
 
@@ -43,7 +26,7 @@ def build_student(student: Student, classes: int) -> GatedTransformer:
         UsageError: no ``--model_path``, or ``--enable_deit`` and the name disagree.
     """
     name = student.model_type
-    model = create_named(name, num_classes=classes, img_size=student.img_size)
+    model = create(name, num_classes=classes, img_size=student.img_size)
     distilled = getattr(model, "dist_token", None) is not None
     if student.enable_deit and not distilled:
         raise UsageError(f"--enable_deit 1 is for the *_distilled networks; {name} has no distillation token")
@@ -117,7 +100,7 @@ def build_objective(
             f"--distillation-type {kind} needs the teacher's weights: give --teacher-path or --model_path, or "
             "--distillation-type none"
         )
-    network = create_named(name, flag="--teacher-model", num_classes=classes, img_size=img_size)
+    network = create(name, num_classes=classes, img_size=img_size)
     load_dense(network, teacher.source, model_type=name)  # a teacher with a new head would teach noise
     network.fix_blocks((True,) * len(network.blocks))
     network.to(device).eval().requires_grad_(False)

@@ -2,7 +2,7 @@
 
 UVC, arXiv:2203.08243. ``JointTraining`` (stage 1) learns weights, pruning numbers and
 gates together; ``FineTuning`` (stage 2) trains the weights of the architecture found. Their methods are the hooks of
-``common.run.engine.train``.
+``common.run.engine.Trainer.fit``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import contextlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.losses import DistillationLoss
-from common.run.engine import Optimization, StepInfo, evaluate
+from common.run.engine import Optimization, StepInfo
 from common.run.files import write_atomic
-from common.run.launch import World, get_world_size
+from common.run.launch import get_world_size
 from common.run.metrics import Record
 from common.run.program import get_logger, is_main
 from uvc.data import Mix
@@ -32,7 +33,6 @@ from uvc.models.gates import GatedTransformer, count_mask_elements
 from uvc.pruning import group_scores, masked_weights, update_masks_
 from uvc.schedules import selection_tau, zlr_at
 from uvc.settings import JointSettings
-from uvc.structure import Structure
 from uvc.uvc_optimizer import PrimalDual
 
 logger = get_logger(__name__)
@@ -74,6 +74,7 @@ def back_propagate(
 # Stage 1
 
 
+@dataclass(eq=False)
 class JointTraining:
     """Stage 1 on one model.
 
@@ -89,28 +90,21 @@ class JointTraining:
         model_type: for the files.
     """
 
-    def __init__(
-        self,
-        model: GatedTransformer,
-        network: nn.Module,
-        *,
-        optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LRScheduler,
-        primal_dual: PrimalDual,
-        criterion: DistillationLoss,
-        mix: Mix,
-        settings: JointSettings,
-        record: Record | None = None,
-        folder: Path | None = None,
-        model_type: str = "",
-    ) -> None:
-        self.model, self.network = model, network
-        self.optimizer, self.scheduler = optimizer, scheduler
-        self.primal_dual, self.criterion, self.mix = primal_dual, criterion, mix
-        self.settings, self.record, self.folder, self.model_type = settings, record, folder, model_type
-        self.dumps = _Dumps(folder) if settings.official and folder is not None else None
-        self.epoch = 0
-        self.steps = 0
+    model: GatedTransformer
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    primal_dual: PrimalDual
+    criterion: DistillationLoss
+    mix: Mix
+    settings: JointSettings
+    record: Record | None = None
+    folder: Path | None = None
+    model_type: str = ""
+    epoch: int = field(default=0, init=False)
+    steps: int = field(default=0, init=False)
+    dumped: dict[str, dict[int, Any]] = field(default_factory=lambda: {"s": {}, "r": {}, "gating": {}}, init=False)
+    started: str = field(default_factory=lambda: time.strftime("%Y-%m-%d-%H:%M:%S"), init=False)
 
     @property
     def warming_up(self) -> bool:
@@ -184,14 +178,12 @@ class JointTraining:
             row = {"epoch": info.epoch, "step": info.step, "resource": resource, **self.structure_row()}
             if self.record is not None:
                 self.record.write("structure", row)
-            if self.dumps is not None and not self.warming_up:
-                self.dumps.add(info.step, row)
+            if self.settings.official and not self.warming_up:
+                self.dump(info.step, row)
         return {"resource": resource, "z": float(self.primal_dual.z)}
 
-    def evaluate(
-        self, loader: Iterable[Any], world: World, *, amp: str = "none", show_progress: bool = False
-    ) -> dict[str, float]:
-        """Accuracy and remaining cost after an epoch, and this epoch's file.
+    def evaluate(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Accuracy (``measure`` takes it) and remaining cost after an epoch, and this epoch's file.
 
         By default of the network that stage 2 would start from: weights masked, blocks run or not, patches removed. In
         the official form of the noisy soft gates and unmasked weights.
@@ -201,9 +193,7 @@ class JointTraining:
             if not self.settings.official:
                 stack.enter_context(masked_weights(self.model))
                 stack.enter_context(deployed_gates(self.model, remove=self.primal_dual.settings.learn_patches))
-            metrics: dict[str, float] = evaluate(
-                self.model, loader, device=world.device, amp=amp, show_progress=show_progress, title="validation"
-            )
+            metrics = measure()
         metrics |= self.report(metrics)
         if self.folder is not None and is_main():
             self.save(self.folder / f"{self.model_type}_{self.epoch + 1}.pth.tar", metrics)
@@ -236,10 +226,6 @@ class JointTraining:
         patches = self.model.patch_gating if state.settings.learn_patches else None
         with torch.no_grad():
             return float(state.whole_cost.ratio(state.s, state.r, group_scores(self.model).heads, run, patches))
-
-    def structure(self) -> Structure:
-        """What survives by the masks and the hard gates. Waits for the device."""
-        return Structure.from_model(self.model, remove_patches=self.primal_dual.settings.learn_patches)
 
     def structure_row(self) -> dict[str, Any]:
         """Per block and as lists: s, r, gates and duals, and what survives. Waits for the device."""
@@ -286,6 +272,14 @@ class JointTraining:
             "blocks_running": running,
         }
 
+    def dump(self, step: int, row: Mapping[str, Any]) -> None:
+        """The published JSON files of s, r and gates: {step: nested lists}, named by the time the run started."""
+        if self.folder is None:
+            return
+        for name, content in self.dumped.items():
+            content[step] = row["gates" if name == "gating" else name]
+            write_atomic(self.folder / f"{name}_{self.started}.json", json.dumps(content))
+
     def save(self, path: Path, metrics: Mapping[str, float]) -> None:
         """This epoch's file for stage 2."""
         learned = self.primal_dual.settings.learn_patches
@@ -299,35 +293,19 @@ class JointTraining:
 @contextlib.contextmanager
 def deployed_gates(model: GatedTransformer, *, remove: bool) -> Iterator[None]:
     """Blocks run or are skipped, patches are removed if ``remove``, inside; as before after."""
-    gates = model.gates
-    before = gates.block_gating, gates.warmup, gates.patch
-    gates.block_gating, gates.warmup = False, False
-    if remove:
-        gates.patch = "remove"
+    before = model.gates
+    model.gates = replace(before, block_gating=False, warmup=False, patch="remove" if remove else before.patch)
     try:
         yield
     finally:
-        gates.block_gating, gates.warmup, gates.patch = before
-
-
-class _Dumps:
-    """The published JSON files of s, r and gates: {step: nested lists}, named by the time the run started."""
-
-    def __init__(self, folder: Path) -> None:
-        stamp = time.strftime("%Y-%m-%d-%H:%M:%S")
-        self.paths = {name: folder / f"{name}_{stamp}.json" for name in ("s", "r", "gating")}
-        self.content: dict[str, dict[int, Any]] = {name: {} for name in self.paths}
-
-    def add(self, step: int, row: Mapping[str, Any]) -> None:
-        for name, path in self.paths.items():
-            self.content[name][step] = row["gates" if name == "gating" else name]
-            write_atomic(path, json.dumps(self.content[name]))
+        model.gates = before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage 2
 
 
+@dataclass(eq=False)
 class FineTuning:
     """Stage 2 on one model: weights trained, masks and structure fixed.
 
@@ -341,21 +319,16 @@ class FineTuning:
         observe: called after each optimizer step, gradients still there; numbers it returns are logged.
     """
 
-    def __init__(
-        self,
-        model: GatedTransformer,
-        *,
-        criterion: DistillationLoss,
-        mix: Mix,
-        parts: int = 1,
-        before_step: Callable[[int], bool] | None = None,
-        observe: Callable[[StepInfo], dict[str, float]] | None = None,
-    ) -> None:
-        self.model = model
-        self.network: nn.Module = model
-        self.criterion, self.mix, self.parts = criterion, mix, parts
-        self.before_step, self.observe = before_step, observe
-        self.steps = 0
+    model: GatedTransformer
+    criterion: DistillationLoss
+    mix: Mix
+    parts: int = 1
+    before_step: Callable[[int], bool] | None = None
+    observe: Callable[[StepInfo], dict[str, float]] | None = None
+    steps: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.network: nn.Module = self.model
         self.find_masked()
 
     def find_masked(self) -> None:
@@ -391,12 +364,3 @@ class FineTuning:
         """Counts steps."""
         self.steps = info.step
         return self.observe(info) if self.observe is not None else {}
-
-    def evaluate(
-        self, loader: Iterable[Any], world: World, *, amp: str = "none", show_progress: bool = False
-    ) -> dict[str, float]:
-        """Accuracy of the masked network."""
-        self.apply_masks()
-        return evaluate(
-            self.model, loader, device=world.device, amp=amp, show_progress=show_progress, title="validation"
-        )

@@ -15,9 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from common.run.checkpoint import keep_own_heads, load_safely, load_strict, locate, save_atomic, select_state
+from common.run.checkpoint import keep_own_heads, load_strict, read_checkpoint, save_atomic, select_state
 from common.run.errors import CheckpointError
-from common.run.launch import main_process_first
 from common.run.program import get_logger
 from uvc.models import MODELS, create
 from uvc.models.gates import GatedTransformer, apply_masks_, register_masks
@@ -33,11 +32,10 @@ METADATA = "uvc"
 
 @dataclass(frozen=True)
 class Masked:
-    """A masked network, and what its file says besides the weights (nothing in a published file)."""
+    """A masked network and the name of its architecture."""
 
     model: GatedTransformer
     model_type: str
-    metadata: Mapping[str, Any]
 
 
 def read_state(source: str | os.PathLike[str], *, prefer_ema: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -50,17 +48,15 @@ def read_state(source: str | os.PathLike[str], *, prefer_ema: bool = False) -> t
     Raises:
         CheckpointError: unreadable, or without weights.
     """
-    with main_process_first():
-        path = locate(source)
-    if path.suffix == ".safetensors" and _is_compact(path):
-        raise CheckpointError(f"{path}: it is a compact network of compress.py; give the masked checkpoint it is from")
-    content = load_safely(path)
+    if str(source).endswith(".safetensors") and _is_compact(Path(source)):
+        raise CheckpointError(f"{source}: a compact network of compress.py; give the masked checkpoint it is from")
+    content = read_checkpoint(source)
     keys = ("state_dict_ema", "model", "state_dict") if prefer_ema else ("model", "state_dict_ema", "state_dict")
     said: dict[str, Any] = {}
     for key in ("args", METADATA):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             said |= content[key]
-    return select_state(content, keys, source=str(path)), said
+    return select_state(content, keys, source=str(source)), said
 
 
 def _is_compact(file: Path) -> bool:
@@ -148,7 +144,7 @@ def load_masked(source: str | os.PathLike[str], model_type: str = "", *, patch: 
     model.gates.jumping = bool(said.get("enable_jumping") or said.get("jumping"))
     apply_masks_(model)
     model.fix_blocks()
-    return Masked(model.eval(), name, said)
+    return Masked(model.eval(), name)
 
 
 def sizes_of(state: Mapping[str, Tensor], name: str, *, source: str = "checkpoint") -> dict[str, Any]:

@@ -119,34 +119,33 @@ class JointSettings(Settings):
 
 
 @dataclass(frozen=True)
-class JointRun:
-    """All of stage 1. ``optimizer`` is of the weights; ``arguments`` is what files say of the flags."""
+class Run:
+    """What both stages take. ``optimizer`` is of the weights; ``arguments`` is what files say of the flags."""
 
     data: DataSettings
     augmentation: AugmentationSettings
     eval_batch_size: int
-    student: Student
     teacher: Teacher
     run: RunSettings
     optimizer: OptimizerSettings
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class JointRun(Run):
+    """All of stage 1."""
+
+    student: Student
     decay_type: str
     warmup_steps: int
     num_epochs: int
     primal_dual: PrimalDualSettings
     course: JointSettings
-    arguments: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class PostRun:
+class PostRun(Run):
     """All of stage 2, and of training a pruning baseline; the rate of ``optimizer`` is for 512 images per step."""
 
-    data: DataSettings
-    augmentation: AugmentationSettings
-    eval_batch_size: int
-    teacher: Teacher
-    run: RunSettings
-    optimizer: OptimizerSettings
     schedule: ScheduleSettings
     parts: int
-    arguments: Mapping[str, Any]

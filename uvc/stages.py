@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from common.data.build import Batches
 from common.run.build import build_run, scaled_lr
-from common.run.engine import StepInfo
+from common.run.engine import StepInfo, evaluate
 from common.run.errors import UsageError
 from common.run.files import write_atomic
 from common.run.launch import World
 from common.run.program import get_logger, is_main
+from common.run.settings import RunSettings
 from uvc.build import build_objective, build_primal_dual, build_student
 from uvc.cost_model import CostModel
 from uvc.data import build_mix, open_batches
@@ -24,11 +26,19 @@ from uvc.draw_structure import draw_structure
 from uvc.engine import FineTuning, JointTraining
 from uvc.loading import Masked, save_masked
 from uvc.models import input_size
+from uvc.models.gates import GatedTransformer
 from uvc.schedules import warmup_factor
 from uvc.settings import JointRun, PostRun
 from uvc.structure import Structure
 
 logger = get_logger(__name__)
+
+
+def validate(model: GatedTransformer, batches: Batches, world: World, run: RunSettings) -> dict[str, float]:
+    """Accuracy on the held-out images, under a progress bar where nothing else is done."""
+    return evaluate(
+        model, batches.held_out, device=world.device, amp=run.amp, title="validation", show_progress=run.eval
+    )
 
 
 def learn(settings: JointRun, world: World) -> dict[str, Any]:
@@ -64,17 +74,18 @@ def learn(settings: JointRun, world: World) -> dict[str, Any]:
         folder=None if run.eval else folder, model_type=student.model_type,
     )  # fmt: skip
     training.enter(trainer.state.progress.epoch, trainer.state.progress.step)
-    test = partial(training.evaluate, batches.held_out, world, amp=run.amp)
+    measure = partial(validate, model, batches, world, run)
     if batches.train is None:
-        return finish(test(show_progress=True), folder)
+        return finish(training.evaluate(measure), folder)
     row = trainer.fit(
-        training.step, batches.train, evaluate_fn=test, epoch_start=training.epoch_start,
-        after_step=training.after_step,
+        training.step, batches.train, evaluate_fn=partial(training.evaluate, measure),
+        epoch_start=training.epoch_start, after_step=training.after_step,
     )  # fmt: skip
     if folder is not None and is_main():
         budget, left = 100 * settings.primal_dual.budget, 100 * training.deployed_ratio()
         title = f"{student.model_type}, budget {budget:g} %: {left:.2f} % remain"
-        write_atomic(folder / "structure.png", draw_structure(training.structure(), title=title))
+        structure = Structure.from_model(model, remove_patches=learned)
+        write_atomic(folder / "structure.png", draw_structure(structure, title=title))
     metrics = {name.removeprefix("test_"): value for name, value in row.items() if name.startswith("test_")}
     return finish(metrics, folder, remark=" (before post_train.py, whose accuracy counts)")
 
@@ -122,9 +133,13 @@ def fine_tune(
         model, criterion=criterion, mix=build_mix(settings.augmentation, classes), parts=settings.parts,
         before_step=before_step, observe=observe,
     )  # fmt: skip
-    test = partial(tuning.evaluate, batches.held_out, world, amp=run.amp)
+
+    def test() -> dict[str, float]:
+        tuning.apply_masks()
+        return validate(model, batches, world, run)
+
     if batches.train is None:
-        return finish({**test(show_progress=True), **cost}, folder)
+        return finish({**test(), **cost}, folder)
     if check_length is not None:
         check_length(len(batches.train) * settings.schedule.epochs)
     rate = scaled_lr(settings.optimizer.lr, batch_size=data.batch_size, world_size=world.size)

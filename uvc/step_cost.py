@@ -70,19 +70,19 @@ def measure_step(
     from common.run.engine import Optimization
     from common.run.precision import autocast
     from common.run.settings import AugmentationSettings
-    from uvc.build import create_named
     from uvc.data import build_mix
     from uvc.engine import FineTuning
     from uvc.loading import freeze_idle
     from uvc.losses import objective
+    from uvc.models import create
     from uvc.models.gates import register_masks
     from uvc.settings import PrimalDualSettings
     from uvc.uvc_optimizer import PrimalDual
 
-    model = register_masks(create_named(model_type)).to(device).train()
+    model = register_masks(create(model_type)).to(device).train()
     freeze_idle(model)
     model.gates.block_gating = True
-    teacher = create_named(model_type).to(device).eval().requires_grad_(False)
+    teacher = create(model_type).to(device).eval().requires_grad_(False)
     teacher.fix_blocks((True,) * len(teacher.blocks))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     optimization = Optimization(optimizer, clip_grad=1.0)

@@ -70,14 +70,14 @@ def create(name: str, **options: Any) -> GatedTransformer:
 
     Args:
         name: a key of ``MODELS``.
-        options: replace the arguments of its class, for instance ``num_classes``.
+        options: replace the arguments of its class, for instance ``num_classes``; None leaves one as it is.
 
     Raises:
         ValueError: a name that is refused, with the reason, or unknown, with the names there are.
     """
     if name in MODELS:
         make, arguments = MODELS[name]
-        return make(**{**arguments, **options})
+        return make(**arguments | {key: value for key, value in options.items() if value is not None})
     for pattern, reason in _REFUSED:
         if re.fullmatch(pattern, name):
             raise ValueError(f"model {name} {reason}")

@@ -481,7 +481,7 @@ def test_evaluation_prints_and_writes_every_number(found, material, tmp_path, ca
         shown.append(show_progress)
         return evaluate(*args, show_progress=show_progress, **named)
 
-    monkeypatch.setattr("uvc.engine.evaluate", seen)
+    monkeypatch.setattr("uvc.stages.evaluate", seen)
     resumed = ["--eval", "--resume", str(found.folder / "last.pth")]
     for program, words in (
         (post_train, stage2(material, tmp_path / "post", found.file, "--eval")),
