@@ -2,6 +2,7 @@
 
     make gpu OUT=DIR BUDGET_S=480
     python -m common.gpu --output DIR --only 'hourglass_swag*'   # some of the steps; --list says which there are
+    python -m common.gpu --output DIR --rehearse                 # before that, where there is no GPU
 
 Needs an interpreter with torch 2.11 or newer, torchvision, timm, pytest and tqdm, and PYTHONPATH=. ; nothing is
 installed, nothing is downloaded. First come the tests marked ``gpu``. Then the rows that have a speed, all those that
@@ -11,9 +12,12 @@ no time for is listed in it. ``python -m common.results add DIR/gpu.json`` files
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from common.run.files import problem_with
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -47,7 +51,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="with --device cpu: count the time that one thread computes instead of the time that passes, for a "
         "machine that has other work to do",
     )
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="go through every step on the CPU: tests are collected, programs parse their flags, each network is built "
+        "without weights and timed as a tiny one; the file is marked, and cannot be filed",
+    )
     args = parser.parse_args(argv)
+    if args.device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", args.device):
+        parser.error(f"--device must be cpu, cuda or cuda:N, got {args.device!r}")
+    if args.output and (problem := problem_with(args.output, folder=True)):
+        parser.error(f"--output: {problem}")
     if args.processor_time and args.device != "cpu":
         parser.error("--processor-time: a GPU's work does not count as processor time; it goes with --device cpu")
     if not args.name or set(args.name) & set("/\\"):

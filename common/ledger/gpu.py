@@ -13,16 +13,19 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 
 from common.ledger import results
-from common.ledger.speeds import COLUMNS, SpeedRun, measure_rows, measure_together
+from common.ledger.gather import find_adapter
+from common.ledger.speeds import COLUMNS, Build, SpeedRun, measure_rows
 from common.ledger.tables import Row, Unavailable, load_tables, papers
-from common.measure.benchmark import describe_device, device_name, synchronize
+from common.measure.benchmark import Clock, describe_device, device_name, synchronize
+from common.run.errors import LaunchError
 from common.run.files import ROOT
+from common.run.launch import choose_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BATCH = 64
@@ -57,22 +60,6 @@ class Step:
     program: str = ""
 
 
-@dataclass
-class Job:
-    """What has been done so far, and the file that holds it."""
-
-    path: Path
-    origin: results.Origin
-    records: list[results.Record] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-    programs: dict[str, Any] = field(default_factory=dict)
-
-    def write(self) -> None:
-        """Write the file anew: a job that is killed later keeps this much."""
-        origin = replace(self.origin, left_out=tuple(self.left_out), programs=self.programs)
-        results.write_records(self.path, self.records, origin)
-
-
 def plan(root: Path = ROOT, *, together: bool = True) -> list[Step]:
     """All steps in order of worth: the tests; then way by way, dense row by dense row.
 
@@ -83,14 +70,15 @@ def plan(root: Path = ROOT, *, together: bool = True) -> list[Step]:
     steps = [Step("tests")]
     groups: dict[str, list[Row]] = {}
     for paper in papers(root):
-        if (adapter := find_adapter(paper)) is None:
-            continue
+        adapter: Any = find_adapter(paper)
+        if not (hasattr(adapter, "build") and hasattr(adapter, "speeds")):
+            continue  # none yet, or one that builds no rows for timing
         tables = load_tables(paper, root=root)
         dense = {row.dense for table in tables for row in table.rows if row.dense}
         for table in tables:
             for row in table.rows:
                 has_speed = bool(set(row.published) & set(COLUMNS)) or bool(row.dense)
-                if has_speed and not row.cited and row.key not in dense and can_build(adapter, row):
+                if has_speed and not row.cited and row.key not in dense and can_build(adapter.build, row):
                     key = (row.dense or row.key).replace("/", "-")
                     groups.setdefault(f"{paper}-{'' if together else table.name + '-'}{key}", []).append(row)
     for number, (dtype, column, mode) in enumerate(WAYS):
@@ -110,29 +98,23 @@ def keep_rows(step: Step, skip: Sequence[str]) -> tuple[Row, ...]:
     return tuple(row for row in step.rows if not any(fnmatch.fnmatch(row.id, pattern) for pattern in skip))
 
 
-def find_adapter(paper: str) -> ModuleType | None:
-    """The paper's adapter; None if the paper has none yet, or one that builds no rows for timing."""
-    try:
-        adapter = importlib.import_module(f"{paper}.ledger")
-    except ModuleNotFoundError as error:
-        if error.name not in (paper, f"{paper}.ledger"):
-            raise
-        return None
-    return adapter if hasattr(adapter, "build") and hasattr(adapter, "speeds") else None
-
-
-def can_build(adapter: ModuleType, row: Row) -> bool:
+def can_build(build: Build, row: Row) -> bool:
     """Whether the row's network is implemented: it is built on the meta device, where that costs nothing."""
     try:
         with torch.device("meta"):
-            adapter.build(row)
+            build(row)
     except Unavailable:
         return False
     return True
 
 
-def run_tests(limit_s: float, root: Path = ROOT) -> tuple[int, str]:
+def run_tests(limit_s: float, root: Path = ROOT, *, only_collect: bool = False) -> tuple[int, str]:
     """Run the tests marked ``gpu``; only files that hold such a test are collected, so that nothing else is imported.
+
+    Args:
+        limit_s: seconds after which they are stopped.
+        root: folder that holds the papers.
+        only_collect: import the tests and run none.
 
     Returns:
         pytest's exit status (1 also if there is no such test, or none of them ran) and the end of its output.
@@ -143,6 +125,7 @@ def run_tests(limit_s: float, root: Path = ROOT) -> tuple[int, str]:
     if not files:
         return 1, "no test is marked gpu"
     words = ["-q", "-rs", "--durations=8", "-m", "gpu", "-p", "no:cacheprovider"]
+    words += ["--collect-only"] if only_collect else []
     command = [sys.executable, "-m", "pytest", *words, *map(str, files)]
     try:
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=limit_s, check=False)
@@ -150,8 +133,7 @@ def run_tests(limit_s: float, root: Path = ROOT) -> tuple[int, str]:
         text = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
         return 124, f"{text}\nstopped after {limit_s:.0f} s"
     text = done.stdout + done.stderr
-    status = done.returncode if " passed" in text or done.returncode else 1
-    return status, text
+    return done.returncode or int(not only_collect and " passed" not in text), text
 
 
 def matmul_tflops(device: torch.device, size: int = 8192, passes: int = 20) -> float:
@@ -196,87 +178,107 @@ def run_program(words: str, device: torch.device, limit_s: float) -> Any:
         return json.loads(output.read_text("utf-8"))
 
 
-def run_step(
-    step: Step,
-    job: Job,
-    *,
-    device: torch.device,
-    limit_s: float,
-    rounds: int,
-    batch_size: int | None,
-    processor_time: bool = False,
-    root: Path = ROOT,
-) -> bool:
-    """Do one step and write what it brought to the file; whether it brought something, tests without a failure."""
-    begin = time.perf_counter()
-    run = SpeedRun()
-    good = True
-    if step.program:
-        try:
-            job.programs[step.name] = run_program(step.program, device, limit_s)
-        except RuntimeError as error:
-            run.left_out.append(f"{step.name}: {error}")
-            good = False
-    elif not step.rows:
-        status, text = run_tests(min(limit_s, TESTS_LIMIT_S), root)
-        print(text)
-        summary = next((line for line in reversed(text.splitlines()) if line.strip()), "")
-        job.origin = replace(job.origin, tests={"status": status, "summary": summary})
-        good = status == 0
-    else:
-        adapter = find_adapter(step.rows[0].paper)
-        assert adapter is not None
-        clock = time.process_time if processor_time else time.perf_counter
-        if device.type == "cuda":
-            run = measure_together(
-                step.rows,
-                adapter.build,
-                device=device,
-                column=step.column,
-                dtype=DTYPES[step.dtype],
-                batch_size=1 if step.column == "fps" else batch_size or BATCH,
-                mode=step.mode,
-                rounds=rounds,
-                limit_s=limit_s,
-                root=root,
-            )
-            torch.cuda.empty_cache()
+def parse_flags(words: str, device: torch.device, limit_s: float) -> None:
+    """What stands for ``run_program`` in a rehearsal: the program's flags are parsed.
+
+    Raises:
+        RuntimeError: if it refuses them.
+    """
+    _, module, *flags = words.format(device=device, output="output.json").split()
+    try:
+        importlib.import_module(module).parse_args(flags)
+    except SystemExit as error:
+        raise RuntimeError(f"{module} refuses {' '.join(flags)}") from error
+
+
+def stand_in(row: Row) -> tuple[nn.Module, int]:
+    """The network of every row in a rehearsal."""
+    return nn.Conv2d(3, 8, 16, stride=16), 32
+
+
+@dataclass
+class Job:
+    """How the steps are done, what they have brought so far, and the file that holds it."""
+
+    path: Path
+    origin: results.Origin
+    device: torch.device
+    rounds: int = 10
+    batch_size: int | None = None
+    clock: Clock = time.perf_counter
+    root: Path = ROOT
+    records: list[results.Record] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    programs: dict[str, Any] = field(default_factory=dict)
+
+    def write(self) -> None:
+        """Write the file anew: a job that is killed later keeps this much."""
+        origin = replace(self.origin, left_out=tuple(self.left_out), programs=self.programs)
+        results.write_records(self.path, self.records, origin)
+
+    def do(self, step: Step, limit_s: float) -> bool:
+        """Do one step and write what it brought; whether it brought something, tests without a failure."""
+        begin = time.perf_counter()
+        run, good = SpeedRun(), True
+        if step.program:
+            try:
+                ask = parse_flags if self.origin.rehearsal else run_program
+                self.programs[step.name] = ask(step.program, self.device, limit_s)
+            except RuntimeError as error:
+                run.left_out.append(f"{step.name}: {error}")
+                good = False
+        elif not step.rows:
+            status, text = run_tests(min(limit_s, TESTS_LIMIT_S), self.root, only_collect=self.origin.rehearsal)
+            print(text)
+            summary = next((line for line in reversed(text.splitlines()) if line.strip()), "")
+            self.origin = replace(self.origin, tests={"status": status, "summary": summary})
+            good = status == 0
         else:
-            run = measure_rows(
-                step.rows,
-                adapter.build,
-                device=device,
-                columns=[step.column],
-                dtype=DTYPES[step.dtype],
-                batch_size=batch_size,
-                rounds=rounds,
-                limit_s=limit_s,
-                progress=step.name,
-                clock=clock,
-                root=root,
-            )
-        good = bool(run.records)
-    job.records += run.records
-    job.left_out += run.left_out
-    job.write()
-    for record in run.records:
-        ratio = "" if record.ratio is None else f", {record.ratio:.3f} x {record.reference_row}"
-        spread = "" if record.spread_percent is None else f", spread {record.spread_percent:.1f} %"
-        print(
-            f"{record.table}/{record.row} {record.column}: {record.value:.2f} im/s at batch {record.batch_size}"
-            f"{ratio}{spread}"
+            run = self.measure(step, limit_s)
+            good = bool(run.records)
+        self.records += run.records
+        self.left_out += run.left_out
+        self.write()
+        for record in run.records:
+            print(record)
+        for reason in run.left_out:
+            print(f"left out: {reason}")
+        print(f"{step.name}: {time.perf_counter() - begin:.0f} s", flush=True)
+        return good
+
+    def measure(self, step: Step, limit_s: float) -> SpeedRun:
+        """Measure the rows of a step: on a GPU, and in a rehearsal for it, together."""
+        rehearsal, on_gpu = self.origin.rehearsal, self.device.type == "cuda"
+        adapter: Any = find_adapter(step.rows[0].paper)
+        run = measure_rows(
+            step.rows,
+            stand_in if rehearsal else adapter.build,
+            device=self.device,
+            columns=[step.column],
+            dtype=DTYPES[step.dtype],
+            batch_size=self.batch_size or (BATCH if on_gpu else None),
+            mode="eager" if rehearsal else step.mode,
+            together=on_gpu or rehearsal,
+            rounds=self.rounds,
+            limit_s=limit_s,
+            progress=None if on_gpu or rehearsal else step.name,
+            clock=self.clock,
+            root=self.root,
         )
-    for reason in run.left_out:
-        print(f"left out: {reason}")
-    print(f"{step.name}: {time.perf_counter() - begin:.0f} s", flush=True)
-    return good
+        if on_gpu:
+            torch.cuda.empty_cache()
+        return run
 
 
 def run_job(args: argparse.Namespace, words: Sequence[str], root: Path = ROOT) -> int:
     """What ``common.gpu`` was asked for; exit status 2 without the device that was asked for, 1 if a step failed."""
     begin = time.perf_counter()
-    device = torch.device(args.device)
-    steps = plan(root, together=device.type == "cuda")
+    try:
+        device = choose_device("cpu" if args.rehearse or args.list else args.device)
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    steps = plan(root, together=args.rehearse or args.device != "cpu")
     steps = [replace(step, rows=rows) for step in steps if (rows := keep_rows(step, args.skip)) or not step.rows]
     chosen = [step for step in steps if any(fnmatch.fnmatch(step.name, only) for only in args.only or ["*"])]
     if not chosen:
@@ -288,12 +290,6 @@ def run_job(args: argparse.Namespace, words: Sequence[str], root: Path = ROOT) -
         return 0
     if args.processor_time:
         torch.set_num_threads(1)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print(
-            "this machine has no CUDA device that torch can use; run this on one that has, or see --device cpu",
-            file=sys.stderr,
-        )
-        return 2
     print(f"{device_name(device)}, torch {torch.__version__}: {len(chosen)} of {len(steps)} steps", flush=True)
     described: Mapping[str, Any] = describe_device(device)
     if device.type == "cuda":
@@ -301,23 +297,17 @@ def run_job(args: argparse.Namespace, words: Sequence[str], root: Path = ROOT) -
     if args.processor_time:
         described = {**described, "threads": 1, "timing": "processor time, 1 thread"}
     command = " ".join(["python -m common.gpu", *words]).replace(str(args.output), "DIR")
-    origin = results.Origin(results.now(), results.current_commit(root), described, command, part=args.name)
-    job = Job(args.output / f"{args.name}.json", origin)
+    origin = results.Origin(
+        results.now(), results.current_commit(root), described, command, part=args.name, rehearsal=args.rehearse
+    )
+    clock = time.process_time if args.processor_time else time.perf_counter
+    job = Job(args.output / f"{args.name}.json", origin, device, args.rounds, args.batch_size, clock, root)
     failed = []
     for step in chosen:
         left_s = args.budget_s - (time.perf_counter() - begin)
         if left_s < 5:
             job.left_out.append(f"{step.name}: the budget of {args.budget_s:g} s was spent")
-        elif not run_step(
-            step,
-            job,
-            device=device,
-            limit_s=left_s,
-            rounds=args.rounds,
-            batch_size=args.batch_size,
-            processor_time=args.processor_time,
-            root=root,
-        ):
+        elif not job.do(step, left_s):
             failed.append(step.name)
     job.write()
     print(f"{time.perf_counter() - begin:.0f} s, {len(job.records)} records in {job.path}")

@@ -51,6 +51,8 @@ class Origin:
     """``status`` and ``summary`` of a part that ran tests and measured nothing"""
     programs: Mapping[str, Any] = field(default_factory=dict)
     """``paper/program`` -> what a benchmark whose speeds are not rows of a table wrote"""
+    rehearsal: bool = False
+    """nothing was measured: the steps were gone through where there is no GPU"""
     path: Path | None = None
 
     @property
@@ -99,6 +101,11 @@ class Record:
         way = ", compiled" if self.compiled else ", CUDA graph" if self.cuda_graph else ""
         return f"{self.dtype}{way}, batch {self.batch_size}"
 
+    def __str__(self) -> str:
+        ratio = "" if self.ratio is None else f", {self.ratio:.3f} x {self.reference_row}"
+        spread = "" if self.spread_percent is None else f", spread {self.spread_percent:.1f} %"
+        return f"{self.table}/{self.row} {self.column}: {self.value:.2f} im/s at batch {self.batch_size}{ratio}{spread}"
+
     def as_dict(self) -> dict[str, Any]:
         """What a file holds about it."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "origin"}
@@ -115,7 +122,7 @@ _RECORD_TYPES = {name: _kinds(hint) for name, hint in get_type_hints(Record).ite
 _OPTIONAL_RECORD_KEYS = {"cuda_graph"}
 """keys that files written earlier lack"""
 _FILE_KEYS = {"format", "created", "commit", "device", "command", "records"}
-_OPTIONAL_KEYS = {"part", "left_out", "tests", "programs"}
+_OPTIONAL_KEYS = {"part", "left_out", "tests", "programs", "rehearsal"}
 
 
 def write_records(path: Path, records: Sequence[Record], origin: Origin) -> None:
@@ -129,7 +136,7 @@ def write_records(path: Path, records: Sequence[Record], origin: Origin) -> None
         **{
             key: value
             for key, value in asdict(origin).items()
-            if key != "path" and (key not in ("tests", "programs") or value)
+            if key != "path" and (key not in ("tests", "programs", "rehearsal") or value)
         },
         "records": [record.as_dict() for record in records],
     }
@@ -257,6 +264,8 @@ def add(file: Path, *, force: bool = False, root: Path = ROOT) -> list[Path]:
     except (OSError, UnicodeDecodeError) as error:
         raise RecordError(f"{file}: cannot be read: {error}") from error
     records = parse_records(text, where=str(file))
+    if json.loads(text).get("rehearsal"):
+        raise RecordError(f"{file}: is a rehearsal, in which nothing was measured; only what ran on a GPU is filed")
     if not records and json.loads(text).get("tests"):
         return []
     if not records:

@@ -8,13 +8,13 @@ compared is the ratio to the dense row.
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.ledger.results import Record
 from common.ledger.tables import Measured, Row, Unavailable, load_tables
@@ -31,6 +31,15 @@ LEDGER_PASSES = {"cpu": (1, 5), "gpu": (3, 20)}
 Build = Callable[[Row], tuple[nn.Module, int]]
 """From a row to its network (called under its device; speed does not depend on the weights) and its resolution."""
 
+TOO_LATE = "the time limit was near"
+
+
+class Network(NamedTuple):
+    """What a row is measured with."""
+
+    model: nn.Module
+    resolution: int
+
 
 @dataclass
 class SpeedRun:
@@ -39,6 +48,15 @@ class SpeedRun:
     records: list[Record] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     """``table/row column: why``"""
+    errors: list[Exception] = field(default_factory=list)
+    """why rows were left out, where that was not expected"""
+
+    def leave_out(self, rows: Iterable[Row], column: str, why: str | Exception) -> None:
+        """Note that rows were not measured."""
+        if isinstance(why, Exception) and not isinstance(why, Unavailable | NotEnoughMemory):
+            self.errors.append(why)
+            why = f"{type(why).__name__}: {(str(why).strip() or 'no message').splitlines()[0]}"
+        self.left_out += [f"{row.key} {column}: {why}" for row in rows]
 
 
 def measure_rows(
@@ -49,7 +67,8 @@ def measure_rows(
     columns: Sequence[str] = COLUMNS,
     dtype: torch.dtype = torch.float32,
     batch_size: int | None = None,
-    compiled: bool = False,
+    mode: str = "eager",
+    together: bool = False,
     warmup: int = 3,
     rounds: int = 20,
     limit_s: float | None = None,
@@ -57,147 +76,150 @@ def measure_rows(
     clock: Clock = time.perf_counter,
     root: Path = ROOT,
 ) -> SpeedRun:
-    """Measure rows of one paper, each against its dense row.
+    """Measure rows of one paper, each in turns with its dense row.
+
+    A network that cannot be built or run leaves its row out, with the error, and the others go on: what is measured on
+    a rented machine must not be lost to one row.
 
     Args:
         rows: rows with published speeds. A dense row among them is measured with those that refer to it; alone if none.
         build: the paper's networks.
-        device, dtype, compiled: where and how the networks run; they are cast to ``dtype``.
+        device, dtype: where and how the networks run; they are cast to ``dtype``.
         columns: ``fps`` (batch 1) and ``throughput_ips`` (``batch_size``).
-        batch_size: batch of ``throughput_ips``; by default as ``LARGE_BATCH`` says. It is halved for both networks of a
-            pair until they fit into the memory.
-        warmup, rounds: for each pair and column.
-        limit_s: time for everything. It is shared among the pairs, so each may get fewer rounds; pairs that would end
-            after it are not started, and are listed as left out.
-        progress: label of a progress bar for each pair.
+        batch_size: batch of ``throughput_ips``; by default as ``LARGE_BATCH`` says. It is halved for all networks that
+            take turns until they fit into the memory.
+        mode: ``eager``; ``compiled`` (torch.compile); ``graph``, a pass captured once as a CUDA graph and replayed.
+        together: all rows that share a dense row take turns with it, also in columns for which they publish nothing:
+            for a device that holds all their networks at once. Else pair by pair.
+        warmup, rounds: for each rotation.
+        limit_s: time for everything. It is shared among the rotations, so each may get fewer rounds; those that would
+            end after it are not started, and are listed as left out.
+        progress: label of a progress bar for each rotation.
         clock: source of the time.
         root: folder that holds the papers' tables, where dense rows are looked up.
 
     Returns:
-        A record for each row and column. The record of a dense row is the median over its pairs.
+        A record for each row and column. The record of a dense row is the median over its rotations.
     """
     known = {
         row.key: row for paper in {row.paper for row in rows} for t in load_tables(paper, root=root) for row in t.rows
     }
-    referred = {row.dense for row in rows}
-    pairs = sorted((row for row in rows if row.key not in referred), key=lambda row: row.dense)
-    jobs = [(row, column) for row in pairs for column in columns if column in row.published]
-    bench = _Bench(build, device, dtype, compiled)
-    run = SpeedRun()
+    jobs = _rotations(rows, columns, together=together)
+    run, networks = SpeedRun(), dict[str, Network]()
+
+    def network(row: Row) -> Network:
+        if row.key not in networks:
+            networks[row.key] = _load(build, row, device, dtype, mode)
+        return networks[row.key]
+
     dense_speeds: defaultdict[tuple[str, str], list[tuple[Speed, int]]] = defaultdict(list)
     started = clock()
-    shortest_s = 0.0  # what a pair takes at least: the most that any has taken to load and for two of its rounds
-    for index, (row, column) in enumerate(jobs):
-        begin = clock()
-        left_s = None if limit_s is None else limit_s - (begin - started)
-        if left_s is not None and left_s < shortest_s:
-            run.left_out += [f"{late.key} {name}: the time limit was near" for late, name in jobs[index:]]
+    shortest_s = 0.0  # what a rotation takes at least: the most that any has taken to load and for two rounds
+    for index, (group, column) in enumerate(jobs):
+        begin, waiting = clock(), len(jobs) - index
+        share_s = None if limit_s is None else (limit_s - (begin - started)) / waiting
+        if share_s is not None and share_s * waiting < shortest_s:
+            for late, name in jobs[index:]:
+                run.leave_out(late, name, TOO_LATE)
             break
-        dense = known[row.dense] if row.dense else row
+        dense = known[group[0].dense or group[0].key]
+        batch = 1 if column == "fps" else batch_size or LARGE_BATCH.get(device.type, 1)
+        networks = {row.key: networks[row.key] for row in (dense, *group) if row.key in networks}
         try:
-            resolution = bench.load(row, dense)
+            model, resolution = network(dense)
+            images = random_images(batch, resolution, device, dtype)
+            taking = {dense.key: _tried(model, images, mode) if together else model}
+            for row in (row for row in group if row.key != dense.key):
+                if together and share_s is not None and clock() - begin > 0.7 * share_s:
+                    run.leave_out([row], column, TOO_LATE)
+                    continue
+                try:
+                    model, side = network(row)
+                    if side != resolution:
+                        raise ValueError(f"resolution {side} is not the {resolution} of {dense.key}")
+                    taking[row.key] = _tried(model, images, mode) if together else model
+                except Exception as error:  # whatever one network raises, the others are measured
+                    run.leave_out([row], column, error)
+            if not together and not any(row.key in taking for row in group):
+                continue
             loaded = clock()
-            speeds = bench.compare_that_fits(
-                dense.key,
-                1 if column == "fps" else batch_size or LARGE_BATCH.get(device.type, 1),
-                resolution,
+            speeds = _compare_that_fits(
+                taking,
+                images,
+                baseline=dense.key,
                 warmup=warmup,
                 rounds=rounds,
-                limit_s=None if left_s is None else left_s / (len(jobs) - index) - (loaded - begin),
-                progress=progress and f"{progress} {row.id} {column}",
+                limit_s=None if share_s is None else share_s - (loaded - begin),
+                progress=progress and f"{progress} {', '.join(row.id for row in group)} {column}",
                 clock=clock,
             )
-        except (Unavailable, NotEnoughMemory) as error:
-            run.left_out.append(f"{row.key} {column}: {error}")
+        except Exception as error:
+            run.leave_out(group, column, error)
             continue
-        rounds_done = speeds[dense.key].speed.rounds + 1  # at least one warm-up
-        shortest_s = max(shortest_s, loaded - begin + 2 * (clock() - loaded) / rounds_done)
-        dense_speeds[dense.key, column].append((speeds[dense.key].speed, resolution))
-        if row is not dense:
-            run.records.append(_record(row, column, speeds[row.key], resolution, dense, speeds[dense.key].speed))
+        dense_speed = speeds[dense.key].speed
+        shortest_s = max(shortest_s, loaded - begin + 2 * (clock() - loaded) / (dense_speed.rounds + 1))  # a warm-up
+        dense_speeds[dense.key, column].append((dense_speed, resolution))
+        run.records += [
+            _record(known[key], column, paired, resolution, dense, dense_speed)
+            for key, paired in speeds.items()
+            if key != dense.key
+        ]
     for (key, column), measured in dense_speeds.items():
         if column in known[key].published:
             middle = statistics.median_low(speed.throughput_ips for speed, _ in measured)
             speed, resolution = next(entry for entry in measured if entry[0].throughput_ips == middle)
             run.records.append(_record(known[key], column, PairedSpeed(speed, 1.0, None), resolution, None, None))
+    run.records = [replace(record, cuda_graph=mode == "graph") for record in run.records]
     return run
 
 
-def measure_together(
-    rows: Sequence[Row],
-    build: Build,
-    *,
-    device: torch.device,
-    column: str,
-    dtype: torch.dtype = torch.float32,
-    batch_size: int = 1,
-    mode: str = "eager",
-    warmup: int = 3,
-    rounds: int = 10,
-    limit_s: float | None = None,
-    clock: Clock = time.perf_counter,
-    root: Path = ROOT,
-) -> SpeedRun:
-    """Measure rows that share a dense row in one rotation with it: for a device that holds all their networks at once.
+def _rotations(rows: Sequence[Row], columns: Sequence[str], *, together: bool) -> list[tuple[list[Row], str]]:
+    """Which rows are measured at a time, and for which column; those of one dense row follow each other."""
+    referred = {row.dense for row in rows}
+    groups: dict[str, list[Row]] = {}
+    for row in sorted((row for row in rows if row.key not in referred), key=lambda row: row.dense):
+        groups.setdefault((row.dense or row.key) if together else row.key, []).append(row)
+    found = [
+        ([row for row in group if together or column in row.published], column)
+        for group in groups.values()
+        for column in columns
+    ]
+    return [(group, column) for group, column in found if group]
 
-    A network that cannot be built or run in this mode is left out with its error, and the others go on: what is
-    measured on a rented machine must not be lost to one row.
 
-    Args:
-        rows: rows of one paper, with one dense row.
-        mode: ``eager``; ``compiled`` (torch.compile); ``graph``, a pass captured once as a CUDA graph and replayed.
-        limit_s: time for building, warm-up and rounds.
-        build, device, column, dtype, batch_size, warmup, rounds, clock, root: as in ``measure_rows``.
+def _load(build: Build, row: Row, device: torch.device, dtype: torch.dtype, mode: str) -> Network:
+    """The row's network on the device, compiled if that is wanted."""
+    with torch.device(device):
+        model, resolution = build(row)
+    model = model.to(device=device, dtype=dtype).eval()
+    return Network(torch.compile(model) if mode == "compiled" else model, resolution)  # pyright: ignore[reportArgumentType]
+
+
+@torch.inference_mode()
+def _tried(model: nn.Module, images: Tensor, mode: str) -> nn.Module:
+    """The network as it is timed on these images, after a pass, so that it fails by itself."""
+    model(images)
+    if mode == "graph":
+        model = GraphReplay(model, images)
+        model(images)
+    return model
+
+
+def _compare_that_fits(models: Mapping[str, nn.Module], images: Tensor, **options: Any) -> Mapping[str, PairedSpeed]:
+    """Compare with the largest batch that fits: all images, a half of them, a quarter, ...
+
+    Raises:
+        NotEnoughMemory: if a single image does not fit.
     """
-    known = {row.key: row for table in load_tables(rows[0].paper, root=root) for row in table.rows}
-    dense = known[rows[0].dense or rows[0].key]
-    run, models, resolution = SpeedRun(), {}, 0
-    started = clock()
-    images: torch.Tensor | None = None
-    for row in [dense, *(row for row in rows if row.key != dense.key)]:
-        if limit_s is not None and models and clock() - started > 0.7 * limit_s:
-            run.left_out.append(f"{row.key} {column} {mode}: the time limit was near")
-            continue
+    while True:
         try:
-            with torch.device(device):
-                model, side = build(row)
-            if images is None:
-                resolution = side
-                images = random_images(batch_size, side, device, dtype)
-            elif side != resolution:
-                raise ValueError(f"resolution {side} is not the {resolution} of {dense.key}")
-            model = model.to(device=device, dtype=dtype).eval()
-            with torch.inference_mode():
-                model(images)
-                if mode == "compiled":
-                    model = torch.compile(model)
-                elif mode == "graph":
-                    model = GraphReplay(model, images)
-                model(images)
-        except Exception as error:  # whatever one network raises, the others are measured
-            text = (str(error).strip() or type(error).__name__).splitlines()[0]
-            run.left_out.append(f"{row.key} {column} {mode}: {type(error).__name__}: {text}")
-            if row is dense:
-                return run
-            continue
-        models[row.key] = model
-    assert images is not None
-    speeds = compare(
-        models,
-        images,
-        baseline=dense.key,
-        warmup=warmup,
-        rounds=rounds,
-        limit_s=None if limit_s is None else limit_s - (clock() - started),
-        clock=clock,
-    )
-    for key, paired in speeds.items():
-        reference = None if key == dense.key else dense
-        if reference is None and column not in dense.published:
-            continue
-        record = _record(known[key], column, paired, resolution, reference, reference and speeds[dense.key].speed)
-        run.records.append(replace(record, cuda_graph=mode == "graph"))
-    return run
+            return compare(models, images, **options)
+        except (NotEnoughMemory, torch.OutOfMemoryError) as error:
+            if len(images) == 1:
+                raise NotEnoughMemory(str(error)) from error
+        images = images[: len(images) // 2]
+        if images.is_cuda:
+            torch.cuda.empty_cache()
 
 
 class GraphReplay(nn.Module):
@@ -230,64 +252,6 @@ class GraphReplay(nn.Module):
         self._images.copy_(images)
         self._graph.replay()
         return self._output
-
-
-class _Bench:
-    """The networks of the current pair, on the device."""
-
-    def __init__(self, build: Build, device: torch.device, dtype: torch.dtype, compiled: bool) -> None:
-        self._build, self._device, self._dtype, self._compiled = build, device, dtype, compiled
-        self._models: dict[str, nn.Module] = {}
-        self._resolutions: dict[str, int] = {}
-
-    def load(self, *rows: Row) -> int:
-        """Hold these rows' networks and no others; returns the resolution of the first."""
-        wanted = {row.key: row for row in rows}
-        for key in set(self._models) - set(wanted):
-            del self._models[key]
-        for key, row in wanted.items():
-            if key not in self._models:
-                with torch.device(self._device):
-                    model, self._resolutions[key] = self._build(row)
-                model = model.to(device=self._device, dtype=self._dtype).eval()
-                self._models[key] = torch.compile(model) if self._compiled else model  # pyright: ignore[reportArgumentType]
-        return self._resolutions[rows[0].key]
-
-    def compare_that_fits(
-        self,
-        baseline: str,
-        batch: int,
-        resolution: int,
-        *,
-        warmup: int,
-        rounds: int,
-        limit_s: float | None,
-        progress: str | None,
-        clock: Clock,
-    ) -> Mapping[str, PairedSpeed]:
-        """Compare with the largest batch that fits: ``batch``, a half of it, a quarter, ...
-
-        Raises:
-            NotEnoughMemory: if a single image does not fit.
-        """
-        while True:
-            try:
-                return compare(
-                    self._models,
-                    random_images(batch, resolution, self._device, self._dtype),
-                    baseline=baseline,
-                    warmup=warmup,
-                    rounds=rounds,
-                    limit_s=limit_s,
-                    progress=progress,
-                    clock=clock,
-                )
-            except (NotEnoughMemory, torch.OutOfMemoryError) as error:
-                if batch == 1:
-                    raise NotEnoughMemory(str(error)) from error
-            batch //= 2
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
 
 
 def _record(
@@ -335,4 +299,6 @@ def speeds_for_ledger(
     warmup, rounds = LEDGER_PASSES["cpu" if device.type == "cpu" else "gpu"]
     label = "speed" if progress else None
     run = measure_rows(rows, build, device=device, columns=columns, warmup=warmup, rounds=rounds, progress=label)
+    for error in run.errors:
+        raise error
     return as_measured(run, device)

@@ -71,6 +71,16 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def problem_with(path: Path, *, folder: bool = False) -> str:
+    """Why a file, or a folder of files, cannot be written here; empty if it can. Parents that are missing get made."""
+    found = next(part for part in (path, *path.absolute().parents) if part.exists())
+    if found.is_dir():
+        if found == path and not folder:
+            return f"{path} is a folder, expected the name of a file"
+        return "" if os.access(found, os.W_OK) else f"no permission to write in {found}"
+    return f"{found} is a file, not a folder" if folder or found != path else ""
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a rename in ``folder`` durable; not every platform can open a folder."""
     with contextlib.suppress(OSError):

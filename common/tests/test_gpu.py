@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 from common import gpu as command
 from common.ledger import gpu
 from common.ledger.results import RecordError, add, load_records, parse_records
-from common.ledger.speeds import measure_together
+from common.ledger.speeds import measure_rows
 from common.run.files import ROOT
 
 TABLE = """
@@ -126,7 +127,7 @@ def test_a_paper_without_an_adapter_has_no_steps(root: Path) -> None:
 
 def test_a_broken_adapter_is_not_taken_for_a_missing_one(root: Path) -> None:
     (root / "shrinkpaper/ledger.py").write_text("import a_module_that_is_not_there")
-    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
+    with pytest.raises(ImportError, match="a_module_that_is_not_there"):
         gpu.plan(root)
 
 
@@ -154,9 +155,9 @@ def test_one_file_holds_records_that_can_be_filed(root: Path, capsys: pytest.Cap
 def test_rows_that_share_a_dense_row_take_turns(root: Path, mode: str) -> None:
     (step,) = [step for step in gpu.plan(root) if step.name.endswith("fps-float32")]
     adapter = gpu.find_adapter("shrinkpaper")
-    options = {"device": torch.device("cpu"), "column": "fps", "mode": mode, "rounds": 2, "root": root}
-    run = measure_together(step.rows, adapter.build, **options)
-    assert [(record.row, record.ratio is None) for record in run.records] == [("dense", True), ("small", False)]
+    options = {"device": torch.device("cpu"), "columns": ["fps"], "mode": mode, "rounds": 2, "root": root}
+    run = measure_rows(step.rows, adapter.build, together=True, **options)
+    assert {(record.row, record.ratio is None) for record in run.records} == {("dense", True), ("small", False)}
     assert {record.compiled for record in run.records} == {mode == "compiled"}
 
 
@@ -168,9 +169,10 @@ def test_a_network_that_fails_leaves_the_others(root: Path) -> None:
             raise RuntimeError("this one does not run")
         return torch.nn.Conv2d(3, 2, 3), 16
 
-    run = measure_together(step.rows, build, device=torch.device("cpu"), column="fps", rounds=2, root=root)
+    options = {"device": torch.device("cpu"), "columns": ["fps"], "rounds": 2, "root": root}
+    run = measure_rows(step.rows, build, together=True, **options)
     assert [record.row for record in run.records] == ["dense"]
-    assert run.left_out == ["main/small fps eager: RuntimeError: this one does not run"]
+    assert run.left_out == ["main/small fps: RuntimeError: this one does not run"]
 
 
 def test_processor_time_counts_what_one_thread_computes(root: Path) -> None:
@@ -214,9 +216,8 @@ def test_programs_put_what_they_write_into_the_file(root: Path, monkeypatch: pyt
     monkeypatch.setattr(gpu, "PROGRAMS", programs)
     steps = [step for step in gpu.plan(root) if step.program]
     origin = gpu.results.Origin(gpu.results.now(), "abc", gpu.describe_device("cpu"), "command")
-    job = gpu.Job(root / "out/gpu.json", origin)
-    options = {"device": torch.device("cpu"), "limit_s": 60, "rounds": 2, "batch_size": 2, "root": root}
-    assert [gpu.run_step(step, job, **options) for step in steps] == [True, False]
+    job = gpu.Job(root / "out/gpu.json", origin, torch.device("cpu"), rounds=2, batch_size=2, root=root)
+    assert [job.do(step, 60) for step in steps] == [True, False]
     assert read(root)["programs"] == {"shrinkpaper/speed": [1]}
     assert read(root)["left_out"] == ["shrinkpaper/broken: it broke"]
     assert run(root, "--only", "*fps-float32") == 0
@@ -257,18 +258,54 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "common.gpu", "--output", str(tmp_path / "out")]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120, check=False)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("this machine has no CUDA device")
+    assert re.match(r"error: --device cuda: .*; use --device cpu", done.stderr.splitlines()[-1])
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [([], "--output DIR is missing"), (["--output", "x", "--rounds", "0"], "--rounds must be positive, got 0")],
+    [
+        ([], "--output DIR is missing"),
+        (["--output", "x", "--rounds", "0"], "--rounds must be positive, got 0"),
+        (["--output", "x", "--device", "banana"], "--device must be cpu, cuda or cuda:N, got 'banana'"),
+        (["--output", "FILE"], "--output: FILE is a file, not a folder"),
+        (["--output", "FILE/below"], "--output: FILE is a file, not a folder"),
+    ],
 )
-def test_wrong_flags(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        command.main(words)
-    assert message in capsys.readouterr().err
+def test_wrong_flags(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(SystemExit) as caught:
+        command.main([word.replace("FILE", str(file)) for word in words])
+    assert caught.value.code == 2
+    assert message.replace("FILE", str(file)) in capsys.readouterr().err
+
+
+def test_a_rehearsal_goes_through_every_step_and_is_not_filed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "shrinkpaper/speed.py").write_text("import argparse\nparse_args = argparse.ArgumentParser().parse_args")
+    monkeypatch.setattr(gpu, "PROGRAMS", {"shrinkpaper/speed": "-m shrinkpaper.speed"})
+    assert command.main(["--output", str(root / "out"), "--rehearse", "--rounds", "1"], root) == 0
+    content = read(root)
+    assert content["rehearsal"]
+    assert content["left_out"] == []
+    assert content["tests"]["status"] == 0
+    assert list(content["programs"]) == ["shrinkpaper/speed"]
+    steps = [step for step in gpu.plan(root) if step.rows]
+    assert len(content["records"]) == 2 * len(steps), "dense and small, each way"
+    with pytest.raises(RecordError, match="is a rehearsal"):
+        add(root / "out/gpu.json", root=root)
+    monkeypatch.setattr(gpu, "PROGRAMS", {"shrinkpaper/speed": "-m shrinkpaper.speed --no-such-flag"})
+    assert command.main(["--output", str(root / "out"), "--rehearse", "--only", "*/speed"], root) == 1
+
+
+def test_the_plan_of_the_papers_is_rehearsed(tmp_path: Path) -> None:
+    """The real one, without the collection of the tests, which takes long and runs with every run of the suite."""
+    words = ["--output", str(tmp_path), "--rehearse", "--rounds", "1", "--only", "[!t]*"]
+    assert command.main(words) == 0
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert content["left_out"] == []
+    assert {record["paper"] for record in content["records"]} == {"hourglass_swag", "sit"}
+    assert set(content["programs"]) == set(gpu.PROGRAMS)
 
 
 def test_a_step_that_does_not_exist(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

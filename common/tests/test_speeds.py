@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from common.ledger import speeds
-from common.ledger.speeds import as_measured, measure_rows
+from common.ledger.speeds import as_measured, measure_rows, speeds_for_ledger
 from common.ledger.tables import NotImplementedYet, Row, load_tables
-from common.measure.benchmark import NotEnoughMemory
 
 TABLE = """
 paper = "shrink"
@@ -155,6 +154,31 @@ def test_what_cannot_be_measured_is_left_out_with_the_reason(root: Path) -> None
     run = measure_rows(rows[1:], Builder(clock, 0), device=CPU, columns=["fps"], rounds=1, clock=clock, root=root)
     assert run.records == []
     assert "fast/half fps: a batch of 1" in run.left_out[0]
+    assert run.errors == []
+
+
+def test_what_was_not_expected_is_an_error_of_the_ledger(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speeds, "load_tables", lambda paper, root: load_tables(paper, root=folder))
+    folder, clock = root, FakeClock()
+    build = Builder(clock)
+    options = {"columns": ["fps"], "device": CPU, "progress": False}
+    assert ("half", "fps") in speeds_for_ledger(rows_named(root, "half"), build, **options)
+    monkeypatch.setitem(SECONDS_PER_IMAGE, "half", "long")
+    with pytest.raises(TypeError):
+        speeds_for_ledger(rows_named(root, "half"), build, **options)
+
+
+def test_rows_that_take_turns_together(root: Path) -> None:
+    clock = FakeClock()
+    rows = rows_named(root, "half", "quarter", "missing")
+    options = {"device": CPU, "columns": ["fps"], "rounds": 2, "warmup": 1, "clock": clock, "root": root}
+    run = measure_rows(rows, build := Builder(clock), together=True, **options)
+    assert {(record.row, record.ratio) for record in run.records} == {("half", 2), ("quarter", 4), ("dense", None)}
+    assert run.left_out == ["fast/missing fps: missing_vit is not implemented yet"]
+    assert build.built == ["dense", "half", "quarter"]
+    late = measure_rows(rows, Builder(clock), together=True, limit_s=6.0, **options)
+    assert {record.row for record in late.records} == {"half", "dense"}
+    assert late.left_out == [f"fast/{name} fps: the time limit was near" for name in ("quarter", "missing")]
 
 
 def test_near_the_limit_no_further_pair_is_started(root: Path) -> None:
@@ -171,11 +195,3 @@ def test_near_the_limit_no_further_pair_is_started(root: Path) -> None:
     )
     assert {record.row for record in short.records} == {"half", "dense"}
     assert short.left_out == ["fast/quarter fps: the time limit was near"]
-
-
-def test_a_single_image_that_does_not_fit_is_an_error_of_its_own(root: Path) -> None:
-    bench = speeds._Bench(Builder(FakeClock(), 0), CPU, torch.float32, compiled=False)
-    (row,) = rows_named(root, "half")
-    bench.load(row)
-    with pytest.raises(NotEnoughMemory, match="batch of 1"):
-        bench.compare_that_fits(row.key, 4, 8, warmup=0, rounds=1, limit_s=None, progress=None, clock=FakeClock())
