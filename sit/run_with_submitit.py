@@ -88,7 +88,7 @@ class Trainer:
         try:
             return run(lambda: program.run_with(args))
         except SystemExit as error:  # submitit takes an exception for a failure, an exit for a lost job
-            if isinstance(error.code, int):  # submitit's own, to queue again
+            if str(error) == str(error.code):  # no text: submitit's own, to queue again
                 raise
             raise RuntimeError(str(error)) from error
 
