@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common.data.paths import check_data_path
 from common.run import cli
-from common.run.errors import CheckpointError, DataError, UsageError
+from common.run.errors import DataError, UsageError
+from common.run.files import check_files
 from common.run.settings import AugmentationSettings, DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
 from uvc.config import add_config_args, config_text, with_config
 from uvc.schedules import DECAYS, zlr_schedule
@@ -297,26 +299,27 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     return args
 
 
-def check_files(args: argparse.Namespace) -> None:
+def check_paths(args: argparse.Namespace) -> None:
     """Whether the local files and folders that flags name exist, before anything heavy is loaded.
 
     Raises:
         CheckpointError, DataError: one does not.
     """
-    for name in ("checkpoint_dir", "model_path", "teacher_path", "resume"):
-        value = getattr(args, name, None)
-        if value and value != "auto" and "://" not in value and not Path(value).exists():
-            raise CheckpointError(f"--{name} {value}: no such file")
-    if args.dataset in ("imagenet", "folder", "tar"):
-        if not args.data_dir:
-            raise DataError(f"--data_dir is missing: name the folder of the dataset {args.dataset!r}")
-        if not Path(args.data_dir).expanduser().exists():
-            raise DataError(f"--data_dir {args.data_dir}: no such folder")
+    check_files(*(getattr(args, name, None) for name in ("checkpoint_dir", "model_path", "teacher_path", "resume")))
+    if not args.data_dir and args.dataset != "digits":
+        raise DataError(f"--data_dir is missing: name the folder of the dataset {args.dataset!r}")
+    check_data_path(args.dataset, args.data_dir)
 
 
 def _shared(args: argparse.Namespace, model_type: str, model_path: str | None) -> dict[str, Any]:
     """What both stages' settings hold."""
     folder = str(Path(args.output_dir) / args.name) if args.output_dir else ""
+    source = args.teacher_path or model_path
+    if args.distillation_type != "none" and not args.eval and not source:
+        raise UsageError(
+            f"--distillation-type {args.distillation_type} needs the teacher's weights: give --teacher-path or "
+            "--model_path, or --distillation-type none"
+        )
     plain = {"aa": None, "color_jitter": None, "train_interpolation": "bilinear", "repeated_aug": False, "reprob": 0.0}
     return {
         "data": DataSettings.of(
@@ -325,9 +328,7 @@ def _shared(args: argparse.Namespace, model_type: str, model_path: str | None) -
         ),
         "augmentation": AugmentationSettings.of(args, hflip=0.0 if args.dataset == "digits" else 0.5, **plain),
         "eval_batch_size": args.eval_batch_size,
-        "teacher": Teacher.of(
-            args, model_type=args.teacher_model or model_type, source=args.teacher_path or model_path
-        ),
+        "teacher": Teacher.of(args, model_type=args.teacher_model or model_type, source=source),
         "run": RunSettings.of(
             args, output_dir=folder, log_every_steps=args.log_every_steps or getattr(args, "log_interval", None)
         ),
@@ -338,6 +339,11 @@ def _shared(args: argparse.Namespace, model_type: str, model_path: str | None) -
 
 def joint_run(args: argparse.Namespace) -> JointRun:
     """Stage 1 out of its flags."""
+    if args.pretrained and not args.model_path:
+        raise UsageError(
+            "--model_path is missing: name the checkpoint of the dense network (pretrained for the published one), or "
+            "give --pretrained 0 to start from random weights"
+        )
     learned = args.enable_patch_gating == 1 and not args.official
     zlr = args.zlr_schedule_list
     primal_dual = PrimalDualSettings.of(

@@ -52,14 +52,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Score, mask, train; returns the best accuracy and the cost."""
     args = parse_args(argv)
-    arguments.check_files(args)
+    arguments.check_paths(args)
+    settings = arguments.post_run(args, args.model_type)
     from common.run.launch import launch, seed_everything
     from uvc import baseline_runs
     from uvc.stages import fine_tune
 
     world = launch(args.device, local_rank=args.local_rank)
     seed_everything(args.seed)
-    settings = arguments.post_run(args, args.model_type)
     masked = baseline_runs.open_dense(settings.data, args.model_type, args.model_path, img_size=args.img_size)
     model = masked.model.to(world.device)
     baseline_runs.prune(
@@ -81,4 +81,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main, expected=(ValueError,))
+    run(main)

@@ -23,7 +23,7 @@ def build_student(student: Student, classes: int) -> GatedTransformer:
     """The network of stage 1: dense weights loaded, gates set, idle parameters frozen, masks registered.
 
     Raises:
-        UsageError: no ``--model_path``, or ``--enable_deit`` and the name disagree.
+        UsageError: ``--enable_deit`` and the name disagree.
     """
     name = student.model_type
     model = create(name, num_classes=classes, img_size=student.img_size)
@@ -33,11 +33,7 @@ def build_student(student: Student, classes: int) -> GatedTransformer:
     if distilled and not student.enable_deit:
         logger.info("%s has a distillation token: taking --enable_deit 1 as given", name)
     if student.pretrained:
-        if not student.model_path:
-            raise UsageError(
-                "--model_path is missing: name the checkpoint of the dense network (pretrained for the published one), "
-                "or give --pretrained 0 to start from random weights"
-            )
+        assert student.model_path
         load_dense(model, student.model_path, model_type=name, new_head=True)
     gates = model.gates
     gates.block_gating, gates.jumping, gates.eps = student.enable_block_gating, student.enable_jumping, student.eps
@@ -88,18 +84,11 @@ def build_objective(
         teacher: None for none.
         classes, img_size: of the student.
         device: where the teacher goes.
-
-    Raises:
-        UsageError: distillation without a checkpoint of the teacher.
     """
     if teacher is None or teacher.distillation_type == "none":
         return objective(None)
     name, kind = teacher.model_type, teacher.distillation_type
-    if not teacher.source:
-        raise UsageError(
-            f"--distillation-type {kind} needs the teacher's weights: give --teacher-path or --model_path, or "
-            "--distillation-type none"
-        )
+    assert teacher.source
     network = create(name, num_classes=classes, img_size=img_size)
     load_dense(network, teacher.source, model_type=name)  # a teacher with a new head would teach noise
     network.fix_blocks((True,) * len(network.blocks))

@@ -24,6 +24,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from common.run.checkpoint import CheckpointError, load_safely, load_strict
+from common.run.errors import UsageError
 from common.run.files import write_atomic
 from uvc.models.compact import LANES, CompactConfig, CompactViT, padded
 from uvc.removal import Compressed
@@ -110,7 +111,7 @@ def check_timm(config: CompactConfig) -> None:
     """Whether timm's VisionTransformer can express a compact network.
 
     Raises:
-        ValueError: naming what it has no place for.
+        UsageError: naming what it has no place for.
     """
     problems = {
         "T2T's tokens-to-token module": bool(config.token_dim),
@@ -120,7 +121,7 @@ def check_timm(config: CompactConfig) -> None:
         "another scale of attention": config.scale is not None,
     }
     if found := [what for what, present in problems.items() if present]:
-        raise ValueError(f"timm's VisionTransformer has no place for {', '.join(found)}; use load_compact()")
+        raise UsageError(f"timm's VisionTransformer has no place for {', '.join(found)}; use load_compact()")
 
 
 @torch.no_grad()
@@ -132,7 +133,7 @@ def to_timm(network: CompactViT) -> VisionTransformer:
     without pruned dimensions has the very same state dict on both sides.
 
     Raises:
-        ValueError: see ``check_timm``.
+        UsageError: see ``check_timm``.
     """
     config = network.config
     check_timm(config)

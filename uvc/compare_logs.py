@@ -16,15 +16,15 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from common.run import program
 from common.run.cli import make_parser
+from common.run.errors import UsageError
 from common.run.files import write_atomic
+from uvc.draw_structure import png
 
 STAGE2 = "deit-small-stage2"
-
-
-class LogError(ValueError):
-    """A log that cannot be compared; the message names it and says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Epoch:
     kept_percent: float | None = None
     expected_percent: float | None = None
     real_percent: float | None = None
-    blocks: int | None = None
+    blocks: float | None = None
     step: int | None = None
 
 
@@ -49,7 +49,7 @@ class PublishedLog:
     epochs: tuple[Epoch, ...]
     budget: float = 0.5
     warmup_epochs: int = 0
-    final_blocks: int | None = None
+    final_blocks: float | None = None
     note: str = ""
 
 
@@ -92,28 +92,34 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_run(path: Path) -> tuple[list[Epoch], dict[str, object]]:
+LOGGED = {
+    "top1_percent": "test_top1_percent", "loss": "test_loss", "kept_percent": "test_kept_parameters_percent",
+    "expected_percent": "test_expected_cost_percent", "real_percent": "test_remaining_cost_percent",
+    "blocks": "test_blocks_running",
+}  # fmt: skip
+"""What ``log.jsonl`` calls the fields of an epoch."""
+
+
+def read_run(path: Path) -> tuple[list[Epoch], dict[str, Any]]:
     """Epochs of a run and the arguments it was started with, where its log holds them.
 
     Raises:
-        LogError: there is no such file, or it holds no epoch.
+        UsageError: there is no such file, or it holds no epoch.
     """
     file = path / "log.jsonl" if path.is_dir() else path
     if not file.is_file():
-        raise LogError(f"{file}: no such file; name the folder of a run, its log.jsonl, or a text log")
+        raise UsageError(f"{file}: no such file; name the folder of a run, its log.jsonl, or a text log")
     text = file.read_text(encoding="utf-8", errors="replace")
-    if file.suffix == ".jsonl":
-        epochs, arguments = _read_jsonl(text)
-    else:
-        epochs, arguments = read_text_log(text), {}
+    epochs, arguments = read_jsonl(text) if file.suffix == ".jsonl" else (read_text_log(text), {})
     if not epochs:
-        raise LogError(f"{file}: it says nothing about any epoch; has the run validated yet?")
+        raise UsageError(f"{file}: it says nothing about any epoch; has the run validated yet?")
     return epochs, arguments
 
 
-def _read_jsonl(text: str) -> tuple[list[Epoch], dict[str, object]]:
+def read_jsonl(text: str) -> tuple[list[Epoch], dict[str, Any]]:
+    """Epochs and arguments of a log of ours."""
     epochs: list[Epoch] = []
-    arguments: dict[str, object] = {}
+    arguments: dict[str, Any] = {}
     for line in text.splitlines():
         try:
             row = json.loads(line)
@@ -122,46 +128,36 @@ def _read_jsonl(text: str) -> tuple[list[Epoch], dict[str, object]]:
         if row.get("event") == "start":
             arguments = row.get("arguments", {})
         if row.get("event") == "epoch" and row.get("test_top1_percent") is not None:
-            blocks = row.get("test_blocks_running")
-            epochs.append(
-                Epoch(
-                    row["epoch"] + 1, row["test_top1_percent"], row.get("test_loss"),
-                    row.get("test_kept_parameters_percent"), row.get("test_expected_cost_percent"),
-                    row.get("test_remaining_cost_percent"), None if blocks is None else int(blocks),
-                )
-            )  # fmt: skip
+            epochs.append(Epoch(row["epoch"] + 1, **{name: row.get(logged) for name, logged in LOGGED.items()}))
     return epochs, arguments
 
 
+PRINTED = re.compile(
+    r"Valid Loss: (?P<loss>[\d.]+)|Valid Accuracy: (?P<top1>[\d.]+)"
+    r"|\[Validation Sparsity\|Step \d+\|Epoch (?P<epoch>\d+)\]|Parameter size: .*? = (?P<kept>[\d.]+)\s*%"
+    r"|Expectation FLOPs: (?P<expected>[\d.]+)\s*% Real FLOPs: (?P<real>[\d.]+)\s*%"
+)
+"""What a validation prints, from its loss to its cost."""
+
+
 def read_text_log(text: str) -> list[Epoch]:
-    """Epochs of a log in the published form, in which progress bars may lie between the lines."""
-    epochs: list[Epoch] = []
-    loss = top1 = kept = None
-    epoch = 0
-    pattern = re.compile(
-        r"Valid Loss: (?P<loss>[\d.]+)|Valid Accuracy: (?P<top1>[\d.]+)"
-        r"|\[Validation Sparsity\|Step \d+\|Epoch (?P<epoch>\d+)\]|Parameter size: .*? = (?P<kept>[\d.]+)\s*%"
-        r"|Expectation FLOPs: (?P<expected>[\d.]+)\s*% Real FLOPs: (?P<real>[\d.]+)\s*%"
-    )
-    for found in pattern.finditer(text):
-        if found["loss"]:
-            loss, top1, kept, epoch = float(found["loss"]), None, None, 0
-        elif found["top1"]:
-            top1 = float(found["top1"])
-        elif found["epoch"]:
-            epoch = int(found["epoch"])
-        elif found["kept"]:
-            kept = float(found["kept"])
-        elif top1 is not None and epoch and (not epochs or epochs[-1].epoch != epoch):  # every rank prints them
-            epochs.append(Epoch(epoch, top1, loss, kept, float(found["expected"]), float(found["real"])))
-    return epochs or _read_stage2_text(text)
+    """Epochs of a log in the published form, in which progress bars may lie between the lines.
 
-
-def _read_stage2_text(text: str) -> list[Epoch]:
-    """Validations of a text log of stage 2, which states no cost: the first is before training, top-1 a fraction."""
-    found = [float(number) for number in re.findall(r"Valid Accuracy: (\d*\.?\d+)", text)]
-    factor = 100 if found and max(found) <= 1 else 1
-    return [Epoch(number, factor * top1) for number, top1 in enumerate(found)]
+    A log of stage 2 states no cost: its first validation is before training, and top-1 may be a fraction.
+    """
+    epochs: dict[int, Epoch] = {}
+    said: dict[str, float] = {}
+    for found in PRINTED.finditer(text):
+        new = {name: float(value) for name, value in found.groupdict().items() if value}
+        said = new if "loss" in new else said | new
+        if "real" in new and "top1" in said and (number := int(said.get("epoch", 0))):
+            cost = said["expected"], said["real"]
+            epochs[number] = Epoch(number, said["top1"], said.get("loss"), said.get("kept"), *cost)
+    if epochs:
+        return list(epochs.values())
+    top1 = [float(number) for number in re.findall(r"Valid Accuracy: (\d*\.?\d+)", text)]
+    factor = 100 if top1 and max(top1) <= 1 else 1
+    return [Epoch(number, factor * value) for number, value in enumerate(top1)]
 
 
 def check_stage1(run: Sequence[Epoch], log: PublishedLog, *, budget: float, warmup_epochs: int) -> list[Check]:
@@ -195,7 +191,7 @@ def check_stage1(run: Sequence[Epoch], log: PublishedLog, *, budget: float, warm
         gain = later[-1].top1_percent - later[low].top1_percent
         add("and recovers afterwards", gain > 0, f"{gain:.2f} points from its lowest")
     if later[-1].blocks is not None:
-        add("some blocks still run", later[-1].blocks > 0, f"{later[-1].blocks}; {log.final_blocks} in the log")
+        add("some blocks still run", later[-1].blocks > 0, f"{later[-1].blocks:g}; {log.final_blocks} in the log")
     return checks
 
 
@@ -239,10 +235,8 @@ def print_courses(run: Sequence[Epoch], log: PublishedLog) -> None:
         print(f"{number:>5} " + " ".join(cell(epoch, name) for name in courses.values() for epoch in pair))
 
 
-def draw(run: Sequence[Epoch], log: PublishedLog, path: Path) -> None:
+def draw(run: Sequence[Epoch], log: PublishedLog) -> bytes:
     """Accuracy and, for stage 1, remaining cost of the run and of the published log, as a PNG."""
-    import io
-
     import matplotlib.pyplot as plt
 
     courses = [(title, name) for title, name in courses_of(log).items() if name in ("top1_percent", "real_percent")]
@@ -253,27 +247,20 @@ def draw(run: Sequence[Epoch], log: PublishedLog, path: Path) -> None:
             axis.plot(*zip(*pairs, strict=True), "o-", markersize=3, label=label, **style)
         axis.set(xlabel="epoch", ylabel=title)
         axis.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    plt.close(figure)
-    write_atomic(path, buffer.getvalue())
+    return png(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare; the exit status is 1 if a check does not hold."""
     args = parse_args(argv)
-    try:
-        run, arguments = read_run(args.run)
-    except LogError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    run, arguments = read_run(args.run)
     log = PUBLISHED[args.against]
     print_courses(run, log)
     if args.against == STAGE2:
         checks = check_stage2(run)
     else:
-        budget = args.budget if args.budget is not None else float(str(arguments.get("budget", log.budget)))
-        warmup = int(str(arguments.get("warmup_epochs", log.warmup_epochs)))
+        budget = args.budget if args.budget is not None else float(arguments.get("budget", log.budget))
+        warmup = int(arguments.get("warmup_epochs", log.warmup_epochs))
         if arguments.get("enable_warmup") is False and not arguments.get("official"):
             warmup = 0
         checks = check_stage1(run, log, budget=budget, warmup_epochs=warmup)
@@ -281,11 +268,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for check in checks:
         print(f"{'holds ' if check.holds else 'FAILS '} {check.name}: {check.found}")
     if args.plot:
-        draw(run, log, args.plot)
+        write_atomic(args.plot, draw(run, log))
         print(f"drawn: {args.plot}")
     print(f"{sum(check.holds for check in checks)} of {len(checks)} checks hold")
     return 0 if all(check.holds for check in checks) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program.run(main))

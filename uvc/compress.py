@@ -18,6 +18,7 @@ from typing import Any
 
 from common.run import cli
 from common.run.errors import CheckpointError
+from common.run.files import check_files
 from common.run.program import run
 
 AGREEMENT = 1e-4
@@ -63,8 +64,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Compress, write, check; returns costs, agreement and speeds."""
     args = parse_args(argv)
-    if "://" not in args.checkpoint and not Path(args.checkpoint).is_file():
-        raise CheckpointError(f"{args.checkpoint}: no such file; give a checkpoint of stage 1 or 2")
+    check_files(args.checkpoint)
     from common.run.launch import choose_device
     from uvc import compact_files
     from uvc.compact_costs import costs_of, measure_speeds
@@ -118,4 +118,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main, expected=(ValueError, ModuleNotFoundError, OSError))
+    run(main, expected=(ModuleNotFoundError, OSError))

@@ -12,11 +12,10 @@ import argparse
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.run.cli import make_parser
-from common.run.errors import CheckpointError
-from common.run.files import write_atomic
+from common.run.files import check_files, write_atomic
 from common.run.program import run
 
 if TYPE_CHECKING:
@@ -68,6 +67,13 @@ def draw_structure(structure: Structure, *, title: str = "") -> bytes:
     if structure.patches is not None:
         title = f"{title}; {len(structure.patches)} of {structure.num_patches} patches".lstrip("; ")
     figure.suptitle(title, fontsize=10)
+    return png(figure)
+
+
+def png(figure: Any) -> bytes:
+    """The file of a figure, which is closed."""
+    import matplotlib.pyplot as plt
+
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     plt.close(figure)
@@ -80,8 +86,7 @@ def load_structure(file: str, model_type: str = "") -> tuple[Structure, float | 
     Raises:
         CheckpointError: the file is neither.
     """
-    if not Path(file).is_file():
-        raise CheckpointError(f"{file}: no such file; give a checkpoint of stage 1 or 2, or a file of compress.py")
+    check_files(file)
     from uvc.compact_files import read_description
     from uvc.cost_model import CostModel
     from uvc.loading import load_masked
@@ -109,4 +114,4 @@ def main(argv: Sequence[str] | None = None) -> Structure:
 
 
 if __name__ == "__main__":
-    run(main, expected=(ValueError, OSError))
+    run(main, expected=(OSError,))

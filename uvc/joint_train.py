@@ -23,14 +23,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run stage 1, or with ``--eval`` only evaluate what ``--resume`` names; returns the last numbers."""
     args = parse_args(argv)
-    arguments.check_files(args)
+    arguments.check_paths(args)
+    settings = arguments.joint_run(args)
     from common.run.launch import launch, seed_everything
     from uvc.stages import learn
 
     world = launch(args.device, local_rank=args.local_rank)
     seed_everything(args.seed)
-    return learn(arguments.joint_run(args), world)
+    return learn(settings, world)
 
 
 if __name__ == "__main__":
-    run(main, expected=(ValueError,))
+    run(main)

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise UsageError("--pretrained 1 reads a folder that does not exist here: name the file with --checkpoint_dir")
     if not args.checkpoint_dir:
         raise UsageError("--checkpoint_dir is missing: name the file that joint_train.py wrote after an epoch")
-    arguments.check_files(args)
+    arguments.check_paths(args)
     from common.run.launch import launch, seed_everything
     from uvc.build import load_network
     from uvc.stages import fine_tune
@@ -43,4 +43,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main, expected=(ValueError,))
+    run(main)

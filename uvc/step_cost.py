@@ -134,4 +134,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main, expected=(ValueError,))
+    run(main)

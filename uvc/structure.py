@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.run.errors import UsageError
 from uvc.models.deit import Block
 from uvc.models.gates import GatedTransformer
 from uvc.pruning import blocks_of
@@ -93,12 +94,12 @@ class Structure:
                 forward pass removes them.
 
         Raises:
-            ValueError: patches are to be removed and have no gates.
+            UsageError: patches are to be removed and have no gates.
         """
         patches = None
         if model.gates.patch == "remove" if remove_patches is None else remove_patches:
             if model.patch_gating is None:
-                raise ValueError("patches cannot be removed: the network has no patch_gating")
+                raise UsageError("patches cannot be removed: the network has no patch_gating")
             patches = tuple(model.find_kept_patches().tolist())
         pairs = zip(blocks_of(model), model.runs(), strict=True)
         return cls(

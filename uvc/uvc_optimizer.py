@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.run.errors import CheckpointError
 from uvc.cost_model import CostModel, ProjectedCostModel, clamp_closed
 from uvc.models.gates import GatedTransformer, gate_weights
 from uvc.pruning import GroupScores, group_scores, least_sum, proximal_step_, removal
@@ -260,7 +261,7 @@ class PrimalDual:
             for name in ("s", "r", "y", "p", "z"):
                 variable = getattr(self, name)
                 if variable.shape != state[name].shape:
-                    raise ValueError(
+                    raise CheckpointError(
                         f"the checkpoint's {name} has shape {list(state[name].shape)}, this model needs "
                         f"{list(variable.shape)}; was it written for another --model_type?"
                     )

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from common.run.errors import UsageError
 from uvc.models.deit import GatedDeiT
 from uvc.models.gates import GatedTransformer
 from uvc.models.t2t_vit import GatedT2TViT
@@ -47,11 +48,6 @@ MODELS: dict[str, tuple[Callable[..., GatedTransformer], dict[str, Any]]] = {
 of ours for the handwritten digits."""
 
 
-def input_size(name: str) -> int:
-    """Side of a network's input in pixels, where nothing else is asked for."""
-    return MODELS[name][1].get("img_size", 224) if name in MODELS else 224
-
-
 _REFUSED: tuple[tuple[str, str], ...] = (
     (r"(R50-)?ViT-.*", "has no gates (separate q, k and v, no skip logits), so neither stage of UVC runs with it"),
     (
@@ -65,20 +61,31 @@ _REFUSED: tuple[tuple[str, str], ...] = (
 )
 
 
+def look_up(name: str) -> tuple[Callable[..., GatedTransformer], dict[str, Any]]:
+    """Class and arguments of a network.
+
+    Raises:
+        UsageError: a name that is refused, with the reason, or unknown, with the names there are.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    for pattern, reason in _REFUSED:
+        if re.fullmatch(pattern, name):
+            raise UsageError(f"model {name} {reason}")
+    raise UsageError(f"unknown model {name!r}; the models are {', '.join(sorted(MODELS))}")
+
+
+def input_size(name: str) -> int:
+    """Side of a network's input in pixels, where nothing else is asked for; raises as ``look_up`` does."""
+    return look_up(name)[1].get("img_size", 224)
+
+
 def create(name: str, **options: Any) -> GatedTransformer:
     """A backbone with random weights.
 
     Args:
         name: a key of ``MODELS``.
         options: replace the arguments of its class, for instance ``num_classes``; None leaves one as it is.
-
-    Raises:
-        ValueError: a name that is refused, with the reason, or unknown, with the names there are.
     """
-    if name in MODELS:
-        make, arguments = MODELS[name]
-        return make(**arguments | {key: value for key, value in options.items() if value is not None})
-    for pattern, reason in _REFUSED:
-        if re.fullmatch(pattern, name):
-            raise ValueError(f"model {name} {reason}")
-    raise ValueError(f"unknown model {name!r}; the models are {', '.join(sorted(MODELS))}")
+    make, arguments = look_up(name)
+    return make(**arguments | {key: value for key, value in options.items() if value is not None})

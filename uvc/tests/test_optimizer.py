@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from common.ledger.tables import load_tables
+from common.run.errors import CheckpointError
 from uvc.cost_model import CostModel, clamp_closed
 from uvc.losses import objective
 from uvc.models import create
@@ -192,7 +193,7 @@ def test_a_kept_state_continues_exactly_between_two_gate_updates(model):
         assert torch.equal(getattr(whole, name), getattr(resumed, name)), name
     assert torch.equal(whole.model.block_skip_gating, resumed.model.block_skip_gating)
     other = primal_dual(register_masks(create("deit_desk", depth=2)))
-    with pytest.raises(ValueError, match=r"s has shape \[3, 2\], this model needs \[2, 2\]"):
+    with pytest.raises(CheckpointError, match=r"s has shape \[3, 2\], this model needs \[2, 2\]"):
         other.load_state_dict(kept)
 
 
