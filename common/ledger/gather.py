@@ -108,8 +108,13 @@ def _build_paper(
     paths = {table.name: table.path for table in tables}
     files = source_files(paper, root=request.root)
     rows = [row for table in tables for row in table.rows if not row.cited]
-    costs: dict[str, Answer] = {}
-    for row in _bar(rows, f"{paper}: costs", request):
+    needed = {"cost", "speed"} if request.measure_speed else {"cost"}
+    costs: dict[str, Answer] = {
+        row.key: {} for row in rows if not any(request.columns_of(row, kind) for kind in needed)
+    }
+    if costs and not has_adapter(paper):
+        costs = dict.fromkeys(costs, NotImplementedYet(paper))
+    for row in _bar([row for row in rows if row.key not in costs], f"{paper}: costs", request):
         with ledger.guard(paper, row.table, row.id):
             answer = _ask(paper, "costs", row, request, job=[row.table, row.id], files=(*files, paths[row.table]))
             if not isinstance(answer, Unavailable) and (plain := answer.get("macs_g")):
@@ -196,17 +201,21 @@ def best_records(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
 # -------------------------------------------------------------------------------------------------- asking the papers
 
 
+def has_adapter(paper: str) -> bool:
+    """Whether the paper has a ``ledger`` module."""
+    return bool(importlib.util.find_spec(paper) and importlib.util.find_spec(f"{paper}.ledger"))
+
+
 def find_adapter(paper: str) -> ModuleType | None:
     """The paper's ``ledger`` module; None if it has none.
 
     Raises:
         BrokenAdapter: if there is one, and it cannot be imported.
     """
-    name = f"{paper}.ledger"
-    if importlib.util.find_spec(paper) is None or importlib.util.find_spec(name) is None:
+    if not has_adapter(paper):
         return None
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(f"{paper}.ledger")
     except ImportError as error:
         raise BrokenAdapter(f"{type(error).__name__}: {error}") from error
 

@@ -33,6 +33,7 @@ from common.ledger.view import (
     markdown_table,
     markdown_text,
     numeric_columns,
+    plural,
     setting_of,
     view_tables,
 )
@@ -52,7 +53,13 @@ def _templates(form: str) -> jinja2.Environment:
     else:
         found = jinja2.Environment(loader=loader, finalize=_one_line, **options)
     found.filters |= {"slug": lambda status: status.replace(" ", "-")}
-    found.globals |= {"STATUSES": STATUSES, "BADGES": BADGES, "label_of": label_of, "setting_of": setting_of}
+    found.globals |= {
+        "STATUSES": STATUSES,
+        "BADGES": BADGES,
+        "label_of": label_of,
+        "setting_of": setting_of,
+        "plural": plural,
+    }
     return found
 
 

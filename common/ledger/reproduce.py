@@ -11,6 +11,7 @@ when ``--columns`` names one. The exit status is 1 if a row failed, 2 if the com
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,9 @@ from common.ledger.gather import Request, build, run_desk, select
 from common.ledger.report import FORMATS, write_report
 from common.ledger.tables import TableError, column, load_tables, papers
 from common.ledger.text import legend, to_text
-from common.run.files import ROOT, write_atomic
+from common.ledger.view import plural
+from common.run.errors import LaunchError
+from common.run.files import ROOT, problem_with, write_atomic
 
 DEVICE_FILES = ("/dev/nvidiactl", "/dev/nvhost-ctrl", "/dev/dxg", "/dev/kfd")
 """Without any of these Linux has no device that torch calls cuda."""
@@ -62,10 +65,16 @@ def parse_args(argv: Sequence[str] | None = None, *, root: Path = ROOT) -> argpa
     for name in args.papers:
         if name not in papers(root):
             parser.error(f"there is no paper {name!r}; the papers are {known}")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
+        parser.error(f"--device must be auto, cpu, cuda or cuda:N, got {args.device!r}")
     for option in ("data", "weights"):
         folder = getattr(args, option)
         if folder is not None and not folder.is_dir():
             parser.error(f"--{option}: there is no folder {folder}")
+    for option in ("output", "report"):
+        path = getattr(args, option)
+        if path is not None and (problem := problem_with(path, folder=option == "report")):
+            parser.error(f"--{option}: {problem}")
     return args
 
 
@@ -96,21 +105,25 @@ def resolve_device(name: str) -> str:
     """``auto`` becomes cuda where there is one, else cpu.
 
     Raises:
-        ValueError: if the device does not exist here.
+        LaunchError: if the device does not exist here.
     """
     if name == "cpu" or (name == "auto" and sys.platform == "linux" and not any(map(os.path.exists, DEVICE_FILES))):
         return "cpu"
-    import torch  # slow to import, and not every run needs it
+    from common.run.launch import choose_device  # imports torch, which not every run needs
 
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return name
+    return str(choose_device(name))
+
+
+def check_weights() -> None:
+    """Refuse to evaluate without any checkpoint.
+
+    Raises:
+        ValueError: naming the folder that is empty.
+    """
+    from common.run.checkpoint import hub_folder  # imports torch, which evaluating needs
+
+    if not (folder := hub_folder()).is_dir() or not any(folder.iterdir()):
+        raise ValueError(f"--data: no checkpoint is in {folder}, torch's hub cache; name their folder by --weights DIR")
 
 
 def main(argv: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
@@ -125,7 +138,9 @@ def main(argv: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
         )
         columns = parse_columns(args.columns, published, everywhere)
         device = resolve_device(args.device)
-    except (TableError, ValueError) as error:
+        if args.data and not args.weights:
+            check_weights()
+    except (TableError, ValueError, LaunchError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     named = columns is not None and any(column(name).kind == "speed" for name in columns)
@@ -168,8 +183,8 @@ def conclude(ledger: Ledger, screen: TextIO) -> None:
         print(f"ERROR {failure}", file=sys.stderr)
     counts = ledger.counts()
     totals = ", ".join(f"{count} {status}" for status, count in counts.items())
-    errors = f", {len(ledger.failures)} errors" if ledger.failures else ""
-    print(f"{sum(counts.values())} published values: {totals}{errors}", file=screen)
+    errors = f", {plural(len(ledger.failures), 'error')}" if ledger.failures else ""
+    print(f"{plural(sum(counts.values()), 'published value')}: {totals}{errors}", file=screen)
 
 
 if __name__ == "__main__":

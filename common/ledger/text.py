@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from common.ledger.compare import STATUSES, Entry, Ledger
 from common.ledger.tables import DeskTable
-from common.ledger.view import ColumnView, TableView, desk_cells, format_published, numeric_columns, view_tables
+from common.ledger.view import ColumnView, TableView, desk_cells, format_published, numeric_columns, plural, view_tables
 from common.ledger.view import format_reproduced as format_here
 
 WIDTH = 140
@@ -63,7 +63,7 @@ def _summary(views: Sequence[TableView]) -> str:
     for view in views:
         rows.append([view.name, str(len(view.entries)), *(str(view.counts[status] or "") for status in statuses)])
     totals = [sum(view.counts[status] for view in views) for status in statuses]
-    rows.append([f"{len(views)} tables", str(sum(totals)), *map(str, totals)])
+    rows.append([plural(len(views), "table"), str(sum(totals)), *map(str, totals)])
     lines = align(rows)
     width = max(map(len, lines))
     titles = ["", *(view.table.title for view in views), ""]

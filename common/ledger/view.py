@@ -108,7 +108,7 @@ class TableView:
                 columns.setdefault((entry.status, entry.column), []).append(entry)
         commands: dict[tuple[str, str], list[str]] = {}
         for (status, name), group in columns.items():
-            text = f"{name} of {len(group)} row{'s' if len(group) > 1 else ''}"
+            text = f"{name} of {plural(len(group), 'row')}"
             commands.setdefault((status, group[0].command), []).append(text)
         return [Need(status, ", ".join(texts), command) for (status, command), texts in commands.items()]
 
@@ -151,6 +151,11 @@ def _cell(entry: Entry | None, row: Row) -> Cell:
     published = ("~" if entry.column in row.approximate else "") + format_published(entry)
     absolute = f"{row.published[entry.column]:f}" if entry.is_ratio else ""
     return Cell(published, absolute, format_reproduced(entry), entry)
+
+
+def plural(number: int, noun: str) -> str:
+    """``1 table``, ``2 tables``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def setting_of(row: Row) -> str:

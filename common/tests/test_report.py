@@ -91,7 +91,7 @@ def test_the_text_starts_with_a_line_for_each_table_and_without_its_rows(filled)
     assert lines[0].split() == ["table", "values", "✓", "✗", "rec", "data", "weights", "compute", "todo", "cited"]
     assert lines[1].split()[:2] == ["fakepaper/main", str(len(filled.entries))]
     assert lines[1].endswith("A made-up table")
-    assert lines[2].startswith("1 tables")
+    assert lines[2].startswith("1 table ")
     assert not any(line.startswith(("row", "half  ")) for line in lines[: lines.index(DESK)])
     assert "differs: slip gmacs 4.02, published 4.1: a slip of rounding in the table" in text
     assert "needs weights: gmacs of 1 row, e.g. python fakepaper/cost.py -m sampled" in text
@@ -225,7 +225,7 @@ def test_the_page_has_an_index_a_search_and_filters(filled):
     assert page.counts["button"] == len(filled.counts())
     for status in filled.counts():
         assert f'data-status="{status.replace(" ", "-")}" aria-pressed="false"' in text
-    assert f"{len(filled.entries)} published values of 1 tables" in text
+    assert f"{len(filled.entries)} published values of 1 table." in text
 
 
 def test_figures_show_published_and_measured_points(filled):

@@ -155,7 +155,7 @@ def test_one_failing_row_does_not_lose_the_others(tmp_path, capsys):
     rows = {entry["row"] for entry in json.loads(captured.out)}
     assert rows == {"dense", "slip", "unknown", "later", "other"}
     assert "ERROR fakepaper/main/half: ZeroDivisionError: division by zero" in captured.err
-    assert "1 errors" in captured.err
+    assert ", 1 error" in captured.err
 
 
 def test_what_programs_and_libraries_print_is_not_in_the_ledger(tmp_path, capsys):
@@ -213,6 +213,17 @@ def test_naming_a_speed_column_measures_it(paper, capsys):
     assert any(call[0] == "speeds" for call in calls())
 
 
+def test_columns_that_need_no_costs_compute_none(paper, capsys):
+    assert main(["--quiet", "--columns", "top1_percent"], root=paper) == 0
+    assert calls() == []
+    out = capsys.readouterr().out
+    assert "1 table " in out
+    assert "6 published values: 4 needs data, 1 needs compute, 1 cited" in out
+    (paper / "fakepaper" / "ledger.py").unlink()
+    assert main(["--quiet", "--columns", "top1_percent"], root=paper) == 0
+    assert "5 not implemented yet, 1 cited" in capsys.readouterr().out
+
+
 def test_json_is_a_list_of_objects_with_the_documented_keys(paper, tmp_path, capsys):
     file = tmp_path / "out" / "ledger.json"
     assert main(["--quiet", "--format", "json", "--output", str(file)], root=paper) == 0
@@ -263,17 +274,24 @@ def test_the_report_folder(paper, tmp_path, capsys):
         (["--columns", "gmac"], "there is no column 'gmac'; the columns are gmacs, params_m, fps, top1_percent"),
         (["--columns", ","], "publish none of these"),
         (["--data", "/nonexistent"], "--data: there is no folder /nonexistent"),
-        (["--device", "nonsense"], "--device nonsense: expected auto, cpu, cuda or cuda:N"),
-        (["--device", "cuda:99"], "--device cuda:99: this machine has"),
+        (["--device", "nonsense"], "--device must be auto, cpu, cuda or cuda:N, got 'nonsense'"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--output", "FOLDER"], "--output: FOLDER is a folder, expected the name of a file"),
+        (["--report", "FOLDER/file"], "--report: FOLDER/file is a file, not a folder"),
+        (["--report", "FOLDER/file/below"], "--report: FOLDER/file is a file, not a folder"),
+        (["--data", "FOLDER"], "--data: no checkpoint is in FOLDER/torch/hub/checkpoints, torch's hub cache; name"),
     ],
 )
-def test_wrong_command_lines_are_answered_with_what_there_is(paper, capsys, words, message):
+def test_wrong_command_lines_are_answered_with_what_there_is(paper, tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    (tmp_path / "file").touch()
     try:
-        status = main([*words, "--quiet"], root=paper)
+        status = main([*(word.replace("FOLDER", str(tmp_path)) for word in words), "--quiet"], root=paper)
     except SystemExit as exit_:
         status = exit_.code
     assert status == 2
-    assert message in capsys.readouterr().err
+    assert message.replace("FOLDER", str(tmp_path)) in capsys.readouterr().err
+    assert calls() == []
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--tabel", "x"], ["fakepaper", "--row", "half", "--columns", "gmacs"]])
