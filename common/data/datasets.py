@@ -26,8 +26,9 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from common.data.paths import contents, existing_folder
 from common.data.transforms import Transform
-from common.run.cli import INAT_CATEGORIES, dataset_name
+from common.run.cli import dataset_name
 from common.run.errors import DataError as DataError
+from common.run.settings import INAT_CATEGORIES
 
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "img_val", "validation", "valid")}
 NUM_CLASSES = {"imagenet": 1000, "inat18": 8142, "inat19": 1010, "cifar10": 10, "cifar100": 100, "digits": 10}

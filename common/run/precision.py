@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from common.run.cli import AMP_BY_DEVICE, AMP_MODES
 from common.run.errors import UsageError
+from common.run.flags import AMP_BY_DEVICE, AMP_MODES
 
 
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:

@@ -1,74 +1,72 @@
-"""What flags say, as named values: one small dataclass for each group of ``common.run.cli``. Imports no torch.
+"""The flags that the papers share, with DeiT's names and defaults, and what they say as named values. Imports no torch.
 
 settings = OptimizerSettings.of(args, lr=peak)      # values of the flags of these names, and one computed
+
+One dataclass for each group of ``common.run.cli``; a field that is no ``flag`` is set by programs alone.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, Self
+from dataclasses import MISSING, dataclass
 
+from common.run.flags import Settings as Settings
+from common.run.flags import amp_mode, count, flag, fraction, positive_float, positive_int
 
-class Settings:
-    """Base of the groups."""
-
-    @classmethod
-    def of(cls, args: argparse.Namespace, **changes: Any) -> Self:
-        """Fields by their flags' names.
-
-        Args:
-            args: a parser's result; a flag that the program does not have keeps the field's default.
-            changes: fields whose flag has another name, or whose value is computed.
-
-        Raises:
-            TypeError: a field without default is in neither.
-        """
-        values = dict(changes)
-        for field in fields(cls):  # pyright: ignore[reportArgumentType] - every subclass is a dataclass
-            if field.name not in values and hasattr(args, field.name):
-                values[field.name] = getattr(args, field.name)
-            elif field.name not in values and field.default is MISSING:
-                raise TypeError(f"{cls.__name__} needs {field.name}, and the program has no such flag")
-        return cls(**values)
+INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
 
 @dataclass(frozen=True)
 class DataSettings(Settings):
     """Of ``add_data_args``; ``batch_size`` is per process and step."""
 
-    data_set: str
-    data_path: str
-    input_size: int
-    batch_size: int
+    data_set: str = flag(
+        "IMNET",
+        "IMNET (class folders under train/ and val/), CIFAR (CIFAR-100), CIFAR10, INAT (2018), INAT19, digits, "
+        "folder, tar, or a name for timm's create_dataset such as hfds/ORG/SET",
+        own=MISSING, metavar="NAME",
+    )  # fmt: skip
+    data_path: str = flag("", "folder of the dataset; the digits need none", own=MISSING, metavar="DIR")
+    input_size: int = flag(224, "side of the square input, in pixels", own=MISSING, type=positive_int, metavar="PIXELS")
+    batch_size: int = flag(64, "images per step and process", "-b", own=MISSING, type=positive_int, metavar="N")
     seed: int = 0
-    workers: int = 10
-    pin_mem: bool = True
-    skip_bad_images: bool = False
-    inat_category: str = "name"
-    eval_crop_ratio: float = 0.875
+    workers: int = flag(
+        10, "loading processes per process, no more than cores by default; 0 loads in the process itself",
+        "--num-workers", "--num_workers", "-j", type=count, metavar="N",
+    )  # fmt: skip
+    pin_mem: bool = flag(True, "page-locked memory for faster copies to the GPU")
+    skip_bad_images: bool = flag(False, "leave out images that cannot be decoded, and count them, instead of stopping")
+    inat_category: str = flag("name", "level of iNaturalist's taxonomy that makes the classes", choices=INAT_CATEGORIES)
+    eval_crop_ratio: float = flag(
+        0.875, "share of the resized image's side that the evaluation crop keeps", type=fraction, metavar="RATIO"
+    )
 
 
 @dataclass(frozen=True)
 class AugmentationSettings(Settings):
     """Of ``add_augmentation_args``, and the probability of a flip."""
 
-    aa: str | None = "rand-m9-mstd0.5-inc1"
-    color_jitter: float | None = 0.3
-    train_interpolation: str = "bicubic"
+    color_jitter: float | None = flag(0.3, "strength of colour jitter; used where --aa is none")
+    aa: str | None = flag("rand-m9-mstd0.5-inc1", "timm's automatic augmentation; '' for none", metavar="POLICY")
+    train_interpolation: str = flag(
+        "bicubic", "resampling of the training crop; random is either per image",
+        choices=("bicubic", "bilinear", "random"),
+    )  # fmt: skip
     hflip: float = 0.5
-    repeated_aug: bool = True
-    reprob: float = 0.25
-    remode: str = "pixel"
-    recount: int = 1
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    cutmix_minmax: Sequence[float] | None = None
-    mixup_prob: float = 1.0
-    mixup_switch_prob: float = 0.5
-    mixup_mode: str = "batch"
-    smoothing: float = 0.1
+    repeated_aug: bool = flag(True, "three augmented versions of an image per epoch's share")
+    reprob: float = flag(0.25, "probability of random erasing", type=fraction)
+    remode: str = flag("pixel", "what random erasing fills in", choices=("const", "rand", "pixel"))
+    recount: int = flag(1, "areas that random erasing takes", type=positive_int)
+    mixup: float = flag(0.8, "mixup's Beta parameter; 0 for no mixup", metavar="ALPHA")
+    cutmix: float = flag(1.0, "CutMix's Beta parameter; 0 for no CutMix", metavar="ALPHA")
+    cutmix_minmax: Sequence[float] | None = flag(
+        None, "smallest and largest side of CutMix's box as a share of the image's, instead of --cutmix",
+        type=float, nargs=2, metavar=("MIN", "MAX"),
+    )  # fmt: skip
+    mixup_prob: float = flag(1.0, "probability of mixup or CutMix per batch", type=fraction)
+    mixup_switch_prob: float = flag(0.5, "probability of CutMix where both are on", type=fraction)
+    mixup_mode: str = flag("batch", "what one mixing ratio is drawn for", choices=("batch", "pair", "elem"))
+    smoothing: float = flag(0.1, "label smoothing: probability spread over all classes", type=fraction)
 
     @property
     def mixes(self) -> bool:
@@ -80,46 +78,78 @@ class AugmentationSettings(Settings):
 class OptimizerSettings(Settings):
     """Of ``add_optimizer_args``; ``lr`` is the peak that is used, scaled already."""
 
-    lr: float
-    opt: str = "adamw"
-    weight_decay: float = 0.05
-    opt_eps: float | None = None
-    opt_betas: Sequence[float] | None = None
-    momentum: float = 0.9
-    clip_grad: float | None = None
-    model_ema: bool = False
-    model_ema_decay: float = 0.99996
-    model_ema_force_cpu: bool = False
+    lr: float = flag(
+        5e-4, "peak learning rate; each paper's README says how it scales", own=MISSING, type=positive_float
+    )
+    opt: str = flag("adamw", "timm's name of the optimiser", metavar="NAME")
+    opt_eps: float | None = flag(1e-8, "epsilon of Adam-like optimisers", own=None, type=positive_float, metavar="EPS")
+    opt_betas: Sequence[float] | None = flag(
+        None, "betas of Adam-like optimisers; none is the optimiser's own, 0.9 0.999 for AdamW",
+        type=float, nargs="+", metavar="BETA",
+    )  # fmt: skip
+    momentum: float = flag(0.9, "of SGD-like optimisers")
+    weight_decay: float = flag(0.05, "decoupled decay per step and learning rate")
+    clip_grad: float | None = flag(
+        None, "largest L2 norm of all gradients together; none does not clip", type=positive_float, metavar="NORM"
+    )
+    model_ema: bool = flag(True, "keep a moving average of the weights", own=False)
+    model_ema_decay: float = flag(0.99996, "share of the average kept per step", type=fraction, metavar="D")
+    model_ema_force_cpu: bool = flag(False, "keep the average in host memory (slower)")
 
 
 @dataclass(frozen=True)
 class ScheduleSettings(Settings):
-    """Of ``add_schedule_args``; ``seed`` is of the noise."""
+    """Of ``add_schedule_args``."""
 
-    epochs: int
-    sched: str = "cosine"
-    warmup_epochs: int = 5
-    warmup_lr: float = 1e-6
-    min_lr: float = 1e-5
-    cooldown_epochs: int = 10
-    decay_epochs: float = 30
-    decay_rate: float = 0.1
-    patience_epochs: int = 10
-    lr_noise: Sequence[float] | None = None
-    lr_noise_pct: float = 0.67
-    lr_noise_std: float = 1.0
+    epochs: int = flag(300, "epochs, without the cooldown", own=MISSING, type=positive_int)
+    sched: str = flag(
+        "cosine", "course of the learning rate over the epochs",
+        choices=("cosine", "tanh", "step", "multistep", "plateau", "poly"),
+    )  # fmt: skip
+    lr_noise: Sequence[float] | None = flag(
+        None, "from which, and up to which, fraction of the epochs the learning rate gets noise",
+        type=float, nargs="+", metavar="FRACTION",
+    )  # fmt: skip
+    lr_noise_pct: float = flag(0.67, "bound of that noise, as a fraction of the rate")
+    lr_noise_std: float = flag(1.0, "standard deviation of that noise")
     noise_seed: int = 42
+    warmup_lr: float = flag(1e-6, "learning rate at the first epoch of the warm-up")
+    min_lr: float = flag(1e-5, "learning rate at the end of the schedule")
+    decay_epochs: float = flag(30, "epochs between two decays of --sched step", type=float)
+    warmup_epochs: int = flag(5, "epochs of linear warm-up", type=count)
+    cooldown_epochs: int = flag(10, "epochs at --min-lr after --epochs", type=count)
+    patience_epochs: int = flag(10, "epochs without gain before --sched plateau decays", type=count)
+    decay_rate: float = flag(0.1, "factor of a decay of --sched step and plateau", "--dr")
 
 
 @dataclass(frozen=True)
 class RunSettings(Settings):
     """Of ``add_runtime_args``: what concerns the run and not the result."""
 
-    amp: str = "none"
-    compile: bool = False
-    eval: bool = False
-    output_dir: str = ""
-    resume: str = ""
-    tensorboard: bool = False
-    save_every_steps: int | None = None
-    log_every_steps: int | None = None
+    device: str = flag("auto", "auto (CUDA if there is one), cpu, cuda, or cuda:N")
+    amp: str = flag(
+        "none",
+        "mixed precision: none, fp16 (CUDA only), bf16, auto (fp16 on CUDA, none on the CPU), or no word for fp16 on "
+        "CUDA and bf16 on the CPU",
+        "--native-amp", nargs="?", const="on", type=amp_mode, metavar="MODE",
+    )  # fmt: skip
+    compile: bool = flag(False, "run the model through torch.compile")
+    seed: int = flag(0, "of all random numbers; each process adds its rank", type=count)
+    output_dir: str = flag(
+        "", "where checkpoints and the record go; without it nothing is written", "--output_dir", metavar="DIR"
+    )
+    resume: str = flag("", "continue from this file or URL; auto: from --output-dir's last", metavar="FILE")
+    eval: bool = flag(False, "evaluate only")
+    tensorboard: bool = flag(False, "also write TensorBoard's files into --output-dir")
+    save_every_steps: int | None = flag(
+        None, "also write a checkpoint within epochs, every N optimiser steps; none only after epochs",
+        type=positive_int, metavar="N",
+    )  # fmt: skip
+    log_every_steps: int | None = flag(
+        None, "also record the loss terms every N optimiser steps; none only after epochs",
+        type=positive_int, metavar="N",
+    )  # fmt: skip
+    local_rank: int = flag(
+        -1, "set by torch.distributed.launch: this process's place on its machine; -1 without a launcher",
+        "--local_rank", metavar="N",
+    )  # fmt: skip

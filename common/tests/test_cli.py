@@ -257,6 +257,3 @@ def test_amp_of_published_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert precision.amp_dtype("on", torch.device("cpu")) is torch.bfloat16
     assert precision.amp_dtype("on", torch.device("cuda")) is torch.float16
     assert precision.amp_dtype("auto", torch.device("cpu")) is None
-    alone = make_parser()
-    cli.add_amp_args(alone, "auto")
-    assert (alone.parse_args([]).amp, alone.parse_args(["--amp"]).amp) == ("auto", "on")

@@ -1,0 +1,153 @@
+"""What every parser here is made of: a parser, kinds of values, and fields of settings that are flags.
+
+@dataclass(frozen=True)
+class MySettings(Settings):
+    rate: float = flag(0.1, "share that is kept", type=fraction)  # --rate
+
+add_flags(parser, "my group", MySettings, rate=0.2)               # with another default
+settings = MySettings.of(parser.parse_args())
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import MISSING, field, fields
+from typing import Any, NoReturn, Self
+
+AMP_MODES = ("none", "fp16", "bf16")
+AMP_BY_DEVICE = ("on", "auto")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that names a mistake once, however many processes of a job read the same flags."""
+
+    def error(self, message: str) -> NoReturn:
+        if os.environ.get("RANK", "0") != "0":
+            self.exit(2)
+        super().error(message)
+
+
+def make_parser(description: str | None = None, **options: Any) -> argparse.ArgumentParser:
+    """A parser that keeps the line breaks of ``description`` and takes no abbreviated flags."""
+    return Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        **options,
+    )
+
+
+class Switch(argparse.BooleanOptionalAction):
+    """``--flag`` and ``--no-flag``, with the same help text on every Python version."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None, **options: Any) -> None:
+        super().__init__(option_strings, dest, **options)
+        self.help = help
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
+    return value
+
+
+def amp_mode(text: str) -> str:
+    if text not in (*AMP_MODES, *AMP_BY_DEVICE):
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(AMP_MODES)}, got {text!r}")
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+class Settings:
+    """Base of small frozen dataclasses that hold what flags say; they travel below ``main`` instead of a Namespace."""
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, **changes: Any) -> Self:
+        """Fields by their flags' names.
+
+        Args:
+            args: a parser's result; a flag that the program does not have keeps the field's default.
+            changes: fields whose flag has another name, or whose value is computed.
+
+        Raises:
+            TypeError: a field without default is in neither.
+        """
+        values = dict(changes)
+        for own in fields(cls):  # pyright: ignore[reportArgumentType] - every subclass is a dataclass
+            if own.name not in values and hasattr(args, own.name):
+                values[own.name] = getattr(args, own.name)
+            elif own.name not in values and own.default is MISSING:
+                raise TypeError(f"{cls.__name__} needs {own.name}, and the program has no such flag")
+        return cls(**values)
+
+
+def flag(default: Any, help: str, *others: str, own: Any = ..., **options: Any) -> Any:
+    """A field of ``Settings`` with its flag, ``--field-name``; a truth value is a switch with ``--no-field-name``.
+
+    Args:
+        default: of the flag.
+        others: further spellings.
+        own: default of the field, for programs without the flag, where it is another; ``MISSING`` for none.
+        options: of ``add_argument``; ``type`` is that of the default where nothing else is said.
+    """
+    if isinstance(default, bool):
+        options["action"] = Switch
+    elif default is not None and "nargs" not in options:
+        options.setdefault("type", type(default))
+    said = {"others": others, "options": {**options, "default": default, "help": help}}
+    return field(default=default if own is ... else own, metadata=said)
+
+
+def add_flags(parser: argparse.ArgumentParser, title: str, settings: type[Settings], **defaults: Any) -> Any:
+    """The flags of ``settings`` as a group of ``parser``; every help text ends with the default.
+
+    Args:
+        defaults: in place of the flags' own, by field.
+
+    Raises:
+        TypeError: a default for a field that is no flag.
+    """
+    group = parser.add_argument_group(title)
+    for own in fields(settings):  # pyright: ignore[reportArgumentType] - every subclass is a dataclass
+        if own.metadata:
+            options = dict(own.metadata["options"])
+            options["default"] = defaults.pop(own.name, options["default"])
+            shown = options["default"]
+            if isinstance(shown, (list, tuple)):
+                shown = " ".join(map(str, shown))
+            elif isinstance(shown, bool):
+                shown = "on" if shown else "off"
+            elif shown in (None, ""):
+                shown = "none"
+            options["help"] = f"{options['help']} (default: {shown})".replace("%", "%%")
+            group.add_argument("--" + own.name.replace("_", "-"), *own.metadata["others"], dest=own.name, **options)
+    if defaults:
+        raise TypeError(f"the group {title!r} has no flag for {', '.join(sorted(defaults))}")
+    return group
