@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,23 +21,24 @@ SUFFIXES = ("_less_less_token", "_less_token", "")
 PATCHES = (32, 23, 16)
 """Patch sizes that give these grids with DeiT at 224 pixels."""
 
-_T2T: dict[str, dict[str, Any]] = {
-    "T2t_vit_7": {"embed_dim": 256, "depth": 7, "num_heads": 4, "mlp_ratio": 2.0},
-    "T2t_vit_10": {"embed_dim": 256, "depth": 10, "num_heads": 4, "mlp_ratio": 2.0},
-    "T2t_vit_12": {"embed_dim": 256, "depth": 12, "num_heads": 4, "mlp_ratio": 2.0},
-    "T2t_vit_14": {"embed_dim": 384, "depth": 14, "num_heads": 6, "mlp_ratio": 3.0},
-    "T2t_vit_19": {"embed_dim": 448, "depth": 19, "num_heads": 7, "mlp_ratio": 3.0},
-    "T2t_vit_24": {"embed_dim": 512, "depth": 24, "num_heads": 8, "mlp_ratio": 3.0},
-    "T2t_vit_14_resnext": {"embed_dim": 384, "depth": 14, "num_heads": 32, "mlp_ratio": 3.0},
-    "T2t_vit_14_wide": {"embed_dim": 768, "depth": 4, "num_heads": 12, "mlp_ratio": 3.0},
+_T2T = {
+    "T2t_vit_7": (256, 7, 4, 2.0),
+    "T2t_vit_10": (256, 10, 4, 2.0),
+    "T2t_vit_12": (256, 12, 4, 2.0),
+    "T2t_vit_14": (384, 14, 6, 3.0),
+    "T2t_vit_19": (448, 19, 7, 3.0),
+    "T2t_vit_24": (512, 24, 8, 3.0),
+    "T2t_vit_14_resnext": (384, 14, 32, 3.0),
+    "T2t_vit_14_wide": (768, 4, 12, 3.0),
 }
-_DEIT: dict[str, dict[str, Any]] = {
-    "deit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
-    "deit_tiny_patch16_224": {"embed_dim": 192, "depth": 12, "num_heads": 3},
-    "deit_base_patch16_224": {"embed_dim": 768, "depth": 12, "num_heads": 12},
-    "deit_base_patch16_384": {"embed_dim": 768, "depth": 12, "num_heads": 12, "img_size": 384},
+_DEIT = {
+    "deit_small": (384, 12, 6, 4.0),
+    "deit_tiny_patch16_224": (192, 12, 3, 4.0),
+    "deit_base_patch16_224": (768, 12, 12, 4.0),
+    "deit_base_patch16_384": (768, 12, 12, 4.0),
 }
-_DESK: dict[str, Any] = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_ratio": 2.0}
+"""Width, depth, heads, and hidden width of the MLP over width."""
+
 DESK_PATCHES = (16, 8, 5)
 """Patch sizes of the desk network, ours, for images of 32 pixels: 2x2, 4x4 and 6x6 tokens."""
 
@@ -50,11 +51,14 @@ class Entry:
         family: ``t2t`` or ``deit``, of all its backbones.
         options: of all of them.
         stages: what each stage of a cascade has of its own; empty for a network with one exit.
+        sizes: sides of the image, in pixels, at which a published cascade's grids are 7x7, 10x10 and 14x14 tokens;
+            empty: any.
     """
 
     family: str
     options: Mapping[str, Any]
-    stages: tuple[Mapping[str, Any], ...] = field(default=())
+    stages: tuple[Mapping[str, Any], ...] = ()
+    sizes: range = range(0)
 
     @property
     def img_size(self) -> int:
@@ -67,21 +71,26 @@ class Entry:
 
 
 def _register() -> dict[str, Entry]:
-    grids = [{"tokens_type": f"performer{suffix}"} for suffix in SUFFIXES]
-    entries = {name: Entry("t2t", {**options, "tokens_type": "performer"}) for name, options in _T2T.items()}
+    names: Sequence[str] = ("embed_dim", "depth", "num_heads", "mlp_ratio")
+    sizes: dict[str, dict[str, Any]] = {
+        name: dict(zip(names, row, strict=True)) for name, row in (_T2T | _DEIT).items()
+    }
+    performer = {suffix: {"tokens_type": f"performer{suffix}"} for suffix in (*SUFFIXES, "_4x4")}
+    patches = {suffix: {"patch_size": patch} for suffix, patch in zip(SUFFIXES, PATCHES, strict=True)}
+    entries = {name: Entry("t2t", sizes[name] | performer[""]) for name in _T2T}
     for depth in (14, 19, 24):
-        entries[f"T2t_vit_t_{depth}"] = Entry("t2t", {**_T2T[f"T2t_vit_{depth}"], "tokens_type": "transformer"})
-    entries |= {name: Entry("deit", {**options, "patch_size": 16}) for name, options in _DEIT.items()}
+        entries[f"T2t_vit_t_{depth}"] = Entry("t2t", sizes[f"T2t_vit_{depth}"] | {"tokens_type": "transformer"})
+    entries |= {name: Entry("deit", sizes[name] | patches[""]) for name in _DEIT}
+    entries["deit_base_patch16_384"] = Entry("deit", sizes["deit_base_patch16_384"] | patches[""] | {"img_size": 384})
     for name in ("T2t_vit_12", "T2t_vit_14"):
-        for suffix, grid in zip(SUFFIXES, grids, strict=True):
-            entries[name + suffix] = Entry("t2t", {**_T2T[name], **grid})
-        entries[f"DVT_{name}"] = Entry("t2t", _T2T[name], tuple(grids))
-    entries["T2t_vit_12_4x4"] = Entry("t2t", {**_T2T["T2t_vit_12"], "tokens_type": "performer_4x4"})
-    patches = [{"patch_size": patch} for patch in PATCHES]
-    for suffix, patch in zip(SUFFIXES, patches, strict=True):
-        entries["deit_small" + suffix] = Entry("deit", {**_DEIT["deit_small"], **patch})
-    entries["DVT_Deit_small"] = Entry("deit", _DEIT["deit_small"], tuple(patches))
-    entries["DVT_desk"] = Entry("deit", _DESK, tuple({"patch_size": patch} for patch in DESK_PATCHES))
+        entries |= {name + suffix: Entry("t2t", sizes[name] | performer[suffix]) for suffix in SUFFIXES}
+        grids = tuple(performer[suffix] for suffix in SUFFIXES)
+        entries[f"DVT_{name}"] = Entry("t2t", sizes[name], grids, range(224, 227))
+    entries["T2t_vit_12_4x4"] = Entry("t2t", sizes["T2t_vit_12"] | performer["_4x4"])
+    entries |= {"deit_small" + suffix: Entry("deit", sizes["deit_small"] | patches[suffix]) for suffix in SUFFIXES}
+    entries["DVT_Deit_small"] = Entry("deit", sizes["deit_small"], tuple(patches.values()), range(224, 240))
+    desk = {"img_size": 32, **dict(zip(names, (64, 2, 4, 2.0), strict=True))}
+    entries["DVT_desk"] = Entry("deit", desk, tuple({"patch_size": patch} for patch in DESK_PATCHES))
     return entries
 
 
@@ -101,7 +110,8 @@ def create_model(name: str, **options: Any) -> Cascade | Backbone:
             cascade also ``feature_reuse`` and ``relation_reuse``.
 
     Raises:
-        ValueError: if there is no such network, or its grids cannot serve ``img_size``.
+        ValueError: if there is no such network, or its grids cannot serve ``img_size``; the message names sizes that
+            work.
     """
     from dvt.models.cascade import make_cascade
     from dvt.models.deit import VisionTransformer
@@ -114,28 +124,10 @@ def create_model(name: str, **options: Any) -> Cascade | Backbone:
     settings = {**entry.options, **options}
     if not entry.stages:
         return make(**settings)
-    check_size(name, settings.get("img_size", 224))
-    return make_cascade(make, entry.stages, **settings)
-
-
-WORKING_SIZES = {
-    "DVT_T2t_vit_12": range(224, 227),
-    "DVT_T2t_vit_14": range(224, 227),
-    "DVT_Deit_small": range(224, 240),
-}
-"""Published cascade -> sides of the image, in pixels, at which its grids are the published ones."""
-
-
-def check_size(name: str, img_size: int | Sequence[int]) -> None:
-    """Refuse a size at which a published cascade's grids are not 7x7, 10x10 and 14x14 tokens.
-
-    Raises:
-        ValueError: naming the sizes that work.
-    """
-    sizes = WORKING_SIZES.get(name)
-    sides = [img_size] if isinstance(img_size, int) else img_size
-    if sizes is not None and not set(sides) <= set(sizes):
+    size = settings.get("img_size", 224)
+    if entry.sizes and not {*([size] if isinstance(size, int) else size)} <= {*entry.sizes}:
         raise ValueError(
-            f"{name} has grids of 7x7, 10x10 and 14x14 tokens, which img_size {img_size} does not give; sizes that "
-            f"work: {sizes[0]}-{sizes[-1]}"
+            f"{name} has grids of 7x7, 10x10 and 14x14 tokens, which img_size {size} does not give; sizes that work: "
+            f"{entry.sizes[0]}-{entry.sizes[-1]}"
         )
+    return make_cascade(make, entry.stages, **settings)

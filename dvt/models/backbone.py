@@ -34,45 +34,40 @@ class StageOutput(NamedTuple):
     relations: Tensor | None = None
 
     def select(self, index: Tensor) -> "StageOutput":
-        """The same for some images of the batch.
-
-        Args:
-            index: their numbers (int64), or a mask (bool, B).
-        """
+        """The same for some images of the batch: their numbers (int64), or a mask (bool, B)."""
         rows = index.nonzero().squeeze(1) if index.dtype == torch.bool else index
-        logits, features = self.logits.index_select(0, rows), self.features.index_select(0, rows)
-        # on a CPU several times faster than indexing, and relations are most of what is handed on
-        return StageOutput(logits, features, None if self.relations is None else self.relations.index_select(0, rows))
+        relations = self.relations  # on a CPU index_select is several times faster than indexing
+        kept = None if relations is None else relations.index_select(0, rows)
+        return StageOutput(self.logits.index_select(0, rows), self.features.index_select(0, rows), kept)
 
 
 class Backbone(nn.Module):
     """A Vision Transformer at one token grid, alone or as a stage of a cascade.
 
     Args:
-        embed: name and module of the network from images (B, 3, height, width) to tokens (B, N, D).
-        grid: rows and columns of tokens.
+        embed: from images (B, 3, height, width) to tokens (B, N, D), with ``img_size`` and ``grid``; it becomes the
+            module ``embed_name``.
         pos_embed: (1, N+1, D), trained or not.
-        source_grid: those of the stage before; needed for either reuse.
+        source_grid: rows and columns of tokens of the stage before; needed for either reuse.
         feature_reuse, relation_reuse: take over the features, the attention logits, of the stage before, which must
             have the same width, depth and heads.
+        options: of every block: mlp_ratio, qkv_bias, qk_scale.
 
     Raises:
         ValueError: if a reuse has no stage to reuse from.
     """
 
+    embed_name: str
+
     def __init__(
         self,
-        *,
-        embed: tuple[str, nn.Module],
-        grid: Grid,
+        embed: nn.Module,
         pos_embed: nn.Parameter,
+        *,
         num_classes: int = 1000,
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = False,
-        qk_scale: float | None = None,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -80,29 +75,19 @@ class Backbone(nn.Module):
         source_grid: Grid | None = None,
         feature_reuse: bool = False,
         relation_reuse: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.num_classes, self.embed_dim, self.depth, self.num_heads = num_classes, embed_dim, depth, num_heads
-        self.grid, self.source_grid = grid, source_grid
-        self.feature_reuse, self.relation_reuse = feature_reuse, relation_reuse
+        self.grid: Grid = embed.grid  # pyright: ignore[reportAttributeAccessIssue]
+        self.source_grid, self.feature_reuse, self.relation_reuse = source_grid, feature_reuse, relation_reuse
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = pos_embed
-        self.embed_name = embed[0]
-        self.add_module(*embed)
+        self.add_module(self.embed_name, embed)
         self.pos_drop = nn.Dropout(drop_rate)
+        options |= {"drop": drop_rate, "attn_drop": attn_drop_rate, "norm_layer": norm_layer}
         self.blocks = nn.ModuleList(
-            Block(
-                embed_dim,
-                num_heads,
-                mlp_ratio,
-                qkv_bias=qkv_bias,
-                qk_scale=qk_scale,
-                drop=drop_rate,
-                attn_drop=attn_drop_rate,
-                drop_path=rate,
-                norm_layer=norm_layer,
-                feature_reuse=feature_reuse,
-            )
+            Block(embed_dim, num_heads, drop_path=rate, feature_reuse=feature_reuse, **options)
             for rate in drop_path_rates(drop_path_rate, depth)
         )
         self.norm = norm_layer(embed_dim)
@@ -114,7 +99,7 @@ class Backbone(nn.Module):
         if feature_reuse or relation_reuse:
             if source_grid is None:
                 raise ValueError("feature_reuse and relation_reuse need source_grid, the grid of the stage before")
-            self.token_resize = TokenResize(source_grid, grid)
+            self.token_resize = TokenResize(source_grid, self.grid)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         if pos_embed.requires_grad:
@@ -151,33 +136,28 @@ class Backbone(nn.Module):
 
         Source: arXiv:2105.15075, Section 3.2, Eq. 8: A_up, the logits of all blocks and heads.
         """
-        features, relations, matrix = self._find_reused(before)
+        features = relations = matrix = None
+        if self.feature_reuse or self.relation_reuse:
+            if before is None:
+                raise ValueError("this stage reuses features or relations: run it in a cascade, or pass `before`")
+            if self.relation_reuse and before.relations is None:
+                raise ValueError("this stage reuses relations, but the stage before was not asked to hand them on")
+            features = before.features if self.feature_reuse else None
+            relations = before.relations if self.relation_reuse else None
+            matrix = self.token_resize(before.features.dtype)
         x = self.embed(images)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         x = self.pos_drop(x + self.pos_embed)
         reused: tuple[Tensor | None, ...] = (None,) * self.depth
         if relations is not None and matrix is not None:
             reused = reuse_relations(relations, self.relation_reuse_conv, matrix.to(relations.dtype), self.depth)
-        resize = matrix if self.feature_reuse else None
         maps: list[Tensor] = []
         for block, added in zip(self.blocks, reused, strict=True):
-            x, relation = block(x, features, added, resize, hand_on=hand_on)
+            x, relation = block(x, features, added, matrix if self.feature_reuse else None, hand_on=hand_on)
             if relation is not None:
                 maps.append(relation)
         logits = self.head(self.norm(x)[:, 0])
         return StageOutput(logits, x, torch.cat(maps, dim=1) if hand_on else None)
-
-    def _find_reused(self, before: StageOutput | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Features and relations that this stage takes over, and the matrix that resizes both."""
-        if not self.feature_reuse and not self.relation_reuse:
-            return None, None, None
-        if before is None:
-            raise ValueError("this stage reuses features or relations: run it in a cascade, or pass `before`")
-        if self.relation_reuse and before.relations is None:
-            raise ValueError("this stage reuses relations, but the stage before was not asked to hand them on")
-        features = before.features if self.feature_reuse else None
-        relations = before.relations if self.relation_reuse else None
-        return features, relations, self.token_resize(before.features.dtype)
 
 
 def sides_of(size: Size) -> tuple[int, int]:

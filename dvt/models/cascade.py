@@ -33,10 +33,8 @@ class Cascade(nn.Module):
             raise ValueError("the first stage has nothing to reuse")
         for before, stage in pairwise(stages):
             reuses = stage.feature_reuse or stage.relation_reuse
-            fits = (before.embed_dim, before.depth, before.num_heads) == (
-                stage.embed_dim, stage.depth, stage.num_heads
-            )  # fmt: skip
-            if reuses and not (fits and stage.source_grid == before.grid):
+            alike = all(getattr(before, name) == getattr(stage, name) for name in ("embed_dim", "depth", "num_heads"))
+            if reuses and not (alike and stage.source_grid == before.grid):
                 raise ValueError(
                     "stages that reuse each other's features or relations need the same width, depth and heads, and "
                     f"source_grid {before.grid}, the grid of the stage before"
@@ -89,13 +87,8 @@ def make_cascade(
         options: of all stages.
     """
     stages: list[Backbone] = []
+    reuse: dict[str, Any] = {}
     for difference in differences:
-        reuse: dict[str, Any] = {}
-        if stages:
-            reuse = {
-                "source_grid": stages[-1].grid,
-                "feature_reuse": feature_reuse,
-                "relation_reuse": relation_reuse,
-            }
         stages.append(make_stage(**options, **difference, **reuse))
+        reuse = {"source_grid": stages[-1].grid, "feature_reuse": feature_reuse, "relation_reuse": relation_reuse}
     return Cascade(stages)

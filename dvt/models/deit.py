@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from dvt.models.backbone import Backbone, Size, check_images, sides_of
-from dvt.models.transformer_block import Norm
 
 PADDING = {23: 3}
 """Patch size -> padding of the image: 224 + 6 = 10 * 23."""
@@ -51,23 +50,11 @@ class VisionTransformer(Backbone):
         options: of :class:`~dvt.models.backbone.Backbone`.
     """
 
+    embed_name = "patch_embed"
+
     def __init__(
-        self,
-        img_size: Size = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        embed_dim: int = 768,
-        qkv_bias: bool = True,
-        norm_layer: Norm = DeiTNorm,
-        **options: Any,
+        self, img_size: Size = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768, **options: Any
     ) -> None:
         embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
-        super().__init__(
-            embed=("patch_embed", embed),
-            grid=embed.grid,
-            pos_embed=nn.Parameter(torch.zeros(1, embed.num_patches + 1, embed_dim)),
-            embed_dim=embed_dim,
-            qkv_bias=qkv_bias,
-            norm_layer=norm_layer,
-            **options,
-        )
+        table = nn.Parameter(torch.zeros(1, embed.num_patches + 1, embed_dim))
+        super().__init__(embed, table, embed_dim=embed_dim, **{"qkv_bias": True, "norm_layer": DeiTNorm} | options)

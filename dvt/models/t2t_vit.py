@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from common.layers import Performer, sinusoid_table
 from dvt.models.backbone import Backbone, Size, check_images, sides_of
+from dvt.models.reuse import Grid
 from dvt.models.token_transformer import Token_transformer
 
 
@@ -41,7 +43,7 @@ This one covers 224 pixels exactly, and the network then costs 0.213 G."""
 
 ENCODERS: dict[str, Callable[[int, int], nn.Module]] = {
     "performer": Performer,
-    "transformer": lambda dim, width: Token_transformer(dim, width, num_heads=1, mlp_ratio=1.0),
+    "transformer": Token_transformer,
 }
 
 
@@ -55,7 +57,7 @@ class T2T_module(nn.Module):
         token_dim: width of the token encoders.
 
     Attributes:
-        num_patches: N.
+        grids: rows and columns after each split; ``grid``, of the tokens; ``num_patches``, N.
 
     Raises:
         ValueError: if ``tokens_type`` is unknown, or the splits do not give as many tokens at ``img_size`` as the
@@ -71,22 +73,23 @@ class T2T_module(nn.Module):
         token_dim: int = 64,
     ) -> None:
         super().__init__()
-        encoder, _, grid = tokens_type.partition("_")
-        grid = f"_{grid}" if grid else ""
-        if encoder not in ENCODERS or grid not in GRIDS:
+        encoder, _, ending = tokens_type.partition("_")
+        ending = ending and f"_{ending}"
+        if encoder not in ENCODERS or ending not in GRIDS:
             known = ", ".join(name + end for name in ENCODERS for end in GRIDS)
             raise ValueError(f"unknown tokens_type {tokens_type!r}; the types are {known}")
-        first, table_size = GRIDS[grid]
+        first, table_size = GRIDS[ending]
         self.splits = (first, LATER_SPLIT, LATER_SPLIT)
         self.img_size = sides_of(img_size)
-        self.grids = list(zip(*map(self._find_sides, self.img_size), strict=True))  # after each split
+        self.grids: list[Grid] = list(zip(*map(self._find_sides, self.img_size), strict=True))
+        self.grid = self.grids[-1]
         self.num_patches = math.prod(map(table_size, self.img_size))
-        if any(self._find_sides(side)[-1] != table_size(side) for side in self.img_size):
-            sizes = [size for size in range(32, 1025) if self._find_sides(size)[-1] == table_size(size)]
-            rows, columns = self.grids[-1]
+        if self.grid != tuple(map(table_size, self.img_size)):
+            working = (size for size in range(32, 1025) if self._find_sides(size)[-1] == table_size(size))
+            nearest = sorted(sorted(working, key=lambda size: abs(size - self.img_size[0]))[:8])
             raise ValueError(
-                f"img_size {img_size} gives {rows}x{columns} tokens of type {tokens_type!r}, but its position table "
-                f"has {self.num_patches}; sizes that work: {format_ranges(sizes)}"
+                f"img_size {img_size} gives {self.grid[0]}x{self.grid[1]} tokens of type {tokens_type!r}, but its "
+                f"position table has {self.num_patches}; sizes that work: {', '.join(map(str, nearest))}"
             )
         make = ENCODERS[encoder]
         self.attention1 = make(in_chans * first.kernel**2, token_dim)
@@ -95,11 +98,7 @@ class T2T_module(nn.Module):
 
     def _find_sides(self, pixels: int) -> list[int]:
         """Tokens per side after each split."""
-        sides = []
-        for split in self.splits:
-            pixels = split.side(pixels)
-            sides.append(pixels)
-        return sides
+        return list(accumulate(self.splits, lambda side, split: split.side(side), initial=pixels))[1:]
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, height, width) -> (B, N, D)."""
@@ -122,18 +121,6 @@ def soft_split(maps: Tensor, split: Split) -> Tensor:
     return windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
-def format_ranges(numbers: list[int]) -> str:
-    """Rising numbers as ranges, the first dozen: ``224-226, 240-242, ...``."""
-    ranges: list[list[int]] = []
-    for number in numbers:
-        if ranges and number == ranges[-1][-1] + 1:
-            ranges[-1][1:] = [number]
-        else:
-            ranges.append([number])
-    shown = ["-".join(str(end) for end in pair) for pair in ranges[:12]]
-    return ", ".join(shown + ["..."] * (len(ranges) > 12))
-
-
 class T2T_ViT(Backbone):
     """T2T-ViT: tokens by soft splits, a fixed sinusoid position table.
 
@@ -141,6 +128,8 @@ class T2T_ViT(Backbone):
         img_size, tokens_type, in_chans, token_dim: see :class:`T2T_module`.
         options: of :class:`~dvt.models.backbone.Backbone`.
     """
+
+    embed_name = "tokens_to_token"
 
     def __init__(
         self,
@@ -153,10 +142,4 @@ class T2T_ViT(Backbone):
     ) -> None:
         embed = T2T_module(img_size, tokens_type, in_chans, embed_dim, token_dim)
         table = sinusoid_table(embed.num_patches + 1, embed_dim).to(torch.get_default_device())
-        super().__init__(
-            embed=("tokens_to_token", embed),
-            grid=embed.grids[-1],
-            pos_embed=nn.Parameter(table, requires_grad=False),
-            embed_dim=embed_dim,
-            **options,
-        )
+        super().__init__(embed, nn.Parameter(table, requires_grad=False), embed_dim=embed_dim, **options)
