@@ -1,14 +1,13 @@
 """Command line of ``main.py``, the published flags and a few of ours, and flags that the other programs share."""
 
 import argparse
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from common.run import cli
-from common.run.errors import CheckpointError, DataError
 from common.run.program import get_logger
 from dvt import BUDGETS, SEARCH_IMAGES, TRANSFORMS
 from dvt.models import MODELS
@@ -27,27 +26,53 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 DVT_Deit_small: DeiT-S's rate, 5e-4 per 512 images, for 8 x 128 images per step; five epochs of warm-up."""
 
+NO_BATCH_NORM = "these networks have no batch normalisation"
 DEAD_SWITCHES = {
-    "--sync-bn": "these networks have no batch normalisation",
-    "--split-bn": "these networks have no batch normalisation",
-    "--bn-tf": "these networks have no batch normalisation",
+    "--sync-bn": NO_BATCH_NORM,
+    "--split-bn": NO_BATCH_NORM,
+    "--bn-tf": NO_BATCH_NORM,
     "--save-images": "nothing is saved",
     "--channels-last": "the tokens of these networks have no such layout",
     "--no-prefetcher": "there is no prefetcher",
     "--use-multi-epochs-loader": "loading processes stay from epoch to epoch anyway",
 }
-DEAD_VALUES = {
+DEAD_OPTIONS = {
     "--gp": "these networks have no global pooling; the official code fails with it",
     "--drop-connect": "--drop-path sets the rate",
     "--drop-block": "these networks have no such blocks; the official code fails with it",
-    "--bn-momentum": "these networks have no batch normalisation",
-    "--bn-eps": "these networks have no batch normalisation",
-    "--dist-bn": "these networks have no batch normalisation",
+    "--bn-momentum": NO_BATCH_NORM,
+    "--bn-eps": NO_BATCH_NORM,
+}
+"""Of the networks, in T2T-ViT's transfer script too."""
+
+DEAD_VALUES = {
+    "--dist-bn": NO_BATCH_NORM,
     "--tta": "every image is evaluated once",
     "--num-gpu": "start one process per GPU with torchrun",
     "--lr-cycle-mul": "there is one cycle",
     "--lr-cycle-limit": "there is one cycle",
 }
+
+
+def group_of(parser: argparse.ArgumentParser, title: str) -> Callable[..., None]:
+    """``add(flags, kind, default, help)`` of a new group; every help text ends with the default.
+
+    ``kind`` is what argparse calls type, ``bool`` for a switch that is off without the flag, ``cli.Switch`` for one
+    with ``--no-flag``, or a tuple of choices.
+    """
+    group = parser.add_argument_group(title)
+
+    def add(flags: str, kind: Any, default: Any, help: str, **options: Any) -> None:
+        shown = default if default not in (None, "") else "none"
+        if kind in (bool, cli.Switch):
+            options["action"], shown = "store_true" if kind is bool else kind, "on" if default else "off"
+        else:
+            options["choices" if isinstance(kind, tuple) else "type"] = kind
+        if "(default: " not in help and not options.get("required"):
+            help = f"{help} (default: {shown})"
+        group.add_argument(*flags.split(), default=default, help=help.replace("%", "%%"), **options)
+
+    return add
 
 
 def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:
@@ -56,10 +81,8 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     first.add_argument("-c", "--config", type=Path)
     first.add_argument("--model")
     known, _ = first.parse_known_args(argv)
-    settings: dict[str, Any] = {}
     parser = build_parser(description)
-    if known.config:
-        settings = read_config(parser, known.config)
+    settings = read_config(parser, known.config) if known.config else {}
     parser.set_defaults(**RECIPES.get(known.model or settings.get("model", ""), {}) | settings)
     args = parser.parse_args(argv)
     check_args(parser, args)
@@ -93,223 +116,109 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     cli.add_schedule_args(parser, warmup_epochs=20)
     _add_run(parser)
     cli.add_ignored_args(parser, DEAD_SWITCHES, nargs=0)
-    cli.add_ignored_args(parser, DEAD_VALUES)
+    cli.add_ignored_args(parser, DEAD_OPTIONS | DEAD_VALUES)
     return parser
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("data").add_argument
-    add("data", nargs="?", default="", metavar="DIR", help="folder with train/ and val/ (or validation/)")
-    add(
-        "--data-set",
-        default="IMNET",
-        metavar="NAME",
-        help="IMNET (class folders), digits (without DIR), CIFAR10, CIFAR, or a name for timm's "
-        "create_dataset (default: IMNET)",
-    )
-    add("--img-size", type=cli.positive_int, default=224, metavar="PIXELS", help="side of the input (default: 224)")
-    add(
-        "--crop-pct",
-        type=cli.fraction,
-        default=None,
-        help="share that the evaluation crop keeps of the resized image's side (default: 0.875, as DVT's"
-        " published numbers; 0.9 for a T2T-ViT alone, as its own)",
-    )
-    add("--mean", type=float, nargs=3, default=None, help="of the channels (default: ImageNet's)")
-    add("--std", type=float, nargs=3, default=None, help="of the channels (default: ImageNet's)")
-    add("--interpolation", default="", help="of the evaluation resize (default: bicubic)")
-    add(
-        "-b",
-        "--batch-size",
-        "--b",
-        type=cli.positive_int,
-        default=64,
-        metavar="N",
-        help="images per step and process (default: 64)",
-    )
-    add(
-        "-vb",
-        "--validation-batch-size-multiplier",
-        type=cli.positive_int,
-        default=1,
-        metavar="N",
-        help="batch of the evaluation, in training batches (default: 1)",
-    )
-    add("-j", "--workers", type=cli.count, default=cli.default_workers(8), metavar="N",
-        help="loading processes per process (default: 8, no more than cores)")  # fmt: skip
-    add("--pin-mem", action=cli.Switch, default=None, help="page-locked memory (default: on with CUDA)")
-    add(
-        "--skip-bad-images",
-        action=cli.Switch,
-        default=False,
-        help="leave out images that cannot be decoded, and count them (default: off)",
-    )
+    add = group_of(parser, "data")
+    add("data", str, "", "folder with train/ and val/ (or validation/)", nargs="?", metavar="DIR")
+    add("--data-set", str, "IMNET", metavar="NAME", help="IMNET (class folders), digits (without DIR), CIFAR10, CIFAR, "
+        "or a name for timm's create_dataset")  # fmt: skip
+    add("--img-size", cli.positive_int, 224, "side of the input", metavar="PIXELS")
+    add("--crop-pct", cli.fraction, None, "share that the evaluation crop keeps of the resized image's side "
+        "(default: 0.875, as DVT's published numbers; 0.9 for a T2T-ViT alone, as its own)")  # fmt: skip
+    add("--mean", float, None, "of the channels (default: ImageNet's)", nargs=3)
+    add("--std", float, None, "of the channels (default: ImageNet's)", nargs=3)
+    add("--interpolation", str, "", "of the evaluation resize (default: bicubic)")
+    add("-b --batch-size --b", cli.positive_int, 64, "images per step and process", metavar="N")
+    add("-vb --validation-batch-size-multiplier", cli.positive_int, 1, "batch of the evaluation, in training batches",
+        metavar="N")  # fmt: skip
+    add("-j --workers", cli.count, cli.default_workers(8),
+        "loading processes per process (default: 8, no more than cores)", metavar="N")  # fmt: skip
+    add("--pin-mem", cli.Switch, None, "page-locked memory (default: on with CUDA)")
+    add("--skip-bad-images", cli.Switch, False, "leave out images that cannot be decoded, and count them")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("network").add_argument
-    add(
-        "--model",
-        default="T2t_vit_14",
-        choices=sorted(MODELS),
-        metavar="NAME",
-        help=f"one of {', '.join(sorted(MODELS))} (default: T2t_vit_14)",
-    )
-    add("--num-classes", type=cli.positive_int, default=1000, metavar="C", help="classes (default: 1000)")
-    add(
-        "--feature-reuse", action=cli.Switch, default=True, help="later exits of a cascade reuse features (default: on)"
-    )
-    add(
-        "--relation-reuse",
-        action=cli.Switch,
-        default=True,
-        help="later exits of a cascade reuse attention logits (default: on)",
-    )
-    add("--drop", type=cli.fraction, default=0.0, help="dropout rate (default: 0)")
-    add("--drop-path", type=cli.fraction, default=0.1, help="drop-path rate of the last block (default: 0.1)")
-    add("--initial-checkpoint", default="", metavar="FILE", help="weights to start from, of any kind of checkpoint")
-    add("--pretrained", action="store_true", help="refused: there are no such weights; see --initial-checkpoint")
-    add(
-        "--no-decay-tokens",
-        action="store_true",
-        help="leave cls_token and pos_embed out of the weight decay; the published cascades decay them",
-    )
+    add = group_of(parser, "network")
+    names = tuple(sorted(MODELS))
+    add("--model", names, "T2t_vit_14", f"one of {', '.join(names)}", metavar="NAME")
+    add("--num-classes", cli.positive_int, 1000, "classes", metavar="C")
+    add("--feature-reuse", cli.Switch, True, "later exits of a cascade reuse features")
+    add("--relation-reuse", cli.Switch, True, "later exits of a cascade reuse attention logits")
+    add("--drop", cli.fraction, 0.0, "dropout rate")
+    add("--drop-path", cli.fraction, 0.1, "drop-path rate of the last block")
+    add("--initial-checkpoint", str, "", "weights to start from, of any kind of checkpoint", metavar="FILE")
+    add("--pretrained", bool, False, "refused: there are no such weights; see --initial-checkpoint")
+    add("--no-decay-tokens", bool, False,
+        "leave cls_token and pos_embed out of the weight decay; the published cascades decay them")  # fmt: skip
 
 
 def _add_augmentation(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("augmentation, continued").add_argument
-    add("--no-aug", action="store_true", help="only resize and crop the centre; mixup has its own flags")
-    add(
-        "--scale",
-        type=float,
-        nargs=2,
-        default=None,
-        metavar=("MIN", "MAX"),
-        help="area of the random crop (default: 0.08 1.0)",
-    )
-    add(
-        "--ratio",
-        type=float,
-        nargs=2,
-        default=None,
-        metavar=("MIN", "MAX"),
-        help="aspect ratio of the random crop (default: 3/4 4/3)",
-    )
-    add("--hflip", type=cli.fraction, default=0.5, help="probability of a horizontal flip (default: 0.5)")
-    add("--vflip", type=cli.fraction, default=0.0, help="probability of a vertical flip (default: 0)")
-    add(
-        "--mixup-off-epoch",
-        type=cli.count,
-        default=0,
-        metavar="N",
-        help="no mixup from this epoch on; 0 never stops it (default: 0)",
-    )
-    add(
-        "--aug-splits",
-        type=cli.count,
-        default=0,
-        metavar="N",
-        help="views of an image, the first one clean; 0 or at least 2 (default: 0)",
-    )
-    add("--jsd", action="store_true", help="Jensen-Shannon divergence between the views; needs --aug-splits")
-    add("--resplit", action="store_true", help="do not erase parts of the clean view")
+    add = group_of(parser, "augmentation, continued")
+    limits: dict[str, Any] = {"nargs": 2, "metavar": ("MIN", "MAX")}
+    add("--no-aug", bool, False, "only resize and crop the centre; mixup has its own flags")
+    add("--scale", float, None, "area of the random crop (default: 0.08 1.0)", **limits)
+    add("--ratio", float, None, "aspect ratio of the random crop (default: 3/4 4/3)", **limits)
+    add("--hflip", cli.fraction, 0.5, "probability of a horizontal flip")
+    add("--vflip", cli.fraction, 0.0, "probability of a vertical flip")
+    add("--mixup-off-epoch", cli.count, 0, "no mixup from this epoch on; 0 never stops it", metavar="N")
+    add("--aug-splits", cli.count, 0, "views of an image, the first one clean; 0 or at least 2", metavar="N")
+    add("--jsd", bool, False, "Jensen-Shannon divergence between the views; needs --aug-splits")
+    add("--resplit", bool, False, "do not erase parts of the clean view")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("run").add_argument
-    add(
-        "-c",
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="YAML file whose keys, flags with underscores, replace defaults",
-    )
-    add(
-        "--eval_checkpoint",
-        "--eval-checkpoint",
-        default="",
-        metavar="FILE",
-        help="only evaluate this file: packed, or of a training run",
-    )
-    add(
-        "--resume",
-        default="",
-        metavar="FILE",
-        help="continue this run; auto: the last state of --experiment, if there is one",
-    )
-    add("--no-resume-opt", action="store_true", help="resume without the state of the optimiser and the loss scale")
-    add(
-        "--start-epoch",
-        type=cli.count,
-        default=None,
-        metavar="N",
-        help="epoch to begin at (default: the next one of the resumed run)",
-    )
-    add("--output", default="", metavar="DIR", help="results go to DIR/train/<time>-<model>-<size> (default: ./output)")
-    add(
-        "--experiment",
-        default="",
-        metavar="NAME",
-        help="results go to DIR/train/NAME instead, where --resume auto finds them",
-    )
-    add(
-        "--eval-metric",
-        default=None,
-        metavar="NAME",
+    add = group_of(parser, "run")
+    add("-c --config", Path, None, "YAML file whose keys, flags with underscores, replace defaults", metavar="FILE")
+    add("--eval_checkpoint --eval-checkpoint", str, "", "only evaluate this file: packed, or of a training run",
+        metavar="FILE")  # fmt: skip
+    add("--resume", str, "", "continue this run; auto: the last state of --experiment, if there is one", metavar="FILE")
+    add("--no-resume-opt", bool, False, "resume without the state of the optimiser and the loss scale")
+    add("--start-epoch", cli.count, None, "epoch to begin at (default: the next one of the resumed run)", metavar="N")
+    add("--output", str, "", "results go to DIR/train/<time>-<model>-<size> (default: ./output)", metavar="DIR")
+    add("--experiment", str, "", "results go to DIR/train/NAME instead, where --resume auto finds them", metavar="NAME")
+    add("--eval-metric", str, None, metavar="NAME",
         help="what the best state is chosen by: loss, exit1_top1, exit2_top1, exit3_top1, exit3_top5 "
-        "(default: exit3_top1; exit1_top1 with one exit)",
-    )
-    add("--amp", "--native-amp", action="store_true", help="mixed precision of torch: fp16 on CUDA, bf16 on the CPU")
-    add("--apex-amp", action="store_true", help="the same as --amp, with a warning: apex is not used")
-    add("--amp-dtype", choices=("fp16", "bf16"), default=None, help="another precision for --amp")
-    add("--compile", action=cli.Switch, default=False, help="run the network through torch.compile (default: off)")
-    add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, or cuda:N (default: auto)")
-    add("--seed", type=cli.count, default=42, help="of all random numbers; each process adds its rank (default: 42)")
-    add(
-        "--log-interval",
-        type=cli.positive_int,
-        default=50,
-        metavar="N",
-        help="steps between two rows of the record (default: 50)",
-    )
-    add(
-        "--recovery-interval",
-        type=cli.count,
-        default=0,
-        metavar="N",
-        help="steps between two checkpoints within epochs; 0 for none (default: 0)",
-    )
-    add("--tensorboard", action=cli.Switch, default=False, help="also write TensorBoard's files (default: off)")
-    add("--local-rank", "--local_rank", type=int, default=None, metavar="N", help="set by torch.distributed.launch")
+        "(default: exit3_top1; exit1_top1 with one exit)")  # fmt: skip
+    add("--amp --native-amp", bool, False, "mixed precision of torch: fp16 on CUDA, bf16 on the CPU")
+    add("--apex-amp", bool, False, "the same as --amp, with a warning: apex is not used")
+    add("--amp-dtype", ("fp16", "bf16"), None, "another precision for --amp")
+    add("--compile", cli.Switch, False, "run the network through torch.compile")
+    add("--device", str, "auto", "auto (CUDA if there is one), cpu, cuda, or cuda:N")
+    add("--seed", cli.count, 42, "of all random numbers; each process adds its rank")
+    add("--log-interval", cli.positive_int, 50, "steps between two rows of the record", metavar="N")
+    add("--recovery-interval", cli.count, 0, "steps between two checkpoints within epochs; 0 for none", metavar="N")
+    add("--tensorboard", cli.Switch, False, "also write TensorBoard's files")
+    add("--local-rank --local_rank", int, None, "set by torch.distributed.launch", metavar="N")
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what cannot work, before anything is loaded."""
-    exits = 3 if MODELS[args.model].stages else 1
+    exits = MODELS[args.model].exits
     metrics = ["loss", *(f"exit{number}_top1" for number in range(1, exits + 1)), f"exit{exits}_top5"]
-    if args.eval_metric is None:
-        args.eval_metric = f"exit{exits}_top1"
-    if args.eval_metric not in metrics:
-        parser.error(f"--eval-metric {args.eval_metric}: {args.model} has {', '.join(metrics)}")
-    if args.eval_metric.endswith("top5") and args.num_classes < 6:
-        parser.error(f"--eval-metric {args.eval_metric}: with {args.num_classes} classes it is always 100 %; use top1")
-    if args.pretrained:
-        parser.error("--pretrained: there are no such weights; give --initial-checkpoint FILE")
-    if not args.data and args.data_set != "digits":
-        parser.error("DIR is missing: the folder with train/ and val/")
-    if args.data and args.data_set == "digits":
-        parser.error(f"{args.data}: the digits ship inside scikit-learn; leave DIR out, or say --data-set IMNET")
+    metric = args.eval_metric = args.eval_metric or f"exit{exits}_top1"
     mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
-    if args.aug_splits == 1:
-        parser.error("--aug-splits 1: give 0, or at least 2 views")
-    if args.jsd and not args.aug_splits:
-        parser.error("--jsd compares views: give --aug-splits 3, for instance")
-    if args.aug_splits and mixing:
-        parser.error("--aug-splits cannot be mixed: add --mixup 0 --cutmix 0")
-    if mixing and args.batch_size % 2:
-        parser.error(f"--batch-size {args.batch_size}: mixup pairs the images of a batch, so it must be even")
-    if args.resume == "auto" and not args.experiment:
-        parser.error("--resume auto looks into the folder of --experiment NAME: give one")
+    digits = args.data_set == "digits"
+    for wrong, message in (
+        (metric not in metrics, f"--eval-metric {metric}: {args.model} has {', '.join(metrics)}"),
+        (metric.endswith("top5") and args.num_classes < 6,
+         f"--eval-metric {metric}: with {args.num_classes} classes it is always 100 %; use top1"),
+        (args.pretrained, "--pretrained: there are no such weights; give --initial-checkpoint FILE"),
+        (not args.data and not digits, "DIR is missing: the folder with train/ and val/"),
+        (args.data and digits,
+         f"{args.data}: the digits ship inside scikit-learn; leave DIR out, or say --data-set IMNET"),
+        (args.aug_splits == 1, "--aug-splits 1: give 0, or at least 2 views"),
+        (args.jsd and not args.aug_splits, "--jsd compares views: give --aug-splits 3, for instance"),
+        (args.aug_splits and mixing, "--aug-splits cannot be mixed: add --mixup 0 --cutmix 0"),
+        (mixing and args.batch_size % 2,
+         f"--batch-size {args.batch_size}: mixup pairs the images of a batch, so it must be even"),
+        (args.resume == "auto" and not args.experiment,
+         "--resume auto looks into the folder of --experiment NAME: give one"),
+    ):  # fmt: skip
+        if wrong:
+            parser.error(message)
     if args.aa == "none":
         args.aa = ""
     if args.apex_amp:
@@ -317,60 +226,51 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     args.amp = bool(args.amp or args.apex_amp or args.amp_dtype)
 
 
-def add_network_args(parser: argparse.ArgumentParser, names: Collection[str], **options: Any) -> None:
+def add_network_args(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
     """Flags of the network that a checkpoint holds, shared by the programs that read one."""
-    add = parser.add_argument_group("network").add_argument
-    add(
-        "--model", default="DVT_T2t_vit_12", choices=sorted(names), metavar="NAME",
-        help=f"one of {', '.join(sorted(names))} (default: DVT_T2t_vit_12)",
-    )  # fmt: skip
-    add("--num-classes", type=cli.positive_int, default=None, metavar="C", help="classes (default: the data set's)")
-    add(
-        "--img-size",
-        type=cli.positive_int,
-        default=None,
-        metavar="PIXELS",
-        help="side of the input (default: the network's)",
-    )
+    add = group_of(parser, "network")
+    known = tuple(sorted(names))
+    add("--model", known, "DVT_T2t_vit_12", f"one of {', '.join(known)}", metavar="NAME")
+    add("--num-classes", cli.positive_int, None, "classes (default: the data set's)", metavar="C")
+    add("--img-size", cli.positive_int, None, "side of the input (default: the network's)", metavar="PIXELS")
     for kind in ("feature", "relation"):
-        add(
-            f"--{kind}-reuse", action=cli.Switch, default=None,
-            help="the cascade was trained with it (default: as the checkpoint's weights say)",
-        )  # fmt: skip
+        add(f"--{kind}-reuse", cli.Switch, None,
+            "the cascade was trained with it (default: as the checkpoint's weights say, on without any)")  # fmt: skip
+
+
+def network_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What these flags say, as options of ``dvt.loading.load_network``."""
+    from common.data.loaders import default_num_classes
+
+    return {
+        "img_size": args.img_size or MODELS[args.model].img_size,
+        "num_classes": args.num_classes or default_num_classes(args.dataset),
+        "feature_reuse": args.feature_reuse,
+        "relation_reuse": args.relation_reuse,
+    }
 
 
 def add_image_args(parser: argparse.ArgumentParser) -> None:
     """Flags of the images that a checkpoint is run on."""
-    add = parser.add_argument_group("images").add_argument
-    add(
-        "--dataset", default="imagenet", metavar="NAME",
-        help="imagenet (train/ and val/), cifar10, cifar100, digits, or a name for timm's create_dataset",
-    )  # fmt: skip
-    add(
-        "--transforms", "--pictures", default=None, choices=TRANSFORMS,
-        help="those of training on ImageNet or of the transfer to CIFAR (default: by the data set)",
-    )  # fmt: skip
-    add("-b", "--batch-size", "--batch_size", type=cli.positive_int, default=64, metavar="N", help="images at once")
-    add("-j", "--workers", type=cli.count, default=cli.default_workers(8), metavar="N", help="loading processes")
-    add("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda or cuda:N")
+    add = group_of(parser, "images")
+    add("--dataset", str, "imagenet", metavar="NAME",
+        help="imagenet (train/ and val/), cifar10, cifar100, digits, or a name for timm's create_dataset")  # fmt: skip
+    add("--transforms --pictures", TRANSFORMS, None,
+        "those of training on ImageNet or of the transfer to CIFAR (default: by the data set)")  # fmt: skip
+    add("-b --batch-size --batch_size", cli.positive_int, 64, "images at once", metavar="N")
+    add("-j --workers", cli.count, cli.default_workers(8), "loading processes", metavar="N")
+    add("--device", str, "auto", "auto (CUDA where there is one), cpu, cuda or cuda:N")
 
 
 def add_search_args(parser: argparse.ArgumentParser) -> None:
     """Flags of the search for thresholds."""
-    add = parser.add_argument_group("search for thresholds").add_argument
-    add(
-        "--model-ema", action=cli.Switch, default=True,
-        help="of a training file take the moving average of the weights (default: on)",
-    )  # fmt: skip
-    add(
-        "--search-images", "--search-pictures", type=cli.positive_int, default=SEARCH_IMAGES, metavar="N",
-        help=f"training images that thresholds are found on, at most (default: {SEARCH_IMAGES})",
-    )  # fmt: skip
-    add(
-        "--augment-search", action=cli.Switch, default=True,
-        help="crop and flip them at random, as published; off takes them as validation images (default: on)",
-    )  # fmt: skip
-    add("--seed", type=cli.count, default=0, help="of their draw and augmentation (default: 0)")
+    add = group_of(parser, "search for thresholds")
+    add("--model-ema", cli.Switch, True, "of a training file take the moving average of the weights")
+    add("--search-images --search-pictures", cli.positive_int, SEARCH_IMAGES,
+        "training images that thresholds are found on, at most", metavar="N")  # fmt: skip
+    add("--augment-search", cli.Switch, True,
+        "crop and flip them at random, as published; off takes them as validation images")  # fmt: skip
+    add("--seed", cli.count, 0, "of their draw and augmentation")
 
 
 def budget_row(text: str) -> int:
@@ -379,21 +279,3 @@ def budget_row(text: str) -> int:
     if not 1 <= value <= BUDGETS:
         raise argparse.ArgumentTypeError(f"must be from 1 to {BUDGETS}, got {text}")
     return value
-
-
-def check_paths(checkpoints: Iterable[str] = (), *, dataset: str = "", root: str | None = None) -> None:
-    """Refuse files and a data folder that are not there, before anything heavy is imported.
-
-    Args:
-        checkpoints: files or URLs; an empty one is not looked for.
-        dataset: name of a data set; only that of class folders must be there already.
-        root: its folder.
-
-    Raises:
-        CheckpointError, DataError: naming what is missing.
-    """
-    for file in checkpoints:
-        if file and "://" not in file and not Path(file).is_file():
-            raise CheckpointError(f"{file}: no such file")
-    if dataset in ("imagenet", "IMNET", "folder") and not Path(root or "").is_dir():
-        raise DataError(f"{root}: no such folder; it must hold train/ and val/")

@@ -1,4 +1,4 @@
-"""What ``main.py`` is built of besides what all trainers share: network, optimiser, record."""
+"""What ``main.py`` is built of besides what all trainers share: optimiser and record."""
 
 import csv
 import io
@@ -14,31 +14,9 @@ from timm.optim import param_groups_weight_decay  # pyright: ignore[reportPrivat
 from torch import nn
 
 from common.run import build
-from common.run.checkpoint import read_checkpoint
 from common.run.files import write_atomic
 from common.run.metrics import Record
 from common.run.settings import OptimizerSettings
-from dvt.loading import load_weights
-from dvt.models import MODELS, create_model
-
-
-def build_model(
-    name: str, *, seed: int, feature_reuse: bool, relation_reuse: bool, initial_checkpoint: str = "", **options: Any
-) -> nn.Module:
-    """The network, the same on every rank.
-
-    Args:
-        feature_reuse, relation_reuse: of a cascade.
-        initial_checkpoint: weights to start from; empty for fresh ones.
-        options: of ``create_model``.
-    """
-    if MODELS[name].stages:
-        options |= {"feature_reuse": feature_reuse, "relation_reuse": relation_reuse}
-    torch.manual_seed(seed)
-    model = create_model(name, **options)
-    if initial_checkpoint:
-        load_weights(model, read_checkpoint(initial_checkpoint), source=initial_checkpoint)
-    return model
 
 
 def build_optimizer(

@@ -16,33 +16,21 @@ from common.data.transforms import Transform
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 """Of T2T-ViT's transfer script."""
 
+TO_TENSOR = (transforms.ToTensor(), transforms.Normalize(MEAN, STD))
+
 BACKBONE = ("tokens_to_token", "patch_embed", "blocks", "relation_reuse_conv")
 """Parts that are tuned at the small rate."""
 
 
 def train_transform(size: int, *, hflip: float = 0.5) -> Transform:
     """Resize, random crop of the image padded by an eighth (28 pixels at 224), flip: (3, size, size)."""
-    return transforms.Compose(
-        [
-            transforms.Resize(size),
-            transforms.RandomCrop(size, padding=size // 8),
-            transforms.RandomHorizontalFlip(hflip),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
-        ]
-    )
+    crop = transforms.RandomCrop(size, padding=size // 8)
+    return transforms.Compose([transforms.Resize(size), crop, transforms.RandomHorizontalFlip(hflip), *TO_TENSOR])
 
 
 def test_transform(size: int) -> Transform:
     """Resize, bilinear, without a crop where images are square: (3, size, size)."""
-    return transforms.Compose(
-        [
-            transforms.Resize(size),
-            transforms.CenterCrop(size),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
-        ]
-    )
+    return transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), *TO_TENSOR])
 
 
 def parameter_groups(model: nn.Module, *, lr: float, ratio: float) -> list[dict[str, Any]]:

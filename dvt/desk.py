@@ -19,8 +19,8 @@ from common.measure.benchmark import device_name
 from common.run.checkpoint import read_checkpoint
 from dvt import main as training
 from dvt.costs import exit_gflops
-from dvt.evaluation import ImageSource, collect_scores, search_thresholds
-from dvt.exits import EVERYBODY, NOBODY
+from dvt.evaluation import ImageSource, collect_scores
+from dvt.exits import EVERYBODY, NOBODY, find_thresholds
 from dvt.loading import load_network
 from dvt.models import MODELS
 from dvt.throughput import FULL, DynamicResult, measure_dynamic
@@ -124,10 +124,10 @@ def train_once(
 
 def measure(weights: Path, device: torch.device) -> list[DynamicResult]:
     """Full cascade, fixed exits and some budgets of one trained network on the held-out digits."""
-    model = load_network(MODEL, read_checkpoint(weights), source=weights, device=device, num_classes=10)
+    model = load_network(MODEL, read_checkpoint(weights), source=weights, num_classes=10).to(device).eval()
     images = ImageSource("digits", None, MODELS[MODEL].img_size, BATCH)
     scores = collect_scores(model, images.search(), device=device, title="training digits")
-    thresholds = search_thresholds(scores)
+    thresholds = find_thresholds(scores.confidence)
     settings: dict[str, Sequence[float] | Tensor] = {**FIXED, **{f"p = {p}": thresholds[p - 1] for p in BUDGETS}}
     batches = list(images.held_out()) * PASSES[device.type]
     results = measure_dynamic(model, settings, batches, exit_gflops(model), device=device)

@@ -41,8 +41,21 @@ class Column:
     grid: tuple[int, int] | None = None
 
 
-def draw_sheet(columns: Sequence[Column], *, side: int = SIDE) -> Image.Image:
-    """Columns of images of ``side`` pixels side by side."""
+class RawImages:
+    """The images of a data set as they are, with their classes."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.classes: list[str] = list(getattr(dataset, "classes", ()))
+        known = getattr(dataset, "targets", None)  # without opening the images, where the data set can
+        self.targets: list[int] = list(known) if known is not None else [int(target) for _, target in dataset]
+
+    def pick(self, numbers: Sequence[int]) -> list[Image.Image]:
+        return [self.dataset[i][0] for i in numbers]
+
+
+def draw_sheet(columns: Sequence[Column], *, side: int = SIDE) -> bytes:
+    """Columns of images of ``side`` pixels side by side: a PNG file of few colours, which sheets are small in."""
     sheet = Image.new("RGB", (GAP + len(columns) * (side + GAP), 2 * TITLE + GAP + ROWS * (side + GAP)), PAPER)
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
     inner = side - 2 * RIM
@@ -60,7 +73,9 @@ def draw_sheet(columns: Sequence[Column], *, side: int = SIDE) -> Image.Image:
                     start, end = (along, RIM), (along, RIM + inner - 1)
                     points = [start, end] if vertical else [start[::-1], end[::-1]]
                     canvas.line([(left + x, top + y) for x, y in points], column.colour)
-    return sheet
+    stream = io.BytesIO()
+    sheet.quantize(128).save(stream, "PNG", optimize=True)
+    return stream.getvalue()
 
 
 def choose_images(
@@ -82,9 +97,9 @@ def choose_images(
 
 
 def exit_columns(
-    dataset: Any, exits: Tensor, scores: Scores, grids: Sequence[tuple[int, int]], *, width: int = 3
+    shown: RawImages, exits: Tensor, scores: Scores, grids: Sequence[tuple[int, int]], *, width: int = 3
 ) -> list[Column]:
-    """``width`` columns for each exit: the first images of ``dataset`` that leave there, under its token grid."""
+    """``width`` columns for each exit: the first images that leave there, under its token grid."""
     columns: list[Column] = []
     for k, (rows, tokens) in enumerate(grids):
         own = (exits == k).nonzero().squeeze(1)
@@ -92,29 +107,20 @@ def exit_columns(
         title = f"exit {k + 1}: {rows}x{tokens} tokens"
         share = f"{100 * len(own) / len(exits):.1f} % leave here, {right:.1f} % of them right"
         for number in range(width):
-            chosen = own[number : width * ROWS : width].tolist()
-            images = [dataset[i][0] for i in chosen]
+            chosen = shown.pick(own[number : width * ROWS : width].tolist())
             texts = ("", "") if number else (title, share)  # which reach over the columns beside
-            columns.append(Column(*texts, EXIT_COLOURS[k % len(EXIT_COLOURS)], images, (rows, tokens)))
+            columns.append(Column(*texts, EXIT_COLOURS[k % len(EXIT_COLOURS)], chosen, (rows, tokens)))
     return columns
 
 
-def exit_table(dataset: Any, targets: Sequence[int], exits: Tensor, scores: Scores) -> str:
+def exit_table(shown: RawImages, exits: Tensor, scores: Scores) -> str:
     """CSV: file (or number), class, exit, confidence and correctness of every image."""
-    samples = getattr(dataset, "samples", None)
-    classes = list(dataset.classes)
+    samples = getattr(shown.dataset, "samples", None)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", "class", "exit", "confidence", "correct"])
     for i, k in enumerate(exits.tolist()):
         name = i if samples is None else samples[i][0]
         sure, right = scores.confidence[k, i], int(scores.correct[k, i])
-        writer.writerow([name, classes[targets[i]], k + 1, f"{sure:.6f}", right])
+        writer.writerow([name, shown.classes[shown.targets[i]], k + 1, f"{sure:.6f}", right])
     return text.getvalue()
-
-
-def png_of(image: Image.Image) -> bytes:
-    """The image as the content of a PNG file of few colours, which sheets are small in."""
-    stream = io.BytesIO()
-    image.quantize(128).save(stream, "PNG", optimize=True)
-    return stream.getvalue()

@@ -4,7 +4,7 @@ Letters: B images, C classes, K exits.
 """
 
 import math
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 import torch
@@ -71,6 +71,40 @@ class CascadeStep:
 
 
 @torch.no_grad()
+def run_exits(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device,
+    amp: str = "none",
+    title: str,
+    show: bool = True,
+) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+    """Logits of all exits, each (B, C), and targets, batch after batch, on ``device``.
+
+    Args:
+        model: put in evaluation mode, and back at the end.
+        loader: (images, targets).
+        amp: value of ``--amp``.
+        title, show: of the progress line.
+
+    Raises:
+        ValueError: a label that the model has no class for.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with ProgressLine(title, len(loader) if isinstance(loader, Sized) else None, show=show) as line:
+            for images, targets in loader:
+                with autocast(amp, device):
+                    answers = exit_logits(model(images.to(device, non_blocking=True)))
+                check_labels(targets, answers[0].shape[1])
+                yield answers, targets.to(device, non_blocking=True)
+                line.update(len(targets))
+    finally:
+        model.train(was_training)
+
+
 def evaluate_exits(
     model: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor]],
@@ -83,9 +117,9 @@ def evaluate_exits(
     """Accuracy of every exit over the images of all ranks, each image counted once.
 
     Args:
-        model: put in evaluation mode, and back afterwards.
-        loader: (images, targets) of this rank's share; an attribute ``skipped`` counts undecodable images.
-        amp: value of ``--amp``; logits are compared in float32.
+        model: its buffers become those of rank 0.
+        loader: of this rank's share; an attribute ``skipped`` counts undecodable images.
+        device, amp, title, show_progress: as in :func:`run_exits`; logits are compared in float32.
 
     Returns:
         ``loss`` (cross entropy of the last exit), ``exit1_top1``, ... and ``exit<K>_top5`` in percent (of as many
@@ -96,39 +130,23 @@ def evaluate_exits(
     """
     model = unwrap(model)
     broadcast_buffers(model)
-    was_training = model.training
-    model.eval()
-    exits = count_exits(model)
-    sums = torch.zeros(exits + 2, dtype=torch.float64, device=device)
-    images_seen = 0
-    try:
-        length = len(loader) if isinstance(loader, Sized) else None
-        with ProgressLine(title, length, show=show_progress) as line:
-            for images, targets in loader:
-                with autocast(amp, device):
-                    answers = exit_logits(model(images.to(device, non_blocking=True)))
-                check_labels(targets, answers[0].shape[1])
-                sums += _batch_sums(answers, targets.to(device, non_blocking=True))
-                images_seen += len(targets)
-                line.update(len(targets))
-    finally:
-        model.train(was_training)
-    names = ["loss", *(f"exit{number}_top1" for number in range(1, exits + 1)), f"exit{exits}_top5"]
-    total = reduce_sums(
-        dict(zip(names, sums.tolist(), strict=True)) | {"images": images_seen, "skipped": getattr(loader, "skipped", 0)}
-    )
-    count = total["images"]
+    exits = EXITS if isinstance(model, Cascade) else 1
+    names = ["loss", *(f"exit{number}_top1" for number in range(1, exits + 1)), f"exit{exits}_top5", "images"]
+    sums = torch.zeros(len(names), dtype=torch.float64, device=device)
+    for answers, targets in run_exits(model, loader, device=device, amp=amp, title=title, show=show_progress):
+        last = answers[-1].float()
+        hits = [(logits.float().argmax(dim=1) == targets).sum().double() for logits in answers]
+        five = (last.topk(min(5, last.shape[1]), dim=1).indices == targets[:, None]).sum().double()
+        loss = F.cross_entropy(last, targets, reduction="sum").double()
+        sums += torch.stack([loss, *hits, five, torch.full_like(loss, len(targets))])
+    total = reduce_sums(dict(zip(names, sums.tolist(), strict=True)) | {"skipped": getattr(loader, "skipped", 0)})
+    count, skipped = int(total.pop("images")), int(total.pop("skipped"))
     if count == 0:
-        raise ValueError(f"no image to evaluate ({total['skipped']:.0f} skipped as undecodable); check the dataset")
+        raise ValueError(f"no image to evaluate ({skipped} skipped as undecodable); check the dataset")
     if math.isnan(total["loss"]):
         raise ValueError("the model gives logits that are not numbers: damaged weights, or an overflow under --amp")
-    result = {name: (1 if name == "loss" else 100) * total[name] / count for name in names}
-    return {**result, "images": int(count), "skipped": int(total["skipped"])}
-
-
-def count_exits(model: nn.Module) -> int:
-    """Exits of a network, whatever it is wrapped in."""
-    return EXITS if isinstance(unwrap(model), Cascade) else 1
+    means = {name: (1 if name == "loss" else 100) * value / count for name, value in total.items()}
+    return {**means, "images": count, "skipped": skipped}
 
 
 def check_labels(targets: Tensor, classes: int) -> None:
@@ -138,12 +156,3 @@ def check_labels(targets: Tensor, classes: int) -> None:
             f"the data has label {int(targets.max())}, the network only {classes} classes: check --num-classes and "
             "that the checkpoint belongs to this data set"
         )
-
-
-def _batch_sums(answers: Sequence[Tensor], targets: Tensor) -> Tensor:
-    """Summed loss of the last exit, hits of each exit, hits among five of the last one; (K+2,) in float64."""
-    last = answers[-1].float()
-    hits = [(logits.float().argmax(dim=1) == targets).sum().double() for logits in answers]
-    ranked = last.topk(min(5, last.shape[1]), dim=1).indices
-    five = (ranked == targets[:, None]).sum().double()
-    return torch.stack([F.cross_entropy(last, targets, reduction="sum").double(), *hits, five])

@@ -7,7 +7,7 @@ flipped at random. CIFAR has its own transforms, see ``cifar.py``.
 Letters: K exits, n images.
 """
 
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +17,17 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 
 from common.data.loaders import DataError, Loader, build_dataset, eval_loader, eval_transform, train_transform
 from common.run.cli import dataset_name
-from common.run.metrics import ProgressLine
+from common.run.settings import Settings
 from dvt import SEARCH_IMAGES, TRANSFORMS, cifar
 from dvt.costs import exit_gflops
-from dvt.engine import check_labels
+from dvt.engine import run_exits
 from dvt.exits import (
     Outcome,
     anytime_top1_percent,
     confidence_and_prediction,
     evaluate_thresholds,
     find_thresholds,
-    published_shares,
 )
-from dvt.losses import exit_logits
 
 
 @dataclass(frozen=True)
@@ -46,8 +44,11 @@ class Scores:
         """Top-1 of each exit in percent."""
         return anytime_top1_percent(self.correct)
 
+    def leave(self, gflops: Sequence[float], thresholds: Tensor) -> Outcome:
+        """Accuracy and mean cost under thresholds, which were found elsewhere."""
+        return evaluate_thresholds(self.confidence, self.correct, gflops, thresholds)
 
-@torch.no_grad()
+
 def collect_scores(
     model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, device: torch.device, title: str, show: bool = True
 ) -> Scores:
@@ -63,32 +64,13 @@ def collect_scores(
     """
     confidence: list[Tensor] = []
     correct: list[Tensor] = []
-    was_training = model.training
-    model.eval()
-    try:
-        with ProgressLine(title, len(loader) if isinstance(loader, Sized) else None, show=show) as line:
-            for images, targets in loader:
-                logits = torch.stack(exit_logits(model(images.to(device, non_blocking=True))))
-                check_labels(targets, logits.shape[-1])
-                sure, answers = confidence_and_prediction(logits)
-                confidence.append(sure.cpu())
-                correct.append(answers.cpu() == targets.cpu())
-                line.update(len(targets))
-    finally:
-        model.train(was_training)
+    for logits, targets in run_exits(model, loader, device=device, title=title, show=show):
+        sure, answers = confidence_and_prediction(torch.stack(logits))
+        confidence.append(sure.cpu())
+        correct.append((answers == targets).cpu())
     if not confidence:
         raise ValueError(f"{title}: no image could be read; check the folder")
     return Scores(torch.cat(confidence, dim=1), torch.cat(correct, dim=1))
-
-
-def search_thresholds(search: Scores, shares: Tensor | None = None) -> Tensor:
-    """Thresholds of the published budgets, or of given ``shares``, (P, K)."""
-    return find_thresholds(search.confidence, published_shares(len(search.confidence)) if shares is None else shares)
-
-
-def budgeted(held_out: Scores, gflops: Sequence[float], thresholds: Tensor) -> Outcome:
-    """Accuracy and mean cost on held-out images under thresholds found elsewhere."""
-    return evaluate_thresholds(held_out.confidence, held_out.correct, gflops, thresholds)
 
 
 def pack_checkpoint(model: nn.Module, search: Scores, held_out: Scores) -> dict[str, Any]:
@@ -104,13 +86,13 @@ def pack_checkpoint(model: nn.Module, search: Scores, held_out: Scores) -> dict[
         exit; ``dynamic_threshold`` (59, 3); ``budgeted_batch_classification``, [59 costs, 59 accuracies].
     """
     gflops = exit_gflops(model)
-    thresholds = search_thresholds(search)
+    thresholds = find_thresholds(search.confidence)
     return {
         "model_state_dict": {name: value.cpu() for name, value in model.state_dict().items()},
         "flops": gflops,
         "anytime_classification": held_out.anytime,
         "dynamic_threshold": thresholds,
-        "budgeted_batch_classification": budgeted(held_out, gflops, thresholds).as_lists(),
+        "budgeted_batch_classification": held_out.leave(gflops, thresholds).as_lists(),
     }
 
 
@@ -119,7 +101,7 @@ def pack_checkpoint(model: nn.Module, search: Scores, held_out: Scores) -> dict[
 
 
 @dataclass(frozen=True)
-class ImageSource:
+class ImageSource(Settings):
     """The images that a checkpoint is run on, as the evaluation of DVT sees them.
 
     Attributes:
@@ -139,13 +121,14 @@ class ImageSource:
     workers: int = 0
     transforms: str | None = None
 
-    def open(self, split: str, *, augment: bool = False) -> Dataset[Any]:
+    def open(self, split: str, *, augment: bool = False, plain: bool = False) -> Dataset[Any]:
         """One split.
 
         Args:
             split: ``train`` or ``val``.
             augment: crop and flip at random, as published for the images that thresholds are found on. Digits are not
                 flipped.
+            plain: images as they are, without any transform.
 
         Raises:
             ValueError: if ``transforms`` is none that is known.
@@ -155,13 +138,13 @@ class ImageSource:
         if transforms not in TRANSFORMS:
             raise ValueError(f"transforms must be one of {', '.join(TRANSFORMS)}, got {transforms!r}")
         flip = 0.0 if dataset == "digits" else 0.5
-        if transforms == "cifar":
+        if plain:
+            transform = None
+        elif transforms == "cifar":
             transform = cifar.train_transform(self.size, hflip=flip) if augment else cifar.test_transform(self.size)
         elif augment:
-            transform = train_transform(
-                self.size, auto_augment=None, color_jitter=None, interpolation="bilinear", hflip=flip,
-                erase_probability=0.0,
-            )  # fmt: skip
+            plainly: dict[str, Any] = {"auto_augment": None, "color_jitter": None, "erase_probability": 0.0}
+            transform = train_transform(self.size, interpolation="bilinear", hflip=flip, **plainly)
         else:
             transform = eval_transform(self.size)
         return build_dataset(dataset, None if dataset == "digits" else self.root, split, transform)

@@ -10,6 +10,7 @@ compared with ``>=`` in float32, so ties behave as in the walk.
 Letters: K exits, n images, C classes, P budgets.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,7 +76,7 @@ def published_shares(exits: int = 3, budgets: int = BUDGETS) -> Tensor:
     return torch.stack([exit_shares(p / 20, exits) for p in range(1, budgets + 1)])
 
 
-def find_thresholds(confidence: Tensor, shares: Tensor) -> Tensor:
+def find_thresholds(confidence: Tensor, shares: Tensor | None = None) -> Tensor:
     """Thresholds under which given shares of these images leave at each exit.
 
     Exit k lets out the floor(n * share_k) most confident of the images that have not left before. The quota is a
@@ -84,7 +85,7 @@ def find_thresholds(confidence: Tensor, shares: Tensor) -> Tensor:
 
     Args:
         confidence: largest probability of each image at each exit, (K, n); taken as float32.
-        shares: (K,) or (P, K), of ``exit_shares``.
+        shares: (K,) or (P, K), of ``exit_shares``; by default those of the published budgets.
 
     Returns:
         Thresholds, float32, in the shape of ``shares``.
@@ -94,6 +95,7 @@ def find_thresholds(confidence: Tensor, shares: Tensor) -> Tensor:
     """
     confidence = _check_confidence(confidence)
     exits, count = confidence.shape
+    shares = published_shares(exits) if shares is None else shares
     if shares.shape[-1] != exits or shares.dim() not in (1, 2):
         raise ValueError(f"shares must be (K,) or (P, K) for K = {exits} exits, got {tuple(shares.shape)}")
     rows = shares.reshape(-1, exits).to(confidence)
@@ -117,12 +119,22 @@ def first_exit(confidence: Tensor, thresholds: Tensor) -> Tensor:
 
     Args:
         confidence: (K, n).
-        thresholds: (K,).
+        thresholds: (K,) or (P, K).
+
+    Returns:
+        (n,) or (P, n).
 
     Source: arXiv:2105.15075, Section 3.3: the first exit whose largest probability reaches its threshold.
     """
-    passed = _check_confidence(confidence) >= thresholds.to(confidence.device, torch.float32)[:, None]
-    return torch.where(passed.any(dim=0), passed.to(torch.uint8).argmax(dim=0), len(passed))
+    confidence = _check_confidence(confidence)
+    exits = len(confidence)
+    if thresholds.shape[-1] != exits or thresholds.dim() not in (1, 2):
+        raise ValueError(f"thresholds must be (K,) or (P, K) for K = {exits} exits, got {tuple(thresholds.shape)}")
+    passed = confidence >= thresholds.to(confidence)[..., None]
+    first = torch.full((*thresholds.shape[:-1], confidence.shape[1]), exits, device=confidence.device)
+    for k in reversed(range(exits)):
+        first = torch.where(passed[..., k, :], k, first)
+    return first
 
 
 def evaluate_thresholds(confidence: Tensor, correct: Tensor, gmacs: Sequence[float], thresholds: Tensor) -> Outcome:
@@ -138,29 +150,20 @@ def evaluate_thresholds(confidence: Tensor, correct: Tensor, gmacs: Sequence[flo
     Raises:
         ValueError: if there is no image, a confidence is not a number, or the shapes do not fit.
     """
-    confidence = _check_confidence(confidence)
-    exits, count = confidence.shape
     if correct.shape != confidence.shape or correct.dtype != torch.bool:
         raise ValueError(
             f"correct must be bool, {tuple(confidence.shape)}, got {correct.dtype}, {tuple(correct.shape)}"
         )
-    costs = check_costs(gmacs, exits).to(confidence.device)
-    if thresholds.shape[-1] != exits or thresholds.dim() not in (1, 2):
-        raise ValueError(f"thresholds must be (K,) or (P, K) for K = {exits} exits, got {tuple(thresholds.shape)}")
-    rows = thresholds.reshape(-1, exits).to(confidence)
-    inside = torch.ones(len(rows), count, dtype=torch.bool, device=confidence.device)
-    counts = torch.zeros(len(rows), exits, dtype=torch.int64, device=confidence.device)
-    hits = torch.zeros(len(rows), dtype=torch.int64, device=confidence.device)
-    for k in range(exits):
-        leaves = inside & (confidence[k] >= rows[:, k, None])
-        counts[:, k] = leaves.sum(dim=1)
-        hits += (leaves & correct[k]).sum(dim=1)
-        inside &= ~leaves
+    costs = check_costs(gmacs, len(confidence)).to(confidence.device)
+    first = first_exit(confidence, thresholds.reshape(-1, thresholds.shape[-1]))
+    leaves = [first == k for k in range(len(confidence))]
+    counts = torch.stack([own.sum(dim=1) for own in leaves], dim=1)
+    hits = torch.stack([(own & right).sum(dim=1) for own, right in zip(leaves, correct, strict=True)]).sum(dim=0)
     # an exit's share times its cost, added up one exit after the other in float32, as published
-    mean_cost = torch.zeros(len(rows), device=confidence.device)
-    for k in range(exits):
-        mean_cost = mean_cost + counts[:, k].float() / count * costs[k]
-    return Outcome(hits.double() * 100 / count, mean_cost, counts)
+    mean_cost = torch.zeros(len(counts), device=confidence.device)
+    for k, cost in enumerate(costs):
+        mean_cost = mean_cost + counts[:, k].float() / confidence.shape[1] * cost
+    return Outcome(hits.double() * 100 / confidence.shape[1], mean_cost, counts)
 
 
 def anytime_top1_percent(correct: Tensor) -> list[float]:
@@ -199,18 +202,18 @@ def thresholds_for_budget(confidence: Tensor, gmacs: Sequence[float], budget: fl
     check_budget(budget, costs)
     nothing_right = torch.zeros_like(confidence, dtype=torch.bool)
 
-    def at(ratio: float) -> tuple[Tensor, float]:
-        thresholds = find_thresholds(confidence, exit_shares(ratio, exits))
+    def at(logarithm: float) -> tuple[Tensor, float]:
+        thresholds = find_thresholds(confidence, exit_shares(math.exp(logarithm), exits))
         return thresholds, float(evaluate_thresholds(confidence, nothing_right, costs, thresholds).gmacs[0])
 
     low, high = -16.0, 16.0  # log of the ratio: everybody at the first exit, everybody at the last
-    best, cost = at(_exp(high))
+    best, cost = at(high)
     if cost <= budget:
         return best
-    best, best_cost = first_exit_only(exits), costs[0]
+    best, best_cost = torch.full((exits,), EVERYBODY), costs[0]
     while high - low > 1e-6:
         middle = (low + high) / 2
-        thresholds, cost = at(_exp(middle))
+        thresholds, cost = at(middle)
         if cost <= budget:
             low = middle
             if cost >= best_cost:
@@ -218,11 +221,6 @@ def thresholds_for_budget(confidence: Tensor, gmacs: Sequence[float], budget: fl
         else:
             high = middle
     return best.to(confidence.device)
-
-
-def first_exit_only(exits: int = 3) -> Tensor:
-    """Thresholds under which every image leaves at the first exit, (K,)."""
-    return torch.full((exits,), EVERYBODY)
 
 
 def pick_budget(thresholds: Tensor, costs: Sequence[float], gmacs: Sequence[float], budget: float) -> Tensor:
@@ -240,7 +238,7 @@ def pick_budget(thresholds: Tensor, costs: Sequence[float], gmacs: Sequence[floa
         raise ValueError(f"the curve has {len(costs)} costs and {len(thresholds)} rows of thresholds")
     check_budget(budget, gmacs)
     fitting = [(cost, row) for row, cost in enumerate(costs) if cost <= budget]
-    return thresholds[max(fitting)[1]] if fitting else first_exit_only(thresholds.shape[1])
+    return thresholds[max(fitting)[1]] if fitting else torch.full(thresholds.shape[1:], EVERYBODY)
 
 
 def check_budget(budget: float, gmacs: Sequence[float]) -> None:
@@ -267,10 +265,6 @@ def check_costs(gmacs: Sequence[float], exits: int) -> Tensor:
     if len(costs) != exits or not bool((costs > 0).all()) or not bool((costs.diff() >= 0).all()):
         raise ValueError(f"flops must be {exits} positive cumulative costs, one per exit, got {list(gmacs)}")
     return costs
-
-
-def _exp(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float64).exp())
 
 
 def _check_confidence(confidence: Tensor) -> Tensor:

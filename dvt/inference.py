@@ -17,14 +17,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from common.data.paths import check_data_path
 from common.run import cli
-from common.run.files import write_atomic
+from common.run.files import check_files, write_atomic
 from common.run.program import run
-from dvt.arguments import add_image_args, add_network_args, add_search_args, check_paths
+from dvt.arguments import add_image_args, add_network_args, add_search_args, group_of, network_options
 from dvt.models import MODELS
 
 STORED = ("flops", "anytime_classification", "budgeted_batch_classification")
 """Entries that mode 0 prints, and names of the three lines that every mode ends with."""
+
+NEEDED = ("model_state_dict", "flops", "dynamic_threshold", "budgeted_batch_classification")
+"""Entries without which mode 1 cannot do, the last one with early exit only; with --threshold it needs weights."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -37,15 +41,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_network_args(parser, MODELS)
     add_image_args(parser)
     add_search_args(parser)
-    add = parser.add_argument_group("early exit").add_argument
-    add("--dynamic", action="store_true",
-        help="let images leave early for real, and measure accuracy, GFLOPs and throughput together")  # fmt: skip
-    add(
-        "--budget", type=float, nargs="+", default=[], metavar="G",
-        help="mean GFLOPs per image; thresholds from the training images (mode 2) or the stored curve (mode 1)",
-    )  # fmt: skip
-    add("--threshold", type=float, nargs="+", default=[], metavar="T", help="confidence of the first two exits")
-    add("--compile", action="store_true", help="compile every exit, for any number of images left")
+    early = group_of(parser, "early exit")
+    early("--dynamic", bool, False,
+        "let images leave early for real, and measure accuracy, GFLOPs and throughput together")  # fmt: skip
+    early("--budget", float, [], "mean GFLOPs per image; thresholds from the training images (mode 2) or the stored "
+        "curve (mode 1)", nargs="+", metavar="G")  # fmt: skip
+    early("--threshold", float, [], "confidence of the first two exits", nargs="+", metavar="T")
+    early("--compile", bool, False, "compile every exit, for any number of images left")
     args = parser.parse_args(argv)
     for flag in ("budget", "threshold", "compile"):
         if getattr(args, flag) and not args.dynamic:
@@ -57,78 +59,57 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def needed_entries(mode: int, *, dynamic: bool, by_threshold: bool) -> tuple[str, ...]:
-    """Entries of the checkpoint that a mode cannot do without.
-
-    Args:
-        dynamic: with early exit.
-        by_threshold: under thresholds that the command names, and no budget.
-    """
-    if mode == 0:
-        return STORED
-    if mode == 2 or by_threshold:
-        return ()
-    entries = ("model_state_dict", "flops", "dynamic_threshold")
-    return (*entries, "budgeted_batch_classification") if dynamic else entries
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Print the results of a mode, or of early exit; returns them."""
     args = parse_args(argv)
-    check_paths([args.checkpoint_path])
-    if args.eval_mode:
-        check_paths(dataset=args.dataset, root=args.data_url)
-    from common.data.loaders import default_num_classes
+    mode, file = args.eval_mode, args.checkpoint_path
+    check_files(file)
+    if mode:
+        check_data_path(args.dataset, args.data_url)
     from common.run.checkpoint import read_checkpoint
     from common.run.launch import choose_device
     from dvt.costs import exit_gflops
-    from dvt.evaluation import ImageSource, budgeted, collect_scores, search_thresholds
+    from dvt.evaluation import ImageSource, collect_scores
+    from dvt.exits import find_thresholds
     from dvt.loading import load_network, read_packed
     from dvt.throughput import choose_settings, measure_dynamic
 
-    mode, file = args.eval_mode, args.checkpoint_path
     by_threshold = bool(args.threshold and not args.budget)
     content = read_checkpoint(file)
-    needed = needed_entries(mode, dynamic=args.dynamic, by_threshold=by_threshold)
+    needed = STORED if mode == 0 else () if mode == 2 or by_threshold else NEEDED[: 4 if args.dynamic else 3]
     if "flops" not in needed and isinstance(content, dict) and "flops" in content:
         needed = (*needed, "flops")
     why = f"--eval_mode {mode}" + (" with --dynamic" if args.dynamic else "")
     packed = read_packed(content, needed, source=file, why=why)
     if mode == 0:
-        result: dict[str, Any] = dict(zip(STORED, (packed.flops, packed.anytime, packed.curve), strict=True))
-        return report(result, vars(args), args.output)
+        return report(packed, vars(args), args.output)
 
-    device, size = choose_device(args.device), args.img_size or MODELS[args.model].img_size
-    images = ImageSource(args.dataset, args.data_url, size, args.batch_size, args.workers, args.transforms)
+    device, options = choose_device(args.device), network_options(args)
+    images = ImageSource.of(args, root=args.data_url, size=options["img_size"])
     held_out = images.held_out()
-    model = load_network(
-        args.model, content, source=file, device=device, average=args.model_ema, img_size=size,
-        num_classes=args.num_classes or default_num_classes(args.dataset), feature_reuse=args.feature_reuse,
-        relation_reuse=args.relation_reuse,
-    )  # fmt: skip
-    flops = packed.flops or exit_gflops(model)
-    search, thresholds = None, packed.thresholds
+    model = load_network(args.model, content, source=file, average=args.model_ema, **options).to(device).eval()
+    flops = packed.get("flops") or exit_gflops(model)
+    search, thresholds = None, packed.get("dynamic_threshold")
     if mode == 2 and len(flops) > 1 and not by_threshold:
         batches = images.search(augment=args.augment_search, count=args.search_images, seed=args.seed)
         search = collect_scores(model, batches, device=device, title="training images")
-        thresholds = search_thresholds(search)
+        thresholds = find_thresholds(search.confidence)
     if args.dynamic:
+        costs, _ = packed.get("budgeted_batch_classification", ((), ()))
         settings = choose_settings(
-            flops, budgets=args.budget, thresholds=args.threshold, search=search, stored=thresholds,
-            stored_costs=packed.curve[0] if packed.curve else (),
-        )  # fmt: skip
+            flops, budgets=args.budget, thresholds=args.threshold, search=search, stored=thresholds, stored_costs=costs
+        )
         results = measure_dynamic(model, settings, held_out, flops, device=device, compiled=args.compile)
         for row in results:
             print(row.line(), flush=True)
         result = {"flops": flops, "rows": [asdict(row) for row in results]}
         if args.output:
             record = {"model": args.model, "checkpoint": file, "batch_size": args.batch_size, "compiled": args.compile}
-            record |= described(device) | result
-            write_atomic(args.output, json.dumps(record, indent=1) + "\n")
+            write_atomic(args.output, json.dumps(record | described(device) | result, indent=1) + "\n")
         return result
     scores = collect_scores(model, held_out, device=device, title="validation images")
-    curve = [flops, scores.anytime] if thresholds is None else budgeted(scores, flops, thresholds).as_lists()
-    result = dict(zip(STORED, (flops, scores.anytime, curve), strict=True))
+    curve = [flops, scores.anytime] if thresholds is None else scores.leave(flops, thresholds).as_lists()
+    result: dict[str, Any] = dict(zip(STORED, (flops, scores.anytime, curve), strict=True))
     if thresholds is not None:
         result["dynamic_threshold"] = thresholds.tolist()
     return report(result | {"images": scores.correct.shape[1]}, vars(args), args.output)

@@ -4,9 +4,9 @@ The published format is a dictionary of five entries (``PACKED_KEYS``). Nothing 
 :mod:`common.run.checkpoint`.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,110 +34,66 @@ PACKED_KEYS = (
 WEIGHT_KEYS = ("model_state_dict", "state_dict_ema", "model_ema", "state_dict", "model", "net")
 """Where the weights are, the average first: packed, official training, our training, CIFAR transfer."""
 
-RAW_WEIGHT_KEYS = ("model_state_dict", "state_dict", "model", "net")
-"""The same without averages."""
+AVERAGES = ("state_dict_ema", "model_ema")
+
+File = str | os.PathLike[str]
+"""Where a content is from, for messages."""
 
 
-def select_weights(content: Any, source: str | os.PathLike[str], average: bool = True) -> Mapping[str, Tensor]:
-    """The weights of any kind of checkpoint by their names; arguments as :func:`load_weights`."""
-    return select_state(content, WEIGHT_KEYS if average else RAW_WEIGHT_KEYS, source=str(source))
-
-
-def load_weights(model: nn.Module, content: Any, *, source: str | os.PathLike[str], average: bool = True) -> nn.Module:
-    """Load the weights of any kind of checkpoint strictly: every key must be there, and no other.
+def select_weights(content: Any, source: File, average: bool = True) -> Mapping[str, Tensor]:
+    """The weights of any kind of checkpoint by their names.
 
     Args:
         content: of a file, from ``read_checkpoint``.
         source: the file, for messages.
         average: prefer the moving average of the weights where the file has one.
-
-    Returns:
-        ``model``.
-
-    Raises:
-        CheckpointError: listing what does not fit.
     """
-    load_strict(model, select_weights(content, source, average), source=source)
-    return model
-
-
-def choose_reuse(state: Mapping[str, Any], feature_reuse: bool | None, relation_reuse: bool | None) -> dict[str, bool]:
-    """Which reuse a cascade has, as options of ``create_model``.
-
-    Args:
-        state: weights by their names, which say what it was trained with; may be empty.
-        feature_reuse, relation_reuse: what is asked for; None: as the weights say, on without any.
-    """
-    chosen: dict[str, bool] = {}
-    for option, asked, part in (
-        ("feature_reuse", feature_reuse, "feature_resuse_mlp"),
-        ("relation_reuse", relation_reuse, "relation_reuse_conv"),
-    ):
-        chosen[option] = (not state or any(part in name for name in state)) if asked is None else asked
-    return chosen
+    return select_state(content, [key for key in WEIGHT_KEYS if average or key not in AVERAGES], source=str(source))
 
 
 def load_network(
     name: str,
     content: Any,
     *,
-    source: str | os.PathLike[str],
-    device: torch.device,
+    source: File,
     average: bool = True,
+    new_heads: bool = False,
     feature_reuse: bool | None = None,
     relation_reuse: bool | None = None,
     **options: Any,
 ) -> Cascade | Backbone:
-    """A network by its published name with the weights of a checkpoint, in evaluation mode.
+    """A network by its published name with the weights of a checkpoint.
 
     Args:
-        content, source, average: see :func:`load_weights`.
-        feature_reuse, relation_reuse: of a cascade; None: as the checkpoint was trained.
-        options: of ``create_model``.
-    """
-    state = select_weights(content, source, average)
-    if MODELS[name].stages:
-        options |= choose_reuse(state, feature_reuse, relation_reuse)
-    model = create_model(name, **options)
-    load_strict(model, state, source=source)
-    return model.to(device).eval()
-
-
-def start_transfer(
-    name: str,
-    file: str,
-    *,
-    seed: int,
-    feature_reuse: bool | None = None,
-    relation_reuse: bool | None = None,
-    **options: Any,
-) -> Cascade | Backbone:
-    """The network that a transfer begins with: fresh, and with a checkpoint's backbone where ``file`` names one.
-
-    Args:
+        content, source, average: see :func:`select_weights`; None for fresh weights. Without ``new_heads`` every key
+            must be there, and no other.
+        new_heads: begin a transfer, see :func:`load_backbone`.
         feature_reuse, relation_reuse: of a cascade; None: as the checkpoint was trained, on without one.
         options: of ``create_model``.
+
+    Raises:
+        CheckpointError: listing what does not fit.
     """
-    state = select_weights(read_checkpoint(file), file) if file else {}
+    state = {} if content is None else select_weights(content, source, average)
     if MODELS[name].stages:
-        options |= choose_reuse(state, feature_reuse, relation_reuse)
-    torch.manual_seed(seed)
+        asked = {"feature_resuse_mlp": feature_reuse, "relation_reuse_conv": relation_reuse}
+        options["feature_reuse"], options["relation_reuse"] = (
+            (not state or any(part in key for key in state)) if wanted is None else wanted
+            for part, wanted in asked.items()
+        )
     model = create_model(name, **options)
-    if file:
-        fresh = load_backbone(model, state, source=file)
-        logger.info("weights of %s; %s", file, f"new: {', '.join(fresh)}" if fresh else "heads kept")
+    if new_heads and content is not None:
+        fresh = load_backbone(model, state, source=source)
+        logger.info("weights of %s; %s", source, f"new: {', '.join(fresh)}" if fresh else "heads kept")
+    elif content is not None:
+        load_strict(model, state, source=source)
     return model
 
 
-def load_backbone(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> Sequence[str]:
+def load_backbone(model: nn.Module, state: Mapping[str, Tensor], *, source: File) -> Sequence[str]:
     """Load pretrained weights into a network with other classes: heads whose shape differs start afresh.
 
     Position tables of another resolution are resized, bicubic.
-
-    Args:
-        model: network to fill.
-        state: weights by published names.
-        source: the file, for messages.
 
     Returns:
         Names of the weights that were not taken over.
@@ -145,18 +101,14 @@ def load_backbone(model: nn.Module, state: Mapping[str, Tensor], *, source: str)
     Raises:
         CheckpointError: if anything else does not fit.
     """
-    own = model.state_dict()
-    merged: dict[str, Tensor] = {}
-    fresh: list[str] = []
-    for name, value in state.items():
-        parts = name.split(".")
-        if name in own and "head" in parts and own[name].shape != value.shape:
+    own, state, fresh = model.state_dict(), dict(state), list[str]()
+    for name in [name for name in own if name in state]:
+        if own[name].shape != state[name].shape and "head" in name.split("."):
+            state[name] = own[name]
             fresh.append(name)
-            continue
-        if name in own and parts[-1] == "pos_embed" and own[name].shape != value.shape:
-            value = resize_table(value, own[name].shape[1], where=f"{source}: {name}")
-        merged[name] = value
-    load_strict(model, {**{name: own[name] for name in fresh}, **merged}, source=source)
+        elif own[name].shape != state[name].shape and name.endswith("pos_embed"):
+            state[name] = resize_table(state[name], own[name].shape[1], where=f"{source}: {name}")
+    load_strict(model, state, source=source)
     return fresh
 
 
@@ -166,7 +118,7 @@ def resize_table(table: Tensor, tokens: int, *, where: str) -> Tensor:
     Raises:
         CheckpointError: if either number of patches is no square.
     """
-    source, target = round((table.shape[1] - 1) ** 0.5), round((tokens - 1) ** 0.5)
+    source, target = math.isqrt(table.shape[1] - 1), math.isqrt(tokens - 1)
     if source**2 + 1 != table.shape[1] or target**2 + 1 != tokens:
         raise CheckpointError(
             f"{where} has {table.shape[1]} positions, the network {tokens}: not squares with a class token, so the "
@@ -175,25 +127,8 @@ def resize_table(table: Tensor, tokens: int, *, where: str) -> Tensor:
     return resample_abs_pos_embed(table, [target, target], antialias=False)
 
 
-@dataclass(frozen=True)
-class Packed:
-    """What a packed checkpoint says besides the weights.
-
-    Attributes:
-        flops: cumulative GFLOPs of each exit, (K,).
-        anytime: top-1 of each exit in percent, (K,).
-        thresholds: (P, K), float32; None where not asked for.
-        curve: P mean costs in GFLOPs, P accuracies in percent; None where not asked for.
-    """
-
-    flops: list[float] | None = None
-    anytime: list[float] | None = None
-    thresholds: Tensor | None = None
-    curve: list[list[float]] | None = None
-
-
-def read_packed(content: Any, needed: Sequence[str], *, source: str | os.PathLike[str], why: str) -> Packed:
-    """The entries of a packed checkpoint that something needs.
+def read_packed(content: Any, needed: Sequence[str], *, source: File, why: str) -> dict[str, Any]:
+    """The entries of a packed checkpoint that something needs, by their keys, the weights left out.
 
     Args:
         content: of a file, from ``read_checkpoint``.
@@ -201,49 +136,43 @@ def read_packed(content: Any, needed: Sequence[str], *, source: str | os.PathLik
         source: the file, for messages.
         why: what needs them, for messages.
 
+    Returns:
+        Lists of numbers; ``dynamic_threshold`` as a tensor (P, K), float32.
+
     Raises:
         CheckpointError: naming the entries that are missing or of a wrong shape, and how to make them.
     """
     found = content if isinstance(content, Mapping) else {}
-    missing = [key for key in needed if key not in found]
-    if missing:
+    if missing := [key for key in needed if key not in found]:
         present = ", ".join(str(key) for key in list(found)[:12]) or "no entries"
         raise CheckpointError(
-            f"{os.fspath(source)} lacks {', '.join(missing)}, which {why} needs; found {present}. Make a packed "
+            f"{source} lacks {', '.join(missing)}, which {why} needs; found {present}. Make a packed "
             "checkpoint from trained weights with dvt/pack.py, or use --eval_mode 2, which needs only the weights"
         )
     values: dict[str, Any] = {}
-    if "flops" in needed:
-        values["flops"] = _numbers(found["flops"], EXITS, "flops", source)
-    if "anytime_classification" in needed:
-        values["anytime"] = _numbers(found["anytime_classification"], EXITS, "anytime_classification", source)
-    if "dynamic_threshold" in needed:
-        rows = torch.as_tensor(found["dynamic_threshold"], dtype=torch.float32)
-        if rows.dim() != 2 or rows.shape[1] != EXITS or len(rows) == 0:
-            raise CheckpointError(
-                f"{os.fspath(source)}: dynamic_threshold has shape {tuple(rows.shape)}, expected (59, {EXITS})"
-            )
-        values["thresholds"] = rows
-    if "budgeted_batch_classification" in needed:
-        curve = found["budgeted_batch_classification"]
-        if not isinstance(curve, (list, tuple)) or len(curve) != 2:
-            raise CheckpointError(
-                f"{os.fspath(source)}: budgeted_batch_classification must be [costs, accuracies], found "
-                f"{type(curve).__name__}"
-            )
-        points = len(curve[0])
-        values["curve"] = [_numbers(part, points, "budgeted_batch_classification", source) for part in curve]
-    return Packed(**values)
+    for key in needed:
+        value = found[key]
+        if key == "dynamic_threshold":
+            values[key] = rows = torch.as_tensor(value, dtype=torch.float32)
+            if rows.dim() != 2 or rows.shape[1] != EXITS or len(rows) == 0:
+                raise CheckpointError(f"{source}: {key} has shape {tuple(rows.shape)}, expected (59, {EXITS})")
+        elif key == "budgeted_batch_classification":
+            if not isinstance(value, (list, tuple)) or len(value) != 2:
+                raise CheckpointError(f"{source}: {key} must be [costs, accuracies], found {type(value).__name__}")
+            values[key] = [_numbers(part, len(value[0]), f"{source}: {key}") for part in value]
+        elif key != "model_state_dict":
+            values[key] = _numbers(value, EXITS, f"{source}: {key}")
+    return values
 
 
-def _numbers(value: Any, count: int, key: str, source: str | os.PathLike[str]) -> list[float]:
+def _numbers(value: Any, count: int, where: str) -> list[float]:
     """A list of plain numbers."""
     try:
         numbers = [float(number) for number in value]
     except (TypeError, ValueError, RuntimeError):
         numbers = []
     if len(numbers) != count or count == 0:
-        raise CheckpointError(f"{os.fspath(source)}: {key} must hold {count} numbers, found {value!r:.80}")
+        raise CheckpointError(f"{where} must hold {count} numbers, found {value!r:.80}")
     return numbers
 
 
@@ -251,13 +180,7 @@ def _numbers(value: Any, count: int, key: str, source: str | os.PathLike[str]) -
 # Continuing a run
 
 
-def resume(
-    state: TrainingState,
-    *,
-    path: str | os.PathLike[str],
-    optimizer: bool = True,
-    start_epoch: int | None = None,
-) -> None:
+def resume(state: TrainingState, *, path: File, optimizer: bool = True, start_epoch: int | None = None) -> None:
     """Continue a run: ours exactly, an official one at its next epoch.
 
     Args:
@@ -273,9 +196,10 @@ def resume(
     if optimizer:
         state.load_state_dict(content, source=str(path))
     else:
-        load_weights(state.model, content, source=path, average=False)
+        load_strict(state.model, select_weights(content, path, average=False), source=path)
         if state.ema is not None:
-            load_weights(state.ema.module, content, source=path)  # pyright: ignore[reportArgumentType] - timm's
+            average: Any = state.ema
+            load_strict(average.module, select_weights(content, path), source=path)
         state.progress.epoch = int(content.get("epoch", -1)) + 1
     exact = optimizer and "progress" in content
     if start_epoch is not None:

@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
-from common.run import cli
-from common.run.files import write_atomic
+from common.data.paths import check_data_path
+from common.run.files import check_files, write_atomic
 from common.run.program import get_logger, is_main, run
 from common.run.settings import AugmentationSettings, DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
 from dvt import arguments
@@ -54,24 +54,30 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train, or with ``--eval_checkpoint`` only evaluate; returns the numbers of the (last) evaluation."""
     args = parse_args(argv)
     resumed = "" if args.resume == "auto" else args.resume
-    files = (args.eval_checkpoint, args.initial_checkpoint, resumed)
-    arguments.check_paths(files, dataset=cli.dataset_name(args.data_set), root=args.data)
+    start = args.eval_checkpoint or args.initial_checkpoint
+    check_files(args.eval_checkpoint, args.initial_checkpoint, args.resume)
+    check_data_path(args.data_set, args.data)
+
+    import torch
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from timm.data.random_erasing import RandomErasing
 
     from common.data.build import build_loaders, build_mixup
     from common.data.transforms import eval_transform
     from common.run.build import build_average, build_run
     from common.run.checkpoint import plain, read_checkpoint
     from common.run.launch import launch, seed_everything
-    from dvt.augmentation import IMAGENET_MEAN, IMAGENET_STD, make_erasing, make_train_transform
-    from dvt.build import SummaryRecord, build_model, build_optimizer
+    from dvt.augmentation import make_train_transform
+    from dvt.build import SummaryRecord, build_optimizer
     from dvt.engine import CascadeStep, evaluate_exits
-    from dvt.loading import load_weights, resume
+    from dvt.loading import load_network, resume
     from dvt.losses import build_criterion
 
     world = launch(args.device, local_rank=args.local_rank)
-    amp = (args.amp_dtype or ("fp16" if world.device.type == "cuda" else "bf16")) if args.amp else "none"
+    content = read_checkpoint(start) if start else None
+    amp = (args.amp_dtype or "on") if args.amp else "none"
     augmentation = AugmentationSettings.of(args)
-    colours = {"mean": args.mean or IMAGENET_MEAN, "std": args.std or IMAGENET_STD}
+    colours = {"mean": args.mean or IMAGENET_DEFAULT_MEAN, "std": args.std or IMAGENET_DEFAULT_STD}
     alone = MODELS[args.model].family == "t2t" and not MODELS[args.model].stages
     batches = build_loaders(
         DataSettings.of(args, data_path=args.data, input_size=args.img_size),
@@ -87,17 +93,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             interpolation=args.interpolation or "bicubic", **colours,
         ),
     )  # fmt: skip
-    model = build_model(
-        args.model, seed=args.seed, feature_reuse=args.feature_reuse, relation_reuse=args.relation_reuse,
-        initial_checkpoint=args.initial_checkpoint, num_classes=args.num_classes, img_size=args.img_size,
-        drop_rate=args.drop, drop_path_rate=args.drop_path,
+    torch.manual_seed(args.seed)
+    model = load_network(
+        args.model, content, source=start, average=args.model_ema or not args.eval_checkpoint,
+        feature_reuse=args.feature_reuse, relation_reuse=args.relation_reuse, num_classes=args.num_classes,
+        img_size=args.img_size, drop_rate=args.drop, drop_path_rate=args.drop_path,
     ).to(world.device)  # fmt: skip
     seed_everything(args.seed)
     if args.num_classes < 5:
         logger.warning("top5 is taken over all %d classes", args.num_classes)
     test = partial(evaluate_exits, loader=batches.held_out, device=world.device, amp=amp)
     if args.eval_checkpoint:
-        load_weights(model, read_checkpoint(args.eval_checkpoint), source=args.eval_checkpoint, average=args.model_ema)
         result = test(model)
         report(result, Path(args.output) if args.output else None)
         return result
@@ -131,9 +137,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         build_criterion(mixup is not None, args.smoothing, jsd_views=args.aug_splits if args.jsd else 0),
         mixup=mixup,
         mixup_epochs=args.mixup_off_epoch,
-        erasing=make_erasing(
-            0.0 if args.no_aug else args.reprob, args.remode, args.recount, device=world.device, views=args.aug_splits,
-            clean_first=args.resplit,
+        erasing=None if args.no_aug or not args.reprob else RandomErasing(
+            args.reprob, mode=args.remode, max_count=args.recount, device=str(world.device),
+            num_splits=args.aug_splits if args.resplit else 0,
         ),
         progress=trainer.state.progress,
     )  # fmt: skip

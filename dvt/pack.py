@@ -13,10 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.data.paths import check_data_path
 from common.run import cli
+from common.run.files import check_files
 from common.run.program import get_logger, run
-from dvt.arguments import add_image_args, add_network_args, add_search_args, check_paths
-from dvt.models import CASCADES, MODELS
+from dvt.arguments import add_image_args, add_network_args, add_search_args, network_options
+from dvt.models import CASCADES
 
 logger = get_logger(__name__)
 
@@ -40,22 +42,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
     """Evaluate, search, write; returns what was written."""
     args = parse_args(argv)
-    check_paths([args.checkpoint], dataset=args.dataset, root=args.data)
-    from common.data.loaders import default_num_classes
+    check_files(args.checkpoint)
+    check_data_path(args.dataset, args.data)
     from common.run.checkpoint import read_checkpoint, save_atomic
     from common.run.launch import choose_device
     from dvt.evaluation import ImageSource, collect_scores, pack_checkpoint
     from dvt.loading import load_network
 
-    device, size = choose_device(args.device), args.img_size or MODELS[args.model].img_size
-    images = ImageSource(args.dataset, args.data or None, size, args.batch_size, args.workers, args.transforms)
+    content, device, options = read_checkpoint(args.checkpoint), choose_device(args.device), network_options(args)
+    images = ImageSource.of(args, root=args.data, size=options["img_size"])
     held_out = images.held_out()
     search = images.search(augment=args.augment_search, count=args.search_images, seed=args.seed)
-    model = load_network(
-        args.model, read_checkpoint(args.checkpoint), source=args.checkpoint, device=device, average=args.model_ema,
-        img_size=size, num_classes=args.num_classes or default_num_classes(args.dataset),
-        feature_reuse=args.feature_reuse, relation_reuse=args.relation_reuse,
-    )  # fmt: skip
+    model = load_network(args.model, content, source=args.checkpoint, average=args.model_ema, **options)
+    model = model.to(device).eval()
     packed = pack_checkpoint(
         model,
         collect_scores(model, search, device=device, title="training images"),

@@ -14,58 +14,46 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.data.paths import check_data_path
 from common.run import cli
 from common.run.errors import CheckpointError, UsageError
+from common.run.files import check_files
 from common.run.program import get_logger, is_main, run
 from common.run.settings import DataSettings, RunSettings
-from dvt.arguments import check_paths
+from dvt.arguments import DEAD_OPTIONS, add_network_args, group_of, network_options
 from dvt.models import MODELS
 
 logger = get_logger(__name__)
 
-IGNORED = {
-    "--gp": "these networks have no global pooling",
-    "--drop-connect": "--drop-path sets the rate",
-    "--drop-block": "these networks have no such blocks",
-    "--bn-momentum": "these networks have no batch normalisation",
-    "--bn-eps": "these networks have no batch normalisation",
-}
-
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__, prog="transfer_learning.py")
-    add = parser.add_argument
-    add("--model", default="DVT_T2t_vit_12", choices=sorted(MODELS), metavar="NAME", help="network, by published name")
-    add("--dataset", default="cifar10", metavar="NAME",
+    add_network_args(parser, MODELS)
+    add = group_of(parser, "transfer")
+    add("--dataset", str, "cifar10", metavar="NAME",
         help="cifar10, cifar100, digits (without --data), folder, or a name for timm's create_dataset")  # fmt: skip
-    add("--data", default="./data", metavar="DIR", help="folder of the data set (default: ./data)")
-    add("--download", action="store_true", help="fetch the data set into --data if it is not there")
-    add("--num-classes", type=cli.positive_int, default=None, help="classes (default: the data set's)")
-    add("--img-size", type=cli.positive_int, default=None, metavar="PIXELS",
-        help="side that images are resized to (default: 224, or the size of a desk network)")  # fmt: skip
-    add("--b", "--batch-size", dest="batch_size", type=cli.positive_int, default=128, metavar="N",
-        help="images per step, over all processes")  # fmt: skip
-    add("--lr", type=cli.positive_float, default=0.01, help="learning rate of the heads")
-    add("--transfer-ratio", type=cli.positive_float, default=0.01, help="the backbone's rate over that of the heads")
-    add("--min-lr", type=float, default=2e-4, help="rate at the end of the cosine, of backbone and heads alike")
-    add("--wd", type=float, default=5e-4, help="weight decay, of every tuned parameter")
-    add("--epochs", type=cli.positive_int, default=60, help="epochs, and length of the cosine")
-    add("--drop", type=cli.fraction, default=0.0, help="dropout")
-    add("--drop-path", type=cli.fraction, default=0.1, help="rate of the last block")
-    add("--hflip", type=cli.fraction, default=None, help="probability of a flip (default: 0.5; 0 for digits)")
-    add("--transfer-learning", default="", metavar="WORD", help="any word: begin from --transfer-model, as published")
-    add("--transfer-model", default="", metavar="FILE",
-        help="checkpoint to begin from: packed, training, T2T-ViT's, or plain weights")  # fmt: skip
-    for kind in ("feature", "relation"):
-        add(f"--{kind}-reuse", action=cli.Switch, default=None,
-            help="later exits reuse it (default: as in --transfer-model; on without one)")  # fmt: skip
-    add("-r", "--resume", action="store_true", help="continue from last.pth of the output folder")
-    add("--output", type=Path, default=None, metavar="DIR", help="default: checkpoint_<dataset>_<model>")
-    add("--workers", "-j", type=cli.count, default=cli.default_workers(4), help="loading processes per process")
-    add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, or cuda:N")
-    add("--seed", type=cli.count, default=0, help="of all random numbers")
-    add("--local-rank", "--local_rank", type=int, default=-1, help="set by torch.distributed.launch")
-    cli.add_ignored_args(parser, IGNORED)
+    add("--data", str, "./data", "folder of the data set", metavar="DIR")
+    add("--download", bool, False, "fetch the data set into --data if it is not there")
+    add("--b --batch-size", cli.positive_int, 128, "images per step, over all processes", metavar="N",
+        dest="batch_size")  # fmt: skip
+    add("--lr", cli.positive_float, 0.01, "learning rate of the heads")
+    add("--transfer-ratio", cli.positive_float, 0.01, "the backbone's rate over that of the heads")
+    add("--min-lr", float, 2e-4, "rate at the end of the cosine, of backbone and heads alike")
+    add("--wd", float, 5e-4, "weight decay, of every tuned parameter")
+    add("--epochs", cli.positive_int, 60, "epochs, and length of the cosine")
+    add("--drop", cli.fraction, 0.0, "dropout")
+    add("--drop-path", cli.fraction, 0.1, "rate of the last block")
+    add("--hflip", cli.fraction, None, "probability of a flip (default: 0.5; 0 for digits)")
+    add("--transfer-learning", str, "", "any word: begin from --transfer-model, as published", metavar="WORD")
+    add("--transfer-model", str, "", "checkpoint to begin from: packed, training, T2T-ViT's, or plain weights",
+        metavar="FILE")  # fmt: skip
+    add("-r --resume", bool, False, "continue from last.pth of the output folder")
+    add("--output", Path, None, "folder of the results (default: checkpoint_<dataset>_<model>)", metavar="DIR")
+    add("--workers -j", cli.count, cli.default_workers(4), "loading processes per process")
+    add("--device", str, "auto", "auto (CUDA if there is one), cpu, cuda, or cuda:N")
+    add("--seed", cli.count, 0, "of all random numbers")
+    add("--local-rank --local_rank", int, -1, "set by torch.distributed.launch")
+    cli.add_ignored_args(parser, DEAD_OPTIONS)
     args = parser.parse_args(argv)
     if args.transfer_learning and not args.transfer_model:
         parser.error("--transfer-learning needs --transfer-model FILE, the checkpoint to begin from")
@@ -80,21 +68,27 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Fine-tune; returns the last epoch's accuracies and the best one."""
     args = parse_args(argv)
-    check_paths([args.transfer_model], dataset=args.dataset, root=args.data)
-    from torch import nn
+    last = args.output / "last.pth"
+    if args.resume and not last.exists():
+        raise CheckpointError(f"--resume: there is no {last}; leave the flag out to start a new run")
+    check_files(args.transfer_model)
+    if not args.download:
+        check_data_path(args.dataset, args.data)
+    import torch
 
     from common.data.build import open_split
-    from common.data.loaders import default_num_classes, eval_loader, train_loader
+    from common.data.loaders import eval_loader, train_loader
     from common.run.build import build_run
-    from common.run.checkpoint import load_safely, save_atomic
+    from common.run.checkpoint import load_safely, read_checkpoint, save_atomic
     from common.run.launch import launch, seed_everything
     from dvt import cifar
     from dvt.engine import CascadeStep, evaluate_exits
-    from dvt.loading import start_transfer
+    from dvt.loading import load_network
 
     world = launch(args.device, local_rank=args.local_rank)
     if args.batch_size % world.size:
         raise UsageError(f"--b {args.batch_size} is the batch of all {world.size} processes: give a multiple of it")
+    content = read_checkpoint(args.transfer_model) if args.transfer_model else None
     seed_everything(args.seed)
     data = DataSettings.of(
         args, data_set=args.dataset, data_path="" if args.dataset == "digits" else args.data, input_size=args.img_size,
@@ -105,15 +99,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     images = open_split(data, "train", transform, download=args.download)
     batches = train_loader(images, batch_size=data.batch_size, workers=args.workers, seed=args.seed)
     tests = eval_loader(held_out, batch_size=100, workers=args.workers)  # as published
-    model = start_transfer(
-        args.model, args.transfer_model, seed=args.seed, feature_reuse=args.feature_reuse,
-        relation_reuse=args.relation_reuse, num_classes=args.num_classes or default_num_classes(args.dataset),
-        img_size=args.img_size, drop_rate=args.drop, drop_path_rate=args.drop_path,
+    torch.manual_seed(args.seed)
+    model = load_network(
+        args.model, content, source=args.transfer_model, new_heads=True, drop_rate=args.drop,
+        drop_path_rate=args.drop_path, **network_options(args),
     ).to(world.device)  # fmt: skip
     optimizer = cifar.build_optimizer(model, lr=args.lr, ratio=args.transfer_ratio, weight_decay=args.wd)
-    metric, last = f"exit{MODELS[args.model].exits}_top1", args.output / "last.pth"
-    if args.resume and not last.exists():
-        raise CheckpointError(f"--resume: there is no {last}; leave the flag out to start a new run")
+    metric = f"exit{MODELS[args.model].exits}_top1"
     trainer = build_run(
         model, world, RunSettings(output_dir=str(args.output), resume="auto" if args.resume else ""),
         optimizer=optimizer, schedule=cifar.build_schedule(optimizer, epochs=args.epochs, min_lr=args.min_lr),
@@ -122,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     assert trainer.network is not None
     assert trainer.manager is not None
     row = trainer.fit(
-        CascadeStep(trainer.network, nn.CrossEntropyLoss(), progress=trainer.state.progress), batches,
+        CascadeStep(trainer.network, torch.nn.CrossEntropyLoss(), progress=trainer.state.progress), batches,
         evaluate_fn=lambda: evaluate_exits(model, tests, device=world.device, show_progress=False),
     )  # fmt: skip
     result = {name.removeprefix("test_"): value for name, value in row.items() if name.startswith("test_exit")}

@@ -13,19 +13,23 @@ surest of, the hard ones those it is least sure of.
 """
 
 import argparse
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from common.data.paths import check_data_path
 from common.run import cli
 from common.run.errors import UsageError
-from common.run.files import write_atomic
+from common.run.files import check_files, write_atomic
 from common.run.program import get_logger, run
-from dvt.arguments import add_image_args, add_network_args, budget_row, check_paths
-from dvt.models import CASCADES, MODELS
+from dvt.arguments import add_image_args, add_network_args, budget_row, network_options
+from dvt.models import CASCADES
 
 logger = get_logger(__name__)
+
+AXES = (("dvt-gflops", "mean GFLOPs per image"), ("dvt-throughput", "images per second"))
+"""Name of a figure of curves -> label of its x axis."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,50 +56,48 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def read_curve(path: Path) -> tuple[list[float], list[float], list[float]]:
-    """Costs in GFLOPs, accuracies in percent and, where measured, throughputs of a file; in rising cost.
+    """Costs in GFLOPs, throughputs where they were measured, and accuracies in percent of a file.
 
     Raises:
         ValueError, CheckpointError: if the file is neither kind.
     """
     if path.suffix == ".json":
         try:
-            rows = [
-                (row["gmacs"], row["top1_percent"], row["throughput_ips"])
-                for row in json.loads(path.read_text())["rows"]
-            ]
+            rows = sorted(json.loads(path.read_text())["rows"], key=lambda row: row["gmacs"])
+            return tuple([row[name] for row in rows] for name in ("gmacs", "throughput_ips", "top1_percent"))  # pyright: ignore[reportReturnType]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: expected what inference.py --dynamic --output writes: {error!r}") from error
-        costs, accuracies, speeds = (list(values) for values in zip(*sorted(rows), strict=True))
-        return costs, accuracies, speeds
     from common.run.checkpoint import read_checkpoint
     from dvt.loading import read_packed
 
-    stored = read_packed(read_checkpoint(path), ["budgeted_batch_classification"], source=path, why="a curve")
-    assert stored.curve is not None
-    return stored.curve[0], stored.curve[1], []
+    key = "budgeted_batch_classification"
+    costs, accuracies = read_packed(read_checkpoint(path), [key], source=path, why="a curve")[key]
+    return costs, [], accuracies
 
 
 def draw_curves(files: Sequence[Path], title: str) -> dict[str, bytes]:
     """Accuracy against cost and, if any file has it, against throughput: figures by file name."""
-    from common.ledger.plots import Figure, Series, draw
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    by_cost: list[Series] = []
-    by_speed: list[Series] = []
-    for path in files:
-        costs, accuracies, speeds = read_curve(path)
-        name, blank = path.name.split(".")[0], [""] * len(costs)
-        by_cost.append(Series(name, costs, accuracies, blank))
-        if speeds:
-            by_speed.append(Series(name, speeds, accuracies, blank))
-    drawn = [Figure("dvt-gflops", title, "mean GFLOPs per image", "top-1 (%)", {"": by_cost})]
-    if by_speed:
-        drawn.append(Figure("dvt-throughput", title, "images per second", "top-1 (%)", {"": by_speed}))
-    return {f"{figure.key}.png": draw(figure, "png")[0] for figure in drawn}
+    drawn: dict[str, bytes] = {}
+    curves = {path.name.split(".")[0]: read_curve(path) for path in files}
+    for column, (name, label) in enumerate(AXES):
+        figure = Figure(figsize=(8.2, 5.2), layout="constrained")
+        axes = figure.add_subplot(title=title, xlabel=label, ylabel="top-1 (%)")
+        for file, curve in curves.items():
+            if curve[column]:
+                axes.plot(curve[column], curve[2], "o-", markersize=4, linewidth=1, label=file)
+        if axes.lines:
+            axes.grid(alpha=0.25)
+            axes.legend()
+            FigureCanvasAgg(figure).print_png(stream := io.BytesIO())
+            drawn[f"{name}.png"] = stream.getvalue()
+    return drawn
 
 
 def draw_exits(args: argparse.Namespace) -> dict[str, str | bytes]:
     """The list of exits, and both sheets of images, by file name."""
-    from common.data.loaders import build_dataset, default_num_classes
     from common.run.checkpoint import read_checkpoint
     from common.run.launch import choose_device
     from dvt import drawing
@@ -104,44 +106,37 @@ def draw_exits(args: argparse.Namespace) -> dict[str, str | bytes]:
     from dvt.loading import load_network, read_packed
     from dvt.models.cascade import Cascade
 
-    device, size = choose_device(args.device), args.img_size or MODELS[args.model].img_size
+    device, options = choose_device(args.device), network_options(args)
     content = read_checkpoint(args.checkpoint_path)
-    stored = read_packed(content, ["dynamic_threshold"], source=args.checkpoint_path, why="choosing images")
-    assert stored.thresholds is not None
-    if args.p > len(stored.thresholds):
-        raise UsageError(f"--p {args.p}: the checkpoint has thresholds of {len(stored.thresholds)} budgets")
-    root = args.data_url or None
-    raw: Any = build_dataset(args.dataset, None if args.dataset == "digits" else root, "val", None)
-    classes = list(getattr(raw, "classes", ()))
-    names = args.classes or classes[:4]
-    if unknown := [name for name in names if name not in classes]:
-        raise UsageError(f"--classes {' '.join(unknown)}: the data set has no such class; it begins with {classes[:8]}")
-    model = load_network(
-        args.model, content, source=args.checkpoint_path, device=device, img_size=size,
-        num_classes=args.num_classes or default_num_classes(args.dataset), feature_reuse=args.feature_reuse,
-        relation_reuse=args.relation_reuse,
-    )  # fmt: skip
-    images = ImageSource(args.dataset, root, size, args.batch_size, args.workers, args.transforms)
+    key = "dynamic_threshold"
+    thresholds = read_packed(content, [key], source=args.checkpoint_path, why="choosing images")[key]
+    if args.p > len(thresholds):
+        raise UsageError(f"--p {args.p}: the checkpoint has thresholds of {len(thresholds)} budgets")
+    images = ImageSource.of(args, root=args.data_url, size=options["img_size"])
+    shown = drawing.RawImages(images.open("val", plain=True))
+    names = args.classes or shown.classes[:4]
+    if unknown := [name for name in names if name not in shown.classes]:
+        raise UsageError(
+            f"--classes {' '.join(unknown)}: the data set has no such class; it begins with {shown.classes[:8]}"
+        )
+    model = load_network(args.model, content, source=args.checkpoint_path, **options).to(device).eval()
+    assert isinstance(model, Cascade)
     scores = collect_scores(model, images.held_out(), device=device, title="validation images")
-    exits = first_exit(scores.confidence, stored.thresholds[args.p - 1])
-    known = getattr(raw, "targets", None)  # without opening the images, where the data set can
-    targets = list(known) if known is not None else [int(raw[i][1]) for i in range(len(raw))]
+    exits = first_exit(scores.confidence, thresholds[args.p - 1])
     columns = []
     for name in names:
-        chosen = drawing.choose_images(exits, scores, targets, classes.index(name))
+        chosen = drawing.choose_images(exits, scores, shown.targets, shown.classes.index(name))
         for kind, colour, numbers in zip(("easy", "hard"), (drawing.EASY, drawing.HARD), chosen, strict=True):
             if len(numbers) < drawing.ROWS:
                 logger.warning("%s: only %d %s images at p = %d", name, len(numbers), kind, args.p)
-            title = name if kind == "easy" else ""
-            columns.append(drawing.Column(title, kind, colour, [raw[i][0] for i in numbers]))
+            columns.append(drawing.Column(name if kind == "easy" else "", kind, colour, shown.pick(numbers)))
     shares = [100 * int((exits == k).sum()) / len(exits) for k in range(len(scores.confidence))]
     print("leave at each exit (%): " + " ".join(f"{share:.2f}" for share in shares))
-    assert isinstance(model, Cascade)
-    by_exit = drawing.exit_columns(raw, exits, scores, [stage.grid for stage in model.stages])
+    by_exit = drawing.exit_columns(shown, exits, scores, [stage.grid for stage in model.stages])
     return {
-        "exits.csv": drawing.exit_table(raw, targets, exits, scores),
-        "images.png": drawing.png_of(drawing.draw_sheet(columns)),
-        "exits.png": drawing.png_of(drawing.draw_sheet(by_exit, side=drawing.SMALL)),
+        "exits.csv": drawing.exit_table(shown, exits, scores),
+        "images.png": drawing.draw_sheet(columns),
+        "exits.png": drawing.draw_sheet(by_exit, side=drawing.SMALL),
     }
 
 
@@ -149,12 +144,12 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Draw; returns the files written."""
     args = parse_args(argv)
     if args.command == "curves":
-        check_paths(map(str, args.files))
+        check_files(*args.files)
         drawn = draw_curves(args.files, args.title)
     else:
-        check_paths([args.checkpoint_path], dataset=args.dataset, root=args.data_url)
+        check_files(args.checkpoint_path)
+        check_data_path(args.dataset, args.data_url)
         drawn = draw_exits(args)
-    args.output.mkdir(parents=True, exist_ok=True)
     for name, content in drawn.items():
         write_atomic(args.output / name, content)
         print(f"written to {args.output / name}")

@@ -14,11 +14,13 @@ import pytest
 import torch
 import yaml
 
+from common.run import cli
 from common.run.checkpoint import CheckpointError
 from common.run.files import ROOT
 from common.run.settings import OptimizerSettings
 from common.tests.forks import Ended, free_port, run_forked
 from dvt import build, main
+from dvt.loading import load_network
 from dvt.models import create_model
 
 DESK = ["--model", "DVT_desk", "--data-set", "IMNET", "--img-size", "32", "--num-classes", "6", "--epochs", "2",
@@ -206,12 +208,11 @@ def test_initial_weights_config_and_decay(trained, imagenet, tmp_path):
     (tmp_path / "flags.yaml").write_text("model: DVT_desk\nlr: 0.25\nmodel_ema: false\nscale: [0.5, 1.0]\n")
     args = main.parse_args(["-c", str(tmp_path / "flags.yaml"), "--lr", "0.5", "--batch-size", "2"])
     assert (args.lr, args.model_ema, args.scale, args.data_set) == (0.5, False, [0.5, 1.0], "digits")
-    model = build.build_model(
-        "DVT_desk", seed=0, feature_reuse=True, relation_reuse=True, num_classes=6,
-        initial_checkpoint=str(trained / "last.pth.tar"),
-    )  # fmt: skip
-    average = state_of(trained)["model_ema"]
-    assert equal(dict(model.state_dict()), dict(average))
+    state = state_of(trained)
+    model = load_network(
+        "DVT_desk", state, source="last.pth.tar", feature_reuse=True, relation_reuse=True, num_classes=6
+    )
+    assert equal(dict(model.state_dict()), dict(state["model_ema"]))
     names = {id(weight): name for name, weight in model.named_parameters()}
     for flags, decayed in ([], True), (["--no-decay-tokens"], False):
         args = main.parse_args([str(imagenet), *DESK, *flags])
@@ -233,8 +234,8 @@ def test_published_defaults_and_recipes():
         "color_jitter": 0.4, "aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "remode": "pixel", "recount": 1,
         "mixup": 0.8, "cutmix": 1.0, "mixup_prob": 1.0, "mixup_switch_prob": 0.5, "mixup_mode": "batch",
         "mixup_off_epoch": 0, "smoothing": 0.1, "train_interpolation": "random", "drop": 0.0, "drop_path": 0.1,
-        "model_ema": True, "model_ema_decay": 0.99996, "seed": 42, "log_interval": 50, "workers": 8,
-        "validation_batch_size_multiplier": 1, "repeated_aug": False,
+        "model_ema": True, "model_ema_decay": 0.99996, "seed": 42, "log_interval": 50,
+        "workers": cli.default_workers(8), "validation_batch_size_multiplier": 1, "repeated_aug": False,
     }  # fmt: skip
     assert {name: getattr(args, name) for name in published} == published
     deit = main.parse_args(["DIR", "--model", "DVT_Deit_small"])

@@ -13,7 +13,7 @@ from common.run.checkpoint import CheckpointError, read_checkpoint, save_atomic
 from dvt import benchmark, cifar, drawing, inference, models, pack, visualize
 from dvt.costs import exit_gflops
 from dvt.engine import check_labels
-from dvt.evaluation import ImageSource, Scores, collect_scores, draw_search_set, search_thresholds
+from dvt.evaluation import ImageSource, Scores, collect_scores, draw_search_set
 from dvt.exits import EVERYBODY, evaluate_thresholds, find_thresholds, published_shares
 from dvt.loading import PACKED_KEYS
 from dvt.models import create_model
@@ -132,7 +132,7 @@ def test_early_exit_on_a_data_set_agrees_with_the_simulation():
     batches = list(ImageSource("digits", None, 24, 120).held_out())
     held_out = collect_scores(model, batches, device=CPU, title="", show=False)
     gflops = exit_gflops(model)
-    stored = search_thresholds(held_out) * (1 - 1e-5)
+    stored = find_thresholds(held_out.confidence) * (1 - 1e-5)
     settings = choose_settings(gflops, budgets=[gflops[1]], search=held_out, stored=stored)
     settings |= {"p = 20": stored[19], "first": torch.tensor([EVERYBODY] * 3)}
     # turns: (full, budget, p, first), then rotated by one, then by two

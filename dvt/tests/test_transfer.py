@@ -156,7 +156,7 @@ def test_a_cascade_trained_without_reuse_is_transferred(tiny_desk, tmp_path, mon
     (published,) = tmp_path.glob("ckpt_*.pth")
     net = torch.load(published, weights_only=True)["net"]
     assert list(net) == list(source.state_dict())
-    again = loading.load_network("DVT_desk", {"net": net}, source=published, device=torch.device("cpu"), num_classes=10)
+    again = loading.load_network("DVT_desk", {"net": net}, source=published, num_classes=10)
     assert (again.less_token.feature_reuse, again.less_token.relation_reuse) == kept
     with pytest.raises(CheckpointError, match="feature_resuse_mlp"):
         transfer_learning.main([*words, "--feature-reuse"])
@@ -206,7 +206,7 @@ def test_bad_command_lines(capsys, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(launch, "launch", lambda *_, **__: launch.World(0, 3, 0, torch.device("cpu"), None))
         with pytest.raises(UsageError, match="a multiple of it"):
-            transfer_learning.main(["--dataset", "cifar100"])
+            transfer_learning.main(["--dataset", "cifar100", "--data", str(tmp_path)])
     with pytest.raises(CheckpointError, match=r"there is no .*last\.pth"):
         transfer_learning.main(
             ["--model", "DVT_desk", "--dataset", "digits", "--workers", "0", "--resume", "--output", str(tmp_path),
