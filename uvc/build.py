@@ -27,7 +27,7 @@ def build_student(student: Student, classes: int) -> GatedTransformer:
     """
     name = student.model_type
     model = create(name, num_classes=classes, img_size=student.img_size)
-    distilled = getattr(model, "dist_token", None) is not None
+    distilled = model.dist_token is not None
     if student.enable_deit and not distilled:
         raise UsageError(f"--enable_deit 1 is for the *_distilled networks; {name} has no distillation token")
     if distilled and not student.enable_deit:
@@ -46,8 +46,8 @@ def build_student(student: Student, classes: int) -> GatedTransformer:
         model.add_patch_gates()
         gates.patch = "soft"
     selects = student.enable_patch_gating == 2
-    if selects and hasattr(model, "add_token_scores"):
-        model.add_token_scores()  # pyright: ignore[reportCallIssue] - T2T-ViT's
+    if selects:
+        model.add_token_scores()
     register_masks(model)
     freeze_idle(model, token_scores=selects)
     return model

@@ -18,7 +18,7 @@ from uvc.removal import Compressed, dense_config
 
 def costs_of(model: GatedTransformer, compressed: Compressed) -> dict[str, float]:
     """Counted by the paper's rules and really there: GMACs, share of the dense network, parameters."""
-    cost, network = CostModel.of(model, dtype=torch.float64), compressed.network
+    cost, network = CostModel(model, dtype=torch.float64), compressed.network
     ratio, full = cost.of_structure(compressed.structure), float(cost.full)
     with torch.device("meta"):
         dense = CompactViT(dense_config(network.config, compressed.structure))

@@ -7,6 +7,7 @@ number of epochs with the same distillation. Then each network is made physicall
 """
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -84,29 +85,28 @@ def train_all(folder: Path, device: torch.device, *, force: bool, progress: bool
 def train_networks(folder: Path, device: torch.device) -> list[dict[str, Any]]:
     """The dense network and, for each budget, the three compressed ones."""
     where = f"--device {device} --output_dir {folder}"
+    rows: list[dict[str, Any]] = []
 
-    def entry(method: str, setting: str, name: str, metrics: dict[str, Any]) -> dict[str, Any]:
+    def train(method: str, setting: str, program: ModuleType, name: str, flags: str) -> Path:
         file = f"{name}/{MODEL}.pth.tar"
-        return {
-            "method": method, "setting": setting, "file": file, "top1_percent": metrics["top1_percent"],
-            "sha256": sha256_of(folder / file),
-        }  # fmt: skip
+        top1 = program.main(f"{flags} {where} --name {name}".split())["top1_percent"]
+        digest = sha256_of(folder / file)
+        rows.append({"method": method, "setting": setting, "file": file, "top1_percent": top1, "sha256": digest})
+        return folder / file
 
-    rows = [entry("dense", "", "dense", baselines.main(f"{DENSE} {where} --name dense".split()))]
-    state = load_safely(folder / rows[0]["file"])["model"]
+    dense = train("dense", "", baselines, "dense", DENSE)
+    state = load_safely(dense)["model"]
     plain = {key: value for key, value in state.items() if not key.endswith((".mask", "gating"))}
-    taught = f"{where} --model_path {save_atomic({'model': plain}, folder / 'dense.pth')}"
+    tune = f"{FINE_TUNE} --model_path {save_atomic({'model': plain}, folder / 'dense.pth')}"
+    longer = f"{tune} --epochs {STAGE1_EPOCHS + STAGE2_EPOCHS}"
     for budget in BUDGETS:
         setting, tag = f"budget {budget:g}", f"{round(100 * budget)}"
-        found = search(folder, taught, budget)
-        epochs = STAGE1_EPOCHS + STAGE2_EPOCHS
-        uvc = f"{FINE_TUNE} {taught} --name uvc-{tag} --epochs {STAGE2_EPOCHS} --checkpoint_dir {found}"
-        rows.append(entry("UVC", setting, f"uvc-{tag}", post_train.main(uvc.split())))
-        uniform = reduce_uniformly(folder / rows[0]["file"], folder / f"uniform-{tag}.pth.tar", budget)
-        words = f"{FINE_TUNE} {taught} --name uniform-{tag} --epochs {epochs} --checkpoint_dir {uniform}"
-        rows.append(entry("uniform width", setting, f"uniform-{tag}", post_train.main(words.split())))
-        words = f"omp --density {budget} {FINE_TUNE} {taught} --name omp-{tag} --epochs {epochs}"
-        rows.append(entry("OMP", setting, f"omp-{tag}", baselines.main(words.split())))
+        found = search(folder, f"{where} --model_path {folder / 'dense.pth'}", budget)
+        words = f"{tune} --epochs {STAGE2_EPOCHS} --checkpoint_dir {found}"
+        train("UVC", setting, post_train, f"uvc-{tag}", words)
+        uniform = reduce_uniformly(dense, folder / f"uniform-{tag}.pth.tar", budget)
+        train("uniform width", setting, post_train, f"uniform-{tag}", f"{longer} --checkpoint_dir {uniform}")
+        train("OMP", setting, baselines, f"omp-{tag}", f"omp --density {budget} {longer}")
     return rows
 
 
@@ -119,34 +119,22 @@ def search(folder: Path, flags: str, budget: float) -> Path:
     Raises:
         RuntimeError: none of the three met it.
     """
-    problem = RuntimeError()
     for aim in (budget, budget - 0.1, budget - 0.2):
         name = f"stage1-{round(100 * budget)}-{round(100 * aim)}"
         joint_train.main(f"{STAGE1} {flags} --name {name} --budget {aim:.2f}".split())
-        try:
-            return within_budget(folder / name, budget)
-        except RuntimeError as error:
-            problem = error
-    raise problem
+        if (found := within_budget(folder / name, budget)) is not None:
+            return found
+    raise RuntimeError(f"{folder}: no epoch of stage 1 met the budget {budget:g}")
 
 
-def within_budget(folder: Path, budget: float) -> Path:
-    """The file of stage 1 with the best accuracy among those whose structure costs no more than the budget.
-
-    Raises:
-        RuntimeError: no epoch met it.
-    """
-    best: tuple[float, Path] | None = None
-    for path in sorted(folder.glob(f"{MODEL}_*.pth.tar")):
-        metrics = load_safely(path)["uvc"]["metrics"]
-        if metrics["remaining_cost_percent"] <= 100 * budget and (best is None or metrics["top1_percent"] > best[0]):
-            best = (metrics["top1_percent"], path)
-    if best is None:
-        raise RuntimeError(f"{folder}: no epoch of stage 1 met the budget {budget:g}")
-    return best[1]
+def within_budget(folder: Path, budget: float) -> Path | None:
+    """The file of stage 1 with the best accuracy among those whose structure costs no more than the budget."""
+    metrics = {path: load_safely(path)["uvc"]["metrics"] for path in sorted(folder.glob(f"{MODEL}_*.pth.tar"))}
+    fitting = [path for path, found in metrics.items() if found["remaining_cost_percent"] <= 100 * budget]
+    return max(fitting, key=lambda path: metrics[path]["top1_percent"], default=None)
 
 
-def uniform_numbers(cost: CostModel, depth: int, budget: float) -> tuple[int, int]:
+def uniform_numbers(model: GatedTransformer, budget: float) -> tuple[int, int]:
     """Heads and neurons to remove from every block so that the cost is just within the budget.
 
     Heads go in the same proportion as neurons, as far as whole heads allow.
@@ -154,27 +142,25 @@ def uniform_numbers(cost: CostModel, depth: int, budget: float) -> tuple[int, in
     Raises:
         ValueError: even one head and one neuron in each block cost more.
     """
-    best: tuple[float, int, int] | None = None
-    for heads in range(cost.num_heads):
-        for neurons in range(cost.hidden_dim):
-            s = torch.tensor([[heads, neurons]], dtype=torch.float64).expand(depth, 2)
-            r = torch.zeros(depth, cost.num_heads, dtype=torch.float64)
-            if float(cost.ratio(s, r, torch.zeros_like(r))) <= budget:
-                uneven = abs(heads / cost.num_heads - neurons / cost.hidden_dim)
-                if best is None or uneven < best[0]:
-                    best = (uneven, heads, neurons)
-                break
-    if best is None:
+    cost, heads, hidden = CostModel(model, dtype=torch.float64), model.num_heads, model.hidden_dim
+    nothing = torch.zeros(len(model.blocks), heads, dtype=torch.float64)
+
+    def fits(*removed: int) -> bool:
+        s = torch.tensor([removed], dtype=torch.float64).expand(len(nothing), 2)
+        return float(cost.ratio(s, nothing, nothing)) <= budget
+
+    least = [(head, next((neuron for neuron in range(hidden) if fits(head, neuron)), None)) for head in range(heads)]
+    pairs = [(head, neuron) for head, neuron in least if neuron is not None]
+    if not pairs:
         raise ValueError(f"a budget of {budget:g} cannot be met by removing heads and neurons")
-    return best[1], best[2]
+    return min(pairs, key=lambda pair: abs(pair[0] / heads - pair[1] / hidden))
 
 
 def reduce_uniformly(dense: Path, path: Path, budget: float) -> Path:
     """Mask the weakest heads and neurons of every block alike, and write the result for stage 2."""
     model = load_masked(dense).model
     depth = len(model.blocks)
-    heads, neurons = uniform_numbers(CostModel.of(model, dtype=torch.float64), depth, budget)
-    s = torch.tensor([[heads, neurons]], dtype=torch.float32).expand(depth, 2)
+    s = torch.tensor([uniform_numbers(model, budget)], dtype=torch.float32).expand(depth, 2)
     update_masks_(model, s, torch.zeros(depth, model.num_heads))
     return save_masked(path, model, model_type=MODEL)
 
@@ -195,7 +181,7 @@ def measure(known: list[dict[str, Any]], folder: Path, device: torch.device, *, 
         lines.append({
             "method": row["method"], "setting": row["setting"], "top1_percent": round(row["top1_percent"], 2),
             "weights_percent": round(100 * nonzero_share(model), 1),
-            "cost_percent": round(100 * CostModel.of(model, dtype=torch.float64).of_structure(structure), 2),
+            "cost_percent": round(100 * CostModel(model, dtype=torch.float64).of_structure(structure), 2),
             "blocks": len(structure.running), "mmacs": round(macs[name] / 1e6, 3),
             "throughput_ips": round(speed.speed.throughput_ips), "speedup": round(speed.speedup, 2),
             "flops_ratio": round(ratio, 2), "realised": round(speed.speedup / ratio, 2),

@@ -97,7 +97,7 @@ def load_structure(file: str, model_type: str = "") -> tuple[Structure, float | 
         return Structure.from_dict(content["structure"]), content.get("costs", {}).get("remaining_percent")
     model = load_masked(file, model_type).model
     structure = Structure.from_model(model)
-    return structure, 100 * CostModel.of(model).of_structure(structure)
+    return structure, 100 * CostModel(model).of_structure(structure)
 
 
 def main(argv: Sequence[str] | None = None) -> Structure:

@@ -168,19 +168,19 @@ class JointTraining:
     def after_step(self, info: StepInfo) -> dict[str, float]:
         """The primal-dual step; numbers to log at the interval, which alone waits for the device."""
         self.steps = info.step
-        values = self.primal_dual.step(info.learning_rates[0], warmup=self.warming_up)
+        resource = self.primal_dual.step(info.learning_rates[0], warmup=self.warming_up)
         if self.primal_dual.settings.learn_patches and self.model.patch_gating is not None:
             self.model.patch_gating.grad = None  # the optimizer of the weights does not hold it, nor clear it
         if info.step % self.settings.log_interval:
             return {}
-        resource = float(values.resource)
+        cost = float(resource)
         if is_main():
-            row = {"epoch": info.epoch, "step": info.step, "resource": resource, **self.structure_row()}
+            row = {"epoch": info.epoch, "step": info.step, "resource": cost, **self.structure_row()}
             if self.record is not None:
                 self.record.write("structure", row)
             if self.settings.official and not self.warming_up:
                 self.dump(info.step, row)
-        return {"resource": resource, "z": float(self.primal_dual.z)}
+        return {"resource": cost, "z": float(self.primal_dual.z)}
 
     def evaluate(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Accuracy (``measure`` takes it) and remaining cost after an epoch, and this epoch's file.

@@ -51,7 +51,7 @@ def costs(row: Row) -> dict[str, Measured]:
         NeedsCompute: the row is of a trained compressed network, whose structure no published file tells.
     """
     name, model = model_of(row)
-    cost = CostModel.of(model, device=torch.device("cpu"), dtype=torch.float64)
+    cost = CostModel(model, device=torch.device("cpu"), dtype=torch.float64)
     full = float(cost.full)
     source = f"CostModel of {name}, one image"
     found = {

@@ -98,7 +98,7 @@ def load_dense(
         state = keep_own_heads(model, state, source=source)
     if model_type.startswith("t2t") and "pos_embed" in state:
         state["pos_embed"] = own["pos_embed"]  # a fixed table of sines, whatever the number of patches
-    if ("dist_token" in state) != (getattr(model, "dist_token", None) is not None):
+    if ("dist_token" in state) != (model.dist_token is not None):
         has = "has a" if "dist_token" in state else "has no"
         raise CheckpointError(
             f"{os.fspath(source)} {has} distillation token, --model_type {model_type} "
@@ -137,8 +137,8 @@ def load_masked(source: str | os.PathLike[str], model_type: str = "", *, patch: 
         model.gates.patch = patch or said.get("patch_mode") or "soft"  # pyright: ignore[reportAttributeAccessIssue]
     elif patch not in ("", "off"):
         raise CheckpointError(f"{source}: it has no patch_gating, so its patches cannot be treated as {patch!r}")
-    if name.startswith("t2t") and "gumbel.weight" in state:
-        model.add_token_scores()  # pyright: ignore[reportCallIssue]
+    if "gumbel.weight" in state:
+        model.add_token_scores()
     register_masks(model)
     load_strict(model, state, allow_missing=OWN, source=str(source))
     model.gates.jumping = bool(said.get("enable_jumping") or said.get("jumping"))

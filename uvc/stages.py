@@ -177,7 +177,7 @@ def describe(masked: Masked) -> dict[str, float]:
     """Log and return what survives, and its share of the cost."""
     model = masked.model
     structure = Structure.from_model(model)
-    ratio, blocks = CostModel.of(model).of_structure(structure), len(structure.running)
+    ratio, blocks = CostModel(model).of_structure(structure), len(structure.running)
     logger.info("%s: %d of %d blocks run, %.2f %% of the dense cost", masked.model_type, blocks, len(model.blocks),
                 100 * ratio)  # fmt: skip
     if blocks == 0:

@@ -13,8 +13,8 @@ L blocks, H heads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,35 +23,19 @@ from torch import Tensor
 from common.run.errors import CheckpointError
 from uvc.cost_model import CostModel, ProjectedCostModel, clamp_closed
 from uvc.models.gates import GatedTransformer, gate_weights
-from uvc.pruning import GroupScores, group_scores, least_sum, proximal_step_, removal
+from uvc.pruning import Groups, group_scores, least_sum, proximal_step_, removal
 from uvc.settings import PrimalDualSettings
 
 INITIAL_DUAL = 1e-3
 JUST_BELOW = 1 + 1e-8
 
 
-def build_variable_optimizer(name: str, variable: Tensor, lr: float) -> torch.optim.Optimizer:
-    """Optimizer of s or r by the name of ``--soptim``.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    if name == "sgd":
-        return torch.optim.SGD([variable], lr=lr)
-    if name == "adam":
-        return torch.optim.Adam([variable], lr=lr, betas=(0.0, 0.999))
-    if name == "rmsprop":
-        return torch.optim.RMSprop([variable], lr=lr)
-    raise ValueError(f"the optimizer of s and r must be sgd, adam or rmsprop, got {name!r}")
-
-
-@dataclass
-class StepValues:
-    """What a step leaves to look at, on the device: R before the primal and after it (None in the warm-up)."""
-
-    resource: Tensor
-    after: Tensor | None = None
-    scores: GroupScores | None = field(default=None, repr=False)
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": partial(torch.optim.Adam, betas=(0.0, 0.999)),
+    "rmsprop": torch.optim.RMSprop,
+}
+"""Of s and r, by the names of ``--soptim``."""
 
 
 class PrimalDual:
@@ -86,26 +70,27 @@ class PrimalDual:
         self.z = torch.full((), INITIAL_DUAL, **like)
         self.s_bound = torch.tensor([heads, model.hidden_dim], **like)
         self.r_bound = torch.tensor(model.head_dim, **like)
-        self.s_optimizer = build_variable_optimizer(settings.soptim, self.s, settings.slr)
-        self.r_optimizer = build_variable_optimizer(settings.roptim, self.r, settings.rlr)
-        self.gate_optimizer = torch.optim.SGD([gates], lr=settings.glr, momentum=0.9, weight_decay=1e-4)
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "s": OPTIMIZERS[settings.soptim]([self.s], lr=settings.slr),
+            "r": OPTIMIZERS[settings.roptim]([self.r], lr=settings.rlr),
+            "gates": torch.optim.SGD([gates], lr=settings.glr, momentum=0.9, weight_decay=1e-4),
+        }
         self.gate_total, self.gate_count = torch.zeros_like(gates), 0
-        self.patch_optimizer = None
         if settings.learn_patches:
             if model.patch_gating is None:
                 raise ValueError("learning patches needs patch gates; call add_patch_gates() first")
-            self.patch_optimizer = torch.optim.SGD([model.patch_gating], lr=settings.patchlr, momentum=0.9)
+            self.optimizers["patches"] = torch.optim.SGD([model.patch_gating], lr=settings.patchlr, momentum=0.9)
         self.zlr = settings.zlr
         self.count = 0
-        self.whole_cost = CostModel.of(model)
-        self.cost = self.whole_cost if settings.with_mhsa else ProjectedCostModel.of(model)
+        self.whole_cost = CostModel(model)
+        self.cost = self.whole_cost if settings.with_mhsa else ProjectedCostModel(model)
         self.generator = None
         if seed is not None:
             self.generator = torch.Generator(device=gates.device).manual_seed(seed)
 
     # The cost
 
-    def resource(self, scores: GroupScores, *, hard: bool | None = None) -> Tensor:
+    def resource(self, scores: Groups, *, hard: bool | None = None) -> Tensor:
         """R at the current variables, (); draws one (L, 2) noise under Gumbel gates.
 
         Args:
@@ -141,12 +126,15 @@ class PrimalDual:
         """Forget the gate gradients gathered since the last update."""
         self.gate_total, self.gate_count = torch.zeros_like(self.gate_total), 0
 
-    def step(self, lr: float, *, warmup: bool = False) -> StepValues:
+    def step(self, lr: float, *, warmup: bool = False) -> Tensor:
         """One primal-dual step, after the weights' own gradient step and before its gradients are cleared.
 
         Args:
             lr: learning rate of the weights for the proximal step.
             warmup: stop after the proximal step.
+
+        Returns:
+            R before the step, (), on the device.
 
         Source: arXiv:2203.08243, Algorithm 1: one step on weights (proximal), s, r, gates and the duals y, p, z.
         """
@@ -162,7 +150,7 @@ class PrimalDual:
         # 2, 3. Cost at the current variables, R - B clipped for differentiation.
         resource = self.resource(scores)
         if warmup:
-            return StepValues(resource.detach(), scores=scores)
+            return resource.detach()
         excess = clamp_closed(resource - settings.budget, -settings.z_grad_clip, settings.z_grad_clip)
         wanted = [self.s, self.r]
         if settings.block_gating:
@@ -188,8 +176,8 @@ class PrimalDual:
 
         # 6. Descend on s, then on r, within their bounds.
         if settings.pruning:
-            descend_within_bounds(self.s, grad_s, self.s_optimizer, self.s_bound)
-            descend_within_bounds(self.r, grad_r, self.r_optimizer, self.r_bound)
+            descend_within_bounds(self.s, grad_s, self.optimizers["s"], self.s_bound)
+            descend_within_bounds(self.r, grad_r, self.optimizers["r"], self.r_bound)
 
         # 7. Ascend on the duals at the new primal variables.
         with torch.no_grad():
@@ -197,13 +185,13 @@ class PrimalDual:
             self.y.add_(self.least_of_s(scores), alpha=settings.ylr).clamp_(min=0)
             self.p.add_(self.least_of_r(scores), alpha=settings.plr).clamp_(min=0)
             self.z.add_(after - settings.budget, alpha=self.zlr).clamp_(min=0)
-        return StepValues(resource.detach(), after, scores)
+        return resource.detach()
 
-    def least_of_s(self, scores: GroupScores) -> Tensor:
+    def least_of_s(self, scores: Groups) -> Tensor:
         """T_{ceil s} of heads and neurons, (L, 2)."""
         return torch.stack([least_sum(scores.heads, self.s[:, 0]), least_sum(scores.neurons, self.s[:, 1])], dim=1)
 
-    def least_of_r(self, scores: GroupScores) -> Tensor:
+    def least_of_r(self, scores: Groups) -> Tensor:
         """T_{ceil r} of the dimensions of each head, (L, H)."""
         return least_sum(scores.dims, self.r)
 
@@ -219,28 +207,17 @@ class PrimalDual:
         if (self.count + 1) % settings.gating_interval == 0:
             gates.grad = self.gate_total / self.gate_count
             self.epoch_start()
-            self.gate_optimizer.step()
+            self.optimizers["gates"].step()
 
     def _step_patches(self, by_patches: Tensor | None) -> None:
         patches = self.model.patch_gating
         assert patches is not None
-        assert self.patch_optimizer is not None
         patches.grad = torch.zeros_like(patches) if patches.grad is None else patches.grad.nan_to_num(0.0, 0.0, 0.0)
         if by_patches is not None:
             patches.grad.add_(self.z * self.settings.patch_weight * by_patches)
-        self.patch_optimizer.step()
+        self.optimizers["patches"].step()
 
     # Checkpoints
-
-    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        named: dict[str, torch.optim.Optimizer] = {
-            "s": self.s_optimizer,
-            "r": self.r_optimizer,
-            "gates": self.gate_optimizer,
-        }
-        if self.patch_optimizer is not None:
-            named["patches"] = self.patch_optimizer
-        return named
 
     def state_dict(self) -> dict[str, Any]:
         """Variables, duals, optimizers, gathered gate gradients, and the generator of the noise."""
@@ -251,7 +228,7 @@ class PrimalDual:
             "count": self.count,
             "gate_total": self.gate_total.clone(),
             "gate_count": self.gate_count,
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self._optimizers().items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "generator": None if self.generator is None else self.generator.get_state(),
         }
 
@@ -270,7 +247,7 @@ class PrimalDual:
         self.gate_count = int(state["gate_count"])
         self.count, self.zlr = int(state["count"]), float(state["zlr"])
         self.model.gates.eps = float(state["eps"])
-        for name, optimizer in self._optimizers().items():
+        for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         if self.generator is not None and state["generator"] is not None:
             self.generator.set_state(state["generator"].cpu())

@@ -19,7 +19,7 @@ from timm.models import vision_transformer
 from torch import Tensor, nn
 
 from common.layers import init_linear
-from uvc.models.gates import GatedTransformer, select_tokens
+from uvc.models.gates import GatedTransformer
 
 
 class Block(vision_transformer.Block):
@@ -90,11 +90,7 @@ class GatedDeiT(GatedTransformer):
         distilled: bool = False,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(depth)
-        self.dist_token: nn.Parameter | None
-        self.embed_dim, self.num_heads, self.num_classes = embed_dim, num_heads, num_classes
-        self.hidden_dim = int(embed_dim * mlp_ratio)
-        self.num_prefix_tokens = 2 if distilled else 1
+        super().__init__(depth, embed_dim, num_heads, mlp_ratio, num_classes, distilled=distilled)
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         self.num_patches = self.patch_embed.num_patches
         self.image_size = cast(tuple[int, int], self.patch_embed.img_size)
@@ -111,40 +107,12 @@ class GatedDeiT(GatedTransformer):
             if token is not None:
                 trunc_normal_(token, std=0.02)
         self.apply(init_linear)
-        self.gumbel = nn.Linear(embed_dim, 1)  # scores of patches; keeps torch's initial values
+        self.add_token_scores()  # which keep torch's initial values
 
-    def forward_features(self, images: Tensor, tau: float = -1.0, ratio: float = 0.9) -> Tensor:
-        """Normalised tokens (B, T, D); arguments as ``forward``."""
-        x = self.gate_patches(self.patch_embed(images))  # (B, N, D)
-        if tau > 0:
-            x = select_tokens(x, self.gumbel(x).squeeze(-1), tau=tau, ratio=ratio)
-        prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.dist_token) if token is not None]
-        x = torch.cat([*prefix, x], dim=1) + self.pos_embed
-        return self.norm(self.run_blocks(self.drop_patches(x)))
+    def embed_patches(self, images: Tensor) -> Tensor:
+        """One convolution."""
+        return self.patch_embed(images)
 
-    def forward(self, images: Tensor, tau: float = -1.0, ratio: float = 0.9) -> Tensor | tuple[Tensor, Tensor]:
-        """Class logits.
-
-        Args:
-            images: (B, 3, height, width) of exactly ``img_size``.
-            tau: temperature of the selection of patch tokens; none are selected unless it is positive.
-            ratio: share of patch tokens that this selection keeps.
-
-        Returns:
-            In evaluation mode logits (B, classes), the mean of the two heads where there are two. In training mode
-            those of the class and of the distillation token; the same twice where there is one head.
-        """
-        x = self.forward_features(images, tau, ratio)
-        logits = self.head(x[:, 0])
-        distilled = self.head_dist(x[:, 1]) if self.head_dist is not None else logits
-        if self.training:
-            return logits, distilled
-        return (logits + distilled) / 2 if self.head_dist is not None else logits
-
-    def embed_macs(self, batch: int) -> int:
+    def embed_macs(self, batch: int = 1) -> int:
         """B N D P^2 channels."""
         return batch * self.num_patches * self.patch_embed.proj.weight.numel()
-
-    def no_weight_decay(self) -> set[str]:
-        """Names that stage 2 does not decay."""
-        return {"pos_embed", "cls_token", "dist_token"}

@@ -115,62 +115,47 @@ class GateSettings:
     patch: PatchMode = "off"
 
 
-@dataclass(frozen=True)
-class MacCounts:
-    """Multiply-accumulates by the paper's rules: ``embed``, and six numbers per block, None for a skipped one.
-
-    The six: qkv, q k^T, attention times v, proj, fc1, fc2. Head, biases and normalisation are not counted.
-    """
-
-    embed: int
-    blocks: tuple[tuple[int, int, int, int, int, int] | None, ...]
-
-    @property
-    def total(self) -> int:
-        """Of the embedding and all blocks that run."""
-        return self.embed + sum(sum(row) for row in self.blocks if row is not None)
-
-
-def block_macs(batch: int, tokens: int, width: int, heads: int, hidden: int) -> tuple[int, int, int, int, int, int]:
-    """The six numbers of one dense block, for a batch of ``batch``."""
-    per_head = batch * heads * tokens**2 * (width // heads)
-    return (
-        batch * tokens * width * 3 * width,
-        per_head,
-        per_head,
-        batch * tokens * width**2,
-        batch * tokens * width * hidden,
-        batch * tokens * hidden * width,
-    )
-
-
 class GatedTransformer(nn.Module):
-    """Base of the backbones: L blocks with skip gates. A subclass makes ``blocks``, ``norm`` and the embedding.
+    """Base of the backbones: L blocks with skip gates between an embedding of patches and the heads.
+
+    A subclass makes the modules and ``embed_patches``.
+
+    Args:
+        depth, embed_dim, num_heads, mlp_ratio, num_classes: of the network.
+        distilled: there is a distillation token and a second head.
 
     Attributes:
         image_size: (height, width) of the input in pixels.
         gates: the settings of the forward pass.
         block_skip_gating: logits (L, 2), initially (-1, 1).
         patch_gating: logits (1, N, 1) after ``add_patch_gates``, else None.
+        gumbel: scores of patches, after ``add_token_scores``.
         running: which blocks run, where ``fix_blocks`` froze that; None reads the logits in every hard forward pass,
             which waits for the device.
         kept_patches: the same for the patches of ``patch = "remove"``.
+        embeds_patches_apart: a patch that is removed need not be embedded either.
     """
 
-    patch_gating: nn.Parameter | None
-    embeds_patches_apart = True
-    """Whether a patch that is removed need not be embedded either."""
-    blocks: nn.ModuleList
-    embed_dim: int
-    num_heads: int
-    hidden_dim: int
-    num_patches: int
-    num_prefix_tokens: int
-    num_classes: int
     image_size: tuple[int, int]
+    num_patches: int
+    embeds_patches_apart = True
+    patch_gating: nn.Parameter | None
+    cls_token: nn.Parameter
+    dist_token: nn.Parameter | None
+    pos_embed: nn.Parameter
+    blocks: nn.ModuleList
+    norm: nn.LayerNorm
+    head: nn.Linear
+    head_dist: nn.Linear | None
+    gumbel: nn.Linear
 
-    def __init__(self, depth: int) -> None:
+    def __init__(
+        self, depth: int, embed_dim: int, num_heads: int, mlp_ratio: float, num_classes: int, *, distilled: bool = False
+    ) -> None:
         super().__init__()
+        self.embed_dim, self.num_heads, self.num_classes = embed_dim, num_heads, num_classes
+        self.hidden_dim = int(embed_dim * mlp_ratio)
+        self.num_prefix_tokens = 2 if distilled else 1
         self.gates = GateSettings()
         self.block_skip_gating = nn.Parameter(torch.tensor([-1.0, 1.0]).repeat(depth, 1))
         self.register_parameter("patch_gating", None)
@@ -188,6 +173,12 @@ class GatedTransformer(nn.Module):
         self.patch_gating = nn.Parameter(
             torch.full((1, self.num_patches, 1), value, dtype=like.dtype, device=like.device)
         )
+
+    def add_token_scores(self) -> None:
+        """Give the network the linear layer that scores patches for selection by image, where it has none."""
+        if not hasattr(self, "gumbel"):
+            like = self.cls_token
+            self.gumbel = nn.Linear(self.embed_dim, 1, device=like.device, dtype=like.dtype)
 
     def runs(self) -> tuple[bool, ...]:
         """Which blocks run by the hard rule: run logit strictly above skip logit. Waits for the device."""
@@ -250,21 +241,57 @@ class GatedTransformer(nn.Module):
                 summed = summed + x
         return x if summed is None else summed
 
-    def embed_macs(self, batch: int) -> int:
-        """Multiply-accumulates of the embedding by the paper's rules."""
+    def embed_patches(self, images: Tensor) -> Tensor:
+        """Images (B, 3, height, width) of exactly ``image_size`` to patch tokens (B, N, D)."""
         raise NotImplementedError
 
-    def mac_counts(self, batch: int = 1, *, all_blocks: bool = True) -> MacCounts:
-        """What the paper's counter says for ``batch`` images.
+    def forward_features(self, images: Tensor, tau: float = -1.0, ratio: float = 0.9) -> Tensor:
+        """Normalised tokens (B, T, D); arguments as ``forward``."""
+        x = self.gate_patches(self.embed_patches(images))  # (B, N, D)
+        if tau > 0:
+            if not hasattr(self, "gumbel"):
+                raise RuntimeError("token selection needs the layer of scores; call add_token_scores() first")
+            x = select_tokens(x, self.gumbel(x).squeeze(-1), tau=tau, ratio=ratio)
+        prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.dist_token) if token is not None]
+        x = torch.cat([*prefix, x], dim=1) + self.pos_embed
+        return self.norm(self.run_blocks(self.drop_patches(x)))
+
+    def forward(self, images: Tensor, tau: float = -1.0, ratio: float = 0.9) -> Tensor | tuple[Tensor, Tensor]:
+        """Class logits.
 
         Args:
-            batch: images.
-            all_blocks: count every block, as the budget's denominator does; else None for those that are skipped.
+            images: (B, 3, height, width) of exactly ``image_size``.
+            tau: temperature of the selection of patch tokens; none are selected unless it is positive.
+            ratio: share of patch tokens that this selection keeps.
+
+        Returns:
+            In evaluation mode logits (B, classes), the mean of the two heads where there are two. In training mode
+            those of the class and of the distillation token; the same twice where there is one head.
+        """
+        x = self.forward_features(images, tau, ratio)
+        logits = self.head(x[:, 0])
+        distilled = self.head_dist(x[:, 1]) if self.head_dist is not None else logits
+        if self.training:
+            return logits, distilled
+        return (logits + distilled) / 2 if self.head_dist is not None else logits
+
+    def embed_macs(self, batch: int = 1) -> int:
+        """Multiply-accumulates of the embedding of ``batch`` images by the paper's rules."""
+        raise NotImplementedError
+
+    def block_macs(self, batch: int = 1) -> tuple[int, int, int, int, int, int]:
+        """Those of a dense block: qkv, q k^T, attention times v, proj, fc1, fc2.
+
+        Head, biases and normalisation are not counted.
         """
         tokens = self.num_patches + self.num_prefix_tokens
-        row = block_macs(batch, tokens, self.embed_dim, self.num_heads, self.hidden_dim)
-        counted = [True] * len(self.blocks) if all_blocks or self.gates.block_gating else self.runs()
-        return MacCounts(self.embed_macs(batch), tuple(row if runs else None for runs in counted))
+        rows, width = batch * tokens, self.embed_dim
+        product, mlp = rows * tokens * width, rows * width * self.hidden_dim
+        return rows * width * 3 * width, product, product, rows * width**2, mlp, mlp
+
+    def no_weight_decay(self) -> set[str]:
+        """Names that stage 2 does not decay."""
+        return {"pos_embed", "cls_token", "dist_token"}
 
 
 def register_masks(model: Network) -> Network:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from common.layers import Performer, init_linear, sinusoid_table
 from uvc.models.deit import Block
-from uvc.models.gates import GatedTransformer, select_tokens
+from uvc.models.gates import GatedTransformer
 
 STAGES = ((7, 4, 2), (3, 2, 1), (3, 2, 1))
 """Kernel, stride and padding of the three soft splits."""
@@ -79,14 +79,12 @@ class GatedT2TViT(GatedTransformer):
         token_dim: int = 64,
         scale: float | None = None,
     ) -> None:
-        super().__init__(depth)
-        self.embed_dim, self.num_heads, self.num_classes = embed_dim, num_heads, num_classes
-        self.hidden_dim = int(embed_dim * mlp_ratio)
-        self.num_prefix_tokens = 1
+        super().__init__(depth, embed_dim, num_heads, mlp_ratio, num_classes)
         self.image_size = img_size, img_size
         self.tokens_to_token = TokensToToken(img_size, in_chans, token_dim, embed_dim)
         self.num_patches = self.tokens_to_token.num_patches
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.register_parameter("dist_token", None)
         table = sinusoid_table(self.num_patches + 1, embed_dim).to(self.cls_token)
         self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.blocks = nn.ModuleList(
@@ -94,38 +92,18 @@ class GatedT2TViT(GatedTransformer):
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
-        self.head = nn.Linear(embed_dim, num_classes)
+        self.head, self.head_dist = nn.Linear(embed_dim, num_classes), None
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.apply(init_linear)
 
-    def add_token_scores(self) -> None:
-        """Add the linear layer that scores patches for selection by image; the published network has none."""
-        like = self.cls_token
-        self.gumbel = nn.Linear(self.embed_dim, 1, device=like.device, dtype=like.dtype)
-
-    def forward_features(self, images: Tensor, tau: float = -1.0, ratio: float = 0.9) -> Tensor:
-        """Normalised tokens (B, T, D); arguments as ``forward``."""
+    def embed_patches(self, images: Tensor) -> Tensor:
+        """Three soft splits."""
         if images.shape[-2:] != self.image_size:
             raise ValueError(f"expected images of {self.image_size}, got {tuple(images.shape[-2:])}")
-        x = self.gate_patches(self.tokens_to_token(images))  # (B, N, D)
-        if tau > 0:
-            if not hasattr(self, "gumbel"):
-                raise RuntimeError("token selection needs the layer of scores; call add_token_scores() first")
-            x = select_tokens(x, self.gumbel(x).squeeze(-1), tau=tau, ratio=ratio)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
-        return self.norm(self.run_blocks(self.drop_patches(x)))
+        return self.tokens_to_token(images)
 
-    def forward(self, images: Tensor, tau: float = -1.0, ratio: float = 0.9) -> Tensor | tuple[Tensor, Tensor]:
-        """Class logits (B, classes); in training mode the same twice. Arguments as ``GatedDeiT.forward``."""
-        logits = self.head(self.forward_features(images, tau, ratio)[:, 0])
-        return (logits, logits) if self.training else logits
-
-    def embed_macs(self, batch: int) -> int:
+    def embed_macs(self, batch: int = 1) -> int:
         """The two Performers; the published counter leaves the projection out."""
         stages = self.tokens_to_token
         first, second, _ = stages.grids
         return batch * (performer_macs(stages.attention1, first**2) + performer_macs(stages.attention2, second**2))
-
-    def no_weight_decay(self) -> set[str]:
-        """Names that stage 2 does not decay."""
-        return {"pos_embed", "cls_token"}

@@ -134,8 +134,8 @@ def set_gates(model: GatedTransformer, gates: list[list[float]] | None) -> None:
 
 def mac_rows(model: GatedTransformer, batch: int) -> np.ndarray:
     """(L, 6), rows of -1 where a block is skipped."""
-    counts = model.mac_counts(batch, all_blocks=False)
-    return np.array([row or (-1,) * 6 for row in counts.blocks])
+    runs = [True] * len(model.blocks) if model.gates.block_gating else model.runs()
+    return np.array([model.block_macs(batch) if run else (-1,) * 6 for run in runs])
 
 
 def draw_rows(draws: list[tuple[int, ...]]) -> np.ndarray:
@@ -179,7 +179,7 @@ def run_model(case: Case, checks: Checks) -> None:
         if features is not None and draws:  # the same noise again for the pass that is compared
             draws.clear()
         result = model(images, tau, ratio)
-    outputs = {"draws": draw_rows(draws), "macs_embed": np.array(model.mac_counts(len(images)).embed)}
+    outputs = {"draws": draw_rows(draws), "macs_embed": np.array(model.embed_macs(len(images)))}
     outputs["macs_blocks"] = mac_rows(model, len(images))
     if features is not None:
         outputs |= {f"feature_token{index}": features[:, index] for index in range(features.shape[1])}

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from common.tests.reference import Case, Checks, NotCovered
 from uvc.cost_model import CostModel, ProjectedCostModel
-from uvc.models.gates import GatedTransformer, count_mask_elements, register_masks
-from uvc.pruning import blocks_of, group_scores, least_sum, proximal_step_, prune_weights_, removal, update_masks_
+from uvc.models.gates import GatedTransformer, apply_masks_, count_mask_elements, register_masks
+from uvc.pruning import blocks_of, group_scores, least_sum, proximal_step_, removal, update_masks_
 from uvc.settings import PrimalDualSettings
 from uvc.tests.model_cases import NUMBER, build_model, mac_rows, replay, tensor
 from uvc.uvc_optimizer import PrimalDual
@@ -117,14 +117,14 @@ def run_published_resource(case: Case, checks: Checks) -> None:
     normal = torch.special.ndtr(tensor("s", (depth, 2), seed))
     s = torch.stack([shares[0] * heads * normal[:, 0], shares[1] * model.hidden_dim * normal[:, 1]], dim=1).ceil()
     r = (shares[2] * torch.special.ndtr(tensor("r", (depth, heads), seed))).ceil()
-    cost, scores = CostModel.of(model), group_scores(model).heads
+    cost, scores = CostModel(model), group_scores(model).heads
     run = torch.ones(depth, dtype=torch.float64)
     run[dropped] = 0
     nothing = torch.zeros_like(s), torch.zeros_like(r)
     compare(
         case, checks,
         {
-            "full_flops": 2 * cost.full, "macs_embed": np.array(model.mac_counts().embed), "s": s, "r": r,
+            "full_flops": 2 * cost.full, "macs_embed": np.array(model.embed_macs()), "s": s, "r": r,
             "macs_blocks": mac_rows(model, 1), "ratio": cost.ratio(s, r, scores),
             "ratio_two_blocks_dropped": cost.ratio(s, r, scores, run),
             "ratio_all_kept_two_dropped": cost.ratio(*nothing, scores, run),
@@ -136,8 +136,7 @@ def run_projected_resource(case: Case, checks: Checks) -> None:
     """The cost of the output projections alone."""
     model = build_model(case)
     s, r = stated_numbers(case, model)
-    cost, scores = ProjectedCostModel.of(model), group_scores(model).heads
-    assert isinstance(cost, ProjectedCostModel)
+    cost, scores = ProjectedCostModel(model), group_scores(model).heads
     full = cost.value(torch.zeros_like(s), torch.zeros_like(r), scores)
     compare(case, checks, {"value": cost.value(s, r, scores), "full": full})
 
@@ -228,8 +227,9 @@ def run_masks(case: Case, checks: Checks) -> None:
 
 def run_pruned_weights(case: Case, checks: Checks) -> None:
     """The groups zeroed in the weights."""
-    model = build_model(case)
-    prune_weights_(model, *stated_numbers(case, model))
+    model = register_masks(build_model(case))
+    update_masks_(model, *stated_numbers(case, model))
+    apply_masks_(model)
     blocks = blocks_of(model)
     compare(
         case, checks,
@@ -281,8 +281,8 @@ def run_optimizer(case: Case, checks: Checks) -> None:
     with replay(int(raw.get("noise_seed", case.seed))) as draws:
         for step in range(1, int(raw["steps"]) + 1):
             gates.grad = factor * tensor(f"gate-grad-{step}", tuple(gates.shape), case.seed)
-            values = state.step(float(raw["main_lr"]), warmup=bool(raw.get("warmup", False)))
-            for name, value in trajectory(state, values.resource).items():
+            resource = state.step(float(raw["main_lr"]), warmup=bool(raw.get("warmup", False)))
+            for name, value in trajectory(state, resource).items():
                 rows.setdefault(name, []).append(value)
     if "draws" in raw:
         checks.equal("draws", [list(shape) for shape in draws], raw["draws"])

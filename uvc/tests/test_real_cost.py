@@ -55,7 +55,7 @@ def test_every_term_of_the_cost_is_what_runs(kind, seed, patch):
     the V value dimensions that are left. The difference is (d K - V) D T, exactly.
     """
     model, s, r = random_network(10 * seed + 1, **NETWORKS[kind], patch=patch)
-    cost = CostModel.of(model)
+    cost = CostModel(model)
     run = torch.tensor(model.runs(), dtype=torch.float64)
     gates = model.patch_gating if patch == "remove" else None
     scores = group_scores(model).heads
@@ -90,7 +90,7 @@ def test_a_head_that_loses_every_dimension_is_charged_for_its_queries_and_keys()
     model, s, r = random_network(3, **NETWORKS["desk"])
     s[:, 0], r[:, 1] = 0, model.head_dim
     update_masks_(model, s, r)
-    cost, compressed = CostModel.of(model), compress(model)
+    cost, compressed = CostModel(model), compress(model)
     run = torch.tensor(model.runs(), dtype=torch.float64)
     charged = cost.ratio(s, r, group_scores(model).heads, run).item()
     lost = len(compressed.structure.running) * (3 * 8 * 32 * 17 + 8 * 17**2)  # its part of qkv and q k^T

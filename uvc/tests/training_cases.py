@@ -194,9 +194,8 @@ def run_stage1(case: Case, checks: Checks) -> None:
     step_dual = state.step
 
     def recorded(rate: float, *, warmup: bool = False) -> Any:
-        values = step_dual(rate, warmup=warmup)
-        resources.append(values.resource)
-        return values
+        resources.append(step_dual(rate, warmup=warmup))
+        return resources[-1]
 
     state.step = recorded  # pyright: ignore[reportAttributeAccessIssue] - to see R of each step
     with replay(int(case.raw["noise_seed"])) as draws:
