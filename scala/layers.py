@@ -1,9 +1,7 @@
 """Layers of which a width ratio uses a part of the weights, and the weights of a whole network at a width.
 
 *Slicing Vision Transformer for Flexible Inference*, arXiv:2412.04786. Every layer takes the ratio after its input;
-which channels that means is decided in ``slicing.py``. Batch statistics of different widths differ, so they cannot
-share one running mean: every trained width has a row of its own, as in slimmable networks (arXiv:1812.08928). A width
-that was not trained gets its row from a few batches by :func:`calibrate_` (design).
+which channels that means is decided in ``slicing.py``.
 
     sliced_state_dict(model, 0.5)           # every weight of a sliced model at that width
 
@@ -12,7 +10,7 @@ Legend: B batch, C channels, c = int(r C) channels of a slice, d = int(r D), r w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,8 +19,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from common.measure.flops import OpCounts, count_operations
-from common.run.launch import get_world_size, reduce_sums
-from scala.slicing import Ratio, SliceRule, Width, exact, sliced_size
+from scala.slicing import Ratio, SliceRule, Width
 
 NORM_EPS = 1e-5
 """Of every layer normalisation that runs: the published networks were trained with it, not with DeiT's 1e-6."""
@@ -103,191 +100,16 @@ class SlicedLayerNorm(Sliced, nn.LayerNorm):
 
 
 class SlicedConv2d(Sliced, nn.Conv2d):
-    """Convolution whose output channels, and input channels unless it reads the image, are cut; or a depthwise one.
+    """Convolution of an image to patches, whose output channels are cut."""
 
-    Args:
-        padding: None for half the kernel.
-        depthwise: one filter per channel; the filters are cut along the channels.
-        from_image: the input is never cut.
-    """
-
-    def __init__(
-        self, rule: SliceRule, in_channels: int, out_channels: int, kernel: int, *, stride: int = 1,
-        padding: int | None = None, depthwise: bool = False, from_image: bool = False, bias: bool = False,
-    ) -> None:  # fmt: skip
-        if depthwise and in_channels != out_channels:
-            raise ValueError(f"a depthwise convolution keeps its channels, got {in_channels} and {out_channels}")
-        padding = kernel // 2 if padding is None else padding
-        groups = in_channels if depthwise else 1
-        super().__init__(in_channels, out_channels, kernel, stride, padding, groups=groups, bias=bias)
-        self.rule = rule
-        self.dims = {"weight": {0: 1} if depthwise or from_image else {0: 1, 1: 1}, "bias": {0: 1}}
+    def __init__(self, rule: SliceRule, in_channels: int, out_channels: int, patch: int, *, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, patch, patch, bias=bias)
+        self.rule, self.dims = rule, {"weight": {0: 1}, "bias": {0: 1}}
 
     def forward(self, x: Tensor, ratio: Ratio) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """(B, c_in, h, w) to (B, c_out, h', w')."""
+        """(B, 3, height, width) to (B, c, height / patch, width / patch)."""
         own = self.sliced(ratio)
-        groups = own["weight"].shape[0] if self.groups > 1 else 1
-        return F.conv2d(x, own["weight"], own.get("bias"), self.stride, self.padding, self.dilation, groups)  # pyright: ignore[reportArgumentType]
-
-
-class SlicedBatchNorm2d(Sliced, nn.Module):
-    """Batch normalisation with shared affine weights and running statistics per trained width.
-
-    ``running_mean``, ``running_var`` and ``num_batches_tracked`` are those of the largest width, so that a checkpoint
-    of an ordinary network fits; rows of ``narrow_mean`` and ``narrow_var`` belong to the other widths, from the
-    smallest on, of which a width uses the first c entries.
-
-    Args:
-        channels: C.
-        widths: trained ratios in rising order; the last is the largest.
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-    narrow_mean: Tensor
-    narrow_var: Tensor
-
-    def __init__(
-        self, rule: SliceRule, channels: int, widths: Sequence[float], *, eps: float = 1e-5, momentum: float = 0.1
-    ) -> None:
-        super().__init__()
-        self.rule, self.dims = rule, {"weight": {0: 1}, "bias": {0: 1}}
-        self.channels, self.eps, self.momentum = channels, eps, momentum
-        *narrow, self.largest = (exact(width) for width in widths)
-        self.rows = {width: index for index, width in enumerate(narrow)}
-        self.calibrated: dict[Width, tuple[Tensor, Tensor]] = {}
-        self.batches_seen: int | None = None
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
-        if self.rows:
-            self.register_buffer("narrow_mean", torch.zeros(len(self.rows), channels))
-            self.register_buffer("narrow_var", torch.ones(len(self.rows), channels))
-
-    def knows(self, ratio: Ratio) -> bool:
-        """Whether there are statistics for a width."""
-        return exact(ratio) in (self.largest, *self.rows, *self.calibrated)
-
-    def statistics(self, ratio: Ratio) -> tuple[Tensor, Tensor]:
-        """Running mean and variance of a width, (c,) each, as views.
-
-        Raises:
-            ValueError: a width that was neither trained nor calibrated.
-        """
-        width = exact(ratio)
-        size = width.channels(self.channels)
-        if width == self.largest:
-            return self.running_mean[:size], self.running_var[:size]
-        if width in self.rows:
-            row = self.rows[width]
-            return self.narrow_mean[row, :size], self.narrow_var[row, :size]
-        if width in self.calibrated:
-            return self.calibrated[width]
-        known = ", ".join(f"{steps / of:g}" for steps, of in (*self.rows, self.largest))
-        raise ValueError(
-            f"batch normalisation has no statistics for width ratio {width.steps / width.of:g}: it has those of the "
-            f"trained widths {known}; give calibrate_() a few batches"
-        )
-
-    def forward(self, x: Tensor, ratio: Ratio) -> Tensor:
-        """(B, c, h, w) normalised; in training by its own statistics, which move the running ones of this width."""
-        weight, bias = self.sliced(ratio).values()
-        if weight.is_meta:  # a count of operations, which every width has
-            mean, variance = self.running_mean[: len(weight)], self.running_var[: len(weight)]
-        else:
-            mean, variance = self.statistics(ratio)
-        if self.batches_seen is not None:  # calibration: the plain average over batches
-            return F.batch_norm(x, mean, variance, weight, bias, True, 1 / (self.batches_seen + 1), self.eps)
-        if self.training and exact(ratio) == self.largest:
-            self.num_batches_tracked.add_(1)
-        return F.batch_norm(x, mean, variance, weight, bias, self.training, self.momentum, self.eps)
-
-    def reserve(self, ratio: Ratio) -> None:
-        """Make room for the statistics of a width that is not trained."""
-        if not self.knows(ratio):
-            empty = self.running_mean.new_zeros(sliced_size(self.channels, ratio))
-            self.calibrated[exact(ratio)] = (empty, empty + 1)
-
-
-def batch_norms(model: nn.Module) -> list[SlicedBatchNorm2d]:
-    return [module for module in model.modules() if isinstance(module, SlicedBatchNorm2d)]
-
-
-@torch.no_grad()
-def calibrate_(model: nn.Module, ratio: Ratio, batches: Iterable[Tensor]) -> int:
-    """Replace the running statistics of one width by their average over ``batches`` of images; weights stay.
-
-    Statistics of a trained width stay in the model's state; those of another width live until the model is rebuilt.
-
-    Args:
-        model: called as ``model(images, ratio)``, in evaluation mode (dropout off), with sliced batch normalisation.
-        batches: images (B, 3, height, width) on the model's device; a few thousand in all suffice.
-
-    Returns:
-        Batches seen by this process; several processes end with the mean of theirs.
-
-    Raises:
-        ValueError: a model without batch normalisation, or no batch.
-
-    Source: arXiv:2412.04786, Section 5.2, slimmable ability across architectures (design).
-    """
-    norms = batch_norms(model)
-    if not norms:
-        raise ValueError(f"{type(model).__name__} has no batch normalisation to calibrate")
-    was_training, seen = model.training, 0
-    model.eval()
-    for norm in norms:
-        norm.reserve(ratio)
-    try:
-        for images in batches:
-            for norm in norms:
-                norm.batches_seen = seen
-            model(images, ratio)
-            seen += 1
-    finally:
-        for norm in norms:
-            norm.batches_seen = None
-        model.train(was_training)
-    if not seen:
-        raise ValueError("calibration needs at least one batch of images")
-    for norm in norms:
-        for value in norm.statistics(ratio):  # every process saw its own images
-            value.copy_(reduce_sums(value.clone()) / get_world_size())
-    return seen
-
-
-# A whole network at one width
-
-
-def sliced_state_dict(model: nn.Module, ratio: Ratio) -> dict[str, Tensor]:
-    """Every weight that the width uses, under the names and in the order of ``model.state_dict()``; views, no copies.
-
-    The shapes are those of a stand-alone network of width d = int(r D) with the same number of heads. Its attention
-    scale differs, though: see ``scala/export.py``.
-
-    Raises:
-        WidthError: an invalid ratio, from the model's own ``check_ratio``.
-        TypeError: a parameter that no sliced module owns.
-    """
-    check: Callable[[Ratio], Width] | None = getattr(model, "check_ratio", None)
-    width = check(ratio) if check is not None else exact(ratio)
-    cut: dict[str, Tensor] = {}
-    for prefix, module in model.named_modules():
-        if isinstance(module, Sliced):
-            cut |= {f"{prefix}.{name}" if prefix else name: value for name, value in module.sliced(width).items()}
-    names = [name for name, _ in model.named_parameters()]
-    if missing := [name for name in names if name not in cut]:
-        raise TypeError(f"no sliced module owns {', '.join(missing)}")
-    return {name: cut[name] for name in names}
-
-
-@torch.no_grad()
-def count_active_parameters(model: nn.Module, ratio: Ratio) -> int:
-    """Entries of the weights that a width uses; works on the meta device."""
-    return sum(value.numel() for value in sliced_state_dict(model, ratio).values())
+        return F.conv2d(x, own["weight"], own.get("bias"), self.stride)
 
 
 class SlicedNetwork:
@@ -302,12 +124,33 @@ class SlicedNetwork:
         """Channels, height and width of the images that it is built for."""
         raise NotImplementedError
 
+    def sliced_parameters(self, width: Width) -> dict[str, Tensor]:
+        """See :func:`sliced_state_dict`."""
+        model: Any = self
+        cut: dict[str, Tensor] = {}
+        for prefix, module in model.named_modules():
+            if isinstance(module, Sliced):
+                cut |= {f"{prefix}.{name}" if prefix else name: value for name, value in module.sliced(width).items()}
+        return {name: cut[name] for name, _ in model.named_parameters()}
+
     def count_parameters(self, ratio: Ratio) -> int:
-        """Parameters that a width touches: those of a stand-alone network of that width."""
-        return count_active_parameters(self, ratio)  # pyright: ignore[reportArgumentType] - a module
+        """Parameters that a width touches: those of a stand-alone network of that width; also on the meta device."""
+        return sum(value.numel() for value in sliced_state_dict(self, ratio).values())
 
     def count_ops(self, ratio: Ratio) -> OpCounts:
         """Operations of one forward pass of one image at a width, from shapes alone."""
         model: Any = self
         images = torch.empty(1, *self.input_shape, device="meta", dtype=next(model.parameters()).dtype)
         return count_operations(model, images, self.check_ratio(ratio)).executed
+
+
+def sliced_state_dict(model: SlicedNetwork, ratio: Ratio) -> dict[str, Tensor]:
+    """Every weight that the width uses, under the names and in the order of the network's own; views, no copies.
+
+    The shapes are those of a stand-alone network of width d = int(r D) with the same number of heads. Its attention
+    scale differs, though: see ``scala/export.py``.
+
+    Raises:
+        WidthError: an invalid ratio.
+    """
+    return model.sliced_parameters(model.check_ratio(ratio))

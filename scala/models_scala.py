@@ -237,9 +237,7 @@ class PatchEmbed(nn.Module):
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.flatten = flatten
         self.strict_img_size = strict_img_size
-        self.proj = SlicedConv2d(
-            rule, in_chans, embed_dim, patch_size, stride=patch_size, padding=0, from_image=True, bias=bias
-        )
+        self.proj = SlicedConv2d(rule, in_chans, embed_dim, patch_size, bias=bias)
         _check_norm_layer(norm_layer)
         self.norm = SlicedLayerNorm(rule, embed_dim) if norm_layer is not None else None
 

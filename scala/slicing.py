@@ -16,7 +16,7 @@ Legend: r width ratio; s, l smallest and largest ratio; g granularity; D full wi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -107,10 +107,16 @@ class SliceRule(NamedTuple):
 
         Source: arXiv:2412.04786, Section 4.2, Eq. 2: theta^r = theta[: r Co, : r Ci], here at the other end.
         """
+        shape = list(tensor.shape)
         for dim in dims:
-            start, size = self.span(tensor.shape[dim], ratio, parts)
-            if size != tensor.shape[dim]:
-                tensor = tensor.narrow(dim, start, size)
+            _, shape[dim] = self.span(shape[dim], ratio, parts)
+        return self.cut_to(tensor, ratio, shape)
+
+    def cut_to(self, tensor: Tensor, ratio: Ratio, shape: Sequence[int]) -> Tensor:
+        """What ``ratio`` uses of a weight that is of ``shape`` in a plain network of its width, a view."""
+        for dim, (full, size) in enumerate(zip(tensor.shape, shape, strict=True)):
+            if size != full:
+                tensor = tensor.narrow(dim, 0 if self.leads(ratio) else full - size, size)
         return tensor
 
 

@@ -35,10 +35,11 @@ from common.run.errors import CheckpointError
 from common.run.files import write_atomic
 from common.run.program import get_logger
 from scala.engine_scala import AtRatio
-from scala.layers import NORM_EPS, SlicedBatchNorm2d, sliced_state_dict
+from scala.layers import NORM_EPS, sliced_state_dict
 from scala.models_mobilenet import MobileNetV2_scala
 from scala.models_scala import Attention, DistilledVisionTransformer_scala, VisionTransformer_scala
 from scala.models_uniformer import UniFormer_scala
+from scala.narrowing import NarrowedNetwork
 from scala.slicing import sliced_size
 from scala.sweep import costs
 
@@ -143,7 +144,7 @@ def describe(model: nn.Module, ratio: float) -> Standalone:
         arguments = _common(model) | {
             "widths": [sliced_size(width, ratio) for width in model.widths],
             "heads": list(model.heads),
-            "depths": [len(blocks) for blocks in model.stages],  # pyright: ignore[reportArgumentType]
+            "depths": list(model.depths),
             "mlp_ratio": model.mlp_ratio,
             "overlap": model.overlap,
         }
@@ -208,7 +209,7 @@ def _describe_vit(model: VisionTransformer_scala, ratio: float, source: dict[str
 
 
 @torch.no_grad()
-def standalone_state(model: nn.Module, ratio: float) -> dict[str, Tensor]:
+def standalone_state(model: Any, ratio: float) -> dict[str, Tensor]:
     """Weights of a slice as a network of its own, copies; for the names see :func:`describe`.
 
     Raises:
@@ -222,12 +223,10 @@ def standalone_state(model: nn.Module, ratio: float) -> dict[str, Tensor]:
             for leaf in ("qkv.weight", "qkv.bias"):
                 if prefix + leaf in state:
                     state[prefix + leaf][:width] *= math.sqrt(width / full)
-        elif isinstance(module, SlicedBatchNorm2d):
-            mean, variance = module.statistics(ratio)
-            state |= {prefix + "running_mean": mean.clone(), prefix + "running_var": variance.clone()}
-            state[prefix + "num_batches_tracked"] = module.num_batches_tracked.clone()
         elif getattr(module, "official", False):  # a LayerScale that does nothing
             state.pop(prefix + "gamma", None)
+    if isinstance(model, NarrowedNetwork):
+        state |= {name: value.clone() for name, value in model.statistics(ratio).items()}
     return state
 
 

@@ -29,8 +29,8 @@ from scala.arguments import (
 )
 from scala.build import build_losses, build_model, build_teacher, check_training
 from scala.engine_scala import CosineCurve, LaggingSchedule, ScaleCoordination, allow_widths, evaluate_width
-from scala.layers import batch_norms, calibrate_
 from scala.loading import Trained, load_trained, recorded_arguments, resolve_grid
+from scala.narrowing import NarrowedNetwork, calibrate_
 from scala.record import ScalaRecord
 from scala.slicing import WidthGrid
 from scala.sweep import sweep, write
@@ -201,8 +201,7 @@ def calibrate(model: Any, ratios: Sequence[float], data: DataSettings, batches: 
     Raises:
         UsageError: such a width without ``--calibrate-batches``.
     """
-    norms = batch_norms(model)
-    lacking = [ratio for ratio in ratios if norms and not norms[0].knows(ratio)]
+    lacking = [ratio for ratio in ratios if isinstance(model, NarrowedNetwork) and not model.knows(ratio)]
     if lacking and not batches:
         raise UsageError(
             f"{type(model).__name__} keeps batch statistics per trained width and has none for "

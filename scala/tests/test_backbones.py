@@ -13,15 +13,10 @@ from torch import nn
 from common.measure.flops import count_executed_macs, gmacs
 from common.run.errors import UsageError
 from scala import export, main_scala
-from scala.layers import (
-    SlicedBatchNorm2d,
-    batch_norms,
-    calibrate_,
-    count_active_parameters,
-    sliced_state_dict,
-)
+from scala.layers import sliced_state_dict
 from scala.models_mobilenet import MobileNetV2_scala
 from scala.models_uniformer import MODELS, UniFormer_scala
+from scala.narrowing import calibrate_
 from scala.slicing import sliced_size
 
 SMALL = {"img_size": 64, "depths": (1, 1, 2, 1), "widths": (16, 32, 32, 64), "heads": (2, 4), "num_classes": 5}
@@ -40,8 +35,7 @@ def scramble_(model: nn.Module) -> nn.Module:
 
 def narrow_timm(model: nn.Module, source: MobileNetV2_scala, ratio: float) -> nn.Module:
     """timm's MobileNet v2 with every layer replaced by a plain one that holds the slice's weights."""
-    own = sliced_state_dict(source, ratio)
-    sliced = dict(source.named_modules())
+    own = sliced_state_dict(source, ratio) | source.statistics(ratio)
     for name, module in list(model.named_modules()):
         parent = model.get_submodule(name.rpartition(".")[0]) if name else model
         leaf = name.rpartition(".")[2]
@@ -55,10 +49,9 @@ def narrow_timm(model: nn.Module, source: MobileNetV2_scala, ratio: float) -> nn
             plain.weight.data = weight
             setattr(parent, leaf, plain)
         elif isinstance(module, nn.BatchNorm2d):
-            mean, variance = sliced[name].statistics(ratio)  # pyright: ignore
-            values = {"weight": own[f"{name}.weight"], "bias": own[f"{name}.bias"]}
-            values |= {"running_mean": mean, "running_var": variance, "num_batches_tracked": torch.tensor(0)}
-            plain = nn.BatchNorm2d(len(mean), eps=module.eps)
+            leaves = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+            values = {leaf: own[f"{name}.{leaf}"] for leaf in leaves}
+            plain = nn.BatchNorm2d(len(values["weight"]), eps=module.eps)
             plain.load_state_dict(values)
             activation = getattr(module, "act", nn.Identity())
             setattr(parent, leaf, nn.Sequential(plain, activation))
@@ -92,12 +85,7 @@ def test_a_slice_of_uniformer_is_a_uniformer_of_that_width(ratio: float, overlap
     for name in state:
         if ".qkv." in name:  # the slice keeps the scale of the full head
             state[name][: len(state[name]) // 3] *= math.sqrt(ratio)
-    for name, wide in model.named_modules():
-        if isinstance(wide, SlicedBatchNorm2d):
-            values = (*wide.statistics(ratio), torch.tensor(0))
-            names = ("running_mean", "running_var", "num_batches_tracked")
-            state |= {f"{name}.{leaf}": value for leaf, value in zip(names, values, strict=True)}
-    alone.load_state_dict(state)
+    alone.load_state_dict(state | model.statistics(ratio))
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(model(x, ratio), alone.double().eval()(x, 1.0), rtol=1e-9, atol=1e-10)
@@ -143,18 +131,20 @@ def test_calibration_gives_an_untrained_width_the_statistics_of_its_batches() ->
     with pytest.raises(ValueError, match=r"no statistics for width ratio 0\.375: .*0\.25, 0\.5, 0\.75, 1"):
         model(batches[0], 0.375)
     assert calibrate_(model, 0.375, batches) == 2
-    norm = model.bn1
-    stem = torch.cat([model.conv_stem(batch, 0.375) for batch in batches])
-    mean, variance = norm.statistics(0.375)
+    kernel = sliced_state_dict(model, 0.375)["conv_stem.weight"]
+    stem = torch.cat([F.conv2d(batch, kernel, stride=2, padding=1) for batch in batches])
+    mean, variance = (model.statistics(0.375)[f"bn1.running_{name}"] for name in ("mean", "var"))
     torch.testing.assert_close(mean, stem.mean((0, 2, 3)))
     halves = torch.stack([part.var((0, 2, 3)) for part in stem.split(8)])
     torch.testing.assert_close(variance, halves.mean(0))
     assert torch.isfinite(model(batches[0], 0.375)).all()
-    assert all(layer.batches_seen is None for layer in batch_norms(model))
+    before = {name: value.clone() for name, value in model.statistics(0.375).items()}
+    model(batches[0], 0.375)
+    assert all(torch.equal(value, before[name]) for name, value in model.statistics(0.375).items())
     with pytest.raises(ValueError, match="at least one batch"):
         calibrate_(model, 0.375, [])
-    with pytest.raises(ValueError, match="no batch normalisation"):
-        calibrate_(nn.Linear(2, 2), 0.5, batches)
+    calibrate_(model, 0.5, batches)  # a trained width: the statistics are the model's own
+    assert (model.bn1.narrow_mean != 0).any(dim=1).tolist() == [False, True, False]
 
 
 def test_counted_costs_are_those_of_networks_of_that_width() -> None:
@@ -176,11 +166,11 @@ def test_costs_and_sizes_are_the_published_ones() -> None:
     with torch.device("meta"):
         mobile, *uniformers = (timm.create_model(name) for name in ("mobilenet_v2_scala", *MODELS))
     assert gmacs(mobile.count_ops(1.0)) == pytest.approx(0.300, abs=1e-3)  # arXiv:1801.04381, Table 4
-    assert count_active_parameters(mobile, 1.0) == 3_504_872
+    assert mobile.count_parameters(1.0) == 3_504_872
     small, plus = uniformers
-    assert count_active_parameters(small, 1.0) / 1e6 == pytest.approx(22, abs=0.5)  # arXiv:2201.04676, Table 1
+    assert small.count_parameters(1.0) / 1e6 == pytest.approx(22, abs=0.5)  # arXiv:2201.04676, Table 1
     assert gmacs(small.count_ops(1.0)) == pytest.approx(3.6, abs=0.05)
-    assert count_active_parameters(plus, 1.0) / 1e6 == pytest.approx(24, abs=0.5)
+    assert plus.count_parameters(1.0) / 1e6 == pytest.approx(24, abs=0.5)
     assert gmacs(plus.count_ops(1.0), "fvcore") == pytest.approx(4.22, abs=0.01)  # Scala's figure of UniFormer-S
     assert gmacs(plus.count_ops(0.25), "fvcore") == pytest.approx(0.33, abs=0.015)
 
@@ -198,11 +188,14 @@ def test_bad_widths_and_sizes_are_refused() -> None:
 
 
 def test_batch_statistics_in_training_are_of_the_batch() -> None:
-    norm = SlicedBatchNorm2d(MobileNetV2_scala().rule, 8, [0.25, 0.5, 1.0]).train()
-    x = 5 + 2 * torch.randn(16, 4, 3, 3)
-    torch.testing.assert_close(norm(x, 0.5), F.batch_norm(x, None, None, training=True))
-    mean, _ = norm.statistics(0.5)
-    torch.testing.assert_close(mean, 0.1 * x.mean((0, 2, 3)))
+    model = MobileNetV2_scala(img_size=32, granularity=0.25).train()
+    x = 5 + 2 * torch.randn(16, 3, 32, 32)
+    stem = F.conv2d(x, sliced_state_dict(model, 0.5)["conv_stem.weight"], stride=2, padding=1)
+    model(x, 0.5)
+    torch.testing.assert_close(model.statistics(0.5)["bn1.running_mean"], 0.1 * stem.mean((0, 2, 3)))
+    assert model.bn1.num_batches_tracked == 0  # counts those of the largest width
+    model(x, 1.0)
+    assert model.bn1.num_batches_tracked == 1
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v2_scala"])
