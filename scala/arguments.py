@@ -1,18 +1,20 @@
 """The command lines of Scala, and what they say as named values; imports no torch.
 
-``main_scala.py`` takes Scala's own flags and DeiT's, with a word for every flag that would do nothing. The groups are
-shared with the other programs of this directory.
+``main_scala.py`` takes Scala's own flags and DeiT's, with a word for every flag that would do nothing. A group of flags
+is a dataclass, shared with the other programs of this directory.
 """
+
+from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn
+from dataclasses import MISSING, dataclass
+from typing import Any
 
+from common.data.paths import check_data_path, check_weights_path
 from common.run import cli
-from common.run.errors import CheckpointError, DataError
-from common.run.settings import Settings
+from common.run.flags import Settings, Switch, add_flags, count, flag, fraction, positive_float, positive_int
+from common.run.settings import AugmentationSettings
 
 TRANSFER_TYPES = ("progressive", "US")
 """Who teaches a slim width: the pass just before it, or the largest width (as in universally slimmable networks)."""
@@ -40,66 +42,186 @@ PUBLISHED_SPELLINGS = {"granularity": "--discrete_ratio"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the flags say
+# Groups of flags
 
 
 @dataclass(frozen=True)
 class NetworkSettings(Settings):
-    """Of :func:`add_model_args` and :func:`add_width_args`: a network and what it starts from; None for its own."""
+    """A network and what it starts from; None for its own."""
 
-    model: str
     smallest_ratio: float
     largest_ratio: float
+    model: str = flag(
+        None, f"a model of this package (default: the checkpoint's with --eval, else {DEFAULT_MODEL})", own=MISSING,
+        metavar="NAME",
+    )  # fmt: skip
     granularity: float | None = None
     input_size: int | None = None
-    embed_dim: int | None = None
-    depth: int | None = None
-    num_heads: int | None = None
-    patch_size: int | None = None
-    init_values: float | None = None
-    official_layer_scale: bool | None = None
-    official_anchors: bool | None = None
-    drop: float = 0.0
-    drop_path: float = 0.0
-    grad_checkpointing: bool = False
-    finetune: str = ""
-    attn_only: bool = False
-    train_mode: bool = True
+    embed_dim: int | None = flag(None, "width, in place of the model's (DeiT only)", type=positive_int, metavar="N")
+    depth: int | None = flag(None, "number of blocks, likewise", type=positive_int, metavar="N")
+    num_heads: int | None = flag(None, "number of heads, likewise", type=positive_int, metavar="N")
+    patch_size: int | None = flag(None, "side of a patch in pixels, likewise", type=positive_int, metavar="N")
+    init_values: float | None = flag(None, "initial LayerScale (default: no LayerScale)", type=float, metavar="GAMMA")
+    official_layer_scale: bool | None = flag(
+        None, "LayerScale without effect, as in the official code (default: off)", action=Switch
+    )
+    official_anchors: bool | None = flag(
+        None, "in a distilled model cut tokens, positions, last norm and heads as if the bound were 0.25 to 1, as the "
+        "official code does (default: off)", action=Switch,
+    )  # fmt: skip
+    drop: float = flag(0.0, "dropout", type=fraction, metavar="RATE")
+    drop_path: float = flag(
+        0.1, "stochastic depth of the last block; rises linearly from 0", own=0.0, type=fraction, metavar="RATE"
+    )
+    grad_checkpointing: bool = flag(False, "recompute blocks in the backward pass, for less memory")
+    finetune: str = flag("", "start from these weights of a DeiT: path, URL (default: random weights)", metavar="FILE")
+    attn_only: bool = flag(False, "train attention, class head and positions only")
+    train_mode: bool = flag(True, "train in training mode, with dropout and stochastic depth")
 
 
 @dataclass(frozen=True)
 class LossSettings(Settings):
-    """Of :func:`add_distillation_args`, and Scala's own of the slim widths."""
+    """The external teacher of the largest width, losses in its place, and those of the slim widths."""
 
-    distillation_type: str
-    distillation_alpha: float
-    distillation_tau: float
-    teacher_model: str
-    teacher_path: str
-    bce_loss: bool
-    cosub: bool
     smoothing: float
-    ce_coefficient: float
-    ce_type: str
-    distill_type: str
-    token_type: str
+    distillation_type: str = flag("none", "external teacher of the largest width", choices=("none", "soft", "hard"))
+    distillation_alpha: float = flag(0.5, "its weight", type=fraction, metavar="A")
+    distillation_tau: float = flag(1.0, "its temperature, soft only", type=positive_float, metavar="T")
+    teacher_model: str = flag("regnety_160", "a timm model", metavar="NAME")
+    teacher_path: str = flag(
+        "", "its weights: path, URL, or timm for timm's own (default: none; required when distilling)", metavar="FILE"
+    )
+    bce_loss: bool = flag(False, "binary cross entropy; every class with a target above 0 counts as present")
+    cosub: bool = flag(False, "train two sub-networks by stochastic depth that teach each other, DeiT III")
+    ce_coefficient: float = flag(
+        1.0, "weight of the cross entropy of the three slim widths", "--ce_coefficient", metavar="c"
+    )
+    ce_type: str = flag(
+        "one_hot", "its targets: the labels, or the predictions of the largest width's class head", "--ce_type",
+        choices=CE_TYPES,
+    )  # fmt: skip
+    distill_type: str = flag(
+        "soft", "a width teaches by its distribution (KL) or by its prediction", "--distill_type",
+        choices=TRANSFER_KINDS,
+    )  # fmt: skip
+    token_type: str = flag(
+        "cls_token", "head of a distilled model that carries the transfer", "--token_type", choices=tuple(TOKENS)
+    )
 
 
 @dataclass(frozen=True)
 class StepSettings(Settings):
-    """Of :func:`add_step_args`, and what a training image goes through besides the common augmentation."""
+    """Scale coordination."""
 
     epochs: int
-    full_warm_epoch: int
-    transfer_type: str
     start_epoch: int = 0
-    ThreeAugment: bool = False
-    src: bool = False
+    full_warm_epoch: int = flag(
+        10, "epochs at the start that train the largest width alone; --epochs or more is separate training",
+        "--full_warm_epoch", type=count, metavar="N",
+    )  # fmt: skip
+    transfer_type: str = flag(
+        "progressive", "who teaches a slim width: the next wider pass, or the largest width", "--transfer_type",
+        choices=TRANSFER_TYPES,
+    )  # fmt: skip
 
     @property
     def alone(self) -> bool:
         """Whether the largest width is the only one that is trained."""
         return self.full_warm_epoch >= self.epochs
+
+
+@dataclass(frozen=True)
+class EvalSettings(Settings):
+    """At which widths to evaluate: ``all`` that were trained, or ratios."""
+
+    eval_ratio: str | Sequence[float] = flag(
+        ["1.0"], "widths to evaluate with --eval: ratios, or all for every trained width", "--eval_ratio", own="all",
+        nargs="+", metavar="r",
+    )  # fmt: skip
+    allow_untrained: bool = flag(False, "evaluate a width that was not trained, whose accuracy is chance")
+    calibrate_batches: int = flag(
+        0, "batches of training images that give an untrained width its batch statistics, in models with batch "
+        "normalisation", type=count, metavar="N",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ScalaAugmentation(AugmentationSettings):
+    """DeiT's augmentation, and DeiT III's."""
+
+    hflip: float = flag(0.5, "probability of a flip; digits: 0", type=fraction, metavar="P")
+    ThreeAugment: bool = flag(False, "3-Augment instead of --aa", "--ThreeAugment")
+    src: bool = flag(False, "simple random crop, with --ThreeAugment")
+
+
+@dataclass(frozen=True)
+class CosineSettings(Settings):
+    """Those of DeiT's schedule flags that do something under a cosine."""
+
+    epochs: int = flag(300, "epochs", type=positive_int, metavar="N")
+    start_epoch: int = flag(
+        0, "count epochs from here; a resumed run knows its own", "--start_epoch", type=count, metavar="N"
+    )
+    sched: str = flag("cosine", "the only schedule there is", choices=("cosine",))
+    warmup_epochs: int = flag(5, "linear warm-up", type=count, metavar="N")
+    warmup_lr: float = flag(1e-6, "its first rate", type=positive_float, metavar="LR")
+    min_lr: float = flag(1e-5, "the last rate", type=positive_float, metavar="LR")
+    lr_noise: Sequence[float] | None = flag(
+        None, "from which, and up to which, fraction of the epochs the rate gets noise (default: never)", type=float,
+        nargs="+", metavar="FRACTION",
+    )  # fmt: skip
+    lr_noise_pct: float = flag(0.67, "its bound", type=positive_float, metavar="P")
+    unscale_lr: bool = flag(False, "take --lr as it is, instead of for 512 images per step")
+
+
+@dataclass(frozen=True)
+class CheckpointSettings(Settings):
+    """The trained network that a program starts from, and what its file may not say itself."""
+
+    checkpoint: str = flag(
+        None, "of main_scala.py or main_dinov2.py, or a state dict: path or URL", own="", required=True, metavar="FILE"
+    )
+    weights: str = flag(
+        "model", "which weights of it; the published numbers are those of model", choices=("model", "model_ema")
+    )
+    model: str | None = flag(None, "the network's name (default: the checkpoint's)", metavar="NAME")
+    allow_untrained: bool = flag(False, "take widths that were not trained, whose accuracy is chance")
+
+
+@dataclass(frozen=True)
+class ProbeSettings(Settings):
+    """What is probed by ``linear_probe.py``."""
+
+    head: str = flag(
+        "auto", "one head cut like the backbone, or one per width; auto: sliced for clips",
+        choices=("auto", "sliced", "separate"),
+    )  # fmt: skip
+    ratios: Sequence[float] | None = flag(
+        None, "widths to evaluate, and to train with --head separate (default: all that were trained)", type=float,
+        nargs="+", metavar="R",
+    )  # fmt: skip
+    allow_untrained: bool = False
+    frames: int = flag(8, "frames of a clip", type=positive_int, metavar="T")
+    fold: int = flag(1, "which of UCF101's lists", choices=(1, 2, 3))
+    smoothing: float = flag(0.0, "label smoothing", type=fraction)
+
+
+def add_width_args(group: Any, defaults: Mapping[str, float] | None = None) -> None:
+    """--smallest_ratio, --largest_ratio, --granularity; without ``defaults`` None, for a checkpoint to say."""
+    for name, metavar, what in (
+        ("smallest_ratio", "s", "smallest width ratio, which uses the leading channels"),
+        ("largest_ratio", "l", "largest width ratio"),
+        ("granularity", "g", "step between the trained widths"),
+    ):
+        value, said = (defaults or DEFAULTS)[name], "" if defaults else "the checkpoint's, else "
+        group.add_argument(
+            f"--{name}", PUBLISHED_SPELLINGS.get(name, f"--{name.replace('_', '-')}"), type=positive_float,
+            default=defaults and value, metavar=metavar, help=f"{what} (default: {said}{value:g})",
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the flags say
 
 
 def given(args: argparse.Namespace) -> dict[str, Any]:
@@ -114,175 +236,16 @@ def check_files(args: argparse.Namespace, *flags: str, data: bool = True) -> Non
 
     Args:
         flags: names of those whose value is a file or a URL; ``auto``, ``timm`` and nothing are no paths.
-        data: look for ``--data-path`` as well, where the data set is folders.
+        data: look for ``--data-path`` as well.
 
     Raises:
         DataError, CheckpointError: naming flag and path.
     """
-    folders = ("imnet", "imagenet", "folder", "inat", "inat18", "inat19", "ucf101", "clips")
-    if data and args.data_set.lower() in folders and args.data_path and not Path(args.data_path).is_dir():
-        raise DataError(f"--data-path {args.data_path}: no such folder")
-    for flag in flags:
-        name = getattr(args, flag)
-        if name and name not in ("auto", "timm") and "://" not in name and not Path(name).is_file():
-            raise CheckpointError(f"--{flag.replace('_', '-')} {name}: no such file")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Groups of flags
-
-
-class _Rejected(argparse.Action):
-    """A flag that would do nothing: refused, with the reason."""
-
-    def __init__(self, *args: Any, reason: str, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.reason = reason
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None
-    ) -> NoReturn:
-        del namespace, values
-        parser.error(f"{option_string} would have no effect, as in the official code: {self.reason}; leave it out")
-
-
-def add_rejected_args(parser: argparse.ArgumentParser, reasons: Mapping[str, str], *, nargs: Any = None) -> None:
-    """Flags that end the program with the reason why they would do nothing."""
-    for flags, reason in reasons.items():
-        parser.add_argument(
-            *flags.split(", "), action=_Rejected, reason=reason, nargs=nargs, default=argparse.SUPPRESS,
-            dest=argparse.SUPPRESS, help=argparse.SUPPRESS,
-        )  # fmt: skip
-
-
-def add_width_args(parser: Any, defaults: Mapping[str, float] | None = None) -> None:
-    """--smallest_ratio, --largest_ratio, --granularity; without ``defaults`` None, for a checkpoint to say."""
-    for name, metavar, what in (
-        ("smallest", "s", "smallest width ratio, which uses the leading channels"),
-        ("largest", "l", "largest width ratio"),
-        ("granularity", "g", "step between the trained widths"),
-    ):
-        dest = name if name == "granularity" else f"{name}_ratio"
-        value, said = (defaults or DEFAULTS)[dest], "" if defaults else "the checkpoint's, else "
-        spellings = {f"--{dest}", f"--{dest.replace('_', '-')}", PUBLISHED_SPELLINGS.get(dest, f"--{dest}")}
-        parser.add_argument(
-            *sorted(spellings, reverse=True), type=cli.positive_float, default=defaults and value, dest=dest,
-            metavar=metavar, help=f"{what} (default: {said}{value:g})",
-        )  # fmt: skip
-
-
-def add_checkpoint_args(parser: Any) -> None:
-    """--checkpoint and what it may not say itself, for programs that start from a trained network."""
-    add = parser.add_argument
-    add("--checkpoint", required=True, metavar="FILE",
-        help="of main_scala.py or main_dinov2.py, or a state dict: path or URL")  # fmt: skip
-    add("--weights", choices=("model", "model_ema"), default="model",
-        help="which weights of it; the published numbers are those of model (default: model)")  # fmt: skip
-    add("--model", metavar="NAME", help="the network's name (default: the checkpoint's)")
-    add_width_args(parser)
-    add("--allow-untrained", action=cli.Switch, default=False,
-        help="take widths that were not trained, whose accuracy is chance (default: off)")  # fmt: skip
-
-
-def add_step_args(parser: Any) -> None:
-    """--full_warm_epoch and --transfer_type."""
-    add = parser.add_argument
-    add("--full_warm_epoch", "--full-warm-epoch", type=cli.count, default=10, metavar="N",
-        help="epochs at the start that train the largest width alone; --epochs or more is separate training "
-        "(default: 10)")  # fmt: skip
-    add("--transfer_type", "--transfer-type", default="progressive", choices=TRANSFER_TYPES,
-        help="who teaches a slim width: the next wider pass, or the largest width (default: progressive)")  # fmt: skip
-
-
-def add_scala_args(parser: argparse.ArgumentParser) -> None:
-    """Widths, scale coordination, and at which widths to evaluate."""
-    group = parser.add_argument_group("Scala")
-    add_width_args(group)
-    add_step_args(group)
-    add = group.add_argument
-    add("--ce_coefficient", "--ce-coefficient", type=float, default=1.0, metavar="c",
-        help="weight of the cross entropy of the three slim widths (default: 1.0)")  # fmt: skip
-    add("--ce_type", "--ce-type", default="one_hot", choices=CE_TYPES,
-        help="its targets: the labels, or the predictions of the largest width's class head "
-        "(default: one_hot)")  # fmt: skip
-    add("--distill_type", "--distill-type", default="soft", choices=TRANSFER_KINDS,
-        help="a width teaches by its distribution (KL) or by its prediction (default: soft)")  # fmt: skip
-    add("--token_type", "--token-type", default="cls_token", choices=tuple(TOKENS),
-        help="head of a distilled model that carries the transfer (default: cls_token)")  # fmt: skip
-    add("--eval_ratio", "--eval-ratio", nargs="+", default=["1.0"], metavar="r",
-        help="widths to evaluate with --eval: ratios, or all for every trained width (default: 1.0)")  # fmt: skip
-    add("--allow-untrained", action=cli.Switch, default=False,
-        help="evaluate a width that was not trained, whose accuracy is chance (default: off)")  # fmt: skip
-    add("--calibrate-batches", type=cli.count, default=0, metavar="N",
-        help="batches of training images that give an untrained width its batch statistics, in models with batch "
-        "normalisation (default: 0)")  # fmt: skip
-
-
-def add_model_args(parser: argparse.ArgumentParser) -> None:
-    """The network, and what it starts from."""
-    add = parser.add_argument_group("network").add_argument
-    add("--model", metavar="NAME",
-        help=f"a model of this package (default: the checkpoint's with --eval, else {DEFAULT_MODEL})")  # fmt: skip
-    for name, what in (
-        ("--embed-dim", "width"),
-        ("--depth", "number of blocks"),
-        ("--num-heads", "number of heads"),
-        ("--patch-size", "side of a patch in pixels"),
-    ):
-        add(name, type=cli.positive_int, metavar="N", help=f"{what}, in place of the model's (DeiT only)")
-    add("--num-classes", type=cli.positive_int, metavar="N", help="classes (default: as many as the data set has)")
-    add("--drop", type=cli.fraction, default=0.0, metavar="RATE", help="dropout (default: 0.0)")
-    add("--drop-path", type=cli.fraction, default=0.1, metavar="RATE",
-        help="stochastic depth of the last block; rises linearly from 0 (default: 0.1)")  # fmt: skip
-    add("--init-values", type=float, metavar="GAMMA", help="initial LayerScale (default: no LayerScale)")
-    add("--official-layer-scale", action=cli.Switch,
-        help="LayerScale without effect, as in the official code (default: off)")  # fmt: skip
-    add("--official-anchors", action=cli.Switch,
-        help="in a distilled model cut tokens, positions, last norm and heads as if the bound were 0.25 to 1, as the "
-        "official code does (default: off)")  # fmt: skip
-    add("--grad-checkpointing", action=cli.Switch, default=False,
-        help="recompute blocks in the backward pass, for less memory (default: off)")  # fmt: skip
-    add("--finetune", default="", metavar="FILE",
-        help="start from these weights of a DeiT: path, URL (default: random weights)")  # fmt: skip
-    add("--attn-only", action=cli.Switch, default=False,
-        help="train attention, class head and positions only (default: off)")  # fmt: skip
-    add("--train-mode", action=cli.Switch, default=True,
-        help="train in training mode, with dropout and stochastic depth (default: on)")  # fmt: skip
-
-
-def add_distillation_args(parser: argparse.ArgumentParser) -> None:
-    """The external teacher of the largest width, and losses in its place."""
-    add = parser.add_argument_group("loss of the largest width").add_argument
-    add(
-        "--distillation-type", default="none", choices=("none", "soft", "hard"), help="external teacher (default: none)"
-    )
-    add("--distillation-alpha", type=cli.fraction, default=0.5, metavar="A", help="its weight (default: 0.5)")
-    add("--distillation-tau", type=cli.positive_float, default=1.0, metavar="T",
-        help="its temperature, soft only (default: 1.0)")  # fmt: skip
-    add("--teacher-model", default="regnety_160", metavar="NAME", help="a timm model (default: regnety_160)")
-    add("--teacher-path", default="", metavar="FILE",
-        help="its weights: path, URL, or timm for timm's own (required when distilling)")  # fmt: skip
-    add("--bce-loss", action=cli.Switch, default=False,
-        help="binary cross entropy; every class with a target above 0 counts as present (default: off)")  # fmt: skip
-    add("--cosub", action=cli.Switch, default=False,
-        help="train two sub-networks by stochastic depth that teach each other, DeiT III (default: off)")  # fmt: skip
-
-
-def add_schedule_args(parser: argparse.ArgumentParser) -> None:
-    """Those of DeiT's schedule flags that do something under a cosine."""
-    add = parser.add_argument_group("schedule").add_argument
-    add("--epochs", type=cli.positive_int, default=300, metavar="N", help="epochs (default: 300)")
-    add("--start_epoch", "--start-epoch", type=cli.count, default=0, metavar="N",
-        help="count epochs from here; a resumed run knows its own (default: 0)")  # fmt: skip
-    add("--sched", default="cosine", choices=("cosine",), help="the only schedule there is (default: cosine)")
-    add("--warmup-epochs", type=cli.count, default=5, metavar="N", help="linear warm-up (default: 5)")
-    add("--warmup-lr", type=cli.positive_float, default=1e-6, metavar="LR", help="its first rate (default: 1e-06)")
-    add("--min-lr", type=cli.positive_float, default=1e-5, metavar="LR", help="the last rate (default: 1e-05)")
-    add("--lr-noise", type=float, nargs="+", metavar="FRACTION",
-        help="from which, and up to which, fraction of the epochs the rate gets noise (default: never)")  # fmt: skip
-    add("--lr-noise-pct", type=cli.positive_float, default=0.67, metavar="P", help="its bound (default: 0.67)")
-    add("--unscale-lr", action=cli.Switch, default=False,
-        help="take --lr as it is, instead of for 512 images per step (default: off)")  # fmt: skip
+    if data:
+        check_data_path(args.data_set, args.data_path)
+    for name in flags:
+        if (file := getattr(args, name)) not in ("auto", "timm"):
+            check_weights_path(f"--{name.replace('_', '-')}", file)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,23 +255,22 @@ def add_schedule_args(parser: argparse.ArgumentParser) -> None:
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     """All flags of ``main_scala.py``."""
     parser = cli.make_parser(description)
-    add_scala_args(parser)
-    add_model_args(parser)
-    add_distillation_args(parser)
+    add_width_args(add_flags(parser, "scale coordination", StepSettings))
+    add_flags(parser, "evaluation", EvalSettings)
+    add = add_flags(parser, "network", NetworkSettings).add_argument
+    add("--num-classes", type=positive_int, metavar="N", help="classes (default: as many as the data set has)")
+    add_flags(parser, "losses", LossSettings)
     cli.add_data_args(parser, input_size=None)
-    cli.add_augmentation_args(parser)
-    add = parser.add_argument_group("more augmentation").add_argument
-    add("--ThreeAugment", action=cli.Switch, default=False, help="3-Augment instead of --aa (default: off)")
-    add("--src", action=cli.Switch, default=False, help="simple random crop, with --ThreeAugment (default: off)")
-    add("--hflip", type=cli.fraction, default=0.5, metavar="P", help="probability of a flip; digits: 0 (default: 0.5)")
-    add("--global-batch-size", type=cli.positive_int, metavar="N",
-        help="images per step over all processes, in place of --batch-size per process (default: none)")  # fmt: skip
+    parser.add_argument(
+        "--global-batch-size", type=positive_int, metavar="N",
+        help="images per step over all processes, in place of --batch-size per process (default: none)",
+    )  # fmt: skip
+    add_flags(parser, "augmentation", ScalaAugmentation)
     cli.add_optimizer_args(parser)
-    add_schedule_args(parser)
-    cli.add_runtime_args(parser)
-    parser.set_defaults(amp=None)  # resolved once the device is known
-    add_rejected_args(parser, REJECTED)
-    add_rejected_args(parser, {"--resplit": "there are no augmentation splits"}, nargs=0)
+    add_flags(parser, "schedule", CosineSettings)
+    cli.add_runtime_args(parser, amp=None)  # resolved once the device is known
+    cli.add_ignored_args(parser, REJECTED, refused=True)
+    cli.add_ignored_args(parser, {"--resplit": "there are no augmentation splits"}, nargs=0, refused=True)
     always = "every process evaluates its share, each image once"
     cli.add_ignored_args(parser, {"--dist-eval": always, "--distributed": "the launcher says so"}, nargs=0)
     launcher = "the launcher's environment says it"
@@ -331,29 +293,27 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Combinations that cannot work end the program here, before any data is opened."""
     args.eval_ratio = read_ratios(parser, args.eval_ratio)
-    distilling = args.distillation_type != "none"
-    if distilling and not args.eval:
-        if "distilled" not in args.model:
-            parser.error(
-                f"--distillation-type {args.distillation_type} needs a model with a distillation head, a *_distilled_* "
-                f"one, got --model {args.model}; or give --distillation-type none"
-            )
-        if not args.teacher_path:
-            parser.error("--distillation-type needs --teacher-path: the teacher's weights, a path, a URL, or timm")
-        if args.finetune:
-            parser.error("--finetune together with --distillation-type is not defined; leave one out")
-    if args.cosub and distilling:
-        parser.error("--cosub replaces the loss of the largest width: leave --distillation-type out")
-    mixing = bool(args.mixup or args.cutmix or args.cutmix_minmax)
-    if args.bce_loss and mixing and args.smoothing and not args.eval:
-        parser.error("--bce-loss takes every class with a target above 0, and smoothing raises all of them; give "
-                     "--smoothing 0")  # fmt: skip
-    if args.batch_size % 2 and mixing and not args.eval and args.global_batch_size is None:
-        parser.error(f"mixup and CutMix need an even --batch-size, got {args.batch_size}")
-    if args.src and not args.ThreeAugment:
-        parser.error("--src belongs to --ThreeAugment: give both")
-    if args.ce_coefficient < 0:
-        parser.error(f"--ce_coefficient must not be negative, got {args.ce_coefficient:g}")
+    mixing = bool(args.mixup or args.cutmix or args.cutmix_minmax) and not args.eval
+    kind = args.distillation_type
+    teaching = kind != "none" and not args.eval
+    for wrong, message in (
+        (teaching and "distilled" not in args.model,
+         f"--distillation-type {kind} needs a model with a distillation head, a *_distilled_* one, got --model "
+         f"{args.model}; or give --distillation-type none"),
+        (teaching and not args.teacher_path,
+         "--distillation-type needs --teacher-path: the teacher's weights, a path, a URL, or timm"),
+        (teaching and args.finetune, "--finetune together with --distillation-type is not defined; leave one out"),
+        (args.cosub and kind != "none",
+         "--cosub replaces the loss of the largest width: leave --distillation-type out"),
+        (args.bce_loss and mixing and args.smoothing,
+         "--bce-loss takes every class with a target above 0, and smoothing raises all of them; give --smoothing 0"),
+        (args.batch_size % 2 and mixing and args.global_batch_size is None,
+         f"mixup and CutMix need an even --batch-size, got {args.batch_size}"),
+        (args.src and not args.ThreeAugment, "--src belongs to --ThreeAugment: give both"),
+        (args.ce_coefficient < 0, f"--ce_coefficient must not be negative, got {args.ce_coefficient:g}"),
+    ):  # fmt: skip
+        if wrong:
+            parser.error(message)
 
 
 def read_ratios(parser: argparse.ArgumentParser, words: Sequence[str]) -> str | list[float]:

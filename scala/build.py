@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from common.losses import DistillationLoss
-from common.run.checkpoint import load_strict, select_state
+from common.run.checkpoint import load_strict, read_checkpoint, select_state
 from common.run.errors import UsageError
 from common.run.launch import main_process_first
 from common.run.program import get_logger
@@ -18,7 +18,7 @@ from scala import models_mobilenet, models_scala, models_uniformer
 from scala.arguments import TOKENS, LossSettings, NetworkSettings
 from scala.losses import CosubLoss, ScalaLosses
 from scala.slicing import WidthGrid, check_sampling
-from scala.weights import load_for_finetuning, read_checkpoint
+from scala.weights import load_for_finetuning
 
 logger = get_logger(__name__)
 

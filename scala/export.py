@@ -17,13 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.run import cli
+from common.run.flags import add_flags
 from common.run.program import run
 from scala import arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
-    arguments.add_checkpoint_args(parser)
+    group = add_flags(parser, "network", arguments.CheckpointSettings)
+    arguments.add_width_args(group)
     add = parser.add_argument
     add("--ratio", type=float, required=True, metavar="R", help="width ratio to export")
     add("--output", required=True, metavar="FILE", help="file to write; .safetensors is added if it has no suffix")
@@ -48,9 +50,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     args = parse_args(argv)
     arguments.check_files(args, "checkpoint", data=False)
+    from common.run.checkpoint import read_checkpoint
     from scala.loading import load_trained
     from scala.standalone import export_slice
-    from scala.weights import read_checkpoint
 
     trained = load_trained(
         read_checkpoint(args.checkpoint), args.checkpoint, weights=args.weights, flags=arguments.given(args)

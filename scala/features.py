@@ -28,13 +28,12 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from common.run.checkpoint import load_strict, select_state
+from common.run.checkpoint import load_strict, read_checkpoint, select_state
 from common.run.errors import CheckpointError
 from scala.layers import Sliced, SlicedLayerNorm, SlicedLinear
 from scala.losses import transfer_loss
 from scala.models_scala import DistilledVisionTransformer_scala, VisionTransformer_scala, create
 from scala.slicing import Ratio, SliceRule, Width
-from scala.weights import read_checkpoint
 
 
 class Projection(nn.Module):

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common.run import cli
+from common.run.flags import add_flags
 from common.run.program import run
 from common.run.settings import DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
 from scala import arguments
@@ -22,15 +23,8 @@ from scala import arguments
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
-    arguments.add_checkpoint_args(parser.add_argument_group("frozen network"))
-    probe = parser.add_argument_group("probe").add_argument
-    probe("--head", choices=("auto", "sliced", "separate"), default="auto",
-          help="one head cut like the backbone, or one per width (default: auto: sliced for clips)")  # fmt: skip
-    probe("--ratios", type=float, nargs="+", metavar="R",
-          help="widths to evaluate, and to train with --head separate (default: all that were trained)")  # fmt: skip
-    probe("--frames", type=cli.positive_int, default=8, metavar="T", help="frames of a clip (default: 8)")
-    probe("--fold", type=int, choices=(1, 2, 3), default=1, help="which of UCF101's lists (default: 1)")
-    probe("--smoothing", type=cli.fraction, default=0.0, help="label smoothing (default: 0)")
+    arguments.add_width_args(add_flags(parser, "frozen network", arguments.CheckpointSettings))
+    add_flags(parser, "probe", arguments.ProbeSettings)
     cli.add_data_args(parser, data_set="ucf101", batch_size=32, input_size=None)
     cli.add_optimizer_args(parser, lr=1e-3, weight_decay=0.0, model_ema=False)
     cli.add_schedule_args(parser, epochs=50, warmup_epochs=0, cooldown_epochs=0, min_lr=0.0)
@@ -47,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     arguments.check_files(args, "checkpoint", "resume")
     from common.run.build import scaled_lr
+    from common.run.checkpoint import read_checkpoint
     from common.run.launch import launch, seed_everything
     from scala.loading import load_trained
-    from scala.probing import ProbeSettings, probe_widths
-    from scala.weights import read_checkpoint
+    from scala.probing import probe_widths
 
     world = launch(args.device, local_rank=args.local_rank)
     seed_everything(args.seed)
@@ -60,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     peak = scaled_lr(args.lr, batch_size=args.batch_size, world_size=world.size, reference=256)
     rows = probe_widths(
         world, RunSettings.of(args), DataSettings.of(args, input_size=trained.input_size), trained,
-        ProbeSettings.of(args), OptimizerSettings.of(args, lr=peak), ScheduleSettings.of(args), arguments=vars(args),
+        arguments.ProbeSettings.of(args), OptimizerSettings.of(args, lr=peak), ScheduleSettings.of(args),
+        arguments=vars(args),
     )  # fmt: skip
     if world.is_main:
         for row in rows:

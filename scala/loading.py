@@ -98,7 +98,7 @@ def load_trained(
     """Build the network of a checkpoint and load it strictly.
 
     Args:
-        content: of ``weights.read_checkpoint``.
+        content: of ``common.run.checkpoint.read_checkpoint``.
         source: the file's name, for messages.
         weights: ``model`` or ``model_ema``; None for the first that is there.
         flags: what the file does not say, or what replaces its own word (with a warning): fields of

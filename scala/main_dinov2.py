@@ -15,6 +15,7 @@ import argparse
 from collections.abc import Sequence
 
 from common.run import cli
+from common.run.flags import add_flags
 from common.run.program import is_main, run
 from common.run.settings import AugmentationSettings, DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
 from scala import arguments
@@ -23,12 +24,11 @@ from scala.arguments import NetworkSettings, StepSettings
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
-    group = parser.add_argument_group("student and widths")
+    group = add_flags(parser, "student and widths", StepSettings)
     add = group.add_argument
     add("--model", default="deit_base_patch14_224_scala", metavar="NAME",
         help="a plain network on the teacher's patches (default: deit_base_patch14_224_scala)")  # fmt: skip
     arguments.add_width_args(group, {"smallest_ratio": 0.25, "largest_ratio": 1.0, "granularity": 0.25})
-    arguments.add_step_args(group)
     add("--drop-path", type=cli.fraction, default=0.0, help="stochastic depth of the last block (default: 0)")
     add("--layer-scale", type=cli.positive_float, default=None, metavar="GAMMA",
         help="initial factor of LayerScale, 1 in Proteus (default: no LayerScale)")  # fmt: skip

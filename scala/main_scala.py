@@ -17,9 +17,9 @@ from functools import partial
 from typing import Any
 
 from common.run.program import is_main, run
-from common.run.settings import AugmentationSettings, DataSettings, OptimizerSettings, RunSettings
+from common.run.settings import DataSettings, OptimizerSettings, RunSettings
 from scala import arguments
-from scala.arguments import LossSettings, NetworkSettings, StepSettings
+from scala.arguments import EvalSettings, LossSettings, NetworkSettings, ScalaAugmentation, StepSettings
 
 parse_args = partial(arguments.parse_args, description=__doc__)
 
@@ -37,16 +37,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     seed_everything(args.seed)
     on_gpu = world.device.type == "cuda"
     settings = RunSettings.of(args, amp=args.amp or ("fp16" if on_gpu else "none"))
-    augmentation = AugmentationSettings.of(args, repeated_aug=args.repeated_aug and world.size > 1)
+    augmentation = ScalaAugmentation.of(args, repeated_aug=args.repeated_aug and world.size > 1)
     even = augmentation.mixes and not args.eval
     batch = training.per_process_batch(args.batch_size, args.global_batch_size, world.size, even=even)
     data = DataSettings.of(args, batch_size=batch, pin_mem=args.pin_mem and on_gpu)
     flags = arguments.given(args)
     if args.eval:
         rows = training.evaluate_checkpoint(
-            world, settings, data, flags=flags, arguments=vars(args), wanted=args.eval_ratio,
-            allow_untrained=args.allow_untrained, calibration_batches=args.calibrate_batches, finetune=args.finetune,
-        )  # fmt: skip
+            world, settings, data, EvalSettings.of(args), flags=flags, arguments=vars(args), finetune=args.finetune
+        )
     else:
         peak = args.lr if args.unscale_lr else scaled_lr(args.lr, batch_size=batch, world_size=world.size)
         rows = training.train_widths(

@@ -8,6 +8,11 @@ at half width.
 Legend: B batch, N tokens, D full width, d = int(r D) sliced width, H heads, C classes, r width ratio.
 """
 
+if __name__ == "__main__":
+    from common.run.cli import make_parser
+
+    make_parser(__doc__).parse_args()  # before anything heavy is imported
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

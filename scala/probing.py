@@ -30,7 +30,8 @@ from common.run.engine import evaluate
 from common.run.errors import UsageError
 from common.run.files import write_atomic
 from common.run.launch import World
-from common.run.settings import DataSettings, OptimizerSettings, RunSettings, ScheduleSettings, Settings
+from common.run.settings import DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
+from scala.arguments import ProbeSettings
 from scala.engine_scala import allow_widths, draw_widths
 from scala.layers import SlicedLinear
 from scala.loading import Trained
@@ -176,18 +177,6 @@ class ProbeAtRatio(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A run
-
-
-@dataclass(frozen=True)
-class ProbeSettings(Settings):
-    """Flags of ``linear_probe.py`` that say what is probed."""
-
-    head: str
-    ratios: Sequence[float] | None
-    allow_untrained: bool
-    frames: int
-    fold: int
-    smoothing: float
 
 
 def open_clips(data: DataSettings, split: str, settings: ProbeSettings) -> Dataset[Any]:

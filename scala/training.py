@@ -16,15 +16,18 @@ from common.data.loaders import num_classes, train_loader
 from common.data.transforms import eval_transform
 from common.measure.flops import count_parameters
 from common.run.build import build_average, build_optimizer, build_run
+from common.run.checkpoint import read_checkpoint
 from common.run.errors import UsageError
 from common.run.launch import World
 from common.run.program import get_logger
-from common.run.settings import AugmentationSettings, DataSettings, OptimizerSettings, RunSettings
+from common.run.settings import DataSettings, OptimizerSettings, RunSettings
 from scala.arguments import (
     DEFAULT_MODEL,
     DEFAULTS,
+    EvalSettings,
     LossSettings,
     NetworkSettings,
+    ScalaAugmentation,
     StepSettings,
 )
 from scala.build import build_losses, build_model, build_teacher, check_training
@@ -34,7 +37,6 @@ from scala.narrowing import NarrowedNetwork, calibrate_
 from scala.record import ScalaRecord
 from scala.slicing import WidthGrid
 from scala.sweep import sweep, write
-from scala.weights import read_checkpoint
 
 logger = get_logger(__name__)
 
@@ -74,7 +76,7 @@ def train_widths(
     world: World,
     run: RunSettings,
     data: DataSettings,
-    augmentation: AugmentationSettings,
+    augmentation: ScalaAugmentation,
     network: NetworkSettings,
     losses: LossSettings,
     step: StepSettings,
@@ -93,7 +95,7 @@ def train_widths(
     assert network.granularity is not None
     grid = WidthGrid(network.smallest_ratio, network.largest_ratio, network.granularity)
     transform = build_train_transform(
-        data.input_size, augmentation, three_augment=step.ThreeAugment, simple_random_crop=step.src
+        data.input_size, augmentation, three_augment=augmentation.ThreeAugment, simple_random_crop=augmentation.src
     )
     batches = build_loaders(
         data, augmentation, classes=classes, eval_batch_size=int(1.5 * data.batch_size), train=transform
@@ -115,8 +117,7 @@ def train_widths(
     trainer = build_run(
         model, world, run, optimizer=updates, average=build_average(model, optimizer), clip_grad=optimizer.clip_grad,
         schedule=LaggingSchedule(updates, curve, start_epoch=step.start_epoch), epochs=step.epochs,
-        start_epoch=step.start_epoch,
-        arguments=known,
+        start_epoch=step.start_epoch, arguments=known,
         files=(LAST, "best_checkpoint.pth"), make_record=partial(ScalaRecord, parameters=parameters),
         find_unused_parameters=True, own_backward=True, train_mode=network.train_mode,
     )  # fmt: skip
@@ -142,12 +143,10 @@ def evaluate_checkpoint(
     world: World,
     run: RunSettings,
     data: DataSettings,
+    settings: EvalSettings,
     *,
     flags: Mapping[str, Any],
     arguments: Mapping[str, Any],
-    wanted: str | Sequence[float],
-    allow_untrained: bool = False,
-    calibration_batches: int = 0,
     finetune: str = "",
 ) -> list[dict[str, float]]:
     """Accuracy of ``--resume`` at some widths; no training images are needed.
@@ -155,8 +154,6 @@ def evaluate_checkpoint(
     Args:
         flags: what the user says of the network, see ``arguments.given``; a checkpoint says the rest.
         arguments: all flags, for the record.
-        wanted: ratios, or ``all`` that were trained.
-        calibration_batches: of training images, for widths without batch statistics.
         finetune: weights to start from where there is no checkpoint.
     """
     content = read_checkpoint(run.resume) if run.resume else {}
@@ -167,14 +164,14 @@ def evaluate_checkpoint(
     else:
         trained = _untrained(data, {**flags, **bound}, finetune)
     model, ratios = trained.model, grid.ratios if trained.ratios is None else trained.ratios
-    if wanted != "all":
-        ratios = trained.choose(wanted, allow_untrained=allow_untrained, flag="width ratio")  # pyright: ignore[reportArgumentType]
+    if not isinstance(settings.eval_ratio, str):
+        ratios = trained.choose(settings.eval_ratio, allow_untrained=settings.allow_untrained, flag="width ratio")
     for ratio in ratios:
         model.check_ratio(ratio)
     data = replace(data, input_size=trained.input_size)
     batches = build_loaders(data, classes=model.num_classes, eval_batch_size=int(1.5 * data.batch_size))
     model.to(world.device)
-    calibrate(model, ratios, data, calibration_batches, world.device)
+    calibrate(model, ratios, data, settings.calibrate_batches, world.device)
     if run.compile:
         allow_widths(len(ratios))
         model = torch.compile(model)

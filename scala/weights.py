@@ -1,4 +1,4 @@
-"""Read a checkpoint; start from one of DeiT (``--finetune``): other image size, classes, or distillation token."""
+"""Start from a checkpoint of DeiT (``--finetune``): other image size, classes, or distillation token."""
 
 import math
 from collections.abc import Mapping
@@ -8,22 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.run.checkpoint import list_key_differences, load_safely, locate
+from common.run.checkpoint import list_key_differences
 from common.run.errors import CheckpointError
-from common.run.launch import main_process_first
 from common.run.program import get_logger
 
 logger = get_logger(__name__)
 
 HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 TOKENS = ("cls_token", "dist_token")
-
-
-def read_checkpoint(source: str) -> Any:
-    """Content of a checkpoint given as a path or URL; one process downloads for all."""
-    with main_process_first():
-        path = locate(source)
-    return load_safely(path)
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], *, old_prefix: int, new_prefix: int) -> Tensor:

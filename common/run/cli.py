@@ -108,36 +108,43 @@ class _Apex(argparse.Action):
 
 
 class _Ignored(argparse.Action):
-    """Takes a flag that does nothing, and says so."""
+    """Takes a flag that does nothing, and says so; or ends the program."""
 
-    def __init__(self, *args: Any, reason: str, **options: Any) -> None:
+    def __init__(self, *args: Any, reason: str, refused: bool, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.reason = reason
+        self.reason, self.refused = reason, refused
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
     ) -> None:
-        del parser, namespace, values
+        del namespace, values
+        if self.refused:
+            official = f"{option_string} would have no effect, as in the official code"
+            parser.error(f"{official}: {self.reason}; leave it out")
         print(f"warning: {option_string} has no effect: {self.reason}", file=sys.stderr)
 
 
-def add_ignored_args(parser: argparse.ArgumentParser, reasons: Mapping[str, str], *, nargs: Any = None) -> None:
+def add_ignored_args(
+    parser: argparse.ArgumentParser, reasons: Mapping[str, str], *, nargs: Any = None, refused: bool = False
+) -> None:
     """Accept flags of published commands that do nothing; each one given prints a warning that names it.
 
     Args:
         reasons: why, by flag; several spellings of a flag are written ``"--a, --b"``.
         nargs: 0 for switches, None for flags with one value, "*" for any number.
+        refused: end the program instead, and leave them out of the help.
     """
-    group = parser.add_argument_group("accepted without effect")
+    group = parser if refused else parser.add_argument_group("accepted without effect")
     for flags, reason in reasons.items():
         options: dict[str, Any] = {} if nargs == 0 else {"metavar": "VALUE"}
         group.add_argument(
             *flags.split(", "),
             action=_Ignored,
             reason=reason,
+            refused=refused,
             nargs=nargs,
             default=argparse.SUPPRESS,
             dest=argparse.SUPPRESS,
-            help=f"no effect: {reason}".replace("%", "%%"),
+            help=argparse.SUPPRESS if refused else f"no effect: {reason}".replace("%", "%%"),
             **options,
         )

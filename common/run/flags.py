@@ -126,7 +126,7 @@ def flag(default: Any, help: str, *others: str, own: Any = ..., **options: Any) 
 
 
 def add_flags(parser: argparse.ArgumentParser, title: str, settings: type[Settings], **defaults: Any) -> Any:
-    """The flags of ``settings`` as a group of ``parser``; every help text ends with the default.
+    """The flags of ``settings`` as a group of ``parser``; every help text ends with the default, or says it itself.
 
     Args:
         defaults: in place of the flags' own, by field.
@@ -146,7 +146,8 @@ def add_flags(parser: argparse.ArgumentParser, title: str, settings: type[Settin
                 shown = "on" if shown else "off"
             elif shown in (None, ""):
                 shown = "none"
-            options["help"] = f"{options['help']} (default: {shown})".replace("%", "%%")
+            said = "" if options.get("required") or "(default: " in options["help"] else f" (default: {shown})"
+            options["help"] = (options["help"] + said).replace("%", "%%")
             group.add_argument("--" + own.name.replace("_", "-"), *own.metadata["others"], dest=own.name, **options)
     if defaults:
         raise TypeError(f"the group {title!r} has no flag for {', '.join(sorted(defaults))}")

@@ -14,8 +14,6 @@ from common.run.files import ROOT
 HEAVY = ("torch", "torchvision", "timm", "scipy", "sklearn")
 NO_PROGRAMS = ("hourglass_swag/models/", "common/run/program.py", "common/run/torchrun.py", "docs/")
 """Build scripts and published examples with environments of their own, a docstring's example, torchrun's parser."""
-STILL_HEAVY = ("scala/models_scala.py",)
-"""Programs that import torch before they parse, to be mended."""
 
 BLOCKED = "import runpy, sys; sys.argv = sys.argv[1:]; sys.modules.update(dict.fromkeys({heavy})); " + (
     "sys.path.insert(0, sys.argv[0].rpartition('/')[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -45,8 +43,6 @@ def test_parsing_needs_no_torch(program: str, tmp_path: Path) -> None:
     script = str(ROOT / program)
     for words in (["--help"], ["--no-such-flag"]):
         done = start("-c", BLOCKED.format(heavy=HEAVY), script, *words, cwd=tmp_path)
-        if program in STILL_HEAVY and re.search(r"import of \S+ halted", done.stderr):
-            pytest.xfail("imports torch before it parses")
         assert "Traceback" not in done.stderr, done.stderr[-2000:]
         if words == ["--help"]:
             assert done.returncode == 0
