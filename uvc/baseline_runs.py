@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,12 +15,13 @@ from common.run.engine import StepInfo
 from common.run.errors import UsageError
 from common.run.launch import get_world_size
 from common.run.program import get_logger
-from common.run.settings import AugmentationSettings, DataSettings
+from common.run.settings import DataSettings
 from uvc import baseline_scores as scoring
 from uvc.data import build_transforms
 from uvc.loading import Masked, freeze_structure, load_masked
 from uvc.models import create, input_size
 from uvc.models.gates import GatedTransformer, register_masks
+from uvc.settings import PruningSettings, Run
 
 logger = get_logger(__name__)
 
@@ -49,12 +50,10 @@ def prepare(model: GatedTransformer, scratch: str | None) -> None:
     freeze_structure(model)
 
 
-def scoring_batches(
-    data: DataSettings, augmentation: AugmentationSettings, model: GatedTransformer, images: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+def scoring_batches(run: Run, model: GatedTransformer, images: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Training batches up to a number of images; each rank has its own, and rank 0's scores are taken."""
-    data = replace(data, input_size=model.image_size[0])
-    dataset = open_split(data, "train", build_transforms(data, augmentation)[0])
+    data = replace(run.data, input_size=model.image_size[0])
+    dataset = open_split(data, "train", build_transforms(data, run.augmentation)[0])
     device, seen = next(model.parameters()).device, 0
     for inputs, labels in train_loader(dataset, batch_size=data.batch_size, workers=0, seed=data.seed):
         yield inputs.to(device), labels.to(device)
@@ -63,37 +62,26 @@ def scoring_batches(
             return
 
 
-def prune(
-    model: GatedTransformer,
-    method: str,
-    data: DataSettings,
-    augmentation: AugmentationSettings,
-    *,
-    density: float,
-    scope: scoring.Scope,
-    score_images: int,
-    attention_density: float,
-    mlp_density: float,
-) -> None:
-    """Set the masks that hold from the first step on; arguments as the flags of ``baselines.py``."""
-    scores: dict[str, Tensor] | None = None
+def prune(model: GatedTransformer, settings: PruningSettings, run: Run) -> None:
+    """Set the masks that hold from the first step on; ``run`` says which images are scored."""
+    method, scores = settings.method, None
     model.train()  # as the release scores
     if method == "omp":
         scores = scoring.magnitude_scores(model)
     elif method == "taylor":
-        scores = scoring.taylor_scores(model, scoring_batches(data, augmentation, model, score_images))
+        scores = scoring.taylor_scores(model, scoring_batches(run, model, settings.score_images))
     elif method == "synflow":
         scores = scoring.synflow_scores(model)
     elif method == "gradient-sparsity":
-        generator = torch.Generator().manual_seed(data.seed)
+        generator = torch.Generator().manual_seed(run.data.seed)
         layers = scoring.magnitude_scores(model)
         scores = {name: torch.rand(value.shape, generator=generator).to(value) for name, value in layers.items()}
     elif method == "structured":
-        heads, neurons, _ = scoring.structured_scores(model, *next(scoring_batches(data, augmentation, model, 1)))
-        kept = scoring.best(heads, attention_density), scoring.best(neurons, mlp_density)
+        heads, neurons, _ = scoring.structured_scores(model, *next(scoring_batches(run, model, 1)))
+        kept = scoring.best(heads, settings.attention_density), scoring.best(neurons, settings.mlp_density)
         scoring.set_structured_masks_(model, *kept)
     if scores is not None:
-        scoring.set_masks_(model, scoring.masks_of(scores, density, scope=scope))
+        scoring.set_masks_(model, scoring.masks_of(scores, settings.density, scope=settings.scope))
     if get_world_size() > 1:  # ranks may have scored other images
         for name, mask in model.named_buffers():
             if name.endswith("mask"):
@@ -101,33 +89,23 @@ def prune(
     logger.info("%s: %.2f %% of the weights are kept", method, 100 * scoring.density_of(model))
 
 
+@dataclass
 class Gradual:
-    """Gradual magnitude pruning: before a step that is one of its events, masks of the sparsity then due.
+    """Gradual magnitude pruning: before a step that is one of its events, masks of the sparsity then due."""
 
-    Args:
-        model: takes the masks.
-        start, interval, times: steps before the first interval, steps of an interval, and events.
-        density: share of weights kept at the end.
-        scope: of the threshold.
-    """
-
-    def __init__(
-        self, model: GatedTransformer, *, start: int, interval: int, times: int, density: float, scope: scoring.Scope
-    ) -> None:
-        self.model, self.density = model, density
-        self.scope: scoring.Scope = scope
-        self.start, self.interval, self.times = start, interval, times
+    model: GatedTransformer
+    settings: PruningSettings
 
     def __call__(self, steps: int) -> bool:
         """Called with the number of steps done; whether masks changed."""
-        event, rest = divmod(steps - self.start, self.interval)
-        if rest or not 1 <= event <= self.times:
+        start, interval, times = self.settings.t_start, self.settings.delta_t, self.settings.pruning_times
+        event, rest = divmod(steps - start, interval)
+        if rest or not 1 <= event <= times:
             return False
-        sparsity = scoring.gmp_sparsity(
-            steps, start=self.start, interval=self.interval, times=self.times, final=1 - self.density
-        )
+        final = 1 - self.settings.density
+        sparsity = scoring.gmp_sparsity(steps, start=start, interval=interval, times=times, final=final)
         scores = scoring.magnitude_scores(self.model)
-        scoring.set_masks_(self.model, scoring.masks_of(scores, 1 - sparsity, scope=self.scope))
+        scoring.set_masks_(self.model, scoring.masks_of(scores, 1 - sparsity, scope=self.settings.scope))
         logger.info("gmp at step %d: sparsity %.2f %%", steps, 100 * sparsity)
         return True
 
@@ -137,7 +115,7 @@ class Gradual:
         Raises:
             UsageError: it does not, and would end above its density.
         """
-        last = self.start + self.times * self.interval
+        last = self.settings.t_start + self.settings.pruning_times * self.settings.delta_t
         if last >= steps:
             raise UsageError(
                 f"gmp would not reach its density: its last event is before step {last + 1}, the run has {steps} "
@@ -162,11 +140,9 @@ def gradient_sparsity(model: GatedTransformer) -> dict[str, float]:
     """Percent of the kept weights' gradients that are zero, or next to nothing in their layer. Waits for the device."""
     zero = small = total = 0.0
     for layer in scoring.prunable(model).values():
-        gradient = layer.get_parameter("weight").grad
-        if gradient is None:
-            continue
-        kept = gradient[layer.get_buffer("mask") != 0].abs()
-        if kept.numel():
+        weight, mask = layer.get_parameter("weight"), layer.get_buffer("mask") != 0
+        if weight.grad is not None and mask.any():
+            kept = weight.grad[mask].abs()
             zero += float((kept == 0).sum())
             small += float((kept <= SMALL * kept.square().mean().sqrt()).sum())
             total += kept.numel()

@@ -9,9 +9,8 @@ L blocks, H heads, d channels of a head, D width, M hidden neurons, B batch, T t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +31,9 @@ def prunable(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: module.get_parameter("weight") for name, module in prunable(model).items()}
-
-
 def magnitude_scores(model: nn.Module) -> dict[str, Tensor]:
     """|w| of every prunable weight, by layer."""
-    return {name: weight.detach().abs() for name, weight in _weights(model).items()}
+    return {name: layer.get_parameter("weight").detach().abs() for name, layer in prunable(model).items()}
 
 
 def taylor_scores(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -51,7 +46,8 @@ def taylor_scores(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) ->
     model.zero_grad(set_to_none=True)
     for images, labels in batches:
         F.cross_entropy(logits_of(model, images), labels).backward()
-    scores = {name: (_gradient(weight) * weight).detach().abs() for name, weight in _weights(model).items()}
+    weights = {name: layer.get_parameter("weight") for name, layer in prunable(model).items()}
+    scores = {name: (gradient(weight) * weight).detach().abs() for name, weight in weights.items()}
     model.zero_grad(set_to_none=True)
     return scores
 
@@ -59,40 +55,31 @@ def taylor_scores(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) ->
 def synflow_scores(model: GatedTransformer) -> dict[str, Tensor]:
     """|g w| where all weights, biases, tokens and positions are replaced by their absolute values.
 
-    g is the gradient of the sum of the logits of an image of ones; no data are needed. Weights are as before after.
+    g is the gradient of the sum of the logits of an image of ones; no data are needed. The model is left as it is.
     """
-    model.zero_grad(set_to_none=True)
-    with _absolute(model):
-        like = next(model.parameters())
-        ones = torch.ones(1, 3, *model.image_size, dtype=like.dtype, device=like.device)
-        logits_of(model, ones).sum().backward()
-        scores = {name: (_gradient(weight) * weight).detach().abs() for name, weight in _weights(model).items()}
-    model.zero_grad(set_to_none=True)
-    return scores
+    absolute = {
+        name: value.detach() if name.endswith("gating") else value.detach().abs().requires_grad_()
+        for name, value in model.named_parameters()
+    }
+    like = next(model.parameters())
+    ones = torch.ones(1, 3, *model.image_size, dtype=like.dtype, device=like.device)
+
+    def passed(images: Tensor) -> Any:
+        return torch.func.functional_call(model, absolute, images)
+
+    logits_of(passed, ones).sum().backward()
+    weights = {name: absolute[f"{name}.weight"] for name in prunable(model)}
+    return {name: (gradient(weight) * weight).detach().abs() for name, weight in weights.items()}
 
 
-@contextmanager
-def _absolute(model: nn.Module) -> Iterator[None]:
-    """Absolute values of all parameters but the gates inside, the old values after."""
-    kept = {name: value.detach().clone() for name, value in model.named_parameters() if not name.endswith("gating")}
-    with torch.no_grad():
-        for name in kept:
-            model.get_parameter(name).abs_()
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, value in kept.items():
-                model.get_parameter(name).copy_(value)
-
-
-def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+def logits_of(model: Callable[[Tensor], Any], images: Tensor) -> Tensor:
     """Class logits in either mode; the mean of two heads, so that each of them is scored."""
     output = model(images)
     return (output[0] + output[1]) / 2 if isinstance(output, tuple) else output
 
 
-def _gradient(weight: Tensor) -> Tensor:
+def gradient(weight: Tensor) -> Tensor:
+    """Of a leaf, zeros where nothing reached it."""
     return torch.zeros_like(weight) if weight.grad is None else weight.grad
 
 
@@ -109,12 +96,13 @@ def masks_of(scores: Mapping[str, Tensor], density: float, *, scope: Scope = "gl
     """
     if not 0 <= density <= 1:
         raise ValueError(f"the density is the share of weights kept, 0 to 1, got {density}")
-    if scope == "local":
-        return {name: values > _threshold(values.flatten(), density) for name, values in scores.items()}
-    if scope != "global":
+    if scope not in ("global", "local"):
         raise ValueError(f"the scope is global or local, got {scope!r}")
-    threshold = _threshold(torch.cat([values.flatten() for values in scores.values()]), density)
-    return {name: values > threshold for name, values in scores.items()}
+    together = torch.cat([values.flatten() for values in scores.values()]) if scope == "global" else None
+    return {
+        name: values > _threshold(values.flatten() if together is None else together, density)
+        for name, values in scores.items()
+    }
 
 
 def _threshold(values: Tensor, density: float) -> Tensor:
@@ -174,10 +162,10 @@ def structured_scores(model: GatedTransformer, images: Tensor, labels: Tensor) -
             handle.remove()
     if len(outputs) != len(blocks):
         raise ValueError("every block must run to be scored: set the gates so that none is skipped")
-    products = torch.stack([_gradient(output) * output.detach() for output in outputs])  # (L, B, T, D)
+    products = torch.stack([gradient(output) * output.detach() for output in outputs])  # (L, B, T, D)
     heads = products.unflatten(-1, (model.num_heads, model.head_dim)).sum(dim=(2, 4)).abs().mean(1)
     neurons = torch.stack(
-        [_gradient(b.mlp.fc1.weight).abs().sum(1) + _gradient(b.mlp.fc2.weight).abs().sum(0) for b in blocks]
+        [gradient(b.mlp.fc1.weight).abs().sum(1) + gradient(b.mlp.fc2.weight).abs().sum(0) for b in blocks]
     )
     model.zero_grad(set_to_none=True)
     return heads, neurons, loss.detach()

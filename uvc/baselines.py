@@ -19,6 +19,7 @@ from common.run import cli
 from common.run.errors import UsageError
 from common.run.program import run
 from uvc import arguments
+from uvc.settings import PruningSettings
 
 METHODS = ("omp", "gmp", "taylor", "synflow", "structured", "gradient-sparsity")
 
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Score, mask, train; returns the best accuracy and the cost."""
     args = parse_args(argv)
     arguments.check_paths(args)
-    settings = arguments.post_run(args, args.model_type)
+    settings, pruning = arguments.post_run(args, args.model_type), PruningSettings.of(args)
     from common.run.launch import launch, seed_everything
     from uvc import baseline_runs
     from uvc.stages import fine_tune
@@ -62,17 +63,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     seed_everything(args.seed)
     masked = baseline_runs.open_dense(settings.data, args.model_type, args.model_path, img_size=args.img_size)
     model = masked.model.to(world.device)
-    baseline_runs.prune(
-        model, args.method, settings.data, settings.augmentation, density=args.density, scope=args.scope,
-        score_images=args.score_images, attention_density=args.attention_density, mlp_density=args.mlp_density,
-    )  # fmt: skip
+    baseline_runs.prune(model, pruning, settings)
     baseline_runs.prepare(model, args.model_type if args.from_scratch else None)
-    gradual = None
-    if args.method == "gmp":
-        gradual = baseline_runs.Gradual(
-            model, start=args.t_start, interval=args.delta_t, times=args.pruning_times, density=args.density,
-            scope=args.scope,
-        )  # fmt: skip
+    gradual = baseline_runs.Gradual(model, pruning) if args.method == "gmp" else None
     observe = baseline_runs.gradient_observer(model, args.log_every_steps or 50)
     return fine_tune(
         settings, masked, world, before_step=gradual, check_length=gradual.check if gradual else None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from common.run.settings import (
     AugmentationSettings,
@@ -149,3 +149,18 @@ class PostRun(Run):
 
     schedule: ScheduleSettings
     parts: int
+
+
+@dataclass(frozen=True)
+class PruningSettings(Settings):
+    """How a pruning baseline masks, by the flags of ``baselines.py``."""
+
+    method: str
+    density: float
+    scope: Literal["global", "local"]
+    attention_density: float
+    mlp_density: float
+    score_images: int
+    pruning_times: int
+    delta_t: int
+    t_start: int
