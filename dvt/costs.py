@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common.measure.flops import Counted, OpCounts, count_operations, gmacs
 from dvt.models.backbone import Backbone
 from dvt.models.cascade import Cascade
-from dvt.models.reuse import FEATURE_CHANNELS
+from dvt.models.reuse import FEATURE_CHANNELS, padded
 
 CONVENTION = "fvcore"
 """Of the published costs."""
@@ -51,7 +51,7 @@ def _official_resizes(stage: Backbone) -> OpCounts:
         maps += FEATURE_CHANNELS * stage.depth
     if stage.relation_reuse:
         channels = stage.depth * stage.num_heads
-        products += channels * (source + tokens) * stage.token_resize.padded_tokens * source
+        products += channels * (source + tokens) * padded(tokens) * source
         maps += channels * (source + tokens)  # along keys, along queries
     pixels = 4 * math.prod(stage.source_grid) * maps
     return OpCounts(matmul=-products, upsample=pixels, pool=pixels)

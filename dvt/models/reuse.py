@@ -31,36 +31,20 @@ ALIGNMENT = 8
 """Rows of a relation start at multiples of this many elements, as fused attention wants its mask."""
 
 
-def grid_overlap(source: int, target: int) -> tuple[Tensor, Tensor]:
-    """The resize of a side as whole numbers: ``A = overlap / sizes``.
+def resize_side(source: int, target: int) -> Tensor:
+    """The resize of one side of a grid, ``A`` (target, source), in float64 on the CPU; its rows sum to one.
 
     Args:
         source, target: tokens per side, n_up and n.
-
-    Returns:
-        Up-sampled pixels of each source token in each pooling window, (target, source), and the windows' sizes,
-        (target, 1); small whole numbers in float32, hence exact in every dtype.
     """
-    start = torch.tensor([(2 * source * i) // target for i in range(target)], device="cpu")
-    stop = torch.tensor([-(-2 * source * (i + 1) // target) for i in range(target)], device="cpu")
-    left = 2 * torch.arange(source, device="cpu")
-    overlap = torch.minimum(stop[:, None], left + 2) - torch.maximum(start[:, None], left)
-    return overlap.clamp(min=0).float(), (stop - start)[:, None].float()
+    each = torch.eye(source, dtype=torch.float64, device="cpu")[None]
+    return F.adaptive_avg_pool1d(F.interpolate(each, scale_factor=2, mode="nearest"), target)[0].T
 
 
-def token_overlap(source: Grid, target: Grid) -> tuple[Tensor, Tensor]:
-    """The resize of all tokens, class token first, as whole numbers: ``W = blockdiag(1, A (x) B) = overlap / sizes``.
-
-    Args:
-        source, target: rows and columns of tokens.
-
-    Returns:
-        (N+1, M+1) and (N+1, 1); see :func:`grid_overlap`.
-    """
-    (rows, row_sizes), (columns, column_sizes) = map(grid_overlap, source, target)
-    one = torch.ones(1, 1, device="cpu")
-    overlap = torch.block_diag(one, torch.kron(rows, columns))
-    return overlap, torch.cat([one, torch.kron(row_sizes, column_sizes)])
+def resize_tokens(source: Grid, target: Grid) -> Tensor:
+    """The resize of all tokens, class token first, ``W = blockdiag(1, A (x) B)``, (N+1, M+1)."""
+    rows, columns = map(resize_side, source, target)
+    return torch.block_diag(torch.ones_like(rows[:1, :1]), torch.kron(rows, columns))
 
 
 class TokenResize(nn.Module):
@@ -70,40 +54,36 @@ class TokenResize(nn.Module):
         source, target: rows and columns of tokens of the stage before and of this one.
     """
 
-    overlap: Tensor
-    sizes: Tensor
+    matrix: Tensor
 
     def __init__(self, source: Grid, target: Grid) -> None:
         super().__init__()
         self.source, self.target = source, target
-        self.register_buffer("overlap", torch.empty(math.prod(target) + 1, math.prod(source) + 1), persistent=False)
-        self.register_buffer("sizes", torch.empty(math.prod(target) + 1, 1), persistent=False)
+        self.register_buffer("matrix", torch.empty(math.prod(target) + 1, math.prod(source) + 1), persistent=False)
         self.reset_buffers()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "TokenResize":
-        """Moves and casts, after which the constants are filled in anew: ``to_empty()`` leaves them undefined."""
+        """Moves and casts, after which ``W`` is exact in the new dtype, and defined after ``to_empty()``."""
         super()._apply(fn, recurse)
         self.reset_buffers()
         return self
 
     def reset_buffers(self) -> None:
-        """Fill in the constants."""
-        for buffer, value in zip((self.overlap, self.sizes), token_overlap(self.source, self.target), strict=True):
-            if not buffer.is_meta:
-                buffer.copy_(value)
+        """Fill in ``W``."""
+        if not self.matrix.is_meta:
+            self.matrix.copy_(resize_tokens(self.source, self.target))
 
     def forward(self, dtype: torch.dtype) -> Tensor:
-        """``W`` (N+1, M+1) in ``dtype``; its rows sum to one."""
-        return self.overlap.to(dtype) / self.sizes.to(dtype)
-
-    @property
-    def padded_tokens(self) -> int:
-        """Length of a row of resized relations in memory, in elements."""
-        tokens = len(self.overlap)
-        return tokens + -tokens % ALIGNMENT
+        """``W`` in ``dtype``."""
+        return self.matrix.to(dtype)
 
     def extra_repr(self) -> str:
         return "{}x{} -> {}x{}".format(*self.source, *self.target)
+
+
+def padded(tokens: int) -> int:
+    """Length of a row of that many reused logits in memory, in elements."""
+    return tokens + -tokens % ALIGNMENT
 
 
 def reuse_features(features: Tensor, matrix: Tensor) -> Tensor:
@@ -134,7 +114,7 @@ def resize_relations(relations: Tensor, matrix: Tensor) -> Tensor:
         (B, C, N+1, N+1), a view whose rows start at multiples of ``ALIGNMENT`` elements.
     """
     tokens = len(matrix)
-    keys = F.pad(matrix, (0, 0, 0, -tokens % ALIGNMENT))
+    keys = F.pad(matrix, (0, 0, 0, padded(tokens) - tokens))
     return (matrix @ (relations @ keys.T))[..., :tokens]
 
 

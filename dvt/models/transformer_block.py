@@ -26,12 +26,8 @@ class Attention(nn.Module):
     """Self-attention that adds reused logits to its own and, only if asked to, returns the sum.
 
     Args:
-        dim: D.
-        num_heads: H, a divisor of D.
+        dim: D, a multiple of ``num_heads``, H.
         qk_scale: factor of the logits; None: d^-0.5.
-
-    Raises:
-        ValueError: if D is not a multiple of H.
     """
 
     def __init__(
@@ -56,32 +52,27 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, reused: Tensor | None = None, *, hand_on: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend.
+        """Attend: (B, N+1, D) -> (B, N+1, D), and the logits, reused ones included, (B, H, N+1, N+1), or None.
 
         Args:
-            x: (B, N+1, D).
             reused: logits to add, (B, H, N+1, N+1).
             hand_on: also return the logits. The attention map is materialised only then; otherwise attention is fused.
-
-        Returns:
-            (B, N+1, D), and the logits, reused ones included, (B, H, N+1, N+1), or None.
 
         Source: arXiv:2105.15075, Section 3.2, Eq. 6: Q, K, V = z W^Q, z W^K, z W^V; Eq. 7: Softmax(A) V, A = Q K^T /
         sqrt(d); Eq. 9: Softmax(A + r(A_up)) V.
         """
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N+1, d)
+        relation = None
         if hand_on:
             relation = (q * self.scale) @ k.transpose(-2, -1)
             relation = relation if reused is None else relation + reused
             mixed = self.attn_drop(relation.softmax(dim=-1)) @ v
         else:
-            relation = None
             mask = None if reused is None else reused.to(q.dtype)
             rate = self.attn_drop.p if self.training else 0.0
             mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=rate, scale=self.scale)
-        return self.proj_drop(self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))), relation
+        return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2))), relation
 
 
 class Block(nn.Module):
@@ -90,11 +81,11 @@ class Block(nn.Module):
     ``z' = z + MSA(LN(z))``, ``z_next = z' + MLP(LN(Concat(z', E_l)))``.
 
     Args:
-        dim: D.
         mlp_ratio: hidden width of the MLP as a multiple of D, with reused features too.
         drop_path: rate of both branches, drawn for each by itself.
         norm_layer: makes a normalisation from its width.
         feature_reuse: own an f_l, and have 48 more inputs in ``norm2`` and ``mlp``.
+        others: of :class:`Attention`; ``drop`` of its output, of the MLP and of f_l.
 
     Source: arXiv:2105.15075, Section 3.2.
     """
@@ -113,7 +104,7 @@ class Block(nn.Module):
         feature_reuse: bool = False,
     ) -> None:
         super().__init__()
-        self.dim, self.feature_reuse = dim, feature_reuse
+        self.feature_reuse = feature_reuse
         inputs = dim + FEATURE_CHANNELS if feature_reuse else dim
         self.norm1 = norm_layer(dim)
         self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop)
@@ -134,17 +125,12 @@ class Block(nn.Module):
         *,
         hand_on: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Run the block.
+        """Run the block: (B, N+1, D) -> (B, N+1, D), and the logits, (B, H, N+1, N+1), or None.
 
         Args:
-            x: (B, N+1, D).
             features: z_up, output of the last block of the stage before, (B, M+1, D); needed with feature reuse.
-            reused: attention logits to add, (B, H, N+1, N+1).
+            reused, hand_on: see :meth:`Attention.forward`.
             matrix: ``W`` that resizes the features, (N+1, M+1); see :mod:`dvt.models.reuse`.
-            hand_on: return the attention logits.
-
-        Returns:
-            (B, N+1, D), and the logits, (B, H, N+1, N+1), or None.
 
         Raises:
             ValueError: if features are given or missing against what the block was built for.

@@ -30,7 +30,7 @@ from dvt.models import STAGE_NAMES, create_model
 from dvt.models.backbone import Backbone, StageOutput
 from dvt.models.cascade import Cascade, make_cascade
 from dvt.models.deit import VisionTransformer
-from dvt.models.reuse import reuse_relations, token_overlap
+from dvt.models.reuse import resize_tokens, reuse_relations
 from dvt.models.t2t_vit import T2T_module, T2T_ViT
 from dvt.models.token_transformer import Token_transformer
 from dvt.models.transformer_block import Block, drop_path_rates
@@ -180,8 +180,7 @@ def run_block(case: Case, checks: Checks) -> None:
     matrix = None
     if features is not None:
         sides = (int((tokens.shape[1] - 1) ** 0.5) for tokens in (features, x))
-        overlap, sizes = token_overlap(*((side, side) for side in sides))
-        matrix = overlap.double() / sizes.double()
+        matrix = resize_tokens(*((side, side) for side in sides))
     out, relation = module(x, features, _try_draw(case, "relations_to_be_reused"), matrix, hand_on=True)
     fused, _ = module(x, features, _try_draw(case, "relations_to_be_reused"), matrix)
     check_known(case, checks, {"x": out, "relation": relation})

@@ -18,7 +18,7 @@ from dvt.models import SUFFIXES, create_model
 from dvt.models.backbone import Backbone
 from dvt.models.cascade import Cascade, make_cascade
 from dvt.models.deit import VisionTransformer
-from dvt.models.reuse import grid_overlap, resize_relations, token_overlap
+from dvt.models.reuse import resize_relations, resize_side, resize_tokens
 from dvt.models.t2t_vit import Split, T2T_ViT, soft_split
 from dvt.models.transformer_block import Block
 from dvt.tests.tiny import resize_grid
@@ -41,21 +41,21 @@ def test_the_resize_is_nearest_then_adaptive_pooling(source, target):
 
 
 def test_the_resize_has_the_stated_rows():
-    overlap, sizes = grid_overlap(7, 10)
-    rows = (overlap / sizes)[[0, 1, 2, 7]]
-    expected = torch.tensor([[0, 1.0], [0.5, 0.5], [2 / 3, 1 / 3], [1 / 3, 2 / 3]])
-    torch.testing.assert_close(rows[0, :2], torch.tensor([1.0, 0.0]))
+    matrix = resize_side(7, 10)
+    rows = matrix[[0, 1, 2, 7]]
+    expected = torch.tensor([[0, 1.0], [0.5, 0.5], [2 / 3, 1 / 3], [1 / 3, 2 / 3]]).double()
+    torch.testing.assert_close(rows[0, :2], torch.tensor([1.0, 0.0]).double())
     torch.testing.assert_close(rows[1, :2], expected[1])
     torch.testing.assert_close(rows[2, 1:3], expected[2])
     torch.testing.assert_close(rows[3, 4:6], expected[3])
-    assert set(overlap.unique().tolist()) <= {0.0, 1.0, 2.0}
+    assert set(matrix.unique().tolist()) == {0.0, 1 / 3, 1 / 2, 2 / 3, 1.0}
+    torch.testing.assert_close(matrix.sum(dim=1), torch.ones(10).double(), rtol=1e-15, atol=0)
 
 
 def test_relations_keep_the_class_token_apart():
     """Resized along keys and then along queries, class row and column along one side only."""
     relations = torch.from_numpy(array("r", (2, 3, 50, 50)))
-    overlap, sizes = token_overlap((7, 7), (10, 10))
-    got = resize_relations(relations, overlap.double() / sizes.double())
+    got = resize_relations(relations, resize_tokens((7, 7), (10, 10)))
 
     def along_keys(rows: torch.Tensor) -> torch.Tensor:
         grid = resize_grid(rows[..., 1:].unflatten(-1, (7, 7)), 10)
@@ -289,9 +289,8 @@ def test_rectangular_images(kind):
         return
     assert [stage.grid for stage in model.stages] == grids
     assert [logits.shape for logits in model(image(2, size).float())] == [(2, 5)] * 3
-    overlap, sizes = token_overlap((4, 6), (6, 9))
     maps = torch.from_numpy(array("m", (2, 4, 6))).float()
-    moved = (overlap / sizes)[1:, 1:] @ maps.flatten(1).T
+    moved = resize_tokens((4, 6), (6, 9))[1:, 1:].float() @ maps.flatten(1).T
     torch.testing.assert_close(moved.T.unflatten(1, (6, 9)), resize_grid(maps, (6, 9)))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from common.tests.reference import fill_
 from dvt.models.cascade import Cascade, make_cascade
 from dvt.models.deit import VisionTransformer
-from dvt.models.reuse import grid_overlap
+from dvt.models.reuse import resize_side
 from dvt.models.t2t_vit import T2T_ViT
 
 T2T_GRIDS = [{"tokens_type": f"performer{suffix}"} for suffix in ("_less_less_token", "_less_token", "")]
@@ -38,5 +38,5 @@ def filled(cascade: Cascade, seed: int, dtype: torch.dtype) -> Cascade:
 def resize_grid(maps: Tensor, target: int | tuple[int, int]) -> Tensor:
     """Resize maps (..., rows, columns) as a stage does: up-sampled by two, then pooled, as ``A X B^T``."""
     sides = zip(maps.shape[-2:], (target, target) if isinstance(target, int) else target, strict=True)
-    rows, columns = (overlap.to(maps) / sizes.to(maps) for overlap, sizes in (grid_overlap(*pair) for pair in sides))
+    rows, columns = (resize_side(*pair).to(maps) for pair in sides)
     return rows @ maps @ columns.T
