@@ -63,7 +63,8 @@ def group_of(parser: argparse.ArgumentParser, title: str) -> Callable[..., None]
     group = parser.add_argument_group(title)
 
     def add(flags: str, kind: Any, default: Any, help: str, **options: Any) -> None:
-        shown = default if default not in (None, "") else "none"
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        shown = "none" if shown in (None, "") else shown
         if kind in (bool, cli.Switch):
             options["action"], shown = "store_true" if kind is bool else kind, "on" if default else "off"
         else:

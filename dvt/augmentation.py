@@ -4,7 +4,7 @@ Random erasing is not here: as published, it comes after mixup, see :class:`dvt.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -17,6 +17,7 @@ from common.data.transforms import accept_zero_bits, eval_transform
 from common.run.settings import AugmentationSettings
 
 
+@dataclass(frozen=True)
 class AugmentedViews:
     """Several views of an image, the first of them clean: the split batches of ``--aug-splits``.
 
@@ -27,8 +28,10 @@ class AugmentedViews:
         views: number of them, at least 2.
     """
 
-    def __init__(self, crop: Callable, augment: Callable, finish: Callable, views: int) -> None:
-        self.crop, self.augment, self.finish, self.views = crop, augment, finish, views
+    crop: Callable
+    augment: Callable
+    finish: Callable
+    views: int
 
     def __call__(self, image: Any) -> list[Tensor]:
         base = self.crop(image)

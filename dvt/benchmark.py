@@ -21,30 +21,27 @@ from common.run.errors import UsageError
 from common.run.files import write_atomic
 from common.run.program import run
 from dvt import BUDGETS
-from dvt.arguments import budget_row
+from dvt.arguments import budget_row, group_of
 from dvt.models import CASCADES, MODELS, create_model
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__, prog="benchmark.py")
-    add = parser.add_argument
-    add("--model", default="DVT_T2t_vit_12", choices=CASCADES, help="cascade to time")
-    add("-b", "--batch-size", type=cli.positive_int, nargs="+", default=[64], metavar="N", help="images per batch")
-    add(
-        "--p", type=budget_row, nargs="+", default=[5, 20, 40], metavar="P",
-        help=f"published budgets, 1 to {BUDGETS}: shares of the exits form a geometric series with ratio P / 20",
-    )  # fmt: skip
-    add("--img-size", type=cli.positive_int, help="side of the images in pixels (default: the model's)")
-    add("--rounds", type=cli.positive_int, default=5, help="timed passes of each, in turns")
-    add("--warmup", type=cli.count, default=1, help="untimed passes of each")
-    add("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda or cuda:N")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="precision")
-    add("--compile", action="store_true", help="compile the full cascade and every exit")
-    add("--processor-time", action="store_true",
-        help="count this process's seconds on the processor, all threads together, instead of those of the clock on "
-        "the wall: for a machine that does other things meanwhile (CPU only)")  # fmt: skip
-    add("--seed", type=int, default=0, help="of the random weights")
-    add("--output", type=Path, metavar="FILE", help="write the numbers as JSON")
+    add = group_of(parser, "measurement")
+    add("--model", CASCADES, "DVT_T2t_vit_12", "cascade to time")
+    add("-b --batch-size", cli.positive_int, [64], "images per batch", nargs="+", metavar="N")
+    add("--p", budget_row, [5, 20, 40], f"published budgets, 1 to {BUDGETS}: shares of the exits form a geometric "
+        "series with ratio P / 20", nargs="+", metavar="P")  # fmt: skip
+    add("--img-size", cli.positive_int, None, "side of the images in pixels (default: the model's)")
+    add("--rounds", cli.positive_int, 5, "timed passes of each, in turns")
+    add("--warmup", cli.count, 1, "untimed passes of each")
+    add("--device", str, "auto", "auto (CUDA where there is one), cpu, cuda or cuda:N")
+    add("--dtype", ("float32", "bfloat16", "float16"), "float32", "precision")
+    add("--compile", bool, False, "compile the full cascade and every exit")
+    add("--processor-time", bool, False, "count this process's seconds on the processor, all threads together, instead "
+        "of those of the clock on the wall: for a machine that does other things meanwhile (CPU only)")  # fmt: skip
+    add("--seed", int, 0, "of the random weights")
+    add("--output", Path, None, "write the numbers as JSON", metavar="FILE")
     return parser.parse_args(argv)
 
 
@@ -58,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     from dvt.costs import exit_gflops
     from dvt.exits import confidence_and_prediction, exit_shares, find_thresholds
     from dvt.inference import described
+    from dvt.models.cascade import Cascade
     from dvt.throughput import FULL, measure_dynamic
 
     device, dtype = choose_device(args.device), getattr(torch, args.dtype)
@@ -66,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     torch.manual_seed(args.seed)
     size = args.img_size or MODELS[args.model].img_size
     cascade = create_model(args.model, img_size=size).to(device=device, dtype=dtype).eval()
+    assert isinstance(cascade, Cascade)
     costs = exit_gflops(cascade)
     rows: list[dict[str, Any]] = []
     for batch in args.batch_size:
@@ -90,15 +89,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 flush=True,
             )
     if args.output:
-        record = {
-            "model": args.model,
-            "dtype": args.dtype,
-            "compiled": args.compile,
-            "processor_time": args.processor_time,
-            "rounds": args.rounds,
-            **described(device),
-            "rows": rows,
-        }
+        record = {name: getattr(args, name) for name in ("model", "dtype", "processor_time", "rounds")}
+        record |= {"compiled": args.compile, **described(device), "rows": rows}
         write_atomic(args.output, json.dumps(record, indent=1) + "\n")
     print(f"realised {min(row['realised'] for row in rows):.3f}")
     return rows

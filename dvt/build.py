@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -38,12 +39,11 @@ class SummaryRecord(Record):
         if event != "epoch" or self.path is None:
             return
         lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-        rows = [line for line in lines if line["event"] == "epoch"]
-        names = [name for name in rows[-1] if name.startswith("test_") and name.endswith(("loss", "top1", "top5"))]
-        names = [name for name in names if "_raw_" not in name]
+        names = [name for name in row if re.fullmatch("test_(loss|exit._top.)", name)]
         text = io.StringIO()
         table = csv.writer(text, lineterminator=os.linesep)
         table.writerow(["epoch", "train_loss", *(name.replace("test_", "eval_") for name in names)])
-        for line in rows:
-            table.writerow([line.get(name) for name in ("epoch", "train_loss", *names)])
+        for line in lines:
+            if line["event"] == "epoch":
+                table.writerow([line.get(name) for name in ("epoch", "train_loss", *names)])
         write_atomic(Path(self.path).with_name("summary.csv"), text.getvalue())

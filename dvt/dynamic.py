@@ -23,17 +23,11 @@ SMALL = 8
 
 
 class DynamicOutput(NamedTuple):
-    """Answers of a batch.
+    """Answers of a batch."""
 
-    Attributes:
-        logits: of the exit that answered, (B, C).
-        exits: its index from 0, (B,), int64.
-        confidence: its largest probability, (B,), float32.
-    """
-
-    logits: Tensor
-    exits: Tensor
-    confidence: Tensor
+    logits: Tensor  # of the exit that answered, (B, C)
+    exits: Tensor  # its index from 0, (B,), int64
+    confidence: Tensor  # its largest probability, (B,), float32
 
 
 class DynamicClassifier(nn.Module):
@@ -72,8 +66,10 @@ class DynamicClassifier(nn.Module):
         self._runs = [torch.compile(run, backend=backend, fullgraph=True) for run in runs] if compiled else runs
 
     def _run(self, k: int, images: Tensor, before: StageOutput | None) -> StageOutput:
-        if self.compiled:
-            _mark_batch(images, before)
+        """One exit; torch.compile is told that the number of images changes, and nothing else."""
+        for value in (images, *(before or ())) if self.compiled else ():
+            if value is not None and len(value) > 1:  # a single image has its own code
+                torch._dynamo.maybe_mark_dynamic(value, 0)
         return self._runs[k](images, before)
 
     def set_thresholds(self, thresholds: Tensor | Sequence[float]) -> None:
@@ -96,39 +92,29 @@ class DynamicClassifier(nn.Module):
         if self.cascade.training:
             raise RuntimeError("early exit is for evaluation: call .eval() first")
         total, device, last = len(images), images.device, len(self._runs) - 1
-        exits = torch.full((total,), last, dtype=torch.int64, device=device)
+        exits = torch.zeros(total, dtype=torch.int64, device=device)
         confidence = torch.empty(total, device=device)
-        if total == 0:
-            return DynamicOutput(images.new_empty(0, self.cascade.num_classes), exits, confidence)
-        answers: Tensor | None = None
-        rows: Tensor | None = None  # numbers of the images that are left; None: all
-        count = total
+        answers = images.new_empty(0, self.cascade.num_classes)
+        rows = torch.arange(total, device=device)  # numbers of the images that are left
         images = self._pad(images, total)
         output: StageOutput | None = None
-        for k in range(last + 1):
+        for k in range(last + 1 if total else 0):
             output = self._run(k, images, output)
             if k < last and self.thresholds[k] >= NOBODY:
                 continue
             # every image still here gets this exit's answer; those that stay are given a later one
-            logits = output.logits[:count]
+            logits = output.logits[: len(rows)]
             own_confidence, _ = confidence_and_prediction(logits)
-            if rows is None:
-                answers, confidence = logits.clone(), own_confidence
-                exits.fill_(k)
-            else:
-                assert answers is not None
-                answers[rows], confidence[rows], exits[rows] = logits, own_confidence, k
+            answers = answers if len(answers) else torch.empty_like(logits)
+            answers[rows], confidence[rows], exits[rows] = logits, own_confidence, k
             if k == last:
                 break
             stay = (~(own_confidence >= self.thresholds[k])).nonzero().squeeze(1)  # the host waits here
             if len(stay) == 0:
                 break
-            if len(stay) < count:
-                rows = stay if rows is None else rows[stay]
-                count = len(stay)
-                kept = self._pad(stay, count)
+            if len(stay) < len(rows):
+                rows, kept = rows[stay], self._pad(stay, len(stay))
                 images, output = images.index_select(0, kept), output.select(kept)
-        assert answers is not None
         return DynamicOutput(answers, exits, confidence)
 
     def _pad(self, rows: Tensor, count: int) -> Tensor:
@@ -172,10 +158,3 @@ def _separate(cascade: Cascade, index: int) -> Callable[..., StageOutput]:
 
     code = run.__code__.replace(co_name=f"run_exit_{index}")
     return FunctionType(code, run.__globals__, code.co_name, run.__defaults__, run.__closure__)
-
-
-def _mark_batch(images: Tensor, before: StageOutput | None) -> None:
-    """Tell torch.compile that the number of images changes, and nothing else; a single image has its own code."""
-    for value in (images, *(before or ())):
-        if value is not None and len(value) > 1:
-            torch._dynamo.maybe_mark_dynamic(value, 0)

@@ -5,6 +5,7 @@ Letters: B images, C classes, K exits.
 
 import math
 from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from dvt.models import EXITS
 from dvt.models.cascade import Cascade
 
 
+@dataclass
 class CascadeStep:
     """Loss of a batch: mixup, then random erasing, then all exits.
 
@@ -35,19 +37,12 @@ class CascadeStep:
         progress: of the run, which says what epoch it is.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        criterion: nn.Module,
-        *,
-        mixup: Mixup | None = None,
-        mixup_epochs: int = 0,
-        erasing: RandomErasing | None = None,
-        progress: Progress | None = None,
-    ) -> None:
-        self.network, self.criterion = network, criterion
-        self.mixup, self.mixup_epochs, self.erasing = mixup, mixup_epochs, erasing
-        self.progress = Progress() if progress is None else progress
+    network: nn.Module
+    criterion: nn.Module
+    progress: Progress = field(default_factory=Progress)
+    mixup: Mixup | None = None
+    mixup_epochs: int = 0
+    erasing: RandomErasing | None = None
 
     def __call__(self, batch: tuple[Any, Tensor]) -> dict[str, Tensor]:
         """``loss`` and, with several exits, ``exit1_loss``, ...

@@ -19,25 +19,21 @@ from common.data.loaders import DataError, Loader, build_dataset, eval_loader, e
 from common.run.cli import dataset_name
 from common.run.settings import Settings
 from dvt import SEARCH_IMAGES, TRANSFORMS, cifar
-from dvt.costs import exit_gflops
 from dvt.engine import run_exits
 from dvt.exits import (
     Outcome,
     anytime_top1_percent,
     confidence_and_prediction,
     evaluate_thresholds,
-    find_thresholds,
 )
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What the exits say about images."""
+    """What the exits say about images, on the CPU."""
 
-    confidence: Tensor
-    """largest probability, (K, n), float32, on the CPU"""
-    correct: Tensor
-    """whether the answer is right, (K, n), bool, on the CPU"""
+    confidence: Tensor  # largest probability, (K, n), float32
+    correct: Tensor  # whether the answer is right, (K, n), bool
 
     @property
     def anytime(self) -> list[float]:
@@ -71,29 +67,6 @@ def collect_scores(
     if not confidence:
         raise ValueError(f"{title}: no image could be read; check the folder")
     return Scores(torch.cat(confidence, dim=1), torch.cat(correct, dim=1))
-
-
-def pack_checkpoint(model: nn.Module, search: Scores, held_out: Scores) -> dict[str, Any]:
-    """The five entries of the published format.
-
-    Args:
-        model: a trained cascade.
-        search: scores on the images that thresholds are found on.
-        held_out: scores on the images that accuracies are reported on.
-
-    Returns:
-        ``model_state_dict``; ``flops``, cumulative GFLOPs per exit; ``anytime_classification``, top-1 in percent per
-        exit; ``dynamic_threshold`` (59, 3); ``budgeted_batch_classification``, [59 costs, 59 accuracies].
-    """
-    gflops = exit_gflops(model)
-    thresholds = find_thresholds(search.confidence)
-    return {
-        "model_state_dict": {name: value.cpu() for name, value in model.state_dict().items()},
-        "flops": gflops,
-        "anytime_classification": held_out.anytime,
-        "dynamic_threshold": thresholds,
-        "budgeted_batch_classification": held_out.leave(gflops, thresholds).as_lists(),
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -30,12 +30,9 @@ EVERYBODY = -1e8
 class Outcome:
     """Accuracy and cost of images that leave by thresholds; P rows, one per budget."""
 
-    top1_percent: Tensor
-    """(P,) float64"""
-    gmacs: Tensor
-    """(P,) float32: mean cost per image, of the cumulative costs given"""
-    exit_counts: Tensor
-    """(P, K) int64: images that leave at each exit"""
+    top1_percent: Tensor  # (P,) float64
+    gmacs: Tensor  # (P,) float32: mean cost per image, of the cumulative costs given
+    exit_counts: Tensor  # (P, K) int64: images that leave at each exit
 
     def as_lists(self) -> list[list[float]]:
         """``[costs, accuracies]``, as the published checkpoints keep the curve."""
@@ -43,13 +40,9 @@ class Outcome:
 
 
 def confidence_and_prediction(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest softmax probability and its class, the lowest class where several share it.
+    """Largest softmax probability and its class, the lowest class where several share it: (..., C) -> (...), (...).
 
-    Args:
-        logits: (..., C), any floating dtype; the softmax is taken in float32, as published.
-
-    Returns:
-        confidence (...), float32, and prediction (...), int64.
+    The softmax is taken in float32, as published, whatever the dtype.
     """
     return logits.float().softmax(dim=-1).max(dim=-1)
 
@@ -96,9 +89,7 @@ def find_thresholds(confidence: Tensor, shares: Tensor | None = None) -> Tensor:
     confidence = _check_confidence(confidence)
     exits, count = confidence.shape
     shares = published_shares(exits) if shares is None else shares
-    if shares.shape[-1] != exits or shares.dim() not in (1, 2):
-        raise ValueError(f"shares must be (K,) or (P, K) for K = {exits} exits, got {tuple(shares.shape)}")
-    rows = shares.reshape(-1, exits).to(confidence)
+    rows = _as_rows(shares, "shares", exits).to(confidence)
     quotas = torch.floor(torch.tensor(float(count)).to(confidence) * rows).long()
     thresholds = torch.full_like(rows, NOBODY)
     thresholds[:, -1] = EVERYBODY
@@ -128,13 +119,9 @@ def first_exit(confidence: Tensor, thresholds: Tensor) -> Tensor:
     """
     confidence = _check_confidence(confidence)
     exits = len(confidence)
-    if thresholds.shape[-1] != exits or thresholds.dim() not in (1, 2):
-        raise ValueError(f"thresholds must be (K,) or (P, K) for K = {exits} exits, got {tuple(thresholds.shape)}")
-    passed = confidence >= thresholds.to(confidence)[..., None]
-    first = torch.full((*thresholds.shape[:-1], confidence.shape[1]), exits, device=confidence.device)
-    for k in reversed(range(exits)):
-        first = torch.where(passed[..., k, :], k, first)
-    return first
+    passed = confidence >= _as_rows(thresholds, "thresholds", exits).to(confidence)[..., None]  # (P, K, n)
+    first = torch.where(passed.any(dim=1), passed.to(torch.uint8).argmax(dim=1), exits)
+    return first.reshape(*thresholds.shape[:-1], -1)
 
 
 def evaluate_thresholds(confidence: Tensor, correct: Tensor, gmacs: Sequence[float], thresholds: Tensor) -> Outcome:
@@ -150,20 +137,20 @@ def evaluate_thresholds(confidence: Tensor, correct: Tensor, gmacs: Sequence[flo
     Raises:
         ValueError: if there is no image, a confidence is not a number, or the shapes do not fit.
     """
+    exits, count = confidence.shape
     if correct.shape != confidence.shape or correct.dtype != torch.bool:
-        raise ValueError(
-            f"correct must be bool, {tuple(confidence.shape)}, got {correct.dtype}, {tuple(correct.shape)}"
-        )
-    costs = check_costs(gmacs, len(confidence)).to(confidence.device)
-    first = first_exit(confidence, thresholds.reshape(-1, thresholds.shape[-1]))
-    leaves = [first == k for k in range(len(confidence))]
-    counts = torch.stack([own.sum(dim=1) for own in leaves], dim=1)
-    hits = torch.stack([(own & right).sum(dim=1) for own, right in zip(leaves, correct, strict=True)]).sum(dim=0)
+        raise ValueError(f"correct must be bool, {(exits, count)}, got {correct.dtype}, {tuple(correct.shape)}")
+    costs = torch.as_tensor(gmacs, dtype=torch.float32, device=confidence.device)
+    if len(costs) != exits or not bool((costs > 0).all()) or not bool((costs.diff() >= 0).all()):
+        raise ValueError(f"flops must be {exits} positive cumulative costs, one per exit, got {list(gmacs)}")
+    first = first_exit(confidence, _as_rows(thresholds, "thresholds", exits))
+    leaves = torch.stack([first == k for k in range(exits)], dim=1)  # (P, K, n)
+    counts, hits = leaves.sum(dim=2), (leaves & correct).sum(dim=(1, 2))
     # an exit's share times its cost, added up one exit after the other in float32, as published
     mean_cost = torch.zeros(len(counts), device=confidence.device)
-    for k, cost in enumerate(costs):
-        mean_cost = mean_cost + counts[:, k].float() / confidence.shape[1] * cost
-    return Outcome(hits.double() * 100 / confidence.shape[1], mean_cost, counts)
+    for k in range(exits):
+        mean_cost = mean_cost + counts[:, k].float() / count * costs[k]
+    return Outcome(hits.double() * 100 / count, mean_cost, counts)
 
 
 def anytime_top1_percent(correct: Tensor) -> list[float]:
@@ -196,31 +183,27 @@ def thresholds_for_budget(confidence: Tensor, gmacs: Sequence[float], budget: fl
     Source: arXiv:2105.15075, Section 3.3, Eq. 10: the best thresholds under a mean cost B; the paper solves it by a
     genetic algorithm, the release and this function by shares that form a geometric series.
     """
-    confidence = _check_confidence(confidence)
-    exits = len(confidence)
-    costs = check_costs(gmacs, exits).tolist()
-    check_budget(budget, costs)
-    nothing_right = torch.zeros_like(confidence, dtype=torch.bool)
+    check_budget(budget, gmacs)
+    exits, nothing_right = len(confidence), torch.zeros_like(confidence, dtype=torch.bool)
 
-    def at(logarithm: float) -> tuple[Tensor, float]:
+    def at(logarithm: float) -> tuple[float, Tensor]:
         thresholds = find_thresholds(confidence, exit_shares(math.exp(logarithm), exits))
-        return thresholds, float(evaluate_thresholds(confidence, nothing_right, costs, thresholds).gmacs[0])
+        return float(evaluate_thresholds(confidence, nothing_right, gmacs, thresholds).gmacs[0]), thresholds
 
     low, high = -16.0, 16.0  # log of the ratio: everybody at the first exit, everybody at the last
-    best, cost = at(high)
+    cost, thresholds = at(high)
     if cost <= budget:
-        return best
-    best, best_cost = torch.full((exits,), EVERYBODY), costs[0]
+        return thresholds
+    fitting = [(0.0, torch.full((exits,), EVERYBODY, device=confidence.device))]
     while high - low > 1e-6:
         middle = (low + high) / 2
-        thresholds, cost = at(middle)
+        cost, thresholds = at(middle)
         if cost <= budget:
             low = middle
-            if cost >= best_cost:
-                best, best_cost = thresholds, cost
+            fitting.append((cost, thresholds))
         else:
             high = middle
-    return best.to(confidence.device)
+    return max(reversed(fitting), key=lambda found: found[0])[1]
 
 
 def pick_budget(thresholds: Tensor, costs: Sequence[float], gmacs: Sequence[float], budget: float) -> Tensor:
@@ -242,11 +225,7 @@ def pick_budget(thresholds: Tensor, costs: Sequence[float], gmacs: Sequence[floa
 
 
 def check_budget(budget: float, gmacs: Sequence[float]) -> None:
-    """A mean cost must lie between that of the first exit and that of the last.
-
-    Raises:
-        ValueError: naming the costs that are possible.
-    """
+    """Refuse a mean cost below that of the first exit or above that of the last, naming both."""
     margin = 1e-6 * gmacs[-1]  # the costs may have been through float32
     if not gmacs[0] - margin <= budget <= gmacs[-1] + margin:
         raise ValueError(
@@ -255,16 +234,11 @@ def check_budget(budget: float, gmacs: Sequence[float]) -> None:
         )
 
 
-def check_costs(gmacs: Sequence[float], exits: int) -> Tensor:
-    """Costs as a float32 tensor, (K,).
-
-    Raises:
-        ValueError: if they are not one positive number per exit that grow from exit to exit: they are cumulative.
-    """
-    costs = torch.as_tensor(gmacs, dtype=torch.float32).flatten()
-    if len(costs) != exits or not bool((costs > 0).all()) or not bool((costs.diff() >= 0).all()):
-        raise ValueError(f"flops must be {exits} positive cumulative costs, one per exit, got {list(gmacs)}")
-    return costs
+def _as_rows(values: Tensor, name: str, exits: int) -> Tensor:
+    """(K,) or (P, K) as (P, K)."""
+    if values.shape[-1] != exits or values.dim() not in (1, 2):
+        raise ValueError(f"{name} must be (K,) or (P, K) for K = {exits} exits, got {tuple(values.shape)}")
+    return values.reshape(-1, exits)
 
 
 def _check_confidence(confidence: Tensor) -> Tensor:

@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from dvt.evaluation import ImageSource, collect_scores
     from dvt.exits import find_thresholds
     from dvt.loading import load_network, read_packed
+    from dvt.models.cascade import Cascade
     from dvt.throughput import choose_settings, measure_dynamic
 
     by_threshold = bool(args.threshold and not args.budget)
@@ -99,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         settings = choose_settings(
             flops, budgets=args.budget, thresholds=args.threshold, search=search, stored=thresholds, stored_costs=costs
         )
+        assert isinstance(model, Cascade)
         results = measure_dynamic(model, settings, held_out, flops, device=device, compiled=args.compile)
         for row in results:
             print(row.line(), flush=True)

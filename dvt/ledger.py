@@ -19,7 +19,6 @@ from common.measure.flops import count_parameters, gmacs
 from common.run.checkpoint import hub_folder
 from dvt.costs import CONVENTION, count_exits, exit_gflops
 from dvt.models import MODELS, STAGE_NAMES, create_model
-from dvt.models.backbone import Backbone
 from dvt.models.cascade import Cascade
 
 EQUAL_COST = {"t2-dvt-at-7": "T2t_vit_7", "t2-dvt-at-10": "T2t_vit_10", "t2-dvt-at-12": "T2t_vit_12"}
@@ -49,27 +48,22 @@ def costs(row: Row) -> dict[str, Measured]:
     """
     args = parse_row(row)
     with torch.device("meta"):
-        model = create_model(args.model, num_classes=args.num_classes)
-    source = f"operations of {args.model}, one image at 224"
-    if not isinstance(model, Cascade) or "exit" not in row.variables:
-        parameters = count_parameters(model) / 1e6
-        found = {"params_m": Measured(parameters, "all parameters", f"parameters of {args.model}")}
-        if isinstance(model, Backbone):
-            (counted,) = count_exits(model)
-            found["gmacs"] = Measured(gmacs(counted.published, CONVENTION), CONVENTION, source)
-            found["macs_g"] = Measured(gmacs(counted.executed), "macs", source)
+        part = model = create_model(args.model, num_classes=args.num_classes)
+    source, number = f"operations of {args.model}, one image at 224", int(row.variables.get("exit", 1)) - 1
+    name, whole = args.model, "all parameters"
+    if isinstance(model, Cascade) and "exit" in row.variables:
+        part, name, whole = model.stages[number], f"{name}.{STAGE_NAMES[number]}", f"{whole} of the stage"
+    found = {"params_m": Measured(count_parameters(part) / 1e6, whole, f"parameters of {name}")}
+    if isinstance(part, Cascade):
         return found
-    exit = int(row.variables["exit"]) - 1
-    stage, counts = model.stages[exit], count_exits(model)
-    costs = [0.0, *(gmacs(counted.published, CONVENTION) for counted in counts)]
-    executed = gmacs(counts[exit].executed)
-    name = f"{args.model}.{STAGE_NAMES[exit]}"
-    return {
-        "params_m": Measured(count_parameters(stage) / 1e6, "all parameters of the stage", f"parameters of {name}"),
-        "gmacs": Measured(costs[exit + 1], CONVENTION, source),
-        "stage_gmacs": Measured(costs[exit + 1] - costs[exit], CONVENTION, source),
-        "macs_g": Measured(executed, "macs", f"{source}, resizes as matrix products"),
-    }
+    counts = count_exits(model)
+    published = [0.0, *(gmacs(counted.published, CONVENTION) for counted in counts)]
+    found["gmacs"] = Measured(published[number + 1], CONVENTION, source)
+    if part is not model:
+        found["stage_gmacs"] = Measured(published[number + 1] - published[number], CONVENTION, source)
+        source += ", resizes as matrix products"
+    found["macs_g"] = Measured(gmacs(counts[number].executed), "macs", source)
+    return found
 
 
 def accuracy(

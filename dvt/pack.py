@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
     check_data_path(args.dataset, args.data)
     from common.run.checkpoint import read_checkpoint, save_atomic
     from common.run.launch import choose_device
-    from dvt.evaluation import ImageSource, collect_scores, pack_checkpoint
+    from dvt.costs import exit_gflops
+    from dvt.evaluation import ImageSource, collect_scores
+    from dvt.exits import find_thresholds
     from dvt.loading import load_network
 
     content, device, options = read_checkpoint(args.checkpoint), choose_device(args.device), network_options(args)
@@ -55,11 +57,16 @@ def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
     search = images.search(augment=args.augment_search, count=args.search_images, seed=args.seed)
     model = load_network(args.model, content, source=args.checkpoint, average=args.model_ema, **options)
     model = model.to(device).eval()
-    packed = pack_checkpoint(
-        model,
-        collect_scores(model, search, device=device, title="training images"),
-        collect_scores(model, held_out, device=device, title="validation images"),
-    )
+    thresholds = find_thresholds(collect_scores(model, search, device=device, title="training images").confidence)
+    scores = collect_scores(model, held_out, device=device, title="validation images")
+    gflops = exit_gflops(model)
+    packed = {
+        "model_state_dict": {name: value.cpu() for name, value in model.state_dict().items()},
+        "flops": gflops,
+        "anytime_classification": scores.anytime,
+        "dynamic_threshold": thresholds,
+        "budgeted_batch_classification": scores.leave(gflops, thresholds).as_lists(),
+    }
     save_atomic(packed, args.output)
     print(json.dumps({name: packed[name] for name in packed if name not in ("model_state_dict", "dynamic_threshold")}))
     logger.info("written to %s", args.output)

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.measure.benchmark import synchronize
 from common.run.metrics import ProgressLine
 from dvt.dynamic import DynamicClassifier
 from dvt.engine import check_labels
 from dvt.evaluation import Scores
-from dvt.exits import NOBODY, check_budget, pick_budget, thresholds_for_budget
+from dvt.exits import NOBODY, pick_budget, thresholds_for_budget
 from dvt.models.cascade import Cascade
 
 FULL = "full cascade"
@@ -33,20 +33,14 @@ class DynamicResult:
 
     name: str
     thresholds: list[float]
-    exit_percent: list[float]
-    """share of the images that leave at each exit"""
+    exit_percent: list[float]  # share of the images that leave at each exit
     top1_percent: float
-    gmacs: float
-    """mean cost per image, of the exits taken"""
+    gmacs: float  # mean cost per image, of the exits taken
     throughput_ips: float
-    speedup: float
-    """time of the full cascade over own time, on the same batches"""
-    spread_percent: float
-    """range of that ratio over the batches, relative to its median"""
-    flops_ratio: float
-    """cost of the full cascade over own cost: the speed-up promised"""
-    realised: float
-    """the former over the latter"""
+    speedup: float  # time of the full cascade over own time, on the same batches
+    spread_percent: float  # range of that ratio over the batches, relative to its median
+    flops_ratio: float  # cost of the full cascade over own cost: the speed-up promised
+    realised: float  # speedup over flops_ratio
 
     def line(self) -> str:
         """One line for the terminal."""
@@ -59,7 +53,7 @@ class DynamicResult:
 
 @torch.no_grad()
 def measure_dynamic(
-    cascade: nn.Module,
+    cascade: Cascade,
     settings: Mapping[str, Sequence[float] | Tensor],
     loader: Iterable[tuple[Tensor, Tensor]],
     gflops: Sequence[float],
@@ -86,15 +80,14 @@ def measure_dynamic(
     Raises:
         ValueError: if there is no image, or a label that the model has no class for.
     """
-    assert isinstance(cascade, Cascade)
     exits = len(gflops)
     everything = {FULL: [NOBODY] * (exits - 1) + [-NOBODY], **settings}
     classifier = DynamicClassifier(cascade, everything[FULL], compiled=compiled)
     names = list(everything)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     hits = dict.fromkeys(names, 0)
-    left = {name: torch.zeros(exits, dtype=torch.int64) for name in names}
-    count = number = 0
+    left = {name: torch.zeros(exits, dtype=torch.float64) for name in names}
+    count = 0
     with ProgressLine("early exit", len(loader) if isinstance(loader, Sized) else None, show=show) as line:
         for number, (images, targets) in enumerate(loader):
             check_labels(targets, cascade.num_classes)
@@ -119,15 +112,15 @@ def measure_dynamic(
         raise ValueError("early exit: no image could be read; check the folder")
     results: list[DynamicResult] = []
     for name in names:
-        shares = left[name].double() / count
-        mean = float(shares @ torch.tensor(list(gflops), dtype=torch.float64))
+        shares = (left[name] / count).tolist()
+        mean = sum(share * cost for share, cost in zip(shares, gflops, strict=True))
         ratios = [full / own for full, own in zip(seconds[FULL], seconds[name], strict=True)]
         speedup, promised = sum(seconds[FULL]) / sum(seconds[name]), gflops[-1] / mean
         results.append(
             DynamicResult(
                 name=name,
                 thresholds=torch.as_tensor(everything[name]).tolist(),
-                exit_percent=(100 * shares).tolist(),
+                exit_percent=[100 * share for share in shares],
                 top1_percent=100 * hits[name] / count,
                 gmacs=mean,
                 throughput_ips=count / sum(seconds[name]),
@@ -156,8 +149,7 @@ def choose_settings(
         budgets: mean costs in GFLOPs; met on ``search`` where there is one, else picked from the stored curve.
         thresholds: of all exits, or of all but the last.
         search: scores that thresholds are found on.
-        stored: thresholds of a packed checkpoint or of a search, (P, K); some of its rows are taken where nothing is
-            asked for.
+        stored: thresholds of a packed checkpoint or of a search, (P, K); what is taken where nothing is asked for.
         stored_costs: mean cost of each of its rows.
 
     Raises:
@@ -176,7 +168,6 @@ def choose_settings(
         values = [*thresholds, -NOBODY][:exits]
         chosen["thresholds " + " ".join(f"{value:g}" for value in thresholds)] = torch.tensor(values)
     for budget in budgets:
-        check_budget(budget, gflops)
         if search is not None:
             chosen[f"budget {budget:g}"] = thresholds_for_budget(search.confidence, gflops, budget)
         elif stored is not None:
