@@ -11,7 +11,6 @@ values as ``recorded``, so a file is checked strictly before it is filed.
 import argparse
 import hashlib
 import json
-import math
 import os
 import re
 import subprocess
@@ -21,8 +20,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Annotated, Any
 
+from common.ledger.reading import Reader, not_empty
 from common.ledger.tables import COLUMNS, TableError, load_tables, papers
 from common.run.files import ROOT, write_atomic
 
@@ -33,16 +33,35 @@ class RecordError(ValueError):
     """A record file that cannot be used; the message names file, record and key."""
 
 
+def _is_date(text: str) -> str:
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        return f"expected an ISO date, got {text!r}"
+    return ""
+
+
+def _describes_device(device: Mapping[str, Any]) -> str:
+    return "" if {"name", "type", "torch"} <= set(device) else "expected an object with at least name, type and torch"
+
+
+def _is_positive(value: float) -> str:
+    return "" if value > 0 else f"expected a positive number, got {value!r}"
+
+
+Positive = Annotated[float, _is_positive]
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where the records of a file come from."""
 
-    created: str
+    created: Annotated[str, _is_date]
     """date and time, ISO 8601"""
-    commit: str
-    device: Mapping[str, Any]
+    commit: Annotated[str, not_empty]
+    device: Annotated[Mapping[str, Any], _describes_device]
     """``common.measure.benchmark.describe_device``: name, driver, versions"""
-    command: str
+    command: Annotated[str, not_empty]
     part: str = ""
     """which part of a longer job; names the file"""
     left_out: Sequence[str] = ()
@@ -72,14 +91,14 @@ class Record:
     table: str
     row: str
     column: str
-    value: float
+    value: Positive
     reference_row: str | None = None
     """the dense row (``table/row`` or a row of the same table) that it was measured against, round by round"""
-    reference_value: float | None = None
-    ratio: float | None = None
+    reference_value: Positive | None = None
+    ratio: Positive | None = None
     """median of the ratios of single rounds"""
     dtype: str = "float32"
-    batch_size: int = 1
+    batch_size: Annotated[int, _is_positive] = 1
     resolution: int | None = None
     compiled: bool = False
     rounds: int | None = None
@@ -111,18 +130,9 @@ class Record:
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "origin"}
 
 
-def _kinds(hint: Any) -> tuple[type, ...]:
-    kinds = get_args(hint) or (hint,)
-    return (float, int, *kinds[1:]) if kinds[0] is float else kinds
-
-
-_RECORD_TYPES = {name: _kinds(hint) for name, hint in get_type_hints(Record).items() if name != "origin"}
-
-
-_OPTIONAL_RECORD_KEYS = {"cuda_graph"}
-"""keys that files written earlier lack"""
-_FILE_KEYS = {"format", "created", "commit", "device", "command", "records"}
-_OPTIONAL_KEYS = {"part", "left_out", "tests", "programs", "rehearsal"}
+READER = Reader(RecordError)
+OPTIONAL = ("tests", "programs", "rehearsal")
+"""keys of a file that are written only if they say something"""
 
 
 def write_records(path: Path, records: Sequence[Record], origin: Origin) -> None:
@@ -131,15 +141,8 @@ def write_records(path: Path, records: Sequence[Record], origin: Origin) -> None
     Raises:
         RecordError: if the file would not be valid.
     """
-    content = {
-        "format": FORMAT,
-        **{
-            key: value
-            for key, value in asdict(origin).items()
-            if key != "path" and (key not in ("tests", "programs", "rehearsal") or value)
-        },
-        "records": [record.as_dict() for record in records],
-    }
+    head = {key: value for key, value in asdict(origin).items() if key != "path" and (key not in OPTIONAL or value)}
+    content = {"format": FORMAT, **head, "records": [record.as_dict() for record in records]}
     text = json.dumps(content, indent=1) + "\n"
     parse_records(text, where=str(path))
     write_atomic(path, text)
@@ -155,48 +158,18 @@ def parse_records(text: str, *, where: str) -> list[Record]:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise RecordError(f"{where}: not valid JSON: {error}") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+    found = data.pop("format", None) if isinstance(data, dict) else type(data).__name__
+    if found != FORMAT:
         raise RecordError(f"{where}: not a record file of format {FORMAT} (found {found!r})")
-    _check_keys(data, _FILE_KEYS, _OPTIONAL_KEYS, where)
-    for key in ("created", "commit", "command"):
-        if not isinstance(data[key], str) or not data[key]:
-            raise RecordError(f"{where}: {key}: expected text, got {data[key]!r}")
-    try:
-        datetime.fromisoformat(data["created"])
-    except ValueError as error:
-        raise RecordError(f"{where}: created: expected an ISO date, got {data['created']!r}") from error
-    if not isinstance(data["device"], dict) or not {"name", "type", "torch"} <= set(data["device"]):
-        raise RecordError(f"{where}: device: expected an object with at least name, type and torch")
-    if not isinstance(data["records"], list):
+    records = data.pop("records", None)
+    if not isinstance(records, list):
         raise RecordError(f"{where}: records: expected a list")
-    origin = Origin(**{key: data[key] for key in (_FILE_KEYS | _OPTIONAL_KEYS) & set(data) - {"format", "records"}})
-    return [_parse_record(entry, f"{where}: record {index}", origin) for index, entry in enumerate(data["records"])]
-
-
-def _parse_record(entry: Any, where: str, origin: Origin) -> Record:
-    if not isinstance(entry, dict):
-        raise RecordError(f"{where}: expected an object, got {entry!r}")
-    _check_keys(entry, set(_RECORD_TYPES) - _OPTIONAL_RECORD_KEYS, _OPTIONAL_RECORD_KEYS, where)
-    entry = {"cuda_graph": False, **entry}
-    for key, types in _RECORD_TYPES.items():
-        value = entry[key]
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            names = " or ".join(kind.__name__ for kind in types)
-            raise RecordError(f"{where}: {key}: expected {names}, got {value!r}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise RecordError(f"{where}: {key}: expected a finite number, got {value!r}")
-    for key in ("value", "reference_value", "ratio", "batch_size"):
-        if entry[key] is not None and entry[key] <= 0:
-            raise RecordError(f"{where}: {key}: expected a positive number, got {entry[key]!r}")
-    return Record(**entry, origin=origin)
-
-
-def _check_keys(data: Mapping[str, Any], required: set[str], optional: set[str], where: str) -> None:
-    if missing := sorted(required - set(data)):
-        raise RecordError(f"{where}: missing keys {missing}")
-    if unknown := sorted(set(data) - required - optional):
-        raise RecordError(f"{where}: unknown keys {unknown}; the keys are {sorted(required | optional)}")
+    origin = READER.section(Origin, data, where, path=None)
+    keys = {field.name for field in fields(Record)} - {"origin", "cuda_graph"}  # files written earlier lack the latter
+    return [
+        READER.section(Record, entry, f"{where}: record {index}", keys, origin=origin)
+        for index, entry in enumerate(records)
+    ]
 
 
 def check_rows(records: Sequence[Record], *, where: str, root: Path = ROOT) -> None:

@@ -9,12 +9,13 @@ import re
 import string
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from common.ledger.reading import Reader, not_empty
 from common.run.files import ROOT
 
 Kind = Literal["cost", "speed", "accuracy"]
@@ -153,51 +154,74 @@ class DeskTable:
             raise TableError(f"desk table {self.title!r}: plot names unknown columns {unknown}")
 
 
+def _is_column(name: str) -> str:
+    try:
+        column(name)
+    except KeyError:
+        return f"is not a column; the columns are {sorted(COLUMNS)} and <data set>_percent"
+    return ""
+
+
+ColumnName = Annotated[str, _is_column]
+Text = Annotated[str, not_empty]
+Hash = Annotated[
+    str, lambda v: "" if re.fullmatch("|[0-9a-f]{8,64}", v) else f"expected 8 to 64 hexadecimal digits, got {v!r}"
+]
+Tolerance = Annotated[Decimal, lambda v: f"must not be negative, got {v}" if v < 0 else ""]
+Need = Annotated[str, lambda v: "" if v in NEEDS else f"must be one of {list(NEEDS)}, got {v!r}"]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Where published weights come from."""
 
     name: str
     url: str = ""
-    sha256: str = ""
+    sha256: Hash = ""
     """the hash, or the leading digits that the file name carries"""
     licence: str = ""
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Row:
+@dataclass(frozen=True, kw_only=True)
+class PerColumn:
+    """What a table states for all of its rows, and a row for itself."""
+
+    convention: Mapping[ColumnName, str] = field(default_factory=dict)
+    tolerance: Mapping[ColumnName, Tolerance] = field(default_factory=dict)
+    commands: Mapping[ColumnName, str] = field(default_factory=dict)
+    needs: Mapping[ColumnName, Need] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(PerColumn):
     """One row of a published table."""
 
     paper: str
     table: str
     id: str
     """unique in the paper"""
-    method: str
-    setting: str
-    series: str
+    method: Text
+    setting: str = ""
+    series: str = ""
     """what the row belongs to when drawn: a backbone, a training run"""
-    label: str
+    label: str = ""
     """text at its point in a figure"""
-    arguments: str
+    arguments: str = ""
     """command-line words of this row, the same for every command of the table"""
-    variables: Mapping[str, str]
+    variables: Mapping[str, str] = field(default_factory=dict)
     """further words for the command templates"""
-    checkpoint: Checkpoint | None
-    dense: str
+    checkpoint: Checkpoint | None = None
+    dense: str = ""
     """``table/row`` that the speed of this row is a ratio to; empty: the row is not compared"""
-    cited: bool
+    cited: bool = False
     """a baseline that the paper only quotes"""
-    published: Mapping[str, Decimal]
-    approximate: frozenset[str]
+    published: Annotated[Mapping[ColumnName, Decimal], not_empty]
+    approximate: frozenset[str] = frozenset()
     """columns that were read off a figure"""
-    reasons: Mapping[str, str]
+    reasons: Mapping[ColumnName, str] = field(default_factory=dict)
     """why a value differs here, where known"""
-    convention: Mapping[str, str]
-    tolerance: Mapping[str, Decimal]
-    commands: Mapping[str, str]
-    needs: Mapping[str, str]
-    note: str
+    note: str = ""
 
     @property
     def key(self) -> str:
@@ -219,24 +243,29 @@ class Row:
         return words | dict(self.variables)
 
 
-@dataclass(frozen=True)
-class Table:
+@dataclass(frozen=True, kw_only=True)
+class Table(PerColumn):
     """One published table."""
 
-    paper: str
-    name: str
-    title: str
-    source: str
-    dataset: str
-    note: str
-    plot: Mapping[str, str]
+    paper: Text
+    table: Text
+    title: Text
+    source: Text
+    dataset: str = ""
+    note: str = ""
+    plot: Mapping[str, str] = field(default_factory=dict)
     """``x`` and ``y``: columns to draw; ``overview``: name of a figure shared with other tables of the paper;
     ``panels = "series"``: that figure has a panel per series and a line per method"""
-    order: int
+    order: int = 100
     """place among the tables of the paper"""
     checkpoints: Mapping[str, Checkpoint]
     rows: tuple[Row, ...]
     path: Path
+
+    @property
+    def name(self) -> str:
+        """Of the table in its paper."""
+        return self.table
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -257,115 +286,7 @@ class Table:
         raise KeyError(row_id)
 
 
-Reader = Callable[[Any, str], Any]
-"""From a value and its place in the file to what it means; raises ``TableError``."""
-
-
-def _exactly(kind: type, words: str) -> Reader:
-    def read(value: Any, where: str) -> Any:
-        if type(value) is not kind:
-            raise TableError(f"{where}: expected {words}, got {value!r}")
-        return value
-
-    return read
-
-
-_text, _whole, _flag = _exactly(str, "text"), _exactly(int, "a whole number"), _exactly(bool, "true or false")
-
-
-def _number(value: Any, where: str) -> Decimal:
-    if type(value) not in (int, Decimal):
-        raise TableError(f"{where}: expected a number with its published digits, got {value!r}")
-    if not Decimal(value).is_finite():
-        raise TableError(f"{where}: expected a finite number, got {value!r}")
-    return Decimal(value)
-
-
-def _tolerance(value: Any, where: str) -> Decimal:
-    if (number := _number(value, where)) < 0:
-        raise TableError(f"{where}: must not be negative, got {number}")
-    return number
-
-
-def _need(value: Any, where: str) -> str:
-    if value not in NEEDS:
-        raise TableError(f"{where}: must be one of {list(NEEDS)}, got {value!r}")
-    return value
-
-
-def _hash(value: Any, where: str) -> str:
-    if value and not re.fullmatch(r"[0-9a-f]{8,64}", _text(value, where)):
-        raise TableError(f"{where}: expected 8 to 64 hexadecimal digits, got {value!r}")
-    return value
-
-
-def _names(value: Any, where: str) -> frozenset[str]:
-    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
-        raise TableError(f"{where}: expected a list of column names, got {value!r}")
-    return frozenset(value)
-
-
-def _mapping(read: Reader, *, columns: bool = True) -> Reader:
-    """Reads a mapping whose values ``read`` understands and whose names, if ``columns``, are columns."""
-
-    def read_all(value: Any, where: str) -> dict[str, Any]:
-        if not isinstance(value, Mapping):
-            raise TableError(f"{where}: expected a table of values, got {value!r}")
-        for name in value if columns else ():
-            try:
-                column(name)
-            except KeyError:
-                known = f"{sorted(COLUMNS)} and <data set>_percent"
-                raise TableError(f"{where}.{name}: is not a column; the columns are {known}") from None
-        return {name: read(entry, f"{where}.{name}") for name, entry in value.items()}
-
-    return read_all
-
-
-Schema = Mapping[str, tuple[Reader, Any]]
-"""Key -> how it is read, and what stands for it where it is absent."""
-_PER_COLUMN: Schema = {
-    "convention": (_mapping(_text), {}),
-    "tolerance": (_mapping(_tolerance), {}),
-    "commands": (_mapping(_text), {}),
-    "needs": (_mapping(_need), {}),
-}
-"""What a table states for all of its rows and a row for itself."""
-_CHECKPOINT: Schema = {"url": (_text, ""), "sha256": (_hash, ""), "licence": (_text, ""), "note": (_text, "")}
-_ROW: Schema = {
-    **_PER_COLUMN,
-    **dict.fromkeys(
-        ("id", "method", "setting", "series", "label", "arguments", "checkpoint", "dense", "note"), (_text, "")
-    ),
-    "cited": (_flag, False),
-    "approximate": (_names, frozenset()),
-    "variables": (_mapping(_text, columns=False), {}),
-    "reasons": (_mapping(_text), {}),
-    "published": (_mapping(_number), {}),
-}
-_TABLE: Schema = {
-    **_PER_COLUMN,
-    **dict.fromkeys(("paper", "table", "title", "source", "dataset", "note"), (_text, "")),
-    "order": (_whole, 100),
-    "plot": (_mapping(_text, columns=False), {}),
-    "checkpoints": (_mapping(lambda value, where: value, columns=False), {}),
-    "rows": (_exactly(list, "[[rows]] sections"), []),
-}
-
-
-def _section(data: Any, where: str, schema: Schema, required: Sequence[str] = ()) -> dict[str, Any]:
-    """A section with every key of its schema; what is unknown, missing or of another type is an error."""
-    if not isinstance(data, Mapping):
-        raise TableError(f"{where}: expected a section, got {data!r}")
-    if unknown := sorted(set(data) - set(schema)):
-        raise TableError(f"{where}: unknown keys {unknown}; the keys are {sorted(schema)}")
-    values = {
-        key: read(data[key], f"{where}: {key}") if key in data else empty for key, (read, empty) in schema.items()
-    }
-    for key in required:
-        if not values[key]:
-            raise TableError(f"{where}: {key}: is missing")
-    return values
+READER = Reader(TableError)
 
 
 def papers(root: Path = ROOT) -> tuple[str, ...]:
@@ -404,54 +325,48 @@ def load_table(path: Path) -> Table:
         data = tomllib.loads(path.read_text(encoding="utf-8"), parse_float=Decimal)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TableError(f"{where}: not valid TOML: {error}") from error
-    top = _section(data, where, _TABLE, ("paper", "table", "title", "source", "rows"))
-    if top["paper"] != path.parent.parent.name:
-        raise TableError(f"{where}: paper: is {top['paper']!r}, but the file lies in {path.parent.parent.name!r}")
-    if top["table"] != path.stem:
-        raise TableError(f"{where}: table: is {top['table']!r}, but the file is called {path.name!r}")
+    rows, declared = data.pop("rows", []), data.pop("checkpoints", {})
+    table = READER.section(Table, data, where, rows=(), checkpoints={}, path=path)
+    if table.paper != path.parent.parent.name:
+        raise TableError(f"{where}: paper: is {table.paper!r}, but the file lies in {path.parent.parent.name!r}")
+    if table.table != path.stem:
+        raise TableError(f"{where}: table: is {table.table!r}, but the file is called {path.name!r}")
+    if not isinstance(rows, list) or not rows or not isinstance(declared, Mapping):
+        raise TableError(f"{where}: expected [[rows]] sections, and [checkpoints.NAME] sections if any")
     checkpoints: dict[str, Checkpoint] = {}
-    for name, entry in top.pop("checkpoints").items():
+    for name, entry in declared.items():
         here = f"{where}: checkpoint {name!r}"
-        checkpoints[name] = Checkpoint(name, **_section(entry, here, _CHECKPOINT))
+        checkpoints[name] = READER.section(Checkpoint, entry, here, name=name)
         if not checkpoints[name].url and not checkpoints[name].note:
             raise TableError(
                 f"{here}: url: is missing; if the address is not known, say in 'note' where the file comes from"
             )
-    defaults = {key: top.pop(key) for key in _PER_COLUMN}
-    rows = [
-        _row(entry, f"{where}: ", index, {"paper": top["paper"], "table": top["table"]}, defaults, checkpoints)
-        for index, entry in enumerate(top.pop("rows"))
-    ]
-    table = Table(name=top.pop("table"), checkpoints=checkpoints, rows=tuple(rows), path=path, **top)
+    table = replace(table, checkpoints=checkpoints)
+    table = replace(table, rows=tuple(_row(entry, f"{where}: ", index, table) for index, entry in enumerate(rows)))
     _check_table(table, where)
     return table
 
 
-def _row(
-    entry: Any,
-    where: str,
-    index: int,
-    names: Mapping[str, str],
-    defaults: Mapping[str, Mapping[str, Any]],
-    checkpoints: Mapping[str, Checkpoint],
-) -> Row:
-    row_id = entry.get("id") if isinstance(entry, Mapping) else None
+def _row(entry: dict[str, Any], where: str, index: int, table: Table) -> Row:
+    row_id = entry.get("id") if isinstance(entry, dict) else None
     if not isinstance(row_id, str) or not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", row_id):
         raise TableError(
             f"{where}rows[{index}].id: must be lower-case letters, digits, '.', '_' and '-', got {row_id!r}"
         )
     where = f"{where}row {row_id!r}"
-    values = _section(entry, where, _ROW, ("method", "published"))
+    checkpoint = entry.get("checkpoint", "")
+    if checkpoint and checkpoint not in table.checkpoints:
+        declared = sorted(table.checkpoints)
+        raise TableError(f"{where}: checkpoint: {checkpoint!r} is not declared; declared are {declared}")
+    own = {key: value for key, value in entry.items() if key != "checkpoint"}
+    known = table.checkpoints.get(checkpoint)
+    row = READER.section(Row, own, where, paper=table.paper, table=table.table, checkpoint=known)
     for key in ("approximate", "reasons", "tolerance"):
-        if unpublished := sorted(set(values[key]) - set(values["published"])):
+        if unpublished := sorted(set(getattr(row, key)) - set(row.published)):
             raise TableError(f"{where}: {key}: names columns without a published value: {unpublished}")
-    checkpoint = values.pop("checkpoint")
-    if checkpoint and checkpoint not in checkpoints:
-        raise TableError(f"{where}: checkpoint: {checkpoint!r} is not declared; declared are {sorted(checkpoints)}")
-    if "label" not in entry:
-        values["label"] = values["setting"] or values["method"]
-    values |= {key: {**defaults[key], **values[key]} for key in defaults}
-    row = Row(**names, checkpoint=checkpoints.get(checkpoint), **values)
+    label = row.label if "label" in entry else row.setting or row.method
+    shared = {field.name: {**getattr(table, field.name), **getattr(row, field.name)} for field in fields(PerColumn)}
+    row = replace(row, label=label, **shared)
     if not row.cited:
         _check_row(row, where)
     return row
