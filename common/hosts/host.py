@@ -8,43 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
+from common.hosts.rotation import Rotation
 from common.run.errors import UsageError
 
 
 class NotAHost(UsageError):
     """A network that no adapter can show rightly; the message names the module."""
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """Rotary position embedding of the patches: angles that are linear in a patch's row and column."""
-
-    table: Tensor
-    """sines, then cosines, of the angles: (P, 2 d) for all images, or (B, 1, P, 2 d)"""
-    coordinates: Tensor
-    """rows and columns, whole numbers until tokens merge, (1 or B, P, 2)"""
-    first: Tensor
-    """angles of the patch in row 0 and column 0, (d,)"""
-    rates: Tensor
-    """angles per row and per column, (2, d)"""
-
-    def take(self, index: Tensor) -> "Rotation":
-        """That of some patches, exactly: ``index`` is (B, K)."""
-        rows = index[..., None]
-        table = self.table.expand(index.shape[0], 1, *self.table.shape[-2:])[:, 0]
-        table = table.gather(1, rows.expand(-1, -1, table.shape[2]))[:, None]
-        coordinates = self.coordinates.expand(index.shape[0], -1, -1).gather(1, rows.expand(-1, -1, 2))
-        return replace(self, table=table, coordinates=coordinates)
-
-    def at(self, coordinates: Tensor) -> "Rotation":
-        """That of tokens elsewhere: ``coordinates`` is (B, K, 2)."""
-        rows, columns = coordinates.to(self.rates.dtype).split(1, dim=-1)  # sums, not a product: autocast halves those
-        angles = self.first + rows * self.rates[0] + columns * self.rates[1]
-        table = torch.cat([angles.sin(), angles.cos()], dim=-1)[:, None]
-        return replace(self, table=table.to(self.table.dtype), coordinates=coordinates)
 
 
 @dataclass(frozen=True)

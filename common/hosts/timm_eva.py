@@ -1,23 +1,33 @@
-"""timm's ``Eva`` as a host: EVA-02 and DINOv3, with rotation, SwiGLU, LayerScale, separate or fused projections."""
+"""timm's ``Eva`` as a host: EVA-02, DINOv3 and RoPE-ViT, with rotation (one table, or learned ones of every layer and
+head), SwiGLU, LayerScale, separate or fused projections."""
 
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from timm.layers.attention import AttentionRope
-from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3, apply_rot_embed_cat
+from timm.layers.pos_embed_sincos import (
+    RotaryEmbeddingCat,
+    RotaryEmbeddingDinoV3,
+    RotaryEmbeddingMixed,
+    apply_rot_embed_cat,
+)
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
 from common.hosts.host import BlockView, NotAHost, Parts, Rotation, Tokens, refuse_hooks
+from common.hosts.rotation import LayerRotation, TableRotation, read_line, sum_of_angles, turn
 from common.hosts.timm_vit import TimmHost
+
+KNOWN = (RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed, type(None))
+"""Rotations whose angles are linear in a patch's row and column."""
 
 
 class EvaView(BlockView):
     """View of ``timm.models.eva.EvaBlock``."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
-        self.module = cast(Any, module)
+        self.module, self.layer = cast(Any, module), int(name.rpartition(".")[2])
         if type(module).forward is not EvaBlock.forward:
             raise NotAHost(f"{name} is a {type(module).__name__}, which does not work like EvaBlock")
         attention = self.module.attn
@@ -28,7 +38,7 @@ class EvaView(BlockView):
         refuse_hooks([(name, module), (f"{name}.attn", attention)])
 
     def block(self, x: Tensor, rotation: Rotation | None) -> Tensor:
-        return self.module(x, rope=None if rotation is None else rotation.table)
+        return self.module(x, rope=None if rotation is None else rotation.of(self.layer))
 
     def qkv(self, x: Tensor, rotation: Rotation | None) -> Parts:
         attn = self.module.attn
@@ -50,9 +60,10 @@ class EvaView(BlockView):
         if rotation is None:
             return Parts(q, k, v, attn.scale, rate, extra=gate)
         prefix, half = attn.num_prefix_tokens, getattr(attn, "rotate_half", False)
+        table = rotation.of(self.layer)
 
         def rotate(x: Tensor) -> Tensor:
-            turned = apply_rot_embed_cat(x[:, :, prefix:], rotation.table, half=half)
+            turned = apply_rot_embed_cat(x[:, :, prefix:], table, half=half)
             return torch.cat([x[:, :, :prefix], turned], 2).type_as(v)
 
         return Parts(rotate(q), rotate(k), v, attn.scale, rate, keys=k, extra=gate)
@@ -83,48 +94,49 @@ class TimmEva(TimmHost):
 
     def __init__(self, net: nn.Module) -> None:
         eva = cast(Any, net)
-        if eva.rope_mixed or not isinstance(eva.rope, (RotaryEmbeddingCat, RotaryEmbeddingDinoV3, type(None))):
-            raise NotAHost(f"rope ({type(eva.rope).__name__}) rotates every layer, or in a way that is not known here")
+        if not isinstance(eva.rope, KNOWN):
+            raise NotAHost(f"rope ({type(eva.rope).__name__}) rotates in a way that is not known here")
         if getattr(eva.rope, "in_pixels", False):
             raise NotAHost("rope turns neighbouring patches by more than half a turn (in_pixels)")
+        if isinstance(eva.rope, RotaryEmbeddingMixed) and getattr(eva.rope, "aug_active", False):
+            raise NotAHost("rope moves its coordinates at random in training, which merged tokens would not follow")
         super().__init__(net)
         grid = self.facts.grid
         assert grid is not None
-        self.rotation = None if eva.rope is None else rotate(eva.rope.get_embed(shape=list(grid)), grid)
-        if self.rotation is not None and not self.rotation.table.is_meta:
-            again = self.rotation.at(self.rotation.coordinates).table[0, 0]
-            if (again - self.rotation.table).abs().max() > 1e-3:
-                raise NotAHost("rope turns patches by angles that are not linear in row and column")
+        if isinstance(eva.rope, (RotaryEmbeddingCat, RotaryEmbeddingDinoV3)):
+            _check_line(eva.rope.get_embed(shape=list(grid)), grid, _frequencies(eva.rope))
 
     def embed(self, net: Any, images: Tensor) -> Tokens:
         x = net.patch_embed(images)
         grid = tuple(x.shape[1:3]) if net.dynamic_img_size else self.facts.grid
         assert grid is not None
         x, table = net._pos_embed(x)
-        rotation = self.rotation
-        if rotation is not None and grid != self.facts.grid:
-            rotation = rotate(table, grid)
-        elif rotation is not None:
-            constants = (rotation.coordinates, rotation.first, rotation.rates)
-            rotation = Rotation(table, *(constant.to(table.device) for constant in constants))
+        rotation = None
+        if isinstance(net.rope, RotaryEmbeddingMixed):
+            across, down = net.rope.freqs.repeat_interleave(2, -1)
+            if net.rope.grid_indexing == "ij":
+                across, down = down, across
+            rotation = LayerRotation(grid=grid, tables=table, rates=torch.stack([down, across]))
+        elif net.rope is not None:
+            rotation = TableRotation(grid=grid, table=table, frequencies=_frequencies(net.rope))
         return Tokens(net.norm_pre(x), self.facts.prefix, grid, rotation=rotation)
 
 
-def rotate(table: Tensor, grid: tuple[int, int]) -> Rotation:
-    """The rotation of a table (P, 2 d) of a grid, its rates being the steps between neighbouring patches."""
-    sine, cosine = table.float().unflatten(0, grid).chunk(2, dim=-1)  # (rows, columns, d)
-    places = torch.stack(torch.meshgrid(*(torch.arange(n, device=table.device) for n in grid), indexing="ij"), -1)
+def _frequencies(rope: Any) -> Tensor | None:
+    """DINOv3's angles per row and column up to a factor, (2, d): it may turn by more than half from patch to patch."""
+    if not isinstance(rope, RotaryEmbeddingDinoV3):
+        return None
+    periods = cast(Tensor, rope.periods)
+    once, none = 1 / periods, torch.zeros_like(periods)
+    axes = torch.stack([torch.cat([once, none]), torch.cat([none, once])])
+    axes = axes.flip(0) if rope.grid_indexing == "xy" else axes
+    return axes.repeat(1, 2) if rope.rotate_half else axes.repeat_interleave(2, 1)
 
-    def step(sine: Tensor, cosine: Tensor) -> Tensor:
-        """Mean angle from one entry of the first dimension to the next, (d,)."""
-        if len(sine) < 2:
-            return sine.new_zeros(sine.shape[-1])
-        turned = torch.atan2(
-            sine[1:] * cosine[:-1] - cosine[1:] * sine[:-1], cosine[1:] * cosine[:-1] + sine[1:] * sine[:-1]
-        )
-        return turned.flatten(0, 1).mean(0)
 
-    down = step(sine, cosine)
-    right = step(sine.transpose(0, 1), cosine.transpose(0, 1))
-    first = torch.atan2(sine[0, 0], cosine[0, 0])
-    return Rotation(table, places.flatten(0, 1)[None].to(sine.dtype), first, torch.stack([down, right]))
+def _check_line(table: Tensor, grid: tuple[int, int], frequencies: Tensor | None) -> None:
+    if table.is_meta:
+        return
+    first, rates = read_line(table, grid, frequencies)
+    again = turn(first + sum_of_angles(TableRotation(grid=grid, table=table).coordinates[0], rates[0], rates[1]))
+    if (again - table).abs().max() > 1e-3:
+        raise NotAHost("rope turns patches by angles that are not linear in row and column")

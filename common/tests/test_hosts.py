@@ -5,8 +5,6 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,10 @@ from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, V
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer as TorchvisionViT
 
-from common.hosts import Effect, Facts, Lean, Method, NotAHost, Parts, Plan, PlanError, Tokens, explain, families, lean
+from common.hosts import Lean, NotAHost, Plan, PlanError, explain, families, lean
 from common.hosts.network import find_host
 from common.run.files import ROOT
+from common.tests.small_methods import Drop, Halve, Replace
 
 SIDE = 32
 TINY = {"img_size": SIDE, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
@@ -50,64 +49,6 @@ def build(name: str = "plain", **options: Any) -> VisionTransformer:
 def images_for(net: VisionTransformer, batch: int = 2) -> Tensor:
     torch.manual_seed(1)
     return torch.randn(batch, 3, *net.patch_embed.img_size, dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class Halve(Method):
-    """Averages neighbouring pairs of patches."""
-
-    name = "halve"
-    layer: int = 1
-    hook: str = "between"
-    proportional: bool = True
-
-    def resolve(self, facts: Facts) -> "Halve":
-        return self
-
-    def effects(self) -> Sequence[Effect]:
-        grid = frozenset({"grid"})
-        return [Effect(self.layer, self.hook, grid if self.hook == "before" else frozenset(), grid)]
-
-    def _reduce(self, tokens: Tokens) -> Tokens:
-        prefix, patches = tokens.x[:, : tokens.prefix], tokens.x[:, tokens.prefix :]
-        size = torch.ones_like(tokens.x[..., :1]) if tokens.size is None else tokens.size
-        pairs, sizes = (y.unflatten(1, (-1, 2)) for y in (patches, size[:, tokens.prefix :]))
-        size = torch.cat([size[:, : tokens.prefix], sizes.sum(2)], 1)
-        return tokens.update(
-            x=torch.cat([prefix, (pairs * sizes).sum(2) / sizes.sum(2)], 1),
-            size=size,
-            key_bias=size[..., 0].log() if self.proportional else None,
-            grid=None,
-            undone_by=lambda x: torch.cat([x[:, : tokens.prefix], x[:, tokens.prefix :].repeat_interleave(2, 1)], 1),
-        )
-
-    def before(self, layer: int, tokens: Tokens) -> Tokens:
-        return self._reduce(tokens)
-
-    def between(self, layer: int, tokens: Tokens, parts: Parts, memo: Any) -> Tokens:
-        assert memo is None
-        return self._reduce(tokens)
-
-    def after(self, layer: int, tokens: Tokens) -> Tokens:
-        return self._reduce(tokens)
-
-
-@dataclass(frozen=True)
-class Replace(Halve):
-    """Takes the place of the attention, exactly."""
-
-    name = "replace"
-    hook: str = "attend"
-
-    def effects(self) -> Sequence[Effect]:
-        return [Effect(self.layer, "attend"), Effect(self.layer, "between")]
-
-    def attend(self, layer: int, tokens: Tokens, parts: Parts) -> tuple[Tensor, Any]:
-        return (parts.q @ parts.k.mT * parts.scale).softmax(-1) @ parts.v, "memo"
-
-    def between(self, layer: int, tokens: Tokens, parts: Parts, memo: Any) -> Tokens:
-        assert memo == "memo"
-        return tokens
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -184,6 +125,18 @@ EVA = {
         "attn_type": "rope",
         "global_pool": "avg",
     },
+    "RoPE-ViT, mixed": {
+        "use_rot_pos_emb": True,
+        "use_abs_pos_emb": False,
+        "rope_type": "mixed",
+        "rope_grid_indexing": "xy",
+        "rope_temperature": 10.0,
+        "attn_type": "rope",
+        "init_values": 0.1,
+        "class_token": True,
+        "img_size": (32, 48),
+    },
+    "mixed, by row and column": {"use_rot_pos_emb": True, "rope_type": "mixed", "qkv_fused": False},
     "EVA, no rotation": {"use_abs_pos_emb": True},
     "rectangular": {"use_rot_pos_emb": True, "img_size": (32, 48), "qk_norm": True},
 }
@@ -210,47 +163,57 @@ def test_eva_networks(name: str) -> None:
     assert lean(net, Drop()).tokens_per_layer()[-1] == net.num_prefix_tokens + patches // 2
 
 
-@dataclass(frozen=True)
-class Drop(Halve):
-    """Drops every second patch, and with it its rotation."""
-
-    name = "drop"
-    hook: str = "after"
-
-    def _reduce(self, tokens: Tokens) -> Tokens:
-        prefix, patches = tokens.x[:, : tokens.prefix], tokens.x[:, tokens.prefix :]
-        index = torch.arange(0, patches.shape[1], 2, device=patches.device).expand(len(patches), -1)
-        return tokens.update(
-            x=torch.cat([prefix, patches[:, ::2]], 1),
-            rotation=tokens.rotation and tokens.rotation.take(index),
-            grid=None,
-            undone_by=lambda x: torch.cat([x[:, : tokens.prefix], x[:, tokens.prefix :].repeat_interleave(2, 1)], 1),
-        )
-
-
-def test_a_dropped_patch_takes_its_rotation_with_it() -> None:
-    net = build_eva("DINOv3")
-    images = images_for(net)
+@pytest.mark.parametrize("name", ["DINOv3", "RoPE-ViT, mixed"])
+def test_a_dropped_patch_takes_its_rotation_with_it(name: str) -> None:
+    net = build_eva(name)
+    images, prefix = images_for(net), net.num_prefix_tokens
     x, rope = net._pos_embed(net.patch_embed(images))
-    left = [*range(5), *range(5, x.shape[1], 2)]
+    left = [*range(prefix), *range(prefix, x.shape[1], 2)]
     for index, block in enumerate(net.blocks):
-        x = block(x, rope=rope)
+        x = block(x, rope=rope[index] if net.rope_mixed else rope)
         if index == 1:
-            x, rope = x[:, left], rope[::2]
-    restored = net.norm(x)[:, 5:].repeat_interleave(2, 1)
-    torch.testing.assert_close(lean(net, Drop()).forward_features(images)[:, 5:], restored, rtol=0, atol=1e-12)
+            x, rope = x[:, left], rope[..., ::2, :]
+    restored = net.norm(x)[:, prefix:].repeat_interleave(2, 1)
+    torch.testing.assert_close(lean(net, Drop()).forward_features(images)[:, prefix:], restored, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["RoPE-ViT, mixed", "mixed, by row and column"])
+def test_learned_rotations_of_every_layer_and_head(name: str) -> None:
+    """Merged, then dropped: the angles of every layer are its own frequencies times the mean coordinate."""
+    net = build_eva(name)
+    rotation = find_host(net).embed(net, images_for(net)).rotation
+    assert rotation is not None
+    places = torch.tensor([[[0.5, 1.75], [2.0, 0.25]], [[1.5, 3.0], [0.0, 0.0]]])  # row, column
+    moved = rotation.at(places)
+    taken = moved.take(torch.tensor([[1], [0]]))
+    across, down = net.rope.freqs if net.rope.grid_indexing == "xy" else net.rope.freqs.flip(0)
+    for layer in range(4):
+        rows, columns = (places[:, None, :, axis, None] for axis in (0, 1))  # (B, 1, K, 1)
+        angles = (rows * down[layer, :, None] + columns * across[layer, :, None]).repeat_interleave(2, -1)
+        expected = torch.cat([angles.sin(), angles.cos()], -1)
+        torch.testing.assert_close(moved.of(layer), expected, rtol=0, atol=1e-6, check_dtype=False)
+        assert torch.equal(taken.of(layer)[0], moved.of(layer)[0, :, 1:])
+        assert torch.equal(rotation.take(torch.tensor([[3, 0], [1, 2]])).of(layer)[1], rotation.of(layer)[:, 1:3])
+    at_grid = rotation.at(rotation.coordinates.expand(2, -1, -1))
+    torch.testing.assert_close(at_grid.of(3)[0], rotation.of(3), rtol=0, atol=1e-5)
+    with torch.random.fork_rng():
+        fast = lean(net, "tome", r=2)
+        fast(images_for(net)).square().sum().backward()
+    assert net.rope.freqs.grad is not None
+    assert (net.rope.freqs.grad.abs().amax((0, 2, 3)) > 0).all()  # every layer's, also behind merged tokens
 
 
 def test_the_rotation_between_two_patches_is_the_mean_angle() -> None:
     net = build_eva("EVA-02")
     rotation = find_host(net).embed(net, images_for(net)).rotation
     assert rotation is not None
-    at_grid = rotation.at(rotation.coordinates).table[0, 0]
-    torch.testing.assert_close(at_grid, rotation.table, rtol=0, atol=1e-5, check_dtype=False)
-    between = rotation.at(torch.tensor([[[0.5, 2.0], [1.0, 2.5]]])).table[0, 0]
+    table = rotation.of(0)
+    at_grid = rotation.at(rotation.coordinates).of(0)[0, 0]
+    torch.testing.assert_close(at_grid, table, rtol=0, atol=1e-5, check_dtype=False)
+    between = rotation.at(torch.tensor([[[0.5, 2.0], [1.0, 2.5]]])).of(0)[0, 0]
     sine, cosine = between.chunk(2, dim=1)
     torch.testing.assert_close(sine.square() + cosine.square(), torch.ones_like(sine), rtol=0, atol=1e-6)
-    s, c = rotation.table.unflatten(0, (4, 4)).chunk(2, dim=2)
+    s, c = table.unflatten(0, (4, 4)).chunk(2, dim=2)
     for place, (a, b) in enumerate((((0, 2), (1, 2)), ((1, 2), (1, 3)))):
         doubled = torch.stack([s[a] * c[b] + c[a] * s[b], c[a] * c[b] - s[a] * s[b]])  # of the sum of both angles
         found = torch.stack([2 * sine[place] * cosine[place], cosine[place].square() - sine[place].square()])
@@ -262,8 +225,12 @@ def test_rotations_that_cannot_be_continued_are_refused() -> None:
     net.rope.in_pixels = True
     with pytest.raises(NotAHost, match="more than half a turn"):
         lean(net, Drop())
+    mixed = build_eva("RoPE-ViT, mixed")
+    mixed.rope.aug_active = True
+    with pytest.raises(NotAHost, match="rope moves its coordinates at random"):
+        lean(mixed, Drop())
     net.rope = nn.Identity()
-    with pytest.raises(NotAHost, match=r"rope \(Identity\)"):
+    with pytest.raises(NotAHost, match=r"rope \(Identity\) rotates in a way that is not known here"):
         lean(net, Drop())
 
 
