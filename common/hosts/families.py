@@ -1,4 +1,4 @@
-"""Which of timm's Vision Transformers are hosts: every name tried, and the table that the documentation shows.
+"""Which Vision Transformers are hosts: every name of timm's tried, and the page that the documentation shows.
 
     python -m common.hosts.families            # writes docs/hosts.md; a minute or two, nothing is downloaded
 
@@ -91,12 +91,22 @@ def page(verdicts: Mapping[str, tuple[bool, str]]) -> str:
     """The whole page."""
     import timm
 
+    from common.hosts.huggingface import FAMILIES, TESTED
+
+    trunks = ", ".join(f"`{name}`" for name in FAMILIES)
     hosts = sum(good for good, _ in verdicts.values())
     return f"""# Which networks can have token methods
 
 `leanvit.explain(net)` answers for a network at hand. Of the {len(verdicts)} names of Vision Transformers in timm
 {timm.__version__}, {hosts} are hosts; the others are refused by the name of the module that no adapter knows. Hosts are
 also `torchvision.models.vit_*`, and the SWAG networks of `hourglass_swag`.
+
+Of transformers {TESTED} (extra `[huggingface]`) these are hosts:
+{trunks},
+alone or once inside of a network with any head that takes `pixel_values`, such as `ViTForImageClassification`. Output
+classes, `return_dict`, `labels`, `interpolate_pos_encoding` and `bool_masked_pos` work as before.
+`output_hidden_states`, `output_attentions` and `attention_mask` are refused: between the blocks there are fewer tokens.
+A network that takes text as well gets a lean part: `net.vision_model = leanvit.lean(net.vision_model, "tome")`.
 
 {table(verdicts)}
 

@@ -155,16 +155,37 @@ class Host(ABC):
     def finish(self, net: Any, x: Tensor) -> Any:
         """The network's output of normalised tokens (B, N, C), of which there may be fewer if it reads the prefix."""
 
+    def graft(self, fast: Any) -> None:
+        """Put lean parts into a lean network whose host holds a smaller host."""
+        return
+
+
+def check_images(images: Tensor) -> None:
+    """Before anything of a network sees them.
+
+    Raises:
+        UsageError: if there is no image, or no batch of images.
+    """
+    if images.dim() != 4:
+        raise UsageError(f"expected images (B, C, H, W), got a tensor of {images.dim()} dimensions")
+    if images.shape[0] == 0:
+        raise UsageError("the batch is empty: expected images (B, C, H, W) with B of at least 1")
+
 
 def refuse_hooks(named: Sequence[tuple[str, nn.Module]]) -> None:
     """Modules that a runner opens are not called, so that hooks on them would be silent.
+
+    Those with which transformers records hidden states are idle unless these are asked for, which is refused.
 
     Raises:
         NotAHost: naming the module.
     """
     for name, module in named:
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values())
+        if any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks):
             raise NotAHost(f"{name} has hooks, which would not be called: remove them first")
+        if "forward" in vars(module):
+            raise NotAHost(f"{name} has a forward of its own, which would not be called")
 
 
 def channels_of(net: nn.Module) -> int:

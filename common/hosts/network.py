@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from common.hosts.host import Host, NotAHost, Tokens
+from common.hosts.host import Host, NotAHost, Tokens, check_images
 from common.hosts.runner import Method, Plan, PlanError
 from common.measure.flops import count_operations, evaluating, gmacs
 from common.run.errors import UsageError
@@ -18,6 +19,8 @@ HOSTS = (
     "common.hosts.timm_vit:TimmViT",
     "common.hosts.timm_eva:TimmEva",
     "common.hosts.torchvision_vit:TorchvisionViT",
+    "common.hosts.huggingface:HuggingFaceTrunk",
+    "common.hosts.huggingface:HuggingFaceHead",
     "hourglass_swag.host:SwagViT",
 )
 METHODS = {
@@ -41,8 +44,7 @@ class Lean:
 
     def run(self, images: Tensor, *, restorable: bool = True) -> Tokens:
         """Tokens behind the last block, reduced."""
-        if images.shape[0] == 0:
-            raise UsageError("the batch is empty: expected images (B, C, H, W) with B of at least 1")
+        check_images(images)
         tokens = self.plan.host.embed(self, images)
         return self.plan.run(tokens if restorable else tokens.update(undo=None))
 
@@ -62,6 +64,7 @@ class Lean:
         Returns:
             (B, C, rows, columns).
         """
+        check_images(images)
         host = self.plan.host
         start = host.embed(self, images)
         x = host.normalize(self, self.plan.run(start).restored())
@@ -91,7 +94,7 @@ class Lean:
         return self.plan.host.net
 
     def _probe(self) -> Tensor:
-        parameter = next(self.parameters())  # pyright: ignore[reportAttributeAccessIssue]
+        parameter = _floating(self)
         facts = self.plan.host.facts
         return torch.zeros(1, facts.channels, *facts.image_size, device=parameter.device, dtype=parameter.dtype)
 
@@ -127,7 +130,7 @@ def find_host(net: nn.Module) -> Host:
     kind = type(net)
     raise NotAHost(
         f"{kind.__module__}.{kind.__name__} is not a host; known are timm's VisionTransformer and Eva, torchvision's, "
-        "and the SWAG networks"
+        "those of transformers that docs/hosts.md names, and the SWAG networks"
     )
 
 
@@ -162,22 +165,30 @@ def check(host: Host) -> None:
     Raises:
         NotAHost: if they differ by more than ``TOLERANCES``.
     """
-    parameter = next(host.net.parameters())
+    parameter = _floating(host.net)
     if parameter.is_meta:
         return
     generator = torch.Generator().manual_seed(0)
     shape = (1, host.facts.channels, *host.facts.image_size)
     images = torch.randn(shape, generator=generator, device="cpu").to(parameter)
     with torch.no_grad(), evaluating(host.net), torch.autocast(parameter.device.type, enabled=False):
-        expected = host.net(images)
-        tokens = Plan(host, (), opened=True).run(host.embed(host.net, images))
-        found = host.finish(host.net, host.normalize(host.net, tokens.x))
-    difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
-    if not difference <= TOLERANCES[parameter.dtype]:
-        raise NotAHost(
-            f"{host.facts.name} computes something else than its blocks say: the outputs differ by "
-            f"{float(difference):.1e} of the largest value in {parameter.dtype}"
+        outputs = zip(
+            tree_leaves(make_lean(host.net, Plan(host, (), opened=True))(images)),
+            tree_leaves(host.net(images)),
+            strict=True,
         )
+    for found, expected in outputs:
+        difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+        if not difference <= TOLERANCES[parameter.dtype]:
+            raise NotAHost(
+                f"{host.facts.name} computes something else than its blocks say: the outputs differ by "
+                f"{float(difference):.1e} of the largest value in {parameter.dtype}"
+            )
+
+
+def _floating(net: Any) -> Tensor:
+    """The first parameter that says the precision of images: whole numbers are those of a quantized layer."""
+    return next(parameter for parameter in net.parameters() if parameter.dtype in TOLERANCES)
 
 
 def lean(net: nn.Module, *methods: str | Method, verify: bool = True, **settings: Any) -> Any:
@@ -209,6 +220,7 @@ def make_lean(net: nn.Module, plan: Plan) -> Any:
     """The lean network of a checked plan: a shallow copy of the host with a class of its own."""
     fast = _empty(plan.host.lean_class, type(net))
     fast.__dict__ |= {**net.__dict__, "_modules": dict(net._modules), "plan": plan}
+    plan.host.graft(fast)
     return fast
 
 
