@@ -333,6 +333,7 @@ def _shared(args: argparse.Namespace, model_type: str, model_path: str | None) -
             args, output_dir=folder, log_every_steps=args.log_every_steps or getattr(args, "log_interval", None)
         ),
         "optimizer": OptimizerSettings.of(args, lr=args.learning_rate, clip_grad=args.max_grad_norm),
+        "parts": args.gradient_accumulation_steps,
         "arguments": {**vars(args), "model_type": model_type},
     }  # fmt: skip
 
@@ -354,7 +355,6 @@ def joint_run(args: argparse.Namespace) -> JointRun:
         args,
         warmup_epochs=args.warmup_epochs if args.enable_warmup or args.official else 0,
         zlr_schedule={0: zlr[0]} if args.official else zlr_schedule(zlr, args.num_epochs),
-        parts=args.gradient_accumulation_steps,
         select_ratio=args.patch_ratio if args.enable_patch_gating == 2 else None,
         patch_l1_weight=args.patch_l1_weight if learned else 0.0,
     )
@@ -371,5 +371,5 @@ def post_run(args: argparse.Namespace, model_type: str) -> PostRun:
         path = None  # "pretrained" meant the network of the file
     return PostRun(
         **_shared(args, model_type, path or WEIGHTS.get(model_type)),
-        schedule=ScheduleSettings.of(args, cooldown_epochs=0), parts=args.gradient_accumulation_steps,
+        schedule=ScheduleSettings.of(args, cooldown_epochs=0),
     )  # fmt: skip

@@ -67,11 +67,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     check_files(args.checkpoint)
     from common.run.launch import choose_device
     from uvc import compact_files
-    from uvc.compact_costs import costs_of, measure_speeds
     from uvc.compact_files import difference, load_compact, save_compact
     from uvc.loading import load_masked
     from uvc.models.compact import padded
-    from uvc.removal import compress
+    from uvc.removal import compress, costs_of, measure_speeds
 
     masked = load_masked(args.checkpoint, args.model_type)
     model = masked.model

@@ -29,8 +29,8 @@ from common.run.program import get_logger, is_main
 from uvc.data import Mix
 from uvc.loading import save_masked
 from uvc.losses import patch_penalty
-from uvc.models.gates import GatedTransformer, count_mask_elements
-from uvc.pruning import group_scores, masked_weights, update_masks_
+from uvc.models.gates import GatedTransformer, count_mask_elements, masked_weights
+from uvc.pruning import group_scores, update_masks_, with_masks
 from uvc.schedules import selection_tau, zlr_at
 from uvc.settings import JointSettings
 from uvc.uvc_optimizer import PrimalDual
@@ -40,69 +40,76 @@ logger = get_logger(__name__)
 FEW_BLOCKS = 3
 
 
-def back_propagate(
-    batch: tuple[Tensor, Tensor],
-    optimization: Optimization,
-    *,
-    loss: Callable[[Tensor, Tensor], dict[str, Tensor]],
-    parts: int = 1,
-) -> dict[str, Tensor]:
-    """Gradients of a batch in ``parts`` equal pieces; the terms are the means of the pieces'.
+@dataclass(eq=False, kw_only=True)
+class Training:
+    """What both stages do with a batch.
 
     Args:
-        batch: images (B, 3, height, width) and targets (B, ...).
-        optimization: collects the gradients.
-        loss: terms of a piece.
-        parts: pieces whose gradients add up before the optimizer steps; ranks exchange them once.
+        model: the bare backbone with masks.
+        network: the same as the training step calls it; None for the model itself.
+        criterion, mix: loss and mixing.
+        parts: pieces of a batch whose gradients add up before the optimizer steps; ranks exchange them once.
     """
-    images, targets = batch
-    if len(images) % parts:
-        raise ValueError(f"a batch of {len(images)} images cannot be taken in {parts} equal parts")
-    sums: dict[str, Tensor] = {}
-    pieces = list(zip(images.chunk(parts), targets.chunk(parts), strict=True))
-    for index, piece in enumerate(pieces):
-        last = index + 1 == len(pieces)
-        with contextlib.nullcontext() if last else optimization.no_sync():
-            terms = loss(*piece)
-            optimization.backward(terms["loss"] / parts)
-        for name, value in terms.items():
-            sums[name] = sums.get(name, 0.0) + value.detach() / parts
-    return sums
+
+    model: GatedTransformer
+    criterion: DistillationLoss
+    mix: Mix
+    parts: int = 1
+    network: nn.Module | None = None
+    steps: int = field(default=0, init=False)
+
+    def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the class and of the distillation token, (B, C) each."""
+        return (self.network or self.model)(images)
+
+    def loss(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Terms of images with labels or class probabilities; the teacher runs once."""
+        images, targets = self.mix(images, targets)
+        taught = self.criterion.teach(images)
+        return self.criterion.terms(*self.outputs(images), targets, taught)
+
+    def back_propagate(self, batch: tuple[Tensor, Tensor], optimization: Optimization) -> dict[str, Tensor]:
+        """Gradients of images (B, 3, height, width) and targets (B, ...); the terms are the means of the pieces'."""
+        images, targets = batch
+        if len(images) % self.parts:
+            raise ValueError(f"a batch of {len(images)} images cannot be taken in {self.parts} equal parts")
+        sums: dict[str, Tensor] = {}
+        pieces = list(zip(images.chunk(self.parts), targets.chunk(self.parts), strict=True))
+        for index, piece in enumerate(pieces):
+            last = index + 1 == len(pieces)
+            with contextlib.nullcontext() if last else optimization.no_sync():
+                terms = self.loss(*piece)
+                optimization.backward(terms["loss"] / self.parts)
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value.detach() / self.parts
+        return sums
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage 1
 
 
-@dataclass(eq=False)
-class JointTraining:
+@dataclass(eq=False, kw_only=True)
+class JointTraining(Training):
     """Stage 1 on one model.
 
     Args:
-        model: the bare backbone with masks.
-        network: the same as the training step calls it.
         optimizer, scheduler: of the weights, gates included; the schedule advances by step.
         primal_dual: of the same model.
-        criterion, mix: loss and mixing.
         settings: see ``JointSettings``.
         record: gets rows of the structure.
         folder: where files go, or None.
         model_type: for the files.
     """
 
-    model: GatedTransformer
-    network: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     primal_dual: PrimalDual
-    criterion: DistillationLoss
-    mix: Mix
     settings: JointSettings
     record: Record | None = None
     folder: Path | None = None
     model_type: str = ""
     epoch: int = field(default=0, init=False)
-    steps: int = field(default=0, init=False)
     dumped: dict[str, dict[int, Any]] = field(default_factory=lambda: {"s": {}, "r": {}, "gating": {}}, init=False)
     started: str = field(default_factory=lambda: time.strftime("%Y-%m-%d-%H:%M:%S"), init=False)
 
@@ -137,28 +144,27 @@ class JointTraining:
 
     def step(self, batch: tuple[Tensor, Tensor], optimization: Optimization, /) -> dict[str, Tensor]:
         """Loss and gradients of a batch; none of the gates while they are frozen in the warm-up."""
-        terms = back_propagate(batch, optimization, loss=self.loss, parts=self.settings.parts)
+        terms = self.back_propagate(batch, optimization)
         if self.warming_up:
             self.model.block_skip_gating.grad = None
-        patches = self.model.patch_gating
-        if self.primal_dual.settings.learn_patches and patches is not None and patches.grad is not None:
+        patches = self.primal_dual.patches
+        if patches is not None and patches.grad is not None:
             # the optimizer of the weights does not hold it, so that nobody else takes the loss scale of fp16 out
             patches.grad.div_(optimization.scaler.scale(torch.ones((), device=patches.device)))
         return terms
 
+    def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """With patch tokens selected by image, where that is wanted."""
+        if self.settings.select_ratio is None:
+            return super().outputs(images)
+        tau = selection_tau(self.steps, self.settings.total_steps)
+        return (self.network or self.model)(images, tau, self.settings.select_ratio)
+
     def loss(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Terms of images with labels or class probabilities; the teacher runs once."""
-        settings = self.settings
-        images, targets = self.mix(images, targets)
-        taught = self.criterion.teach(images)
-        if settings.select_ratio is None:
-            outputs, distilled = self.network(images)
-        else:
-            tau = selection_tau(self.steps, settings.total_steps)
-            outputs, distilled = self.network(images, tau, settings.select_ratio)
-        terms = self.criterion.terms(outputs, distilled, targets, taught)
-        if settings.patch_l1_weight and self.model.patch_gating is not None:
-            terms["patches"] = patch_penalty(self.model.patch_gating, settings.patch_l1_weight)
+        """The terms, and the penalty on patch gates."""
+        terms = super().loss(images, targets)
+        if self.settings.patch_l1_weight and self.model.patch_gating is not None:
+            terms["patches"] = patch_penalty(self.model.patch_gating, self.settings.patch_l1_weight)
             terms["loss"] = terms["loss"] + terms["patches"]
         gates = self.model.block_skip_gating
         if self.warming_up and gates.requires_grad:  # ranks wait for a gradient of every parameter
@@ -169,8 +175,8 @@ class JointTraining:
         """The primal-dual step; numbers to log at the interval, which alone waits for the device."""
         self.steps = info.step
         resource = self.primal_dual.step(info.learning_rates[0], warmup=self.warming_up)
-        if self.primal_dual.settings.learn_patches and self.model.patch_gating is not None:
-            self.model.patch_gating.grad = None  # the optimizer of the weights does not hold it, nor clear it
+        if self.primal_dual.patches is not None:
+            self.primal_dual.patches.grad = None  # the optimizer of the weights does not hold it, nor clear it
         if info.step % self.settings.log_interval:
             return {}
         cost = float(resource)
@@ -191,7 +197,7 @@ class JointTraining:
         self.update_masks()
         with contextlib.ExitStack() as stack:
             if not self.settings.official:
-                stack.enter_context(masked_weights(self.model))
+                stack.enter_context(with_masks(self.model))
                 stack.enter_context(deployed_gates(self.model, remove=self.primal_dual.settings.learn_patches))
             metrics = measure()
         metrics |= self.report(metrics)
@@ -223,9 +229,8 @@ class JointTraining:
         """Remaining cost of the whole network by the hard gates and the masks to come. Waits for the device."""
         state = self.primal_dual
         run = torch.tensor(self.model.runs()).to(state.s) if state.settings.block_gating else None
-        patches = self.model.patch_gating if state.settings.learn_patches else None
         with torch.no_grad():
-            return float(state.whole_cost.ratio(state.s, state.r, group_scores(self.model).heads, run, patches))
+            return float(state.whole_cost.ratio(state.s, state.r, group_scores(self.model).heads, run, state.patches))
 
     def structure_row(self) -> dict[str, Any]:
         """Per block and as lists: s, r, gates and duals, and what survives. Waits for the device."""
@@ -305,45 +310,30 @@ def deployed_gates(model: GatedTransformer, *, remove: bool) -> Iterator[None]:
 # Stage 2
 
 
-@dataclass(eq=False)
-class FineTuning:
-    """Stage 2 on one model: weights trained, masks and structure fixed.
+@dataclass(eq=False, kw_only=True)
+class FineTuning(Training):
+    """Stage 2 on one model, masked and fixed (``loading.load_masked``): weights trained, masks and structure fixed.
 
     Args:
-        model: the bare backbone, masked and fixed (``loading.load_masked``). The training step calls ``network``, at
-            first the same.
-        criterion, mix: loss and mixing.
-        parts: pieces of a batch, see ``back_propagate``.
         before_step: called with the number of steps done before each batch, for pruning that goes on; says whether it
             changed masks.
         observe: called after each optimizer step, gradients still there; numbers it returns are logged.
     """
 
-    model: GatedTransformer
-    criterion: DistillationLoss
-    mix: Mix
-    parts: int = 1
     before_step: Callable[[int], bool] | None = None
     observe: Callable[[StepInfo], dict[str, float]] | None = None
-    steps: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self.network: nn.Module = self.model
         self.find_masked()
 
     def find_masked(self) -> None:
         """Look up which weights have masked elements; again after masks changed. Waits for the device."""
-        self.masked = [
-            (module.weight, mask)
-            for module in self.model.modules()
-            if (mask := module._buffers.get("mask")) is not None and not bool(mask.all())
-        ]
+        self.masked = [(weight, mask) for weight, mask in masked_weights(self.model) if not bool(mask.all())]
 
     @torch.no_grad()
     def apply_masks(self) -> None:
         """Zero the masked weights, which the optimizer's step has moved."""
         for weight, mask in self.masked:
-            assert isinstance(weight, Tensor)
             weight.mul_(mask)
 
     def step(self, batch: tuple[Tensor, Tensor], optimization: Optimization, /) -> dict[str, Tensor]:
@@ -351,14 +341,7 @@ class FineTuning:
         if self.before_step is not None and self.before_step(self.steps):
             self.find_masked()
         self.apply_masks()
-        return back_propagate(batch, optimization, loss=self.loss, parts=self.parts)
-
-    def loss(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Terms of images with labels or class probabilities; the teacher runs once."""
-        images, targets = self.mix(images, targets)
-        taught = self.criterion.teach(images)
-        outputs, distilled = self.network(images)
-        return self.criterion.terms(outputs, distilled, targets, taught)
+        return self.back_propagate(batch, optimization)
 
     def after_step(self, info: StepInfo) -> dict[str, float]:
         """Counts steps."""

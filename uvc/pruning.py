@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from uvc.models.deit import Block
-from uvc.models.gates import GatedTransformer
+from uvc.models.gates import GatedTransformer, masked_weights
 
 
 class Groups(NamedTuple):
@@ -145,19 +145,19 @@ def update_masks_(model: GatedTransformer, s: Tensor, r: Tensor, *, keep_stale: 
 
 
 @contextlib.contextmanager
-def masked_weights(model: GatedTransformer) -> Iterator[None]:
+def with_masks(model: GatedTransformer) -> Iterator[None]:
     """Weights multiplied by their masks inside, as before after: for evaluating what stage 2 will start from."""
-    layers = [layer for block in blocks_of(model) for layer in (block.attn.proj, block.mlp.fc1, block.mlp.fc2)]
-    kept = [layer.weight.detach().clone() for layer in layers]
+    pairs = [pair for block in blocks_of(model) for pair in masked_weights(block)]
+    kept = [weight.detach().clone() for weight, _ in pairs]
     with torch.no_grad():
-        for layer in layers:
-            layer.weight.mul_(_mask(layer))
+        for weight, mask in pairs:
+            weight.mul_(mask)
     try:
         yield
     finally:
         with torch.no_grad():
-            for layer, weight in zip(layers, kept, strict=True):
-                layer.weight.copy_(weight)
+            for (weight, _), before in zip(pairs, kept, strict=True):
+                weight.copy_(before)
 
 
 def _mask(layer: nn.Module) -> Tensor:

@@ -1,4 +1,4 @@
-"""Physical removal: from a network with masks and gates to a plain smaller one with the same outputs.
+"""Physical removal: from a network with masks and gates to a plain smaller one with the same outputs; what it saves.
 
 Not in the official code. The rules (all exact, so that outputs agree to rounding):
 
@@ -15,7 +15,9 @@ Not in the official code. The rules (all exact, so that outputs agree to roundin
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.measure.benchmark import compare, device_name, random_images
+from common.measure.flops import CONVENTIONS, count_parameters
+from uvc.cost_model import CostModel
 from uvc.models.compact import BlockShape, CompactConfig, CompactViT
 from uvc.models.gates import GatedTransformer
 from uvc.models.t2t_vit import GatedT2TViT
@@ -156,3 +161,62 @@ def dense_config(config: CompactConfig, structure: Structure) -> CompactConfig:
     full = BlockShape((structure.head_dim,) * structure.num_heads, structure.hidden_dim)
     blocks = (full,) * len(structure.blocks)
     return replace(config, blocks=blocks, positions=None, drop_tokens=False, skipped_first=0)
+
+
+def costs_of(model: GatedTransformer, compressed: Compressed) -> dict[str, float]:
+    """Counted by the paper's rules and really there: GMACs, share of the dense network, parameters."""
+    cost, network = CostModel(model, dtype=torch.float64), compressed.network
+    ratio, full = cost.of_structure(compressed.structure), float(cost.full)
+    with torch.device("meta"):
+        dense = CompactViT(dense_config(network.config, compressed.structure))
+    rules = CONVENTIONS["uvc"]
+    counted = network.count()
+    real, real_full = rules.total(counted.published), rules.total(dense.count().published)
+    return {
+        "remaining_percent": 100 * ratio,
+        "counted_gmacs": ratio * full / 1e9,
+        "dense_gmacs": full / 1e9,
+        "real_gmacs": real / 1e9,
+        "real_remaining_percent": 100 * real / real_full,
+        "padding_gmacs": (counted.executed.macs - counted.published.macs) / 1e9,
+        "params_m": count_parameters(network) / 1e6,
+        "dense_params_m": count_parameters(dense) / 1e6,
+    }
+
+
+def measure_speeds(
+    compressed: Compressed,
+    versions: dict[str, CompactViT],
+    *,
+    device: torch.device,
+    dtype: str,
+    batch: int,
+    rounds: int,
+    processor_time: bool,
+) -> list[dict[str, Any]]:
+    """Speed-up of each version over the dense network, and what of the counted saving it realises.
+
+    Args:
+        compressed, versions: the network, and forms of it by name.
+        device, dtype, batch, rounds: of the passes, all networks in turns.
+        processor_time: time what one thread of a CPU computes instead of the time that passes.
+    """
+    config = compressed.network.config
+    networks = {"dense": CompactViT(dense_config(config, compressed.structure))} | versions
+    networks = {name: deepcopy(network).to(device, getattr(torch, dtype)).eval() for name, network in networks.items()}
+    images = random_images(batch, config.image_size[0], device, getattr(torch, dtype))
+    clock, where = time.perf_counter, device_name(device)
+    if processor_time:
+        clock, where = time.process_time, f"{where}, processor time, 1 thread"
+        torch.set_num_threads(1)
+    speeds = compare(networks, images, baseline="dense", rounds=rounds, progress="benchmark", clock=clock)
+    macs = {name: CONVENTIONS["uvc"].total(network.count().published) for name, network in networks.items()}
+    rows = []
+    for name, paired in speeds.items():
+        share, speed = macs[name] / macs["dense"], paired.speed
+        rows.append({
+            "network": name, "latency_ms": speed.latency_ms, "throughput_ips": speed.throughput_ips,
+            "speedup": paired.speedup, "flops_ratio": 1 / share, "realised": paired.speedup * share,
+            "device": where, "dtype": dtype, "batch_size": batch,
+        })  # fmt: skip
+    return rows

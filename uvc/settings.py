@@ -97,7 +97,6 @@ class JointSettings(Settings):
         warmup_reset: forget the optimizer's moments and start the schedule anew after them.
         zlr_schedule: learning rate of z by the epoch from which it holds; the first epoch is 1.
         eps_decay: factor on eps of the soft-L0 gates at the start of each later epoch.
-        parts: pieces of a batch, see ``engine.back_propagate``.
         select_ratio: share of patch tokens that selection by image keeps; None selects none.
         total_steps: of the run, for the temperature of this selection.
         patch_l1_weight: factor on the sum of the patch gates in the loss; 0 where patches are not learned.
@@ -110,7 +109,6 @@ class JointSettings(Settings):
     warmup_reset: bool = False
     zlr_schedule: Mapping[int, float] = field(default_factory=lambda: {0: 10.0})
     eps_decay: float = 0.92
-    parts: int = 1
     select_ratio: float | None = None
     total_steps: int = 1
     patch_l1_weight: float = 0.0
@@ -120,7 +118,10 @@ class JointSettings(Settings):
 
 @dataclass(frozen=True)
 class Run:
-    """What both stages take. ``optimizer`` is of the weights; ``arguments`` is what files say of the flags."""
+    """What both stages take. ``optimizer`` is of the weights; ``arguments`` is what files say of the flags.
+
+    ``parts``: pieces in which a batch is taken.
+    """
 
     data: DataSettings
     augmentation: AugmentationSettings
@@ -129,6 +130,7 @@ class Run:
     run: RunSettings
     optimizer: OptimizerSettings
     arguments: Mapping[str, Any]
+    parts: int
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,6 @@ class PostRun(Run):
     """All of stage 2, and of training a pruning baseline; the rate of ``optimizer`` is for 512 images per step."""
 
     schedule: ScheduleSettings
-    parts: int
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,9 @@ def learn(settings: JointRun, world: World) -> dict[str, Any]:
         find_unused_parameters=model.num_prefix_tokens == 2 and criterion.kind == "none",
         own_backward=True, schedule_every="step",
     )  # fmt: skip
-    assert trainer.network is not None
     training = JointTraining(
-        model, trainer.network, optimizer=optimizer, scheduler=scheduler, primal_dual=primal_dual,
+        model=model, network=trainer.network, parts=settings.parts, optimizer=optimizer, scheduler=scheduler,
+        primal_dual=primal_dual,
         criterion=criterion, mix=build_mix(settings.augmentation, batches.classes),
         settings=replace(settings.course, total_steps=steps), record=trainer.record,
         folder=None if run.eval else folder, model_type=student.model_type,
@@ -130,7 +130,7 @@ def fine_tune(
         )
     criterion = build_objective(None if run.eval else settings.teacher, classes, world.device, img_size=size)
     tuning = FineTuning(
-        model, criterion=criterion, mix=build_mix(settings.augmentation, classes), parts=settings.parts,
+        model=model, criterion=criterion, mix=build_mix(settings.augmentation, classes), parts=settings.parts,
         before_step=before_step, observe=observe,
     )  # fmt: skip
 
@@ -148,7 +148,6 @@ def fine_tune(
         arguments=settings.arguments, broadcast_buffers=False, own_backward=True,
         find_unused_parameters=model.num_prefix_tokens == 2 and criterion.kind == "none",
     )  # fmt: skip
-    assert trainer.network is not None
     state, manager, tuning.network = trainer.state, trainer.manager, trainer.network
     if run.resume:
         model.fix_blocks()

@@ -89,7 +89,7 @@ def measure_step(
     state = PrimalDual(model, PrimalDualSettings(slr=1.0, rlr=1.0, gating_interval=50))
     plain = AugmentationSettings(mixup=0, cutmix=0)
     criterion = objective(teacher, kind="soft", alpha=0.1)
-    training = FineTuning(model, criterion=criterion, mix=build_mix(plain, model.num_classes))
+    training = FineTuning(model=model, criterion=criterion, mix=build_mix(plain, model.num_classes))
     images = torch.randn(batch, 3, *model.image_size, device=device)
     targets = torch.randint(0, model.num_classes, (batch,), device=device)
 

@@ -55,6 +55,7 @@ class PrimalDual:
         gate_total, gate_count: gradients of the gates since their last update, each weighted by its place in the
             interval, and their number.
         generator: source of the noise; None takes the global one.
+        patches: the patch gates, where they are learned.
         cost: R, which the budget holds. whole_cost: the same unless that is of the output projections alone.
     """
 
@@ -76,10 +77,11 @@ class PrimalDual:
             "gates": torch.optim.SGD([gates], lr=settings.glr, momentum=0.9, weight_decay=1e-4),
         }
         self.gate_total, self.gate_count = torch.zeros_like(gates), 0
-        if settings.learn_patches:
-            if model.patch_gating is None:
-                raise ValueError("learning patches needs patch gates; call add_patch_gates() first")
-            self.optimizers["patches"] = torch.optim.SGD([model.patch_gating], lr=settings.patchlr, momentum=0.9)
+        self.patches = model.patch_gating if settings.learn_patches else None
+        if self.patches is not None:
+            self.optimizers["patches"] = torch.optim.SGD([self.patches], lr=settings.patchlr, momentum=0.9)
+        elif settings.learn_patches:
+            raise ValueError("learning patches needs patch gates; call add_patch_gates() first")
         self.zlr = settings.zlr
         self.count = 0
         self.whole_cost = CostModel(model)
@@ -105,8 +107,7 @@ class PrimalDual:
                 self.model.block_skip_gating, gates.mode, hard=hard, eps=gates.eps, generator=self.generator
             )
             run = weights[:, 1]
-        patches = self.model.patch_gating if self.settings.learn_patches else None
-        return self.cost.ratio(self.s, self.r, scores.heads, run, patches)
+        return self.cost.ratio(self.s, self.r, scores.heads, run, self.patches)
 
     def lowest_ratio(self) -> float:
         """The smallest R that the variables which are learned can reach."""
@@ -115,8 +116,7 @@ class PrimalDual:
         if settings.pruning:  # a head and a neuron of each block always stay, and a dimension of that head
             s, r = self.s_bound.expand_as(self.s) - 1, torch.full_like(self.r, model.head_dim - 1)
         run = torch.zeros_like(self.s[:, 0]) if settings.block_gating else None
-        patches = model.patch_gating if settings.learn_patches else None
-        patches = None if patches is None else torch.full_like(patches, -1.0)
+        patches = None if self.patches is None else torch.full_like(self.patches, -1.0)
         with torch.no_grad():
             return float(self.cost.ratio(s, r, torch.ones_like(self.r), run, patches))
 
@@ -155,9 +155,8 @@ class PrimalDual:
         wanted = [self.s, self.r]
         if settings.block_gating:
             wanted.append(model.block_skip_gating)
-        if settings.learn_patches:
-            assert model.patch_gating is not None
-            wanted.append(model.patch_gating)
+        if self.patches is not None:
+            wanted.append(self.patches)
         by_s, by_r, *by_gates = torch.autograd.grad(excess, wanted, allow_unused=True)
 
         # 4. Gradients of the Lagrangian with respect to s and r.
@@ -171,8 +170,8 @@ class PrimalDual:
             # 5. Gates: descend on task loss and cost, once per interval.
             if settings.block_gating:
                 self._step_gates(by_gates.pop(0))
-            if settings.learn_patches:
-                self._step_patches(by_gates.pop(0))
+            if self.patches is not None:
+                self._step_patches(self.patches, by_gates.pop(0))
 
         # 6. Descend on s, then on r, within their bounds.
         if settings.pruning:
@@ -209,9 +208,7 @@ class PrimalDual:
             self.epoch_start()
             self.optimizers["gates"].step()
 
-    def _step_patches(self, by_patches: Tensor | None) -> None:
-        patches = self.model.patch_gating
-        assert patches is not None
+    def _step_patches(self, patches: Tensor, by_patches: Tensor | None) -> None:
         patches.grad = torch.zeros_like(patches) if patches.grad is None else patches.grad.nan_to_num(0.0, 0.0, 0.0)
         if by_patches is not None:
             patches.grad.add_(self.z * self.settings.patch_weight * by_patches)

@@ -306,21 +306,23 @@ def register_masks(model: Network) -> Network:
     return model
 
 
+def masked_weights(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+    """Every weight that has a mask, with it."""
+    modules = [module for module in model.modules() if module._buffers.get("mask") is not None]
+    return [(module.get_parameter("weight"), module.get_buffer("mask")) for module in modules]
+
+
 @torch.no_grad()
 def apply_masks_(model: Network) -> Network:
     """Multiply every weight by its mask, in place."""
-    for module in model.modules():
-        mask = module._buffers.get("mask")
-        if mask is not None:
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            weight.mul_(mask)
+    for weight, mask in masked_weights(model):
+        weight.mul_(mask)
     return model
 
 
 def count_mask_elements(model: nn.Module) -> tuple[Tensor, int]:
     """Sum of all masks, on their device, and their size: the printed "Parameter size"."""
-    masks = [mask for module in model.modules() if isinstance(mask := module._buffers.get("mask"), Tensor)]
+    masks = [mask for _, mask in masked_weights(model)]
     if not masks:
         return torch.zeros((), dtype=torch.float64), 0
     return torch.stack([mask.sum(dtype=torch.float64) for mask in masks]).sum(), sum(mask.numel() for mask in masks)

@@ -11,7 +11,7 @@ from uvc.cost_model import CostModel, clamp_closed
 from uvc.losses import objective
 from uvc.models import create
 from uvc.models.gates import register_masks
-from uvc.pruning import ceil_straight_through, group_scores, least_sum, masked_weights, update_masks_
+from uvc.pruning import ceil_straight_through, group_scores, least_sum, update_masks_, with_masks
 from uvc.settings import PrimalDualSettings
 from uvc.structure import Structure
 from uvc.tests.model_cases import float64
@@ -124,10 +124,10 @@ def test_masks_are_new_unless_old_zeros_are_kept(model):
     assert bool(model.blocks[0].mlp.fc1.mask.all())
 
 
-def test_masked_weights_come_back(model):
+def test_with_masks_come_back(model):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     update_masks_(model, torch.full((3, 2), 2.0), torch.ones(3, 4))
-    with masked_weights(model):
+    with with_masks(model):
         assert not torch.equal(model.blocks[0].attn.proj.weight, before["blocks.0.attn.proj.weight"])
     for name, value in model.named_parameters():
         assert torch.equal(value, before[name]), name

@@ -179,7 +179,7 @@ def run_stage1(case: Case, checks: Checks) -> None:
     )  # fmt: skip
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     training = JointTraining(
-        model, model, optimizer=optimizer, scheduler=scheduler, primal_dual=state,
+        model=model, optimizer=optimizer, scheduler=scheduler, primal_dual=state,
         criterion=criterion, mix=keep,
         settings=JointSettings(
             warmup_epochs=int(warm[1]) if warm else 0, warmup_lr=float(warmup_lr[1]) if warmup_lr else 1e-4,
@@ -234,7 +234,7 @@ def run_stage2(case: Case, checks: Checks) -> None:
     decay = re.search(rf"wd ({NUMBER})", what)
     lr, weight_decay = float(rate[1]) if rate else 1e-3, float(decay[1]) if decay else 0.05
     optimizer = build_optimizer(model, OptimizerSettings(lr, weight_decay=weight_decay))
-    tuning = FineTuning(model, criterion=objective(None), mix=keep)
+    tuning = FineTuning(model=model, criterion=objective(None), mix=keep)
     clip = re.search(rf"clip ({NUMBER})", what)
     optimization = Optimization(optimizer, clip_grad=float(clip[1]) if clip else None)
     losses, shown = [], []
