@@ -28,9 +28,7 @@ DVT_Deit_small: DeiT-S's rate, 5e-4 per 512 images, for 8 x 128 images per step;
 
 NO_BATCH_NORM = "these networks have no batch normalisation"
 DEAD_SWITCHES = {
-    "--sync-bn": NO_BATCH_NORM,
-    "--split-bn": NO_BATCH_NORM,
-    "--bn-tf": NO_BATCH_NORM,
+    "--sync-bn, --split-bn, --bn-tf": NO_BATCH_NORM,
     "--save-images": "nothing is saved",
     "--channels-last": "the tokens of these networks have no such layout",
     "--no-prefetcher": "there is no prefetcher",
@@ -40,8 +38,7 @@ DEAD_OPTIONS = {
     "--gp": "these networks have no global pooling; the official code fails with it",
     "--drop-connect": "--drop-path sets the rate",
     "--drop-block": "these networks have no such blocks; the official code fails with it",
-    "--bn-momentum": NO_BATCH_NORM,
-    "--bn-eps": NO_BATCH_NORM,
+    "--bn-momentum, --bn-eps": NO_BATCH_NORM,
 }
 """Of the networks, in T2T-ViT's transfer script too."""
 
@@ -49,8 +46,7 @@ DEAD_VALUES = {
     "--dist-bn": NO_BATCH_NORM,
     "--tta": "every image is evaluated once",
     "--num-gpu": "start one process per GPU with torchrun",
-    "--lr-cycle-mul": "there is one cycle",
-    "--lr-cycle-limit": "there is one cycle",
+    "--lr-cycle-mul, --lr-cycle-limit": "there is one cycle",
 }
 
 

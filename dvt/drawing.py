@@ -6,7 +6,7 @@ Letters: K exits, n images.
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -27,18 +27,13 @@ EXIT_COLOURS = (EASY, (217, 142, 4), HARD)
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a sheet.
+    """A column of a sheet."""
 
-    Attributes:
-        title, subtitle: two lines of text above it; the second, and the rims, have ``colour``.
-        grid: rows and columns of tokens, drawn over every image; None for none.
-    """
-
-    title: str
-    subtitle: str
-    colour: tuple[int, int, int]
-    images: Sequence[Image.Image] = field(repr=False)
-    grid: tuple[int, int] | None = None
+    title: str  # above it
+    subtitle: str  # under the title, in ``colour``
+    colour: tuple[int, int, int]  # of the rims, too
+    images: Sequence[Image.Image]
+    grid: tuple[int, int] | None = None  # rows and columns of tokens, drawn over every image
 
 
 class RawImages:
@@ -67,12 +62,12 @@ def draw_sheet(columns: Sequence[Column], *, side: int = SIDE) -> bytes:
             top = 2 * TITLE + GAP // 2 + row * (side + GAP)
             fitted = ImageOps.fit(image.convert("RGB"), (inner, inner), Image.Resampling.BICUBIC)
             sheet.paste(ImageOps.expand(fitted, RIM, column.colour), (left, top))
-            for count, vertical in zip(column.grid or (), (False, True), strict=False):
-                for line in range(1, count):
-                    along = RIM + round(line * inner / count)
-                    start, end = (along, RIM), (along, RIM + inner - 1)
-                    points = [start, end] if vertical else [start[::-1], end[::-1]]
-                    canvas.line([(left + x, top + y) for x, y in points], column.colour)
+            x, y, far = left + RIM, top + RIM, inner - 1
+            rows, tokens = column.grid or (1, 1)
+            for at in (round(line * inner / rows) for line in range(1, rows)):
+                canvas.line([x, y + at, x + far, y + at], column.colour)
+            for at in (round(line * inner / tokens) for line in range(1, tokens)):
+                canvas.line([x + at, y, x + at, y + far], column.colour)
     stream = io.BytesIO()
     sheet.quantize(128).save(stream, "PNG", optimize=True)
     return stream.getvalue()

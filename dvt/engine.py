@@ -26,23 +26,14 @@ from dvt.models.cascade import Cascade
 
 @dataclass
 class CascadeStep:
-    """Loss of a batch: mixup, then random erasing, then all exits.
+    """Loss of a batch: mixup, then random erasing, then all exits."""
 
-    Args:
-        network: called with images; gives logits, or those of all exits.
-        criterion: loss of one exit.
-        mixup: None for none.
-        mixup_epochs: epochs with mixup; 0 for all. Behind them targets are only smoothed.
-        erasing: of a mixed batch, in place.
-        progress: of the run, which says what epoch it is.
-    """
-
-    network: nn.Module
-    criterion: nn.Module
-    progress: Progress = field(default_factory=Progress)
+    network: nn.Module  # gives logits, or those of all exits
+    criterion: nn.Module  # loss of one exit
+    progress: Progress = field(default_factory=Progress)  # of the run, which says what epoch it is
     mixup: Mixup | None = None
-    mixup_epochs: int = 0
-    erasing: RandomErasing | None = None
+    mixup_epochs: int = 0  # epochs with mixup; 0 for all. Behind them targets are only smoothed
+    erasing: RandomErasing | None = None  # of a mixed batch, in place
 
     def __call__(self, batch: tuple[Any, Tensor]) -> dict[str, Tensor]:
         """``loss`` and, with several exits, ``exit1_loss``, ...

@@ -20,12 +20,7 @@ from common.run.cli import dataset_name
 from common.run.settings import Settings
 from dvt import SEARCH_IMAGES, TRANSFORMS, cifar
 from dvt.engine import run_exits
-from dvt.exits import (
-    Outcome,
-    anytime_top1_percent,
-    confidence_and_prediction,
-    evaluate_thresholds,
-)
+from dvt.exits import Outcome, anytime_top1_percent, confidence_and_prediction, evaluate_thresholds
 
 
 @dataclass(frozen=True)
@@ -48,12 +43,7 @@ class Scores:
 def collect_scores(
     model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, device: torch.device, title: str, show: bool = True
 ) -> Scores:
-    """Run all exits on every image of a loader, in evaluation mode, without autocast.
-
-    Args:
-        model: gives the logits of K exits; its mode is restored.
-        loader: (images, targets).
-        title: of the progress line.
+    """Run all exits on every image of a loader, without autocast; arguments as in :func:`~dvt.engine.run_exits`.
 
     Raises:
         ValueError: if there is no image, or a label that the model has no class for.
@@ -75,36 +65,21 @@ def collect_scores(
 
 @dataclass(frozen=True)
 class ImageSource(Settings):
-    """The images that a checkpoint is run on, as the evaluation of DVT sees them.
+    """The images that a checkpoint is run on, as the evaluation of DVT sees them."""
 
-    Attributes:
-        dataset: ``imagenet``, ``cifar10``, ``cifar100``, ``digits``, or any name of ``build_dataset``.
-        root: its folder; not needed for the digits.
-        size: side of the images in pixels.
-        batch_size: images at once.
-        workers: loading processes.
-        transforms: one of ``TRANSFORMS``, those that the network was trained with; None: CIFAR's for CIFAR, ImageNet's
-            for all else.
-    """
-
-    dataset: str
-    root: str | None
-    size: int
+    dataset: str  # imagenet, cifar10, cifar100, digits, or any name of build_dataset
+    root: str | None  # its folder; not needed for the digits
+    size: int  # side of the images in pixels
     batch_size: int = 64
     workers: int = 0
-    transforms: str | None = None
+    transforms: str | None = None  # of TRANSFORMS, as in training; None: CIFAR's for CIFAR, ImageNet's for all else
 
     def open(self, split: str, *, augment: bool = False, plain: bool = False) -> Dataset[Any]:
-        """One split.
+        """One split, ``train`` or ``val``.
 
         Args:
-            split: ``train`` or ``val``.
-            augment: crop and flip at random, as published for the images that thresholds are found on. Digits are not
-                flipped.
+            augment: crop at random and, but for digits, flip, as published for images that thresholds are found on.
             plain: images as they are, without any transform.
-
-        Raises:
-            ValueError: if ``transforms`` is none that is known.
         """
         dataset = dataset_name(self.dataset)
         transforms = self.transforms or ("cifar" if dataset.startswith("cifar") else "imagenet")

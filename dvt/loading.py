@@ -22,12 +22,8 @@ from dvt.models.cascade import Cascade
 logger = get_logger(__name__)
 
 PACKED_KEYS = (
-    "model_state_dict",
-    "flops",
-    "anytime_classification",
-    "dynamic_threshold",
-    "budgeted_batch_classification",
-)
+    "model_state_dict", "flops", "anytime_classification", "dynamic_threshold", "budgeted_batch_classification"
+)  # fmt: skip
 """Entries of the published format: weights; cumulative GFLOPs per exit; top-1 in percent per exit; thresholds (59, 3);
 [59 mean costs, 59 accuracies]."""
 
@@ -76,11 +72,9 @@ def load_network(
     """
     state = {} if content is None else select_weights(content, source, average)
     if MODELS[name].stages:
-        asked = {"feature_resuse_mlp": feature_reuse, "relation_reuse_conv": relation_reuse}
-        options["feature_reuse"], options["relation_reuse"] = (
-            (not state or any(part in key for key in state)) if wanted is None else wanted
-            for part, wanted in asked.items()
-        )
+        names = " ".join(state) or "feature_resuse_mlp relation_reuse_conv"
+        options["feature_reuse"] = "feature_resuse_mlp" in names if feature_reuse is None else feature_reuse
+        options["relation_reuse"] = "relation_reuse_conv" in names if relation_reuse is None else relation_reuse
     model = create_model(name, **options)
     if new_heads and content is not None:
         fresh = load_backbone(model, state, source=source)
@@ -101,13 +95,15 @@ def load_backbone(model: nn.Module, state: Mapping[str, Tensor], *, source: File
     Raises:
         CheckpointError: if anything else does not fit.
     """
-    own, state, fresh = model.state_dict(), dict(state), list[str]()
-    for name in [name for name in own if name in state]:
-        if own[name].shape != state[name].shape and "head" in name.split("."):
-            state[name] = own[name]
+    state, fresh = dict(state), list[str]()
+    for name, own in model.state_dict().items():
+        if name not in state or state[name].shape == own.shape:
+            continue
+        if "head" in name.split("."):
+            state[name] = own
             fresh.append(name)
-        elif own[name].shape != state[name].shape and name.endswith("pos_embed"):
-            state[name] = resize_table(state[name], own[name].shape[1], where=f"{source}: {name}")
+        elif name.endswith("pos_embed"):
+            state[name] = resize_table(state[name], own.shape[1], where=f"{source}: {name}")
     load_strict(model, state, source=source)
     return fresh
 

@@ -67,8 +67,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     from common.run.build import build_average, build_run
     from common.run.checkpoint import plain, read_checkpoint
     from common.run.launch import launch, seed_everything
-    from dvt.augmentation import make_train_transform
-    from dvt.build import SummaryRecord, build_optimizer
+    from dvt.build import SummaryRecord, build_optimizer, make_train_transform
     from dvt.engine import CascadeStep, evaluate_exits
     from dvt.loading import load_network, resume
     from dvt.losses import build_criterion

@@ -45,20 +45,12 @@ DESK_PATCHES = (16, 8, 5)
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered network.
+    """A registered network."""
 
-    Attributes:
-        family: ``t2t`` or ``deit``, of all its backbones.
-        options: of all of them.
-        stages: what each stage of a cascade has of its own; empty for a network with one exit.
-        sizes: sides of the image, in pixels, at which a published cascade's grids are 7x7, 10x10 and 14x14 tokens;
-            empty: any.
-    """
-
-    family: str
-    options: Mapping[str, Any]
-    stages: tuple[Mapping[str, Any], ...] = ()
-    sizes: range = range(0)
+    family: str  # t2t or deit, of all its backbones
+    options: Mapping[str, Any]  # of all of them
+    stages: tuple[Mapping[str, Any], ...] = ()  # what each stage of a cascade has of its own; empty with one exit
+    sizes: range = range(0)  # sides in pixels at which a published cascade has its three grids; empty: any
 
     @property
     def img_size(self) -> int:

@@ -41,10 +41,7 @@ GRIDS: dict[str, tuple[Split, Callable[[int], int]]] = {
 The last one is ours: Table 1 of the paper has a row with 4x4 tokens at 0.21 G, whose split is in no published code.
 This one covers 224 pixels exactly, and the network then costs 0.213 G."""
 
-ENCODERS: dict[str, Callable[[int, int], nn.Module]] = {
-    "performer": Performer,
-    "transformer": Token_transformer,
-}
+ENCODERS: dict[str, Callable[[int, int], nn.Module]] = {"performer": Performer, "transformer": Token_transformer}
 
 
 class T2T_module(nn.Module):
