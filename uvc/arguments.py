@@ -15,7 +15,7 @@ from common.run import cli
 from common.run.errors import DataError, UsageError
 from common.run.files import check_files
 from common.run.settings import AugmentationSettings, DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
-from uvc.config import add_config_args, config_text, with_config
+from uvc.config import config_text, with_config
 from uvc.schedules import DECAYS, zlr_schedule
 from uvc.settings import JointRun, JointSettings, PostRun, PrimalDualSettings, Student, Teacher
 
@@ -32,6 +32,16 @@ WEIGHTS = {
 """Published dense checkpoints, what ``--model_path pretrained`` means."""
 MODEL_TYPE = "deit_tiny_distilled_patch16_224"
 """The published default of ``--model_type``."""
+
+
+IGNORED = {
+    "--eval_every": "validation follows every epoch",
+    "--num_steps": "the length of a run is its number of epochs",
+    "--fp16_opt_level": "mixed precision is torch's own; --amp chooses it",
+    "--loss_scale": "the loss scale of --amp fp16 adapts by itself",
+    "--use_distribute": "the launcher decides",
+}
+"""Flags of both published programs that do nothing, and why."""
 
 
 class Group:
@@ -136,7 +146,12 @@ def add_common_arguments(
     add("--distillation-type", ("none", "soft", "hard"), distillation, "what is learned from the teacher")
     add("--distillation-alpha", cli.fraction, 0.5, "weight of the distillation in the loss")
     add("--distillation-tau", cli.positive_float, 1.0, "temperature; soft only")
-    add_config_args(parser)
+
+    add = Group(parser, "settings in a file")
+    add("--config", str, None,
+        "settings by the names of these flags, which win over them: JSON, YAML, or a Python file, which is EXECUTED "
+        "and whose get_config() returns an ml_collections.ConfigDict", metavar="FILE")  # fmt: skip
+    add.on("--print_config", "print all resolved settings as a ConfigDict, which --config reads")
 
 
 def joint_parser(description: str | None) -> argparse.ArgumentParser:
@@ -196,16 +211,12 @@ def joint_parser(description: str | None) -> argparse.ArgumentParser:
         parser,
         {
             "--pretrained_dir": "the dense network is --model_path",
-            "--eval_every": "validation follows every epoch",
-            "--num_steps": "the length of a run is --num_epochs",
-            "--fp16_opt_level": "mixed precision is torch's own; --amp chooses it",
-            "--loss_scale": "the loss scale of --amp fp16 adapts by itself",
+            **IGNORED,
             "--save_budgets": "no file is written at these budgets",
             **dict.fromkeys(
                 ("--post_learning_rate", "--post_weight_decay", "--post_num_epochs"),
                 "post_train.py is a program of its own",
             ),
-            "--use_distribute": "the launcher decides",
             "--enable_part_gating": "gates of block halves take no part in network or cost",
         },
     )  # fmt: skip
@@ -234,8 +245,7 @@ def post_parser(description: str | None) -> argparse.ArgumentParser:
     cli.add_ignored_args(
         parser,
         {
-            "--eval_every": "validation follows every epoch",
-            "--num_steps": "the length of a run is --epochs",
+            **IGNORED,
             "--decay_type": "the schedule is --sched",
             "--warmup_steps": "the warm-up is --warmup-epochs",
             "--clip-grad": "gradients are clipped by --max_grad_norm",
@@ -243,9 +253,6 @@ def post_parser(description: str | None) -> argparse.ArgumentParser:
             **dict.fromkeys(("--color-jitter", "--aa"), "images are cropped and flipped alone"),
             "--train-interpolation": "it is bilinear",
             **dict.fromkeys(("--reprob", "--remode", "--recount"), "nothing is erased"),
-            "--fp16_opt_level": "mixed precision is torch's own; --amp chooses it",
-            "--loss_scale": "the loss scale of --amp fp16 adapts by itself",
-            "--use_distribute": "the launcher decides",
         },
     )  # fmt: skip
     cli.add_ignored_args(

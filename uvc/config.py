@@ -18,19 +18,6 @@ from common.run.errors import UsageError
 NEEDED = "the package ml_collections is missing: pip install 'leanvit[papers]', or give the settings in JSON"
 
 
-def add_config_args(parser: argparse.ArgumentParser) -> None:
-    """--config and --print_config."""
-    group = parser.add_argument_group("settings in a file")
-    group.add_argument(
-        "--config", metavar="FILE",
-        help="settings by the names of these flags, which win over them: JSON, YAML, or a Python file, which is "
-        "EXECUTED and whose get_config() returns an ml_collections.ConfigDict (default: none)",
-    )  # fmt: skip
-    group.add_argument(
-        "--print_config", action="store_true", help="print all resolved settings as a ConfigDict, which --config reads"
-    )
-
-
 def with_config(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
     """The words of a command line, those that stand for the settings of its ``--config`` before them.
 

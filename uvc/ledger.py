@@ -4,21 +4,30 @@ import contextlib
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from common.ledger.cache import FOLDER
+from common.ledger.speeds import speeds_for_ledger
 from common.ledger.tables import DeskTable, Measured, NeedsCompute, NeedsWeights, Row
 from common.measure.flops import count_operations, count_parameters
 from common.run.checkpoint import hub_folder
 from uvc import desk as desk_experiment
 from uvc.cost_model import CostModel
 from uvc.models import create
+from uvc.models.compact import CompactViT
 from uvc.models.gates import GatedTransformer
+from uvc.removal import config_of
+from uvc.structure import BlockStructure, Structure
 
 PAPER_GMACS = 4.6
 """DeiT-Small's cost as the paper's README rounds it: its GMACs are the remaining share times this."""
+
+
+UNKNOWN = "the structure that a training run finds, which no published file tells"
 
 
 def model_of(row: Row) -> tuple[str, GatedTransformer]:
@@ -42,6 +51,30 @@ def plain_macs(model: GatedTransformer) -> int:
     """Multiply-accumulates that the dense network executes for one image, its head included."""
     model.fix_blocks([True] * len(model.blocks))
     return count_operations(model, torch.empty(1, 3, *model.image_size, device="meta")).executed.macs
+
+
+def build(row: Row) -> tuple[nn.Module, int]:
+    """The compact network of a row and its resolution: all blocks, or as many as the published log says, unpruned.
+
+    Raises:
+        NeedsCompute: the row is of a trained compressed network, whose structure no published file tells.
+    """
+    name, model = model_of(row)
+    if row.table not in ("models", "log_blocks"):
+        raise NeedsCompute("", UNKNOWN)
+    heads, number = model.num_heads, int(row.variables.get("blocks", len(model.blocks)))
+    dims = (tuple(range(model.head_dim)),) * heads
+    block = BlockStructure(True, tuple(range(heads)), dims, tuple(range(model.hidden_dim)))
+    sizes = model.embed_dim, heads, model.hidden_dim, model.num_patches, model.num_prefix_tokens
+    network = CompactViT(config_of(model, Structure(*sizes, blocks=(block,) * number), name=name))
+    return network, model.image_size[0]
+
+
+def speeds(
+    rows: Sequence[Row], *, columns: Sequence[str], device: torch.device | str, progress: bool
+) -> dict[tuple[str, str], Measured]:
+    """Speed of rows against the dense network, in turns; random weights."""
+    return speeds_for_ledger(rows, build, columns=columns, device=device, progress=progress)
 
 
 def costs(row: Row) -> dict[str, Measured]:
@@ -82,7 +115,7 @@ def costs(row: Row) -> dict[str, Measured]:
             f"GMACs it is {share * full / 1e9:.4f}",
         )  # fmt: skip
         return found
-    raise NeedsCompute("", "the structure that a training run finds, which no published file tells")
+    raise NeedsCompute("", UNKNOWN)
 
 
 def accuracy(

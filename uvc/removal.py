@@ -74,7 +74,7 @@ def compress(model: GatedTransformer, *, multiple: int = 1, drop_patches: bool =
         sources[f"{new}attn.qkv"] = [*keys, *(width + row for row in keys), *(2 * width + row for row in columns)]
         sources[f"{new}attn.proj"] = columns
         sources[f"{new}mlp.fc1"] = sources[f"{new}mlp.fc2"] = block.neurons
-    config = _config(model, structure, multiple, name)
+    config = config_of(model, structure, multiple, name)
     if config.patch_scale:
         assert model.patch_gating is not None
         scale = model.patch_gating.sigmoid()
@@ -111,8 +111,8 @@ def _kept_positions(table: Tensor, structure: Structure) -> Tensor:
     return table.index_select(1, kept)
 
 
-def _config(model: GatedTransformer, structure: Structure, multiple: int, name: str) -> CompactConfig:
-    """Sizes of the compact network."""
+def config_of(model: GatedTransformer, structure: Structure, multiple: int = 1, name: str = "") -> CompactConfig:
+    """Sizes of the compact network; arguments as ``compress``."""
     running, depth = structure.running, len(structure.blocks)
     blocks = tuple(
         BlockShape(

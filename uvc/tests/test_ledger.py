@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from common.ledger.tables import NeedsCompute, NeedsWeights, load_tables
+from common.measure.flops import CONVENTIONS
 from common.run.files import ROOT
 from uvc import desk, ledger
 from uvc.cost_model import CostModel
@@ -33,6 +34,18 @@ def test_the_plain_network_has_the_counted_cost():
     full = float(CostModel(model, device=torch.device("cpu"), dtype=torch.float64).full)
     assert ledger.plain_macs(model) == full + 384 * 1000
     assert ledger.costs(ROWS["small-dense"])["macs_g"].value == pytest.approx((full + 384 * 1000) / 1e9)
+
+
+@pytest.mark.parametrize("row", [row for row in COUNTED if row.table == "log_blocks"], ids=lambda row: row.id)
+def test_networks_that_are_timed_cost_what_the_logs_say(row):
+    with torch.device("meta"):
+        (network, size), (dense, _) = ledger.build(row), ledger.build(ROWS[row.dense.split("/")[1]])
+    real, full = (CONVENTIONS["uvc"].total(model.count().published) for model in (network, dense))
+    assert 100 * real / full == pytest.approx(float(row.published["remaining_percent"]), abs=0.006)
+    assert len(dense.blocks) == 12
+    assert size == 224
+    with pytest.raises(NeedsCompute):
+        ledger.build(ROWS["small-uvc-50.41"])
 
 
 def test_gmacs_of_compressed_rows_are_the_paper_s_own_arithmetic():
