@@ -38,9 +38,10 @@ from common.ledger.view import TableView, view_tables
 from common.run.files import ROOT, write_atomic
 
 KINDS = ("table", "ledger", "plot", "realised", "equations", "papers")
-MARKER = re.compile(rf"^<!-- (?P<kind>{'|'.join(KINDS)})(?:: (?P<name>\S+))? -->$", re.MULTILINE)
-COUNT = re.compile(r"(?<=<!-- tables -->)[^<\n]*(?=<!-- end -->)")
 END = "<!-- end -->"
+MARKER = rf"<!-- (?P<kind>{'|'.join(KINDS)})(?:: (?P<name>\S+))? -->$"
+BLOCK = re.compile(rf"^(?P<marker>{MARKER})(?:\n(?!<!-- (?:{'|'.join(KINDS)}|end)).*)*(?P<end>\n{END})?", re.MULTILINE)
+COUNT = re.compile(r"(?<=<!-- tables -->)[^<\n]*(?=<!-- end -->)")
 
 
 class DocsError(ValueError):
@@ -86,25 +87,20 @@ class Renderer:
         Raises:
             DocsError: if a marker names nothing that exists, or has no end.
         """
-        parts: list[str] = []
-        position = 0
-        for marker in MARKER.finditer(text):
-            where = f"{path.relative_to(self.root)}:{text.count(chr(10), 0, marker.start()) + 1}"
-            if marker.start() < position:
-                raise DocsError(f"{where}: the marker before this one has no {END}")
-            end = text.find(f"\n{END}", marker.end())
-            if end < 0:
+
+        def renew(block: re.Match[str]) -> str:
+            where = f"{path.relative_to(self.root)}:{text.count(chr(10), 0, block.start()) + 1}"
+            if not block["end"]:
                 raise DocsError(f"{where}: the marker has no {END}")
-            if self.only not in (None, marker["kind"]):
-                continue
+            if self.only not in (None, block["kind"]):
+                return block[0]
             try:
-                content = self._content(marker["kind"], marker["name"] or "", path)
+                return f"{block['marker']}\n{self._content(block['kind'], block['name'] or '', path)}\n{END}"
             except KeyError as error:
                 raise DocsError(f"{where}: {error.args[0]}") from error
-            parts += [text[position : marker.end()], "\n", content]
-            position = end
-        text = "".join([*parts, text[position:]])
-        return COUNT.sub(lambda _: str(len(self.views)), text) if self.only is None else text
+
+        renewed = BLOCK.sub(renew, text)
+        return COUNT.sub(lambda _: str(len(self.views)), renewed) if self.only is None else renewed
 
     def _content(self, kind: str, name: str, path: Path) -> str:
         """What stands between a marker and its end.
@@ -113,11 +109,11 @@ class Renderer:
             KeyError: if the marker names nothing that exists.
         """
         if kind == "ledger":
-            return tables_table(self.ledger)
+            return tables_table(list(self.views.values()), linked=True)
         if kind == "equations":
             return index(path, self.root)
         if kind == "papers":
-            return papers_table(self.ledger, self.root)
+            return papers_table(list(self.views.values()), self.root)
         if kind == "realised":
             return markdown_realised(self.ledger, name, root=self.root)
         known: Mapping[str, object] = self.views if kind == "table" else self.figures
@@ -132,15 +128,6 @@ class Renderer:
 def readmes(root: Path = ROOT) -> list[Path]:
     """The files that may hold markers: the root's README and each paper's."""
     return [path for path in (root / "README.md", *(root / p / "README.md" for p in papers(root))) if path.exists()]
-
-
-def stale(root: Path = ROOT) -> list[Path]:
-    """Files whose text is not what rendering gives, and figures that are missing.
-
-    Raises:
-        DocsError: if a file cannot be rendered.
-    """
-    return render_all(root, check=True)
 
 
 def render_all(root: Path = ROOT, only: str | None = None, *, check: bool = False) -> list[Path]:
@@ -170,7 +157,7 @@ def render_all(root: Path = ROOT, only: str | None = None, *, check: bool = Fals
 
 def _plots(text: str) -> list[str]:
     """Keys of the figures that a file shows."""
-    return [marker["name"] for marker in MARKER.finditer(text) if marker["kind"] == "plot"]
+    return [marker["name"] for marker in BLOCK.finditer(text) if marker["kind"] == "plot"]
 
 
 def main(argv: Sequence[str] | None = None, *, root: Path = ROOT) -> int:

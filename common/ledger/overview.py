@@ -2,10 +2,10 @@
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.ledger.compare import Ledger
+from common.ledger.view import TableView, markdown_table
 
 GROUPS = {
     "same": ("reproduced",),
@@ -27,29 +27,27 @@ def describe(folder: Path) -> str:
     return f"[**{folder.name}**]({folder.name}/README.md): {title}. {' '.join(method.split())}".strip()
 
 
-def papers_table(ledger: Ledger, root: Path) -> str:
+def papers_table(views: Sequence[TableView], root: Path) -> str:
     """One line per paper in Markdown, and the sum."""
-    papers = dict.fromkeys(table.paper for table in ledger.tables)
-    parts = [(describe(root / paper), [e.status for e in ledger.entries if e.paper == paper]) for paper in papers]
-    return _table("Paper", parts, f"all {len(ledger.tables)} tables")
+    parts: dict[str, list[TableView]] = {}
+    for view in views:
+        parts.setdefault(view.table.paper, []).append(view)
+    return _table("Paper", {describe(root / paper): own for paper, own in parts.items()}, f"all {len(views)} tables")
 
 
-def tables_table(ledger: Ledger) -> str:
-    """One line per published table in Markdown, linked to its data, and the sum."""
-    parts = [
-        (
-            f"[{table.paper}/{table.name}]({table.paper}/tables/{table.name}.toml): {table.title}",
-            [e.status for e in ledger.entries if (e.paper, e.table) == (table.paper, table.name)],
-        )
-        for table in ledger.tables
-    ]
+def tables_table(views: Sequence[TableView], *, linked: bool = False) -> str:
+    """One line per published table in Markdown, perhaps linked to its data, and the sum."""
+    parts = {}
+    for view in views:
+        name = f"[{view.name}]({view.table.paper}/tables/{view.table.name}.toml)" if linked else view.name
+        parts[f"{name}: {view.table.title}"] = [view]
     return _table("Table", parts, "all")
 
 
-def _table(heading: str, parts: Sequence[tuple[str, Sequence[str]]], total: str) -> str:
-    """Lines of (text, statuses of its values), and their sum."""
-    lines = [f"| {heading} | values | {' | '.join(GROUPS)} |", f"| :-- |{' --: |' * (len(GROUPS) + 1)}"]
-    for text, statuses in [*parts, (total, [status for _, found in parts for status in found])]:
-        numbers = [len(statuses), *(sum(status in group for status in statuses) for group in GROUPS.values())]
-        lines.append(f"| {text} | {' | '.join(str(number or '') for number in numbers)} |")
-    return "\n".join(lines)
+def _table(heading: str, parts: Mapping[str, Sequence[TableView]], total: str) -> str:
+    """A line of numbers for the values of each part, and of their sum."""
+    rows: list[list[str]] = []
+    for text, views in {**parts, total: [view for part in parts.values() for view in part]}.items():
+        numbers = [sum(view.counts[status] for view in views for status in group) for group in GROUPS.values()]
+        rows.append([text, str(sum(numbers)), *(str(number or "") for number in numbers)])
+    return "\n".join(markdown_table([heading, "values", *GROUPS], rows))

@@ -9,7 +9,7 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cache
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from common.ledger import plots
 from common.ledger.cache import cached
 from common.ledger.compare import KEYS, STATUSES, Ledger
-from common.ledger.overview import GROUPS
+from common.ledger.overview import tables_table
 from common.ledger.text import to_text
 from common.ledger.view import (
     TableView,
@@ -112,18 +112,6 @@ def markdown_of(view: TableView) -> str:
     return "\n".join([*markdown_table(heads, rows, left=2), "", notes.rstrip()])
 
 
-def markdown_summary(views: Sequence[TableView]) -> str:
-    """The shortened ledger: one line per table, values by status."""
-    rows: list[list[str]] = []
-    totals = [0] * (len(GROUPS) + 1)
-    for view in views:
-        numbers = [len(view.entries), *(sum(view.counts[s] for s in group) for group in GROUPS.values())]
-        totals = [a + b for a, b in zip(totals, numbers, strict=True)]
-        rows.append([view.name, view.table.title, *(str(number or "") for number in numbers)])
-    rows.append(["all", "", *map(str, totals)])
-    return "\n".join(markdown_table(["Table", "", "values", *GROUPS], rows, left=2))
-
-
 def to_markdown(ledger: Ledger, *, pictures: Mapping[str, str] | None = None) -> str:
     """The whole ledger in Markdown.
 
@@ -137,7 +125,7 @@ def to_markdown(ledger: Ledger, *, pictures: Mapping[str, str] | None = None) ->
     return (
         _templates("md")
         .get_template("report.md")
-        .render(ledger=ledger, summary=markdown_summary(views), tables=tables, desks=desks, pictures=pictures or {})
+        .render(ledger=ledger, summary=tables_table(views), tables=tables, desks=desks, pictures=pictures or {})
     )
 
 

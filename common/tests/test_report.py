@@ -9,8 +9,9 @@ import pytest
 
 from common.ledger.compare import Entry, Failure, Ledger, compare
 from common.ledger.gather import Request, build, run_desk
+from common.ledger.overview import tables_table
 from common.ledger.plots import Figure, Series, draw, figures, inline_svg
-from common.ledger.report import markdown_of, markdown_summary, to_html, to_markdown, write_report
+from common.ledger.report import markdown_of, to_html, to_markdown, write_report
 from common.ledger.tables import NeedsCompute, load_tables, papers
 from common.ledger.text import WIDTH, to_text
 from common.ledger.view import format_published, format_reproduced, format_value, view_tables
@@ -152,8 +153,8 @@ def test_markdown_shows_published_values_alone_where_nothing_is_built(tmp_path):
 
 
 def test_the_summary_counts_every_value(filled):
-    last = markdown_summary(view_tables(filled)).splitlines()[-1]
-    numbers = [int(cell) for cell in last.split("|")[3:-1]]
+    last = tables_table(view_tables(filled)).splitlines()[-1]
+    numbers = [int(cell) for cell in last.split("|")[2:-1]]
     assert numbers[0] == sum(numbers[1:]) == len(filled.entries)
 
 
