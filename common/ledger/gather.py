@@ -52,6 +52,11 @@ class Request:
     root: Path = ROOT
 
     @property
+    def cache(self) -> Path:
+        """Where computed results are kept."""
+        return self.root / ".cache" / "leanvit"
+
+    @property
     def running(self) -> dict[str, Any]:
         """What every question that computes is asked with."""
         return {"device": self.device, "progress": not self.quiet}
@@ -104,67 +109,48 @@ def _build_paper(
     paper: str, tables: Sequence[Table], known: Mapping[str, Row], request: Request, ledger: Ledger
 ) -> None:
     records = best_records(load_records(paper, root=request.root))
-    sources = {table.name: table.source for table in tables}
-    paths = {table.name: table.path for table in tables}
-    files = source_files(paper, root=request.root)
-    rows = [row for table in tables for row in table.rows if not row.cited]
-    needed = {"cost", "speed"} if request.measure_speed else {"cost"}
-    costs: dict[str, Answer] = {
-        row.key: {} for row in rows if not any(request.columns_of(row, kind) for kind in needed)
-    }
-    if costs and not has_adapter(paper):
-        costs = dict.fromkeys(costs, NotImplementedYet(paper))
-    for row in _bar([row for row in rows if row.key not in costs], f"{paper}: costs", request):
-        with ledger.guard(paper, row.table, row.id):
-            answer = _ask(paper, "costs", row, request, job=[row.table, row.id], files=(*files, paths[row.table]))
-            if not isinstance(answer, Unavailable) and (plain := answer.get("macs_g")):
-                ledger.plain_gmacs[paper, row.key] = plain.value
-                if counted := answer.get("gmacs"):
-                    note = f"{counted.source}; plain MACs {plain.value:.6g} G"
-                    answer = {**answer, "gmacs": replace(counted, source=note)}
-            costs[row.key] = answer
+    rows = [(table, row) for table in tables for row in table.rows]
+    costs: dict[str, Answer] = {}
+    for table, row in _bar([(table, row) for table, row in rows if not row.cited], f"{paper}: costs", request):
+        with ledger.guard(paper, table.name, row.id):
+            costs[row.key] = _costs(table, row, request, ledger)
     speeds: dict[str, Answer] = {}
     if request.measure_speed:
-        built = [row for row in rows if isinstance(costs.get(row.key), Mapping)]
+        built = [row for _, row in rows if isinstance(costs.get(row.key), Mapping)]
         speeds = _speeds(paper, built, known, request, ledger)
-    quiet = request.data is None
-    for row in _bar([row for table in tables for row in table.rows], f"{paper}: accuracy", request, quiet):
-        if not row.cited and row.key not in costs:
+    for table, row in _bar(rows, f"{paper}: accuracy", request, quiet=request.data is None):
+        if row.cited:
+            costs[row.key] = Cited("", f"quoted in: {table.source}")
+        elif row.key not in costs:
             continue  # it failed
-        with ledger.guard(paper, row.table, row.id):
-            answers = {"cost": costs.get(row.key, {}), "speed": speeds.get(row.key, {})}
-            answers["accuracy"] = _accuracy(row, request, answers["cost"])
-            found = [
-                (name, _find(row, name, answers, records.get((row.key, name)), sources))
+        with ledger.guard(paper, table.name, row.id):
+            answers = dict.fromkeys(("cost", "speed", "accuracy"), costs[row.key])
+            if not isinstance(costs[row.key], Cited | NotImplementedYet):
+                answers |= {"speed": speeds.get(row.key, {}), "accuracy": _accuracy(row, request)}
+            dense = known[row.dense] if row.dense else None
+            ledger.entries += [
+                compare(row, name, _find(row, name, answers[column(name).kind], records.get((row.key, name))), dense)
                 for name in request.columns_of(row)
             ]
-            ledger.entries += [
-                compare(row, name, value, known[row.dense] if row.dense else None) for name, value in found
-            ]
 
 
-def _find(
-    row: Row, name: str, answers: Mapping[str, Answer], record: Record | None, sources: Mapping[str, str]
-) -> Measured | Unavailable:
+def _find(row: Row, name: str, answer: Answer, record: Record | None) -> Measured | Unavailable:
     """What there is for one value: computed here, else recorded, else what is missing.
 
     Raises:
         LookupError: if the adapter leaves out a cost, and the table does not say what it needs.
     """
-    if row.cited:
-        return Cited("", f"quoted in: {sources[row.table]}")
+    if not isinstance(answer, Unavailable) and name in answer:
+        return answer[name]
+    if record is not None:
+        return _as_recorded(row, name, record)
+    if isinstance(answer, Unavailable):
+        return answer
     kind = column(name).kind
-    answer = answers["cost"] if isinstance(answers["cost"], NotImplementedYet) else answers[kind]
-    if not isinstance(answer, Unavailable):
-        if name in answer:
-            return answer[name]
-        need = row.needs.get(name, {"speed": "gpu", "accuracy": "data"}.get(kind, ""))
-        if not need:
-            raise LookupError(
-                f"{row.paper}.ledger.costs returned no {name!r}, and the table does not say what it needs"
-            )
-        answer = NEEDS[need]("", f"the cost of this row depends on its {need}" if kind == "cost" else "")
-    return answer if record is None else _as_recorded(row, name, record)
+    need = row.needs.get(name, {"speed": "gpu", "accuracy": "data"}.get(kind, ""))
+    if not need:
+        raise LookupError(f"{row.paper}.ledger.costs returned no {name!r}, and the table does not say what it needs")
+    return NEEDS[need]("", f"the cost of this row depends on its {need}" if kind == "cost" else "")
 
 
 def _as_recorded(row: Row, name: str, record: Record) -> Recorded:
@@ -223,44 +209,63 @@ def find_adapter(paper: str) -> ModuleType | None:
 def _ask(
     paper: str,
     method: str,
-    what: Row | Sequence[Row],
     request: Request,
-    *,
     job: Sequence[Any],
+    *words: Any,
     files: Sequence[Path] = (),
     **options: Any,
-) -> Answer:
-    """What a paper's adapter answers, kept in the cache; what it cannot tell is returned, not raised."""
+) -> Any:
+    """What a paper's adapter answers, as JSON has it and from the cache; None if it has no such method.
 
-    def compute() -> list[Any]:
+    Raises:
+        NotImplementedYet: if the paper has no adapter.
+        Unavailable: what the adapter raises.
+    """
+
+    def compute() -> Any:
         with _programs():
-            adapter = find_adapter(paper)
-            if adapter is None:
+            if (adapter := find_adapter(paper)) is None:
                 raise NotImplementedYet(paper)
-            found = getattr(adapter, method)(what, **options) if hasattr(adapter, method) else {}
-        return [[key, asdict(measured)] for key, measured in found.items()]
-
-    try:
-        value = cached(
-            [method, paper, *job],
-            compute,
-            files=files or source_files(paper, root=request.root),
-            force=request.force,
-            folder=request.root / ".cache" / "leanvit",
+            found = getattr(adapter, method, lambda *_, **__: None)(*words, **options)
+        return (
+            [[key, asdict(one)] for key, one in found.items()]
+            if isinstance(found, Mapping)
+            else found and asdict(found)
         )
+
+    sources = [*source_files(paper, root=request.root), *files]
+    return cached([method, paper, *job], compute, files=sources, force=request.force, folder=request.cache)
+
+
+def _measured(*words: Any, **options: Any) -> Answer:
+    """Values that an adapter answers; what it cannot tell is returned, not raised. Arguments are those of ``_ask``."""
+    try:
+        found = _ask(*words, **options) or []
     except Unavailable as missing:
         return missing
-    return {tuple(key) if isinstance(key, list) else key: Measured(**fields) for key, fields in value}
+    return {tuple(key) if isinstance(key, list) else key: Measured(**fields) for key, fields in found}
 
 
-def _accuracy(row: Row, request: Request, costs: Answer) -> Answer:
+def _costs(table: Table, row: Row, request: Request, ledger: Ledger) -> Answer:
+    """Costs of a row if a column needs them; plain multiply-accumulates go to ``ledger.plain_gmacs``."""
+    if not any(request.columns_of(row, kind) for kind in ("cost", *["speed"] * request.measure_speed)):
+        return {} if has_adapter(row.paper) else NotImplementedYet(row.paper)
+    answer = _measured(row.paper, "costs", request, [row.table, row.id], row, files=[table.path])
+    if isinstance(answer, Unavailable) or "macs_g" not in answer:
+        return answer
+    plain = ledger.plain_gmacs[row.paper, row.key] = answer["macs_g"].value
+    if counted := answer.get("gmacs"):
+        answer = {**answer, "gmacs": replace(counted, source=f"{counted.source}; plain MACs {plain:.6g} G")}
+    return answer
+
+
+def _accuracy(row: Row, request: Request) -> Answer:
     """Evaluate a row if there is something to evaluate on; else say nothing."""
-    wanted = request.columns_of(row, "accuracy")
-    if row.cited or not wanted or request.data is None or isinstance(costs, NotImplementedYet):
+    if request.data is None or not request.columns_of(row, "accuracy"):
         return {}
-    job = [row.table, row.id, _device_name(request.device), *map(_listing, (request.data, request.weights))]
     folders = {"data": request.data, "weights": request.weights}
-    return _ask(row.paper, "accuracy", row, request, job=job, **folders, **request.running)
+    job = [row.table, row.id, _device_name(request.device), *map(_listing, folders.values())]
+    return _measured(row.paper, "accuracy", request, job, row, **folders, **request.running)
 
 
 def _speeds(
@@ -278,7 +283,7 @@ def _speeds(
         names = sorted({name for row in members for name in request.columns_of(row, "speed")})
         job = [key, [row.key for row in together], names, _device_name(request.device)]
         with ledger.guard(paper, table, ", ".join(row.id for row in members)):
-            answer = _ask(paper, "speeds", together, request, job=job, columns=names, **request.running)
+            answer = _measured(paper, "speeds", request, job, together, columns=names, **request.running)
             if isinstance(answer, Unavailable):
                 found |= {row.key: answer for row in members}
                 continue
@@ -293,20 +298,10 @@ def _speeds(
 
 def run_desk(papers: Iterable[str], request: Request, ledger: Ledger) -> None:
     """Run the desk experiment of each paper that has one; results go to ``ledger.desk``."""
-    folder = request.root / ".cache" / "leanvit"
     for paper in papers:
-
-        def compute(paper: str = paper) -> dict[str, Any] | None:
-            with _programs():
-                adapter = find_adapter(paper)
-                if adapter is None or not hasattr(adapter, "desk"):
-                    return None
-                return asdict(adapter.desk(folder=folder / "desk" / paper, force=request.force, **request.running))
-
-        with ledger.guard(paper, what="desk experiment"):
-            files = source_files(paper, root=request.root)
-            job = ["desk", paper, request.device]
-            if (table := cached(job, compute, files=files, force=request.force, folder=folder)) is not None:
+        with ledger.guard(paper, what="desk experiment"), contextlib.suppress(NotImplementedYet):
+            options = {"folder": request.cache / "desk" / paper, "force": request.force, **request.running}
+            if (table := _ask(paper, "desk", request, [request.device], **options)) is not None:
                 ledger.desk.append((paper, DeskTable(**table)))
 
 
@@ -332,7 +327,10 @@ def _programs() -> Iterator[None]:
     screen: Any = _Screen(sys.stderr)
     silent, out, err = warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout, contextlib.redirect_stderr
     with silent, out(screen), err(screen):
-        yield
+        try:
+            yield
+        except SystemExit as error:  # of a program's command line; the other rows must not be lost
+            raise RuntimeError(str(error.code)) from error
 
 
 def _bar(items: Sequence[Any], what: str, request: Request, quiet: bool = False) -> Any:
