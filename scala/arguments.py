@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from typing import Any
 
-from common.data.paths import check_data_path, check_weights_path
 from common.run import cli
 from common.run.flags import Settings, Switch, add_flags, count, flag, fraction, positive_float, positive_int
 from common.run.settings import AugmentationSettings
@@ -229,23 +228,6 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     names = ("model", *DEFAULTS, "input_size", "embed_dim", "depth", "num_heads", "patch_size", "init_values",
              "official_layer_scale", "official_anchors", "num_classes")  # fmt: skip
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
-
-
-def check_files(args: argparse.Namespace, *flags: str, data: bool = True) -> None:
-    """Refuse paths that lead nowhere, before anything heavy is imported.
-
-    Args:
-        flags: names of those whose value is a file or a URL; ``auto``, ``timm`` and nothing are no paths.
-        data: look for ``--data-path`` as well.
-
-    Raises:
-        DataError, CheckpointError: naming flag and path.
-    """
-    if data:
-        check_data_path(args.data_set, args.data_path)
-    for name in flags:
-        if (file := getattr(args, name)) not in ("auto", "timm"):
-            check_weights_path(f"--{name.replace('_', '-')}", file)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -113,7 +113,10 @@ class SlicedConv2d(Sliced, nn.Conv2d):
 
 
 class SlicedNetwork:
-    """What a whole network says of its widths."""
+    """What a whole network says of its widths; those of the bound decide which end a width is cut from."""
+
+    smallest_ratio: float
+    largest_ratio: float
 
     def check_ratio(self, ratio: Ratio) -> Width:
         """The exact width; one that the network cannot have is refused, naming those that it can (WidthError)."""
@@ -122,6 +125,10 @@ class SlicedNetwork:
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the images that it is built for."""
+        raise NotImplementedError
+
+    def slice_arguments(self, width: Width) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Constructor arguments of a width as a network of its own: those timm's class has, too, and further ones."""
         raise NotImplementedError
 
     def sliced_parameters(self, width: Width) -> dict[str, Tensor]:

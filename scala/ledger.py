@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from common.ledger.cache import FOLDER
 from common.ledger.tables import DeskTable, Measured, NeedsData, NeedsWeights, Row, load_tables
 from common.measure.flops import gmacs
 from common.run.files import ROOT
@@ -173,4 +174,4 @@ def find_weights(row: Row, folder: Path | None) -> Path:
 
 def desk(*, folder: Path | None = None, device: torch.device | str, force: bool, progress: bool) -> DeskTable:
     """The paper's first table on handwritten digits."""
-    return desk_experiment.run(folder, device=device, force=force, progress=progress)
+    return desk_experiment.run(folder or FOLDER / "desk" / "scala", device=device, force=force, progress=progress)

@@ -14,7 +14,9 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from common.data.paths import check_data_path
 from common.run import cli
+from common.run.files import check_files
 from common.run.flags import add_flags
 from common.run.program import run
 from common.run.settings import DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
@@ -39,7 +41,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train the probe, or only evaluate it; returns the row of the largest width, all of them under ``widths``."""
     args = parse_args(argv)
-    arguments.check_files(args, "checkpoint", "resume")
+    check_data_path(args.data_set, args.data_path)
+    check_files(args.checkpoint, args.resume)
     from common.run.build import scaled_lr
     from common.run.checkpoint import read_checkpoint
     from common.run.launch import launch, seed_everything

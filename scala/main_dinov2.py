@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from common.data.paths import check_data_path
 from common.run import cli
+from common.run.files import check_files
 from common.run.flags import add_flags
 from common.run.program import is_main, run
 from common.run.settings import AugmentationSettings, DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
@@ -60,7 +62,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train; returns the last epoch's numbers."""
     args = parse_args(argv)
-    arguments.check_files(args, "resume", "teacher_path")
+    check_data_path(args.data_set, args.data_path)
+    check_files(args.resume, args.teacher_path)
     from common.run.build import scaled_lr
     from common.run.launch import launch, seed_everything
     from scala.feature_training import train_features

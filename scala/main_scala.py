@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from common.data.paths import check_data_path
+from common.run.files import check_files
 from common.run.program import is_main, run
 from common.run.settings import DataSettings, OptimizerSettings, RunSettings
 from scala import arguments
@@ -27,7 +29,8 @@ parse_args = partial(arguments.parse_args, description=__doc__)
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, or with ``--eval`` evaluate; returns the last width's row, with those of all under ``widths``."""
     args = parse_args(argv)
-    arguments.check_files(args, "resume", "finetune", "teacher_path")
+    check_data_path(args.data_set, args.data_path)
+    check_files(args.resume, args.finetune, args.teacher_path if args.teacher_path != "timm" else "")
     from common.run.build import scaled_lr
     from common.run.launch import launch, seed_everything
     from scala import sweep, training

@@ -88,6 +88,10 @@ class MobileNetV2_scala(NarrowedNetwork):
             )
         return width
 
+    def slice_arguments(self, width: Width) -> tuple[dict[str, Any], dict[str, Any]]:
+        shared, alone = super().slice_arguments(width)
+        return shared, alone | {"multiplier": self.multiplier * width.steps / width.of}
+
 
 MODELS = {"mobilenet_v2_scala": MobileNetV2_scala}
 """MobileNet v2: 3.5 million parameters, 0.30 GMACs at 224 pixels and r = 1."""

@@ -452,6 +452,31 @@ class VisionTransformer_scala(SlicedNetwork, Sliced, nn.Module):
     def input_shape(self) -> tuple[int, int, int]:
         return self.patch_embed.proj.in_channels, *self.patch_embed.img_size
 
+    def slice_arguments(self, width: Width) -> tuple[dict[str, Any], dict[str, Any]]:
+        block: Any = self.blocks[0]
+        own = width.channels(self.embed_dim)
+        hidden = width.channels(block.mlp.fc1.out_features)
+        if int(own * (hidden / own)) != hidden:
+            raise ValueError(f"no mlp_ratio gives {hidden} hidden channels at width {own}")
+        height, breadth = self.patch_embed.img_size
+        shared: dict[str, Any] = {
+            "img_size": height if height == breadth else [height, breadth],
+            "patch_size": self.patch_embed.patch_size[0],
+            "in_chans": self.patch_embed.proj.in_channels,
+            "num_classes": self.num_classes,
+            "embed_dim": own,
+            "depth": len(self.blocks),
+            "num_heads": self.num_heads,
+            "mlp_ratio": hidden / own,
+            "qkv_bias": block.attn.qkv.bias is not None,
+            "init_values": None if block.ls1 is None or block.ls1.official else 1.0,
+            "global_pool": self.global_pool,
+            "class_token": self.num_prefix_tokens > 0,
+            "no_embed_class": self.no_embed_class,
+            "fc_norm": self.fc_norm is not None,
+        }
+        return shared, {"smallest_ratio": 1.0, "largest_ratio": 1.0}
+
 
 class DistilledVisionTransformer_scala(VisionTransformer_scala):
     """DeiT with a distillation token and a head for it; two logits in training, their mean in evaluation.
@@ -497,6 +522,12 @@ class DistilledVisionTransformer_scala(VisionTransformer_scala):
         assert self.norm is not None
         x = self.norm(x, ratio)
         return x[:, 0], x[:, 1]
+
+    def slice_arguments(self, width: Width) -> tuple[dict[str, Any], dict[str, Any]]:
+        shared, alone = super().slice_arguments(width)
+        for name in ("global_pool", "class_token", "no_embed_class", "fc_norm"):
+            del shared[name]  # decided by the class
+        return shared, alone
 
     def count_ops(self, ratio: Ratio) -> OpCounts:
         """As published, where the last normalisation runs on all tokens; here it runs on the two that are read."""

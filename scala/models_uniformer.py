@@ -178,6 +178,12 @@ class UniFormer_scala(NarrowedNetwork):
             check_ratio(ratio, channels, heads)
         return exact(ratio)
 
+    def slice_arguments(self, width: Width) -> tuple[dict[str, Any], dict[str, Any]]:
+        shared, alone = super().slice_arguments(width)
+        widths = [width.channels(full) for full in self.widths]
+        same = {name: getattr(self, name) for name in ("depths", "heads", "mlp_ratio", "overlap")}
+        return shared, alone | {"widths": widths} | same
+
     def forward_features(self, images: Tensor, ratio: Ratio) -> Tensor:
         """Images to the last map, (B, c, height / 32, width / 32), normalised."""
         if any(side % 32 for side in images.shape[2:]):

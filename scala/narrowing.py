@@ -96,6 +96,11 @@ class NarrowedNetwork(SlicedNetwork, nn.Module):
     def no_weight_decay(self) -> set[str]:
         return set()
 
+    def slice_arguments(self, width: Width) -> tuple[dict[str, Any], dict[str, Any]]:
+        del width
+        shared = {"img_size": self.img_size, "num_classes": self.num_classes, "in_chans": self.in_chans}
+        return shared, {"smallest_ratio": 1.0, "largest_ratio": 1.0, "granularity": 1.0}
+
     def sliced_parameters(self, width: Width) -> State:
         head = {} if self.head_layer is None else self.head_layer.sliced(width)
         return self._trunk(width) | {f"{self.classifier_name}.{name}": value for name, value in head.items()}

@@ -35,7 +35,7 @@ from common.run.errors import CheckpointError
 from common.run.files import write_atomic
 from common.run.program import get_logger
 from scala.engine_scala import AtRatio
-from scala.layers import NORM_EPS, sliced_state_dict
+from scala.layers import NORM_EPS, SlicedNetwork, sliced_state_dict
 from scala.models_mobilenet import MobileNetV2_scala
 from scala.models_scala import Attention, DistilledVisionTransformer_scala, VisionTransformer_scala
 from scala.models_uniformer import UniFormer_scala
@@ -92,23 +92,18 @@ class Standalone:
         Raises:
             ValueError: if timm has none.
         """
-        if self.timm is None:
+        if self.timm is None or self.norm_eps is None:
             raise ValueError(f"timm has no class for a slice of {self.ours['class']}; build ours")
-        assert self.norm_eps is not None
         norm = partial(nn.LayerNorm, eps=self.norm_eps)
         return CLASSES[self.timm["class"]](**self.timm["arguments"], norm_layer=norm)
 
-    def build_ours(self) -> nn.Module:
+    def build_ours(self) -> AtRatio:
         """This package's network at ratio 1, called with images only; random weights."""
         return AtRatio(CLASSES[self.ours["class"]](**self.ours["arguments"]), 1.0)
 
-    def build(self) -> nn.Module:
-        """timm's network where there is one, else ours."""
-        return self.build_timm() if self.timm is not None else self.build_ours()
-
     def load(self, state: Mapping[str, Tensor], *, source: str = "slice") -> nn.Module:
-        """The network of :meth:`build` with weights, in evaluation mode."""
-        model = self.build()
+        """timm's network where there is one, else ours, with weights and in evaluation mode."""
+        model = self.build_timm() if self.timm is not None else self.build_ours()
         load_strict(model.model if isinstance(model, AtRatio) else model, state, source=source)
         return model.eval()
 
@@ -120,91 +115,30 @@ class Standalone:
         return Standalone(**json.loads(text))
 
 
-def describe(model: nn.Module, ratio: float) -> Standalone:
+def describe(model: SlicedNetwork, ratio: float) -> Standalone:
     """What a slice of ``model`` is as a network of its own.
 
     Raises:
-        TypeError: a network that has no stand-alone form here.
         ValueError: an invalid ratio, or a ViT with options that timm's class does not have.
     """
-    if hasattr(model, "check_ratio"):
-        model.check_ratio(ratio)  # pyright: ignore[reportCallIssue] - a method
-    source = {
-        "network": type(model).__name__,
-        "ratio": ratio,
-        "smallest_ratio": getattr(model, "smallest_ratio", None),
-        "largest_ratio": getattr(model, "largest_ratio", None),
-    }
+    shared, alone = model.slice_arguments(model.check_ratio(ratio))
+    theirs = None
     if isinstance(model, VisionTransformer_scala):
-        return _describe_vit(model, ratio, source)
-    if isinstance(model, MobileNetV2_scala):
-        arguments = _common(model) | {"multiplier": model.multiplier * ratio}
-        return _described(model, arguments, source, None)
-    if isinstance(model, UniFormer_scala):
-        arguments = _common(model) | {
-            "widths": [sliced_size(width, ratio) for width in model.widths],
-            "heads": list(model.heads),
-            "depths": list(model.depths),
-            "mlp_ratio": model.mlp_ratio,
-            "overlap": model.overlap,
-        }
-        return _described(model, arguments, source, NORM_EPS)
-    raise TypeError(f"{type(model).__name__} has no stand-alone form")
-
-
-def _common(model: Any) -> dict[str, Any]:
-    bound = {"smallest_ratio": 1.0, "largest_ratio": 1.0, "granularity": 1.0}
-    return {"img_size": model.img_size, "num_classes": model.num_classes, "in_chans": model.input_shape[0], **bound}
-
-
-def _described(model: nn.Module, arguments: dict[str, Any], source: dict[str, Any], eps: float | None) -> Standalone:
-    name = f"{type(model).__module__}.{type(model).__name__}"
-    return Standalone({"class": name, "arguments": arguments}, None, eps, source, arguments["img_size"])
-
-
-def _describe_vit(model: VisionTransformer_scala, ratio: float, source: dict[str, Any]) -> Standalone:
-    width = sliced_size(model.embed_dim, ratio)
-    block: Any = model.blocks[0]
-    hidden = sliced_size(block.mlp.fc1.out_features, ratio)
-    distilled = isinstance(model, DistilledVisionTransformer_scala)
-    scale = block.ls1
-    height, breadth = model.patch_embed.img_size
-    shared: dict[str, Any] = {
-        "img_size": height if height == breadth else [height, breadth],
-        "patch_size": model.patch_embed.patch_size[0],
-        "in_chans": model.patch_embed.proj.in_channels,
-        "num_classes": model.num_classes,
-        "embed_dim": width,
-        "depth": len(model.blocks),
-        "num_heads": model.num_heads,
-        "mlp_ratio": hidden / width,
-        "qkv_bias": block.attn.qkv.bias is not None,
-        "init_values": None if scale is None or scale.official else 1.0,
-    }
-    if not distilled:
-        shared |= {
-            "global_pool": model.global_pool,
-            "class_token": model.num_prefix_tokens > 0,
-            "no_embed_class": model.no_embed_class,
-            "fc_norm": model.fc_norm is not None,
-        }
-    if model.patch_embed.norm is not None:
-        raise ValueError(
-            "timm's VisionTransformer has no normalisation after the patch embedding; nothing to export to"
-        )
-    if int(width * shared["mlp_ratio"]) != hidden:
-        raise ValueError(f"no mlp_ratio gives {hidden} hidden channels at width {width}")
-    theirs = VisionTransformerDistilled if distilled else VisionTransformer
-    ours = type(model)
+        if model.patch_embed.norm is not None:
+            raise ValueError(
+                "timm's VisionTransformer has no normalisation after the patch embedding; nothing to export to"
+            )
+        theirs = VisionTransformer
+        if isinstance(model, DistilledVisionTransformer_scala):
+            theirs = VisionTransformerDistilled
+    name = "{0.__module__}.{0.__name__}".format
+    bound = {"smallest_ratio": model.smallest_ratio, "largest_ratio": model.largest_ratio}
     return Standalone(
-        ours={
-            "class": f"{ours.__module__}.{ours.__name__}",
-            "arguments": {**shared, "smallest_ratio": 1.0, "largest_ratio": 1.0},
-        },
-        timm={"class": f"{theirs.__module__}.{theirs.__name__}", "arguments": shared},
-        norm_eps=NORM_EPS,
-        source=source,
-        input_size=max(height, breadth),
+        ours={"class": name(type(model)), "arguments": {**shared, **alone}},
+        timm={"class": name(theirs), "arguments": shared} if theirs is not None else None,
+        norm_eps=None if isinstance(model, MobileNetV2_scala) else NORM_EPS,
+        source={"network": type(model).__name__, "ratio": ratio, **bound},
+        input_size=max(model.input_shape[1:]),
     )
 
 
@@ -316,7 +250,7 @@ def write_onnx(path: Path, model: nn.Module, images: Tensor, expected: Tensor) -
 
 @torch.no_grad()
 def export_slice(
-    model: nn.Module, ratio: float, output: Path, *, torch_export: bool = False, onnx: bool = False
+    model: Any, ratio: float, output: Path, *, torch_export: bool = False, onnx: bool = False
 ) -> dict[str, float]:
     """Write one width of a network: safetensors and a description, and on request two more forms.
 

@@ -1,8 +1,8 @@
-"""Whether a data folder or a file of weights is there, said before anything heavy is imported."""
+"""Whether a data folder is there, said before anything heavy is imported."""
 
 from pathlib import Path
 
-from common.run.errors import CheckpointError, DataError
+from common.run.errors import DataError
 
 ROOTLESS = ("digits", "hfds/", "hfids/", "tfds/", "torch/", "wds/")
 """Data sets that need no folder, by the beginning of their names."""
@@ -28,12 +28,6 @@ def check_data_path(data_set: str, data_path: str | Path | None) -> None:
     name = data_set.lower()
     if not name.startswith(ROOTLESS):
         existing_folder(data_set, data_path)
-
-
-def check_weights_path(flag: str, value: str) -> None:
-    """Raise what reading the file would, if ``value`` is a path and nothing is there; URLs pass, and no value."""
-    if value and "://" not in value and not Path(value).is_file():
-        raise CheckpointError(f"{flag} {value}: no such file; check the path, or download the file")
 
 
 def contents(folder: Path, limit: int = 12) -> str:
