@@ -26,6 +26,10 @@ TOKENS = {"cls_token": 0, "dist_token": 1}
 
 DEFAULTS = {"smallest_ratio": 0.25, "largest_ratio": 1.0, "granularity": 0.03125}
 """Of the slicing bound and the granularity, where neither a flag nor the checkpoint's own arguments say them."""
+NETWORK_FLAGS = (
+    "model", *DEFAULTS, "input_size", "embed_dim", "depth", "num_heads", "patch_size", "official_anchors",
+)  # fmt: skip
+"""Those that make a network and do not show in its weights."""
 DEFAULT_MODEL = "deit_small_distilled_patch16_224_scala"
 
 REJECTED = {
@@ -225,8 +229,7 @@ def add_width_args(group: Any, defaults: Mapping[str, float] | None = None) -> N
 
 def given(args: argparse.Namespace) -> dict[str, Any]:
     """Those flags of a network that the user gave; the others are the checkpoint's to say."""
-    names = ("model", *DEFAULTS, "input_size", "embed_dim", "depth", "num_heads", "patch_size", "init_values",
-             "official_layer_scale", "official_anchors", "num_classes")  # fmt: skip
+    names = (*NETWORK_FLAGS, "init_values", "official_layer_scale", "num_classes")
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 

@@ -1,10 +1,6 @@
 """What the ledger asks of this paper: cost and accuracy of a published row, and the desk experiment."""
 
-import contextlib
-import io
 import shlex
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,17 +8,16 @@ from typing import Any
 
 import torch
 
+from common.ledger.adapters import find_weights, run_program
 from common.ledger.cache import FOLDER
 from common.ledger.tables import DeskTable, Measured, NeedsData, NeedsWeights, Row, load_tables
 from common.measure.flops import gmacs
 from common.run.files import ROOT
 from scala import desk as desk_experiment
 from scala import linear_probe, main_scala
-from scala.arguments import DEFAULTS, NetworkSettings, given
+from scala.arguments import NetworkSettings, given
 from scala.build import build_model
 from scala.loading import resolve_grid
-
-CONVENTION = "resize 256 and centre crop 224, bicubic"
 
 
 def build(row: Row) -> tuple[Any, float, int]:
@@ -32,7 +27,7 @@ def build(row: Row) -> tuple[Any, float, int]:
         ValueError: the row names no single width.
     """
     args = main_scala.parse_args(shlex.split(row.arguments))
-    bound = dict(zip(DEFAULTS, resolve_grid(given(args), {}, ""), strict=True))
+    bound = resolve_grid(given(args), {}, "").arguments
     if not isinstance(args.eval_ratio, list) or len(args.eval_ratio) != 1:
         raise ValueError(f"row {row.id}: expected one width in --eval_ratio, got {args.eval_ratio}")
     return build_model(NetworkSettings.of(args, **bound), args.num_classes or 1000), args.eval_ratio[0], args.input_size
@@ -60,7 +55,7 @@ def accuracy(
 
     Args:
         data: folder that holds val/, and UCF101 in ucf101/ for the rows of linear probing.
-        weights: folder with checkpoints of training, see :func:`find_weights`.
+        weights: folder with checkpoints of training, see :func:`weights_of`.
 
     Raises:
         NeedsWeights: naming the files looked for.
@@ -82,24 +77,14 @@ def accuracy(
 def _evaluate(
     row: Row, data: Path, weights: Path | None, device: torch.device | str, progress: bool
 ) -> dict[str, Measured]:
-    file = find_weights(row, weights)
+    file = weights_of(row, weights)
     words = [*shlex.split(row.arguments), "--eval", "--resume", str(file), "--data-path", str(data)]
     if slimmable := row.table == "slimmable":
         words.append("--allow-untrained")
-    result = _run(main_scala.main, [*words, "--device", str(device), "--amp", "none"], progress)
+    result = run_program(main_scala.main, [*words, "--device", str(device), "--amp", "none"], progress=progress)
     convention = f"{result['images']} images, {file.name}, float32{', untrained widths too' if slimmable else ''}"
     source = f"main_scala.py --eval {row.arguments}"
     return {name: Measured(result[name], convention, source) for name in ("top1_percent", "top5_percent")}
-
-
-def _run(program: Callable[[list[str]], dict[str, Any]], words: list[str], progress: bool) -> dict[str, Any]:
-    """A program's result; what the ledger prints may be JSON, so its own output goes elsewhere."""
-    quiet = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
-    with contextlib.redirect_stdout(sys.stderr), quiet:
-        try:
-            return program(words)
-        except SystemExit as error:  # of the command line; the other rows must not be lost
-            raise RuntimeError(str(error.code)) from error
 
 
 def _probe_gain(
@@ -114,8 +99,8 @@ def _probe_gain(
     for network, ratio in ((row, row.id.rpartition("-")[2]), (baseline, baseline.arguments.split()[-1])):
         words = shlex.split(row.arguments)
         words[words.index("--ratios") + 1] = ratio
-        words += ["--data-path", str(clips), "--checkpoint", str(find_weights(network, weights))]
-        found.append(_run(linear_probe.main, [*words, "--device", str(device)], progress))
+        words += ["--data-path", str(clips), "--checkpoint", str(weights_of(network, weights))]
+        found.append(run_program(linear_probe.main, [*words, "--device", str(device)], progress=progress))
     scala, alone = found
     convention = f"{scala['images']} clips, float32, probe trained anew"
     source = f"linear_probe.py {row.arguments}; minus {alone['top1_percent']:.3f} % of {baseline.key}"
@@ -151,7 +136,7 @@ def separate_row(row: Row) -> Row:
     raise NeedsWeights(reason=f"a separately trained network at width {ratio:g}")
 
 
-def find_weights(row: Row, folder: Path | None) -> Path:
+def weights_of(row: Row, folder: Path | None) -> Path:
     """The checkpoint of a row in the folder of ``--weights``.
 
     A file ``NAME.pth``, or ``checkpoint.pth`` in the folder ``NAME`` that training wrote, where NAME is the row, the
@@ -163,13 +148,9 @@ def find_weights(row: Row, folder: Path | None) -> Path:
     names = [row.id, row.id.rpartition("-")[0]]
     if row.checkpoint is not None and row.series != "separate training":  # one name for four networks there
         names.append(row.checkpoint.name)
-    if folder is not None:
-        for name in names:
-            for path in (folder / f"{name}.pth", folder / name / "checkpoint.pth"):
-                if path.is_file():
-                    return path
-    places = " or ".join(f"{name}.pth" for name in names)
-    raise NeedsWeights(reason=f"a trained {places}, or NAME/checkpoint.pth, in {folder or 'a folder'} (--weights DIR)")
+    files = [file for name in names for file in (f"{name}.pth", f"{name}/checkpoint.pth")]
+    said = f"a trained {' or '.join(files[::2])}, or NAME/checkpoint.pth,"
+    return find_weights(files, folder, said=said)
 
 
 def desk(*, folder: Path | None = None, device: torch.device | str, force: bool, progress: bool) -> DeskTable:

@@ -16,14 +16,11 @@ from torch import Tensor, nn
 from common.run.checkpoint import load_strict, select_state
 from common.run.errors import CheckpointError, UsageError
 from common.run.program import get_logger
-from scala.arguments import DEFAULTS, NetworkSettings
+from scala.arguments import DEFAULTS, NETWORK_FLAGS, NetworkSettings
 from scala.build import BATCH_NORM_MODELS, build_model
 from scala.slicing import WidthGrid, find_ratio, make_grid
 
 logger = get_logger(__name__)
-
-RECORDED = ("model", *DEFAULTS, "input_size", "embed_dim", "depth", "num_heads", "patch_size", "official_anchors")
-"""Arguments of a run that make its network, besides those that its weights show."""
 
 
 def recorded_arguments(content: Any) -> dict[str, Any]:
@@ -63,8 +60,6 @@ class Trained:
     """
 
     model: Any
-    smallest_ratio: float
-    largest_ratio: float
     ratios: list[float] | None
     name: str
     input_size: int
@@ -115,19 +110,15 @@ def load_trained(
     for flag, value in flags.items():
         if recorded.get(flag, value) != value:
             logger.warning("--%s %s replaces %s, with which %s was trained", flag, value, recorded[flag], source)
-    known = {
-        "smallest_ratio": DEFAULTS["smallest_ratio"],
-        "largest_ratio": DEFAULTS["largest_ratio"],
-        **recorded,
-        **flags,
-    }
+    known: dict[str, Any] = (
+        {name: DEFAULTS[name] for name in ("smallest_ratio", "largest_ratio")} | recorded | dict(flags)
+    )
     network = _build(known, state, source, flags)
     try:
         load_strict(network, state, source=source)
     except CheckpointError as error:
         raise CheckpointError(f"{error}\n{_advice(network, state)}") from error
-    bound = float(known["smallest_ratio"]), float(known["largest_ratio"])
-    return Trained(network.eval(), *bound, _trained_ratios(known), known["model"], max(network.input_shape[1:]))
+    return Trained(network.eval(), _trained_ratios(known), known["model"], max(network.input_shape[1:]))
 
 
 def _build(known: Mapping[str, Any], state: Mapping[str, Tensor], source: str, flags: Mapping[str, Any]) -> Any:
@@ -137,7 +128,7 @@ def _build(known: Mapping[str, Any], state: Mapping[str, Tensor], source: str, f
     if known["model"] in BATCH_NORM_MODELS and "granularity" not in known:
         raise CheckpointError(f"{source}: batch statistics are kept per width: give --granularity")
     scaled = {"init_values": 1.0, "official_layer_scale": known.get("official_layer_scale")}
-    values = {name: known[name] for name in RECORDED if name in known} | dict(flags)
+    values = {name: known[name] for name in NETWORK_FLAGS if name in known} | dict(flags)
     values |= scaled if any(".ls1." in key for key in state) else dict.fromkeys(scaled)
     names = {field.name for field in fields(NetworkSettings)}
     settings = NetworkSettings(**{name: value for name, value in values.items() if name in names})

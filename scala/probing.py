@@ -9,11 +9,9 @@ Legend: B batch, T frames, t tokens (2 in a distilled network), d = int(r D) wid
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +26,6 @@ from common.data.transforms import eval_transform, train_transform
 from common.run.build import build_run
 from common.run.engine import evaluate
 from common.run.errors import UsageError
-from common.run.files import write_atomic
 from common.run.launch import World
 from common.run.settings import DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
 from scala.arguments import ProbeSettings
@@ -37,7 +34,7 @@ from scala.layers import SlicedLinear
 from scala.loading import Trained
 from scala.models_scala import DistilledVisionTransformer_scala
 from scala.slicing import Ratio, SliceRule, WidthGrid, exact, sliced_size
-from scala.sweep import costs
+from scala.sweep import costs, write
 from scala.ucf101 import Clips, clip_transform
 
 CLIP_SETS = ("ucf101", "clips")
@@ -59,11 +56,6 @@ class FrozenFeatures(nn.Module):
         del mode
         return self
 
-    @property
-    def width(self) -> int:
-        """D."""
-        return int(self.model.num_features)
-
     @torch.no_grad()
     def forward(self, images: Tensor, ratio: Ratio) -> Tensor:
         """Images (B, 3, height, width) or clips (B, T, 3, height, width)."""
@@ -76,16 +68,21 @@ class FrozenFeatures(nn.Module):
 class Head(nn.Module):
     """Linear heads on the tokens of a network, whose logits are averaged; a subclass says which belong to a width."""
 
-    num_classes: int
+    heads: nn.ModuleList
 
-    def heads_of(self, ratio: Ratio) -> list[Callable[[Tensor], Tensor]]:
-        """A function from features (B, d) to logits (B, C) per token."""
+    def __init__(self, classes: int, heads: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.num_classes = classes
+        self.heads = nn.ModuleList(heads)
+        self.apply(_zero)
+
+    def apply_heads(self, features: Sequence[Tensor], ratio: Ratio) -> list[Tensor]:
+        """Logits (B, C) of each token from its features (B, d)."""
         raise NotImplementedError
 
     def logits(self, features: Tensor, ratio: Ratio) -> Tensor:
         """(B, t, d) to (B, C)."""
-        pairs = zip(self.heads_of(ratio), features.unbind(1), strict=True)
-        return torch.stack([head(token) for head, token in pairs]).mean(dim=0)
+        return torch.stack(self.apply_heads(features.unbind(1), ratio)).mean(dim=0)
 
     def forward(self, features: Sequence[Tensor], ratios: Sequence[float]) -> list[Tensor]:
         """Logits of several widths, so that one call of a wrapped module does a whole step."""
@@ -99,29 +96,23 @@ class SlicedHead(Head):
     """
 
     def __init__(self, rule: SliceRule, width: int, classes: int, tokens: int) -> None:
-        super().__init__()
-        self.num_classes = classes
-        self.heads = nn.ModuleList(SlicedLinear(rule, width, classes, rows=False) for _ in range(tokens))
-        self.apply(_zero)
+        super().__init__(classes, (SlicedLinear(rule, width, classes, rows=False) for _ in range(tokens)))
 
-    def heads_of(self, ratio: Ratio) -> list[Callable[[Tensor], Tensor]]:
-        return [partial(head, ratio=ratio) for head in self.heads]
+    def apply_heads(self, features: Sequence[Tensor], ratio: Ratio) -> list[Tensor]:
+        return [head(token, ratio) for head, token in zip(self.heads, features, strict=True)]
 
 
 class SeparateHeads(Head):
     """A linear head of its own for each width, all of which must take part in every step."""
 
     def __init__(self, width: int, classes: int, tokens: int, ratios: Sequence[float]) -> None:
-        super().__init__()
-        self.num_classes = classes
-        self.rows = {exact(ratio): index for index, ratio in enumerate(ratios)}
-        self.heads = nn.ModuleList(
-            nn.ModuleList(nn.Linear(sliced_size(width, ratio), classes) for _ in range(tokens)) for ratio in ratios
-        )
-        self.apply(_zero)
+        sizes = [sliced_size(width, ratio) for ratio in ratios]
+        super().__init__(classes, (nn.ModuleList(nn.Linear(size, classes) for _ in range(tokens)) for size in sizes))
+        self.rows = {exact(ratio): row for row, ratio in enumerate(ratios)}
 
-    def heads_of(self, ratio: Ratio) -> list[Callable[[Tensor], Tensor]]:
-        return list(self.heads[self.rows[exact(ratio)]])  # pyright: ignore[reportArgumentType] - a list of layers
+    def apply_heads(self, features: Sequence[Tensor], ratio: Ratio) -> list[Tensor]:
+        heads: Any = self.heads[self.rows[exact(ratio)]]
+        return [head(token) for head, token in zip(heads, features, strict=True)]
 
 
 def _zero(module: nn.Module) -> None:
@@ -179,19 +170,16 @@ class ProbeAtRatio(nn.Module):
 # A run
 
 
-def open_clips(data: DataSettings, split: str, settings: ProbeSettings) -> Dataset[Any]:
-    """Clips of a split, cropped and flipped at random in training, without further augmentation."""
-    transform = clip_transform(data.input_size, train=split == "train", crop_ratio=data.eval_crop_ratio)
-    clips = Clips(data.data_path, split, frames=settings.frames, transform=transform, fold=settings.fold)
-    return SkipBadImages(clips) if data.skip_bad_images else clips
-
-
-def open_images(data: DataSettings, split: str) -> Dataset[Any]:
-    """Images of a split, cropped and flipped at random in training, without further augmentation."""
-    transform = eval_transform(data.input_size, crop_ratio=data.eval_crop_ratio)
-    if split == "train":
-        transform = train_transform(data.input_size, auto_augment="", color_jitter=0.0, erase_probability=0.0)
-    return open_split(data, split, transform)
+def open_images(data: DataSettings, split: str, settings: ProbeSettings) -> Dataset[Any]:
+    """Images or clips of a split, cropped and flipped at random in training, without further augmentation."""
+    training = split == "train"
+    if data.data_set.lower() in CLIP_SETS:
+        transform = clip_transform(data.input_size, train=training, crop_ratio=data.eval_crop_ratio)
+        clips = Clips(data.data_path, split, frames=settings.frames, transform=transform, fold=settings.fold)
+        return SkipBadImages(clips) if data.skip_bad_images else clips
+    plain = eval_transform(data.input_size, crop_ratio=data.eval_crop_ratio)
+    cropped = train_transform(data.input_size, auto_augment="", color_jitter=0.0, erase_probability=0.0)
+    return open_split(data, split, cropped if training else plain)
 
 
 def probe_widths(
@@ -217,37 +205,34 @@ def probe_widths(
         raise UsageError("the checkpoint does not say which widths were trained: give --granularity or --ratios")
     ratios = trained.choose(sorted(set(wanted)), allow_untrained=settings.allow_untrained, flag="--ratios")
     is_clips = data.data_set.lower() in CLIP_SETS
-    held_out = open_clips(data, "val", settings) if is_clips else open_images(data, "val")
+    held_out = open_images(data, "val", settings)
     classes = num_classes(held_out.dataset if isinstance(held_out, SkipBadImages) else held_out)
     loading: dict[str, Any] = {"batch_size": data.batch_size, "workers": data.workers, "pin_memory": data.pin_mem}
     test = partial(evaluate, loader=eval_loader(held_out, **loading), device=world.device, amp=run.amp)
-    features = FrozenFeatures(trained.model.to(world.device))
+    features, width = FrozenFeatures(trained.model.to(world.device)), int(trained.model.num_features)
     if settings.head == "sliced" or (settings.head == "auto" and is_clips):
-        rule = SliceRule(trained.smallest_ratio, trained.largest_ratio)
-        head: Head = SlicedHead(rule, features.width, classes, features.tokens)
+        rule = SliceRule(trained.model.smallest_ratio, trained.model.largest_ratio)
+        head: Head = SlicedHead(rule, width, classes, features.tokens)
         known = trained.ratios or ratios
         grid = WidthGrid(known[0], known[-1], known[1] - known[0]) if len(known) > 4 else None
         widths = partial(sampled_widths, grid) if grid is not None else lambda: known[::-1]
     else:
-        head, widths = SeparateHeads(features.width, classes, features.tokens, ratios), lambda: ratios
+        head, widths = SeparateHeads(width, classes, features.tokens, ratios), lambda: ratios
     if run.compile:
         allow_widths(len(trained.ratios or ratios))
     trainer = build_run(head.to(world.device), world, run, optimizer=optimizer, schedule=schedule, arguments=arguments)
     if not run.eval:
-        images = open_clips(data, "train", settings) if is_clips else open_images(data, "train")
         assert trainer.network is not None
         trainer.fit(
             ProbeStep(features, trainer.network, widths, settings.smoothing),
-            train_loader(images, seed=data.seed, **loading),
+            train_loader(open_images(data, "train", settings), seed=data.seed, **loading),
             evaluate_fn=lambda: test(ProbeAtRatio(features, head, ratios[-1]), show_progress=False),
         )
     frames = settings.frames if is_clips else 1
-    rows = [
-        {"ratio": ratio, "gmacs": frames * costs(trained.model, ratio)["gmacs"]}
-        | test(ProbeAtRatio(features, head, ratio), title=f"width {ratio:g}")
-        for ratio in ratios
-    ]
-    if run.output_dir and world.is_main:
-        content = {"arguments": dict(arguments), "widths": rows}
-        write_atomic(Path(run.output_dir) / "widths.json", json.dumps(content, indent=1) + "\n")
+    rows = []
+    for ratio in ratios:
+        found = test(ProbeAtRatio(features, head, ratio), title=f"width {ratio:g}")
+        cost = costs(trained.model, ratio)
+        rows.append({"ratio": ratio, **cost, "gmacs": frames * cost["gmacs"], **found})
+    write(rows, run.output_dir, {**arguments, "model": trained.name})
     return rows

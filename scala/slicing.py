@@ -207,6 +207,11 @@ class WidthGrid(NamedTuple):
     def rule(self) -> SliceRule:
         return SliceRule(self.smallest, self.largest)
 
+    @property
+    def arguments(self) -> dict[str, float]:
+        """The grid by the names of its flags."""
+        return {"smallest_ratio": self.smallest, "largest_ratio": self.largest, "granularity": self.granularity}
+
 
 def make_grid(smallest: float, largest: float, granularity: float) -> WidthGrid:
     """The widths s, s + g, ..., l, checked.

@@ -69,7 +69,7 @@ def resumed_bound(run: RunSettings, flags: Mapping[str, Any]) -> dict[str, float
         last = Path(run.output_dir) / LAST
         source = str(last) if run.output_dir and last.exists() else ""
     grid = resolve_grid(flags, recorded_arguments(read_checkpoint(source)) if source else {}, source)
-    return dict(zip(DEFAULTS, grid, strict=True))
+    return grid.arguments
 
 
 def train_widths(
@@ -158,11 +158,8 @@ def evaluate_checkpoint(
     """
     content = read_checkpoint(run.resume) if run.resume else {}
     grid = resolve_grid(flags, recorded_arguments(content), run.resume)
-    bound = dict(zip(DEFAULTS, grid, strict=True))
-    if run.resume:
-        trained = load_trained(content, run.resume, flags={**flags, **bound})
-    else:
-        trained = _untrained(data, {**flags, **bound}, finetune)
+    flags = {**flags, **grid.arguments}
+    trained = load_trained(content, run.resume, flags=flags) if run.resume else _untrained(data, flags, finetune)
     model, ratios = trained.model, grid.ratios if trained.ratios is None else trained.ratios
     if not isinstance(settings.eval_ratio, str):
         ratios = trained.choose(settings.eval_ratio, allow_untrained=settings.allow_untrained, flag="width ratio")
@@ -176,7 +173,8 @@ def evaluate_checkpoint(
         allow_widths(len(ratios))
         model = torch.compile(model)
     rows = sweep(model, batches.held_out, ratios, device=world.device, amp=run.amp)
-    write(rows, run.output_dir, {**arguments, **bound, "model": trained.name, "input_size": trained.input_size})
+    known = {**arguments, **grid.arguments, "model": trained.name, "input_size": trained.input_size}
+    write(rows, run.output_dir, known)
     return rows
 
 
@@ -188,8 +186,7 @@ def _untrained(data: DataSettings, flags: Mapping[str, Any], finetune: str) -> T
     size = values["input_size"]
     classes = values.pop("num_classes", None) or num_classes(open_split(data, "val", eval_transform(size)))
     model = build_model(NetworkSettings(**values), classes)
-    grid = WidthGrid(*(values[name] for name in DEFAULTS))
-    return Trained(model, grid.smallest, grid.largest, grid.ratios, values["model"], size)
+    return Trained(model, WidthGrid(*(values[name] for name in DEFAULTS)).ratios, values["model"], size)
 
 
 def calibrate(model: Any, ratios: Sequence[float], data: DataSettings, batches: int, device: torch.device) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,22 +59,16 @@ def clip_transform(
 
     Training: random resized crop and flip. Evaluation: shorter side to int(size / crop_ratio), centre crop.
     """
-    bicubic = InterpolationMode.BICUBIC
+    resampling: dict[str, Any] = {"interpolation": InterpolationMode.BICUBIC, "antialias": True}
     if train:
-        place: list[Any] = [
-            transforms.RandomResizedCrop(size, scale=scale, interpolation=bicubic, antialias=True),
-            transforms.RandomHorizontalFlip(),
-        ]
+        place = [transforms.RandomResizedCrop(size, scale=scale, **resampling), transforms.RandomHorizontalFlip()]
     else:
-        place = [
-            transforms.Resize(int(size / crop_ratio), interpolation=bicubic, antialias=True),
-            transforms.CenterCrop(size),
-        ]
+        place = [transforms.Resize(int(size / crop_ratio), **resampling), transforms.CenterCrop(size)]
     tail = [
         transforms.ConvertImageDtype(torch.float32),
         transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
     ]
-    return transforms.Compose(place + tail)
+    return transforms.Compose([*place, *tail])
 
 
 class Clips(Dataset[tuple[Tensor, int]]):
@@ -130,10 +125,9 @@ def read_frames(path: Path, frames: int, *, random: bool) -> Tensor:
     if path.is_dir():
         files = _frame_files(path)
         images = [load_image(files[index]) for index in frame_indices(len(files), frames, random=random)]
-    elif path.suffix.lower() in VIDEOS:
-        images = _read_video(path, frames, random=random)
     else:
-        images = _read_animation(path, frames, random=random)
+        decode = _read_video if path.suffix.lower() in VIDEOS else _read_animation
+        images = decode(path, partial(frame_indices, frames=frames, random=random))
     if len({image.size for image in images}) > 1:
         raise BadImageError(f"the frames of {path} have different sizes; extract them again")
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
@@ -144,28 +138,20 @@ def _frame_files(folder: Path) -> list[Path]:
     found = [path for path in folder.iterdir() if path.suffix.lower() in IMAGES]
     if not found:
         raise DataError(f"{folder} holds no frames: expected images ({', '.join(IMAGES)}), numbered in order")
-    return sorted(found, key=lambda path: [int(part) if part.isdigit() else part for part in _parts(path.stem)])
+    parts = {path: re.split(r"(\d+)", path.stem) for path in found}
+    return sorted(found, key=lambda path: [int(part) if part.isdigit() else part for part in parts[path]])
 
 
-def _parts(name: str) -> list[str]:
-    return re.split(r"(\d+)", name)
-
-
-def _read_animation(path: Path, frames: int, *, random: bool) -> list[Image.Image]:
+def _read_animation(path: Path, choose: Callable[[int], list[int]]) -> list[Image.Image]:
     try:
         with Image.open(path) as animation:
-            wanted = frame_indices(getattr(animation, "n_frames", 1), frames, random=random)
-            kept = {
-                index: frame.convert("RGB")
-                for index, frame in enumerate(ImageSequence.Iterator(animation))
-                if index in wanted
-            }
+            frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(animation)]
     except OSError as error:
         raise BadImageError(f"cannot decode clip {path} ({error}); replace it") from error
-    return [kept[index] for index in wanted]
+    return [frames[index] for index in choose(len(frames))]
 
 
-def _read_video(path: Path, frames: int, *, random: bool) -> list[Image.Image]:
+def _read_video(path: Path, choose: Callable[[int], list[int]]) -> list[Image.Image]:
     try:
         av: Any = importlib.import_module("av")  # optional: folders of frames need no decoder
     except ImportError as error:
@@ -176,9 +162,7 @@ def _read_video(path: Path, frames: int, *, random: bool) -> list[Image.Image]:
     try:
         with av.open(str(path)) as container:  # all are decoded: the headers of AVI files do not count them reliably
             decoded = list(container.decode(video=0))
-        return [
-            decoded[index].to_image().convert("RGB") for index in frame_indices(len(decoded), frames, random=random)
-        ]
+        return [decoded[index].to_image().convert("RGB") for index in choose(len(decoded))]
     except (av.FFmpegError, ValueError, IndexError) as error:
         raise BadImageError(f"cannot decode video {path} ({error}); replace it") from error
 
@@ -187,55 +171,44 @@ def _read_video(path: Path, frames: int, *, random: bool) -> list[Image.Image]:
 # Finding the clips
 
 
-def _is_clip(path: Path) -> bool:
-    return path.is_dir() or path.suffix.lower() in (*VIDEOS, *ANIMATED)
-
-
 def _from_folders(root: Path, split: str) -> tuple[Sequence[str], list[tuple[Path, int]]]:
-    names = SPLIT_FOLDERS[split]
-    folder = next((root / name for name in names if (root / name).is_dir()), None)
-    if folder is None:
+    found = {name: [root / folder for folder in folders if (root / folder).is_dir()]
+             for name, folders in SPLIT_FOLDERS.items()}  # fmt: skip
+    if not found[split]:
         raise DataError(
             f"{root} has neither UCF101's lists (trainlist01.txt, here or in ucfTrainTestlist/) nor a folder "
-            f"{' or '.join(f'{name}/' for name in names)} of class folders of clips"
+            f"{' or '.join(f'{name}/' for name in SPLIT_FOLDERS[split])} of class folders of clips"
         )
-    classes = sorted({path.name for path in _split_classes(root)})
-    number = {name: index for index, name in enumerate(classes)}
+    folder = found[split][0]
+    everywhere = (kind for folders in found.values() for place in folders for kind in place.iterdir())
+    classes = sorted({kind.name for kind in everywhere if kind.is_dir()})  # of all splits, so that numbers agree
     clips = [
-        (clip, number[kind.name])
-        for kind in sorted(folder.iterdir())
-        if kind.is_dir()
-        for clip in sorted(kind.iterdir())
-        if _is_clip(clip)
+        (clip, classes.index(clip.parent.name))
+        for clip in sorted(folder.glob("*/*"))
+        if clip.is_dir() or clip.suffix.lower() in (*VIDEOS, *ANIMATED)
     ]
     if not clips:
         raise DataError(f"{folder} holds no clips: expected CLASS/CLIP, a folder of frames or a video file each")
     return classes, clips
 
 
-def _split_classes(root: Path) -> list[Path]:
-    """Class folders of all splits, so that numbers agree between them."""
-    splits = [root / name for names in SPLIT_FOLDERS.values() for name in names if (root / name).is_dir()]
-    return [path for split in splits for path in split.iterdir() if path.is_dir()]
-
-
 def _from_lists(root: Path, lists: Path, split: str, fold: int) -> tuple[Sequence[str], list[tuple[Path, int]]]:
-    names = [f"trainlist{fold:02d}.txt", f"testlist{fold:02d}.txt"]
+    files = {"train": lists / f"trainlist{fold:02d}.txt", "val": lists / f"testlist{fold:02d}.txt"}
     entries: dict[str, list[str]] = {}
-    for name in names:
-        if not (lists / name).is_file():
-            raise DataError(f"{lists / name} does not exist: fold {fold} needs it (--fold)")
-        entries[name] = [line.split()[0] for line in (lists / name).read_text().splitlines() if line.strip()]
-    classes = _class_names(lists, [entry for listed in entries.values() for entry in listed])
+    for name, file in files.items():
+        if not file.is_file():
+            raise DataError(f"{file} does not exist: fold {fold} needs it (--fold)")
+        entries[name] = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+    classes = _class_names(lists, [*entries["train"], *entries["val"]])
     number = {name: index for index, name in enumerate(classes)}
     clips = []
-    for entry in entries[names[0 if split == "train" else 1]]:
+    for entry in entries[split]:
         kind, _, _ = entry.partition("/")
         if kind not in number:
             raise DataError(f"{lists / 'classInd.txt'} does not list the class of {entry!r}")
         clips.append((_locate_clip(root, entry), number[kind]))
     if not clips:
-        raise DataError(f"{lists / names[0 if split == 'train' else 1]} lists no clips")
+        raise DataError(f"{files[split]} lists no clips")
     return classes, clips
 
 
@@ -251,16 +224,13 @@ def _class_names(lists: Path, entries: Sequence[str]) -> Sequence[str]:
 
 def _locate_clip(root: Path, entry: str) -> Path:
     """The clip of a list's entry: the file itself, or a folder of frames or an animation of its name."""
-    relative = Path(entry)
     for folder in CLIP_FOLDERS:
-        for base in (root / folder / relative, root / folder / relative.name):
-            if base.is_file():
-                return base
-            if base.with_suffix("").is_dir():
-                return base.with_suffix("")
-            for suffix in dict.fromkeys((*VIDEOS, *ANIMATED)):
-                if base.with_suffix(suffix).is_file():
-                    return base.with_suffix(suffix)
-    stem = relative.with_suffix("")
+        for base in (root / folder / entry, root / folder / Path(entry).name):
+            files = (base, *(base.with_suffix(suffix) for suffix in (*VIDEOS, *ANIMATED)))
+            found = [base.with_suffix("")] if base.with_suffix("").is_dir() and not base.is_file() else []
+            found += [path for path in files if path.is_file()]
+            if found:
+                return found[0]
+    stem = Path(entry).with_suffix("")
     raise DataError(f"no clip {entry!r} under {root}: looked for it, and for {stem}/ with frames, also in "
                     f"{', '.join(f'{name}/' for name in CLIP_FOLDERS if name)}")  # fmt: skip

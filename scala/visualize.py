@@ -1,10 +1,13 @@
-"""Which channels each width uses: a bar per width over the channels of a layer and the rows of its fused projection.
+"""Which channels each width uses, or what each width of a trained network attends to and predicts.
 
     python scala/visualize.py --output docs/plots/scala-channels.png
     python scala/visualize.py --embed-dim 768 --granularity 0.0625 --output channels.png
+    python scala/visualize.py --checkpoint .cache/leanvit/desk/scala/scala-x4/checkpoint.pth --output widths.png
 
-Every bar is what ``slicing.SliceRule`` cuts; nothing is trained or measured. The smallest width takes the leading
-channels and all between it and the largest the trailing ones; channels that a width shares with the smallest are dark.
+Without a checkpoint nothing is trained or measured: a bar per width is what ``slicing.SliceRule`` cuts of a layer and
+of its fused projection; channels that a width shares with the smallest are dark. With a checkpoint of a plain ViT
+trained on digits: held-out digits inside scikit-learn, the first ones and the first on which widths disagree, with the
+attention of the class token in the last block (mean over heads) and the predicted digit; and how often widths agree.
 """
 
 from __future__ import annotations
@@ -12,25 +15,39 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.run import cli
+from common.run.errors import UsageError
+from common.run.files import check_files
 from common.run.program import run
 from scala.arguments import add_width_args
 from scala.slicing import WidthGrid, make_grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor
 
-COLOURS = {"smallest": "#c44e52", "other": "#4c72b0", "shared": "#2a2a2a"}
+    from scala.loading import Trained
+
+COLOURS = {"smallest": "#c44e52", "other": "#4c72b0", "shared": "#2a2a2a", "right": "#2a7a2a", "wrong": "#c44e52"}
+SHOWN = 4
+"""Images of each of the two kinds."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
+    add = parser.add_argument
     add_width_args(parser, {"smallest_ratio": 0.25, "largest_ratio": 1.0, "granularity": 0.125})
-    parser.add_argument("--embed-dim", type=cli.positive_int, default=384, metavar="D", help="width (default: 384)")
-    parser.add_argument("--output", required=True, metavar="FILE", help="image to write, .png or .svg")
+    add("--embed-dim", type=cli.positive_int, default=384, metavar="D", help="width (default: 384)")
+    add("--checkpoint", default="", metavar="FILE",
+        help="of main_scala.py: draw what its widths see, instead of channels (default: none)")  # fmt: skip
+    add("--output", required=True, metavar="FILE", help="image to write, .png or .svg")
     return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Channels
 
 
 def spans(grid: WidthGrid, full: int, parts: int) -> list[tuple[int, int, int]]:
@@ -60,9 +77,92 @@ def draw(grid: WidthGrid, embed_dim: int) -> Figure:
     return figure
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What a trained network does
+
+
+def look(model: Any, images: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """Predicted classes (B,), and the attention of the class token over the patches, (B, rows, columns)."""
+    import torch
+
+    attention = model.blocks[-1].attn
+    seen: list[Tensor] = []
+    hook = attention.qkv.register_forward_hook(lambda _, __, result: seen.append(result))
+    with torch.no_grad():
+        predicted = model(images, ratio).argmax(dim=1)
+    hook.remove()
+    q, k, _ = seen[0].unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, d/H)
+    scores = (q[:, :, :1] @ k.transpose(2, 3) * attention.scale).softmax(dim=-1).mean(dim=1)  # (B, 1, N)
+    return predicted, scores[:, 0, 1:].unflatten(1, model.patch_embed.grid_size)
+
+
+def draw_widths(trained: Trained, source: str) -> Figure:
+    """The figure: images, a row per width, and the agreement of the widths.
+
+    Raises:
+        UsageError: a network that is no plain ViT for the ten digits, or one whose widths are not known.
+    """
+    import torch
+    from matplotlib.figure import Figure
+
+    from common.data.build import open_split
+    from common.data.transforms import eval_transform
+    from common.run.settings import DataSettings
+    from scala.models_scala import DistilledVisionTransformer_scala, VisionTransformer_scala
+
+    model, ratios = trained.model, trained.ratios
+    plain = isinstance(model, VisionTransformer_scala) and not isinstance(model, DistilledVisionTransformer_scala)
+    if not plain or model.num_classes != 10 or not ratios:
+        raise UsageError(f"--checkpoint {source}: expected a plain ViT trained on digits at several widths")
+    data = DataSettings(data_set="digits", data_path="", input_size=trained.input_size, batch_size=1)
+    held_out: Any = open_split(data, "val", eval_transform(data.input_size))
+    images = torch.stack([held_out[index][0] for index in range(len(held_out))])
+    labels = torch.tensor([held_out[index][1] for index in range(len(held_out))])
+    predicted, maps = map(torch.stack, zip(*(look(model, images, ratio) for ratio in ratios), strict=True))
+    torn = (predicted != predicted[0]).any(dim=0).nonzero().flatten()
+    columns = [*range(SHOWN), *(int(index) for index in torn if index >= SHOWN)][: 2 * SHOWN]
+
+    figure = Figure(figsize=(11, 0.9 + 1.05 * len(ratios)), layout="constrained")
+    panels: Any = figure.subfigures(1, 2, width_ratios=(2.2, 1))
+    left, right = panels
+    left.suptitle("attention of the class token, and the predicted digit", fontsize=9)
+    for row, (axes, ratio) in enumerate(
+        zip(left.subplots(len(ratios), len(columns), squeeze=False), ratios, strict=True)
+    ):
+        axes[0].set_ylabel(f"r = {ratio:g}", fontsize=8)
+        for cell, index in zip(axes, columns, strict=True):
+            grey = images[index].mean(dim=0)
+            extent = (0, grey.shape[1], grey.shape[0], 0)
+            cell.imshow(grey, cmap="gray", extent=extent)
+            cell.imshow(maps[row, index], cmap="inferno", alpha=0.55, extent=extent, interpolation="nearest")
+            right_one = predicted[row, index] == labels[index]
+            cell.set_title(int(predicted[row, index]), fontsize=8, color=COLOURS["right" if right_one else "wrong"])
+            cell.set(xticks=[], yticks=[])
+    agreement = 100 * (predicted[:, None] == predicted[None]).double().mean(dim=2)
+    agreement.fill_diagonal_(0)
+    agreement += torch.diag(100 * (predicted == labels).double().mean(dim=1))
+    axes = right.subplots()
+    axes.imshow(agreement, cmap="Blues", vmin=0, vmax=130)
+    names = [f"{ratio:g}" for ratio in ratios]
+    axes.set(xticks=range(len(names)), xticklabels=names, yticks=range(len(names)), yticklabels=names)
+    axes.set_title(f"same prediction (%), {len(labels)} digits;\non the diagonal: top-1 (%)", fontsize=9)
+    for row, values in enumerate(agreement.tolist()):
+        for column, value in enumerate(values):
+            axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8,
+                      weight="bold" if row == column else "normal")  # fmt: skip
+    return figure
+
+
 def main(argv: Sequence[str] | None = None) -> Path:
     args = parse_args(argv)
-    figure = draw(make_grid(args.smallest_ratio, args.largest_ratio, args.granularity), args.embed_dim)
+    check_files(args.checkpoint)
+    if args.checkpoint:
+        from common.run.checkpoint import read_checkpoint
+        from scala.loading import load_trained
+
+        figure = draw_widths(load_trained(read_checkpoint(args.checkpoint), args.checkpoint), args.checkpoint)
+    else:
+        figure = draw(make_grid(args.smallest_ratio, args.largest_ratio, args.granularity), args.embed_dim)
     figure.savefig(args.output, dpi=110)
     print(args.output)
     return Path(args.output)

@@ -106,7 +106,7 @@ def test_gains_of_other_backbones_are_over_the_same_class() -> None:
     full, narrow = ledger.costs(row), ledger.costs(alone)
     assert narrow["gmacs"].value == full["gmacs"].value
     with pytest.raises(NeedsWeights, match=r"gain-uniformer-s-separate-0\.5\.pth"):
-        ledger.find_weights(alone, None)
+        ledger.weights_of(alone, None)
 
 
 def test_gain_of_probing_is_over_a_probe_of_the_separate_network(tmp_path: Path) -> None:

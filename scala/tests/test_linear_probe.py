@@ -190,7 +190,7 @@ def test_heads_compute_what_they_say() -> None:
 def test_a_step_sums_the_cross_entropy_of_its_widths() -> None:
     model = MobileNetV2_scala(img_size=32, num_classes=5, granularity=0.25)
     features = FrozenFeatures(model)
-    head = SlicedHead(model.rule, features.width, 3, tokens=1)
+    head = SlicedHead(model.rule, model.num_features, 3, tokens=1)
     images, targets = torch.randn(2, 3, 32, 32), torch.tensor([0, 2])
     grid = make_grid(0.25, 1.0, 0.25)
     terms = ProbeStep(features, head, lambda: sampled_widths(grid))((images, targets))
