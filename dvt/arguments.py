@@ -103,21 +103,6 @@ def read_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     """All flags with the published defaults."""
     parser = cli.make_parser(description, prog="main.py")
-    _add_data(parser)
-    _add_model(parser)
-    cli.add_augmentation_args(
-        parser, color_jitter=0.4, train_interpolation="random", repeated_aug=False, mixup=0.8, cutmix=1.0
-    )
-    _add_augmentation(parser)
-    cli.add_optimizer_args(parser, opt_eps=None)
-    cli.add_schedule_args(parser, warmup_epochs=20)
-    _add_run(parser)
-    cli.add_ignored_args(parser, DEAD_SWITCHES, nargs=0)
-    cli.add_ignored_args(parser, DEAD_OPTIONS | DEAD_VALUES)
-    return parser
-
-
-def _add_data(parser: argparse.ArgumentParser) -> None:
     add = group_of(parser, "data")
     add("data", str, "", "folder with train/ and val/ (or validation/)", nargs="?", metavar="DIR")
     add("--data-set", str, "IMNET", metavar="NAME", help="IMNET (class folders), digits (without DIR), CIFAR10, CIFAR, "
@@ -136,8 +121,6 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     add("--pin-mem", cli.Switch, None, "page-locked memory (default: on with CUDA)")
     add("--skip-bad-images", cli.Switch, False, "leave out images that cannot be decoded, and count them")
 
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
     add = group_of(parser, "network")
     names = tuple(sorted(MODELS))
     add("--model", names, "T2t_vit_14", f"one of {', '.join(names)}", metavar="NAME")
@@ -151,8 +134,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--no-decay-tokens", bool, False,
         "leave cls_token and pos_embed out of the weight decay; the published cascades decay them")  # fmt: skip
 
+    cli.add_augmentation_args(
+        parser, color_jitter=0.4, train_interpolation="random", repeated_aug=False, mixup=0.8, cutmix=1.0
+    )
 
-def _add_augmentation(parser: argparse.ArgumentParser) -> None:
     add = group_of(parser, "augmentation, continued")
     limits: dict[str, Any] = {"nargs": 2, "metavar": ("MIN", "MAX")}
     add("--no-aug", bool, False, "only resize and crop the centre; mixup has its own flags")
@@ -165,8 +150,9 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
     add("--jsd", bool, False, "Jensen-Shannon divergence between the views; needs --aug-splits")
     add("--resplit", bool, False, "do not erase parts of the clean view")
 
+    cli.add_optimizer_args(parser, opt_eps=None)
+    cli.add_schedule_args(parser, warmup_epochs=20)
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
     add = group_of(parser, "run")
     add("-c --config", Path, None, "YAML file whose keys, flags with underscores, replace defaults", metavar="FILE")
     add("--eval_checkpoint --eval-checkpoint", str, "", "only evaluate this file: packed, or of a training run",
@@ -189,6 +175,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--recovery-interval", cli.count, 0, "steps between two checkpoints within epochs; 0 for none", metavar="N")
     add("--tensorboard", cli.Switch, False, "also write TensorBoard's files")
     add("--local-rank --local_rank", int, None, "set by torch.distributed.launch", metavar="N")
+
+    cli.add_ignored_args(parser, DEAD_SWITCHES, nargs=0)
+    cli.add_ignored_args(parser, DEAD_OPTIONS | DEAD_VALUES)
+    return parser
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -69,7 +69,7 @@ def run(folder: Path, *, device: torch.device | str, force: bool, progress: bool
             rows.append({"method": method, "setting": result.name, "mmacs": round(1e3 * result.gmacs, 2)})
             rows[-1] |= {name: round(getattr(result, name), 2) for name in COLUMNS if hasattr(result, name)}
             rows[-1]["throughput_ips"] = round(result.throughput_ips)
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    threads = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
     return DeskTable(
         title="A three-exit cascade at desk size (1,797 handwritten digits)",
         columns=COLUMNS,

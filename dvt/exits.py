@@ -119,8 +119,12 @@ def first_exit(confidence: Tensor, thresholds: Tensor) -> Tensor:
     """
     confidence = _check_confidence(confidence)
     exits = len(confidence)
-    passed = confidence >= _as_rows(thresholds, "thresholds", exits).to(confidence)[..., None]  # (P, K, n)
-    first = torch.where(passed.any(dim=1), passed.to(torch.uint8).argmax(dim=1), exits)
+    rows = _as_rows(thresholds, "thresholds", exits).to(confidence)
+    first = torch.zeros(len(rows), confidence.shape[1], dtype=torch.int64, device=confidence.device)
+    staying = torch.ones_like(first, dtype=torch.bool)
+    for k in range(exits):
+        staying &= ~(confidence[k] >= rows[:, k, None])
+        first += staying
     return first.reshape(*thresholds.shape[:-1], -1)
 
 
@@ -144,8 +148,9 @@ def evaluate_thresholds(confidence: Tensor, correct: Tensor, gmacs: Sequence[flo
     if len(costs) != exits or not bool((costs > 0).all()) or not bool((costs.diff() >= 0).all()):
         raise ValueError(f"flops must be {exits} positive cumulative costs, one per exit, got {list(gmacs)}")
     first = first_exit(confidence, _as_rows(thresholds, "thresholds", exits))
-    leaves = torch.stack([first == k for k in range(exits)], dim=1)  # (P, K, n)
-    counts, hits = leaves.sum(dim=2), (leaves & correct).sum(dim=(1, 2))
+    leaves = [first == k for k in range(exits)]  # each (P, n)
+    counts = torch.stack([own.sum(dim=1) for own in leaves], dim=1)
+    hits = torch.stack([(own & right).sum(dim=1) for own, right in zip(leaves, correct, strict=True)]).sum(dim=0)
     # an exit's share times its cost, added up one exit after the other in float32, as published
     mean_cost = torch.zeros(len(counts), device=confidence.device)
     for k in range(exits):

@@ -27,8 +27,8 @@ from dvt.models import MODELS
 STORED = ("flops", "anytime_classification", "budgeted_batch_classification")
 """Entries that mode 0 prints, and names of the three lines that every mode ends with."""
 
-NEEDED = ("model_state_dict", "flops", "dynamic_threshold", "budgeted_batch_classification")
-"""Entries without which mode 1 cannot do, the last one with early exit only; with --threshold it needs weights."""
+NEEDED = ("model_state_dict", "flops", "dynamic_threshold")
+"""Entries without which mode 1 cannot do."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -70,14 +70,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from common.run.launch import choose_device
     from dvt.costs import exit_gflops
     from dvt.evaluation import ImageSource, collect_scores
-    from dvt.exits import find_thresholds
+    from dvt.exits import check_budget, find_thresholds
     from dvt.loading import load_network, read_packed
     from dvt.models.cascade import Cascade
     from dvt.throughput import choose_settings, measure_dynamic
 
     by_threshold = bool(args.threshold and not args.budget)
     content = read_checkpoint(file)
-    needed = STORED if mode == 0 else () if mode == 2 or by_threshold else NEEDED[: 4 if args.dynamic else 3]
+    needed = {0: STORED, 1: NEEDED, 2: ()}[mode]
+    if mode == 1 and args.dynamic:
+        needed = () if by_threshold else (*NEEDED, "budgeted_batch_classification")
     if "flops" not in needed and isinstance(content, dict) and "flops" in content:
         needed = (*needed, "flops")
     why = f"--eval_mode {mode}" + (" with --dynamic" if args.dynamic else "")
@@ -90,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     held_out = images.held_out()
     model = load_network(args.model, content, source=file, average=args.model_ema, **options).to(device).eval()
     flops = packed.get("flops") or exit_gflops(model)
+    for budget in args.budget:
+        check_budget(budget, flops)
     search, thresholds = None, packed.get("dynamic_threshold")
     if mode == 2 and len(flops) > 1 and not by_threshold:
         batches = images.search(augment=args.augment_search, count=args.search_images, seed=args.seed)
