@@ -15,9 +15,9 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
 from common.run.checkpoint import Progress
-from common.run.engine import autocast
 from common.run.launch import broadcast_buffers, reduce_sums
 from common.run.metrics import ProgressLine
+from common.run.precision import autocast
 from common.run.wrapping import unwrap
 from dvt.losses import exit_logits, summed_loss
 from dvt.models import EXITS

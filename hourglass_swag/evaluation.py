@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torchvision.transforms import Compose
 
 from common.data.loaders import DataError, eval_transform
-from common.run.engine import autocast
 from common.run.launch import World, reduce_sums
+from common.run.precision import autocast
 
 
 def swag_eval_transform(resolution: int) -> Compose:

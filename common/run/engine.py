@@ -15,30 +15,25 @@ generator, and the hooks below are called exactly once each in the life of a run
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.run.checkpoint import CheckpointManager, TrainingState
-from common.run.errors import NonFiniteLoss as NonFiniteLoss
-from common.run.errors import UsageError
+from common.run.errors import NonFiniteLoss, UsageError
 from common.run.launch import World, broadcast_buffers, reduce_sums
-from common.run.metrics import Means, ProgressLine, Record
-from common.run.precision import amp_dtype as amp_dtype
-from common.run.precision import autocast as autocast
-from common.run.precision import make_scaler as make_scaler
-from common.run.precision import without_autocast
+from common.run.metrics import Means, ProgressLine, Record, values_text
+from common.run.precision import autocast, make_scaler, without_autocast
 from common.run.program import get_logger
 from common.run.wrapping import no_sync, without_exchange
-from common.run.wrapping import prepare_network as prepare_network
 
 logger = get_logger(__name__)
 
@@ -48,16 +43,10 @@ Terms = Mapping[str, Tensor]
 Batch = Any
 
 
-class Step(Protocol):
-    """Loss terms of a batch, scalar tensors by name; ``loss`` is the one that is back-propagated."""
-
-    def __call__(self, batch: Batch, /) -> Terms: ...
-
-
-class OwnBackwardStep(Protocol):
-    """Back-propagates by itself through ``optimization.backward``; ``loss`` among its terms is the total."""
-
-    def __call__(self, batch: Batch, optimization: Optimization, /) -> Terms: ...
+Step = Callable[[Batch], Terms]
+"""Loss terms of a batch, scalar tensors by name; ``loss`` is the one that is back-propagated."""
+OwnBackwardStep = Callable[[Batch, "Optimization"], Terms]
+"""Back-propagates by itself through ``optimization.backward``; ``loss`` among its terms is the total."""
 
 
 @dataclass(frozen=True)
@@ -121,14 +110,12 @@ class Optimization:
         with without_autocast(loss):
             self.scaler.scale(loss).backward()
 
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         """Forward and backward passes in here exchange no gradients between ranks; the next one outside does for all.
 
         Put all but the last pass of a step in it: the gradients are the same for a fraction of the traffic.
         """
-        with no_sync(self.network):
-            yield
+        return no_sync(self.network)
 
     def step(self) -> None:
         """Unscale, clip, step, and adapt the loss scale; an overflow under fp16 skips the step."""
@@ -271,16 +258,12 @@ class Trainer:
         if self.save_every_steps is not None and (self.save_every_steps < 1 or self.manager is None):
             raise UsageError("--save-every-steps must be at least 1 and needs --output-dir")
         if self.state.scaler is None:
-            self.state.scaler = make_scaler(self.amp, self.device)
+            self.state.scaler = make_scaler(self.amp, self.world.device)
         assert isinstance(self.state.scaler, torch.amp.GradScaler)
         self.network = self.network if self.network is not None else self.state.model
         self.optimization = Optimization(
             self.state.optimizer, scaler=self.state.scaler, clip_grad=self.clip_grad, network=self.network
         )
-
-    @property
-    def device(self) -> torch.device:
-        return self.world.device
 
     def fit(
         self,
@@ -318,8 +301,8 @@ class Trainer:
         assert network is not None
         if self.record is not None:
             self.record.rewind(progress.epoch, progress.step)
-            arguments = dict(self.state.arguments)
-            self.record.write("start", {"epoch": progress.epoch, "step": progress.step, "arguments": arguments})
+            place = {"epoch": progress.epoch, "step": progress.step}
+            self.record.write("start", place | {"arguments": dict(self.state.arguments)})
         if self.cooldown_epochs:
             logger.info(
                 "%d epochs in all: %d and %d of cooldown at the lowest rate (--cooldown-epochs 0 for none)",
@@ -341,20 +324,23 @@ class Trainer:
         if progress.trained:
             self.state.restore_random()
             return reader.means
-        batches = self._open_loader(progress.batch > 0)
         if progress.batch == 0:
+            if hasattr(self.loader, "set_epoch"):
+                self.loader.set_epoch(progress.epoch)
             self.state.restore_random()
             if epoch_start is not None:
                 epoch_start(progress.epoch)
-            iterator = iter(batches)
+        elif not hasattr(self.loader, "load_state_dict"):
+            raise ValueError("the checkpoint is from within an epoch, where this loader cannot start")
         else:
-            iterator = iter(batches)
-            self.state.restore_random()
+            self.loader.load_state_dict(progress.position)
+        batches = iter(self.loader)
+        self.state.restore_random()  # where the epoch goes on, opening the loader may have drawn numbers
         title = f"epoch {progress.epoch + 1}/{self.epochs}"
         started = time.monotonic()
-        with ProgressLine(title, _length(batches), done=progress.batch, show=self.show_progress) as line:
-            for batch in iterator:
-                self._run_step(to_device(batch, self.device), reader)
+        with ProgressLine(title, _length(self.loader), done=progress.batch, show=self.show_progress) as line:
+            for batch in batches:
+                self._run_step(to_device(batch, self.world.device), reader)
                 line.update(count_images(batch), {**reader.shown(), "lr": self.rates()[0]})
                 progress.batch += 1
                 self._maybe_log(reader)
@@ -367,21 +353,6 @@ class Trainer:
         progress.trained = True
         self._note(reader, started)
         return reader.means
-
-    def _open_loader(self, resumed: bool) -> Any:
-        """The loader at the right epoch and, in a resumed run, at the right batch."""
-        progress = self.state.progress
-        if resumed:
-            if not hasattr(self.loader, "load_state_dict"):
-                raise ValueError("the checkpoint is from within an epoch, where this loader cannot start")
-            self.loader.load_state_dict(progress.position)
-        elif hasattr(self.loader, "set_epoch"):
-            self.loader.set_epoch(progress.epoch)
-        else:
-            sampler = getattr(self.loader, "sampler", None)
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(progress.epoch)  # pyright: ignore[reportOptionalMemberAccess]
-        return self.loader
 
     def _note(self, reader: TermReader, started: float) -> float:
         """Bring ``progress`` up to date before a checkpoint; returns the time from which seconds count anew."""
@@ -399,7 +370,7 @@ class Trainer:
     def _run_step(self, batch: Batch, reader: TermReader) -> None:
         state, progress = self.state, self.state.progress
         self.optimization.zero_grad()
-        with autocast(self.amp, self.device):
+        with autocast(self.amp, self.world.device):
             step: Any = self.step
             terms = step(batch, self.optimization) if self.own_backward else step(batch)
         reader.add(progress.epoch, progress.step + 1, terms, count_images(batch))
@@ -458,17 +429,13 @@ class Trainer:
         progress.sums, progress.position, progress.seconds = {}, None, 0.0
         if self.manager is not None:
             self.manager.save(state, metrics)
-        shown = {name: row[name] for name in row if name not in ("epoch", "step") and "seconds" not in name}
-        logger.info("epoch %d/%d done  %s", progress.epoch, self.epochs, _row_text(shown))
+        shown = {
+            name: value
+            for name, value in row.items()
+            if isinstance(value, (int, float)) and name not in ("epoch", "step") and "seconds" not in name
+        }
+        logger.info("epoch %d/%d done  %s", progress.epoch, self.epochs, values_text(shown, 5))
         return row
-
-
-def train(
-    step: Any, state: TrainingState, loader: Iterable[Batch], *, world: World, epochs: int, **options: Any
-) -> dict:
-    """``Trainer(...).fit(...)`` in one call, until every paper has moved."""
-    hooks = {name: options.pop(name) for name in ("evaluate_fn", "epoch_start", "after_step") if name in options}
-    return Trainer(state, world, epochs, **options).fit(step, loader, **hooks)
 
 
 def _length(loader: Any) -> int | None:
@@ -477,10 +444,6 @@ def _length(loader: Any) -> int | None:
         return len(loader)
     except TypeError:
         return None
-
-
-def _row_text(row: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.5g}" for name, value in row.items() if isinstance(value, (int, float)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -41,8 +41,7 @@ class World:
         return self.rank == 0
 
 
-@dataclass(frozen=True)
-class _Place:
+class _Place(NamedTuple):
     """What the environment says before a device is chosen."""
 
     rank: int = 0
@@ -61,9 +60,7 @@ def _integer(environment: Mapping[str, str], name: str) -> int:
 
 def _place(environment: Mapping[str, str], local_rank: int | None) -> _Place:
     """Read the variables of env://, or of a Slurm step; ``local_rank`` is the launcher's flag."""
-    if local_rank is not None and local_rank < 0:
-        local_rank = None  # -1 is the customary "no launcher"
-    if "RANK" in environment or _declared_size(environment) > 1:
+    if "RANK" in environment or ("WORLD_SIZE" in environment and _integer(environment, "WORLD_SIZE") > 1):
         for name in ("RANK", "WORLD_SIZE"):
             if name not in environment:
                 raise LaunchError(
@@ -73,7 +70,7 @@ def _place(environment: Mapping[str, str], local_rank: int | None) -> _Place:
         rank, size = _integer(environment, "RANK"), _integer(environment, "WORLD_SIZE")
         if "LOCAL_RANK" in environment:
             local_rank = _integer(environment, "LOCAL_RANK")
-        if local_rank is None:
+        elif local_rank is None or local_rank < 0:  # -1 is the customary "no launcher"
             if size > 1:
                 raise LaunchError(
                     "neither LOCAL_RANK nor --local-rank says which device of the machine is this process's; "
@@ -89,10 +86,6 @@ def _place(environment: Mapping[str, str], local_rank: int | None) -> _Place:
     if not 0 <= place.rank < place.size:
         raise LaunchError(f"rank {place.rank} is not one of 0 to {place.size - 1} ({place.launcher} environment)")
     return place
-
-
-def _declared_size(environment: Mapping[str, str]) -> int:
-    return _integer(environment, "WORLD_SIZE") if "WORLD_SIZE" in environment else 1
 
 
 def choose_device(
@@ -133,32 +126,21 @@ def choose_device(
     return torch.device("cuda", index)
 
 
-def launch(
-    device: str = "auto",
-    *,
-    local_rank: int | None = None,
-    start_timeout_s: float = 300.0,
-    collective_timeout_s: float = 3600.0,
-) -> World:
+def launch(device: str = "auto", *, local_rank: int | None = None, start_timeout_s: float = 300.0) -> World:
     """Join the job that the environment describes, or be a job of one, and select this process's device.
 
     Args:
         device: value of ``--device``; see :func:`choose_device`.
         local_rank: value of ``--local-rank`` / ``--local_rank``, which ``torch.distributed.launch`` passes on the
             command line when ``--use_env`` is not given; None or -1 where absent. LOCAL_RANK wins over it.
-        start_timeout_s: how long to wait for the other processes, in seconds.
-        collective_timeout_s: how long one rank may keep the others waiting later, in seconds.
+        start_timeout_s: how long to wait for the other processes, in seconds; later a rank may take an hour.
 
     Raises:
         LaunchError: with what to change.
     """
     place = _place(os.environ, local_rank)
-    chosen = choose_device(
-        device,
-        local_rank=place.local_rank,
-        size=place.size,
-        one_visible_gpu_is_mine=place.launcher == "slurm",
-    )
+    shown_alone = place.launcher == "slurm"
+    chosen = choose_device(device, local_rank=place.local_rank, size=place.size, one_visible_gpu_is_mine=shown_alone)
     backend = None
     if place.size > 1:
         if dist.is_initialized():
@@ -169,7 +151,7 @@ def launch(
             store=_meet(place, start_timeout_s),
             rank=place.rank,
             world_size=place.size,
-            timeout=timedelta(seconds=collective_timeout_s),
+            timeout=timedelta(hours=1),
             device_id=chosen if backend == "nccl" else None,
         )
     if chosen.type == "cuda":
@@ -245,20 +227,14 @@ def reduce_sums(values: Tensor | Mapping[str, float | Tensor]) -> Tensor | dict[
     if isinstance(values, Tensor):
         if get_world_size() == 1:
             return values
-        total = values.detach().to(device=_collective_device(), dtype=torch.float64)
-        total = total.clone() if total.data_ptr() == values.data_ptr() else total
+        where = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
+        total = values.detach().to(where, torch.float64, copy=True)
         dist.all_reduce(total)
         return total.to(device=values.device, dtype=values.dtype)
     if not values:
         return {}
     columns = [torch.as_tensor(value).detach().to("cpu", torch.float64).reshape(()) for value in values.values()]
     return dict(zip(values, reduce_sums(torch.stack(columns)).tolist(), strict=True))
-
-
-def _collective_device() -> torch.device:
-    if dist.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def gather_objects(value: object) -> list:

@@ -53,8 +53,8 @@ def clock_text(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def values_text(values: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+def values_text(values: Mapping[str, float], digits: int = 4) -> str:
+    return "  ".join(f"{name} {value:.{digits}g}" for name, value in values.items())
 
 
 class ProgressLine:

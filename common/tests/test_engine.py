@@ -20,23 +20,21 @@ from common.data.loaders import eval_loader, train_loader
 from common.run.checkpoint import CheckpointManager, TrainingState, load_safely
 from common.run.engine import (
     MOST_PENDING,
-    NonFiniteLoss,
     Optimization,
     PendingTerms,
     StepInfo,
     TermReader,
     Trainer,
-    amp_dtype,
-    autocast,
     count_images,
     evaluate,
-    make_scaler,
-    prepare_network,
     to_device,
 )
+from common.run.errors import NonFiniteLoss
 from common.run.launch import World, launch
 from common.run.metrics import Means, Record
+from common.run.precision import amp_dtype, autocast, make_scaler
 from common.run.program import run
+from common.run.wrapping import prepare_network
 from common.tests.forks import run_forked, torchrun_variables
 from common.tests.jobs import Images, tiny_model, training
 

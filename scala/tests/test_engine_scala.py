@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.losses import DistillationLoss
-from common.run.engine import Optimization, prepare_network
+from common.run.engine import Optimization
 from common.run.launch import launch, shutdown
+from common.run.wrapping import prepare_network
 from common.tests.forks import run_forked, torchrun_variables
 from common.tests.reference import array, build, image
 from scala.engine_scala import CosineCurve, LaggingSchedule, ScaleCoordination, draw_widths, to_multi_hot

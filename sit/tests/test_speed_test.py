@@ -97,7 +97,7 @@ def test_flags_that_do_not_go_together(capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_training_step_in_half_precision_has_the_bits_of_a_teacher_in_full():
     """Weights kept in float16 are what autocast converts them to."""
-    from common.run.engine import autocast
+    from common.run.precision import autocast
     from sit.engine import store_for_autocast
     from sit.models.lvvit import build_lvvit
 

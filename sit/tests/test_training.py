@@ -8,7 +8,8 @@ from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from torch import nn
 
 from common.losses import divergence
-from common.run.engine import StepInfo, autocast
+from common.run.engine import StepInfo
+from common.run.precision import autocast
 from sit.engine import adjust_learning_rate, get_param_groups, store_for_autocast
 from sit.losses import DistillationLoss, token_loss
 from sit.meters import Logs, PublishedRecord

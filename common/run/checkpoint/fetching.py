@@ -27,21 +27,12 @@ def hub_folder() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def fetch(
-    url: str,
-    *,
-    sha256_prefix: str | None = None,
-    folder: Path | None = None,
-    progress: bool = True,
-    timeout_s: float = 30,
-) -> Path:
+def fetch(url: str, *, progress: bool = True, timeout_s: float = 30) -> Path:
     """Path of the published file at ``url``, from torch.hub's cache or downloaded into it.
 
     Args:
-        url: http(s) or file address.
-        sha256_prefix: first hexadecimal digits of the file's SHA-256; taken from a name like ``net-0676ba61.pth``
-            where not given. Checked for cached files too.
-        folder: where to keep it, instead of :func:`hub_folder`.
+        url: http(s) or file address; a name like ``net-0676ba61.pth`` ends with the first hexadecimal digits of the
+            file's SHA-256, which are checked, of a cached file too.
         progress: show a bar.
         timeout_s: how long to wait for the server, in seconds.
 
@@ -49,14 +40,13 @@ def fetch(
         CheckpointError: no connection (saying which file, from where, and where to put it) or a wrong hash.
     """
     name = os.path.basename(urllib.request.url2pathname(url.split("?")[0].split("#")[0]))
-    target = (folder or hub_folder()) / name
-    if sha256_prefix is None and (found := HASH_IN_NAME.search(name)):
-        sha256_prefix = found.group(1)
-    prefix = sha256_prefix.lower() if sha256_prefix else None
+    target = hub_folder() / name
+    found = HASH_IN_NAME.search(name)
+    prefix = found.group(1) if found else None
     if target.is_file():
         if prefix and not _sha256(target).startswith(prefix):
             raise CheckpointError(
-                f"{target}: its SHA-256 does not begin with {sha256_prefix}; it is damaged or another file. "
+                f"{target}: its SHA-256 does not begin with {prefix}; it is damaged or another file. "
                 f"Delete it to download it again from {url}"
             )
         return target
@@ -72,7 +62,7 @@ def fetch(
     except RuntimeError as error:  # the hash
         digest = str(error).rstrip('")').rpartition('"')[2]
         raise CheckpointError(
-            f"{url}: the download's SHA-256 is {digest}, expected {sha256_prefix}...; it was interrupted or the "
+            f"{url}: the download's SHA-256 is {digest}, expected {prefix}...; it was interrupted or the "
             "file was replaced; try again"
         ) from error
     except OSError as error:  # urllib's errors are OSErrors
@@ -107,12 +97,10 @@ def _patience(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def locate(source: str | os.PathLike[str], *, sha256_prefix: str | None = None) -> Path:
+def locate(source: str | os.PathLike[str]) -> Path:
     """A local path as it is, an http(s) or file URL through :func:`fetch`."""
     text = os.fspath(source)
-    if re.match(r"(https?|file)://", text):
-        return fetch(text, sha256_prefix=sha256_prefix)
-    return Path(text)
+    return fetch(text) if re.match(r"(https?|file)://", text) else Path(text)
 
 
 def read_checkpoint(source: str | os.PathLike[str]) -> Any:

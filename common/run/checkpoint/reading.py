@@ -214,13 +214,11 @@ def _first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
-def load_safely(path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu", mmap: bool = False) -> Any:
-    """Read a checkpoint without running anything in it: torch's formats old and new, and safetensors.
+def load_safely(path: str | os.PathLike[str]) -> Any:
+    """Read a checkpoint onto the CPU without running anything in it: torch's formats old and new, and safetensors.
 
     Args:
         path: the file; a URL must go through :func:`fetch` first (or :func:`locate`, which takes both).
-        map_location: device of the tensors read.
-        mmap: map the file instead of reading it, where its format allows (large files, read once).
 
     Returns:
         What was saved. Namespaces and paths come back as such; a WindowsPath as a ``PureWindowsPath`` elsewhere.
@@ -239,12 +237,9 @@ def load_safely(path: str | os.PathLike[str], *, map_location: str | torch.devic
         if safetensors or path.suffix == ".safetensors":
             from safetensors.torch import load_file  # only where such a file is read
 
-            return load_file(path, device=str(map_location))
+            return load_file(path)
         with torch.serialization.safe_globals(_safe_globals()):
-            content = torch.load(
-                path, map_location=map_location, weights_only=True, mmap=mmap and zipfile.is_zipfile(path)
-            )
-        return _finish(content, {})
+            return _finish(torch.load(path, map_location="cpu", weights_only=True), {})
     except CheckpointError:
         raise
     except OSError as error:
