@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from common.run.cli import make_parser, positive_int
 from common.run.files import check_files
+from common.run.flags import add_flags
 from common.run.program import run
-from sit.arguments import add_network_args, network_options
+from sit.arguments import NetworkSettings, network_options
 from sit.sizes import TYPES
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Network, weights and output."""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add_network_args(parser)
+    add_flags(parser, "network", NetworkSettings, num_classes=1000)
     add("--distillation-type", default="frd", choices=TYPES, help="none: a teacher, without slimming (default: frd)")
     add("--weights", metavar="FILE", help="what training wrote, stripped or not; without it random weights")
     add("--allow-stripped", action="store_true", help="take a file without rtsm.* that does not say it was stripped")
@@ -73,7 +74,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--output", type=Path, required=True, metavar="FILE", help="NAME.onnx, NAME.pt2 (torch.export) or NAME.pt (jit)"
     )
-    parser.set_defaults(num_classes=1000)
     args = parser.parse_args(argv)
     if args.output.suffix not in FORMS:
         parser.error(f"--output {args.output}: its suffix must be one of {', '.join(FORMS)}")

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from common.data.paths import check_data_path
 from common.run.files import check_files
 from common.run.program import get_logger, is_main, run
-from sit.arguments import Job, get_args_parser
+from sit import arguments
+from sit.arguments import Job
 
 if TYPE_CHECKING:
     from common.run.launch import World
@@ -29,9 +30,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags of a command line; see ``sit.arguments``."""
-    return get_args_parser(__doc__).parse_args(argv)
+parse_args = partial(arguments.parse_args, description=__doc__)
 
 
 def evaluate_checkpoint(job: Job, world: World) -> dict[str, float]:

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from common.run.cli import make_parser, positive_int
 from common.run.errors import DataError
 from common.run.files import check_files
+from common.run.flags import add_flags
 from common.run.program import run
-from sit.arguments import add_network_args, network_options
+from sit.arguments import NetworkSettings, network_options
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -156,13 +157,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("images", nargs="+", type=Path, metavar="IMAGE", help="files, or images inside scikit-learn, see above")
-    add_network_args(parser)
+    add_flags(parser, "network", NetworkSettings, num_classes=1000)
     add("--weights", metavar="FILE", help="a trained student, stripped or not; without it the weights are random")
     add("--input-size", type=positive_int, metavar="PIXELS", help="side of the image (default: the model's)")
     add("--tokens", type=positive_int, default=6, metavar="N", help="single tokens in each row (default: 6)")
     add("--output", type=Path, default=Path("output/visualize"), metavar="DIR",
         help="folder to write to, or with one IMAGE the file to write, NAME.png")  # fmt: skip
-    parser.set_defaults(num_classes=1000)
     return parser.parse_args(argv)
 
 

@@ -94,18 +94,9 @@ class ProgressLine:
         self.start = clock()
         self.next_line = self.start + min(FIRST_LINE_S, interval_s)
         self.printed = False
-        self.bar = None
-        if self.show and self.file.isatty():
-            self.bar = tqdm(
-                total=total,
-                initial=done,
-                desc=title,
-                file=self.file,
-                delay=0.5,
-                leave=False,
-                dynamic_ncols=True,
-                bar_format=BAR,
-            )
+        options: dict[str, Any] = {"delay": 0.5, "leave": False, "dynamic_ncols": True, "bar_format": BAR}
+        on_terminal = self.show and self.file.isatty()
+        self.bar = tqdm(total=total, initial=done, desc=title, file=self.file, **options) if on_terminal else None
 
     def __enter__(self) -> ProgressLine:
         return self
@@ -141,12 +132,8 @@ class ProgressLine:
 
     def line(self) -> str:
         """The plain line: ``epoch 3/10  120/500 batches  812 img/s  0:42 left  loss 1.23  lr 0.001``."""
-        parts = [self.title]
-        if self.total is None:
-            parts.append(f"{self.done} batches")
-        else:
-            parts.append(f"{self.done}/{self.total} batches")
-        parts.append(f"{self.images_per_second:.0f} img/s")
+        of = "" if self.total is None else f"/{self.total}"
+        parts = [self.title, f"{self.done}{of} batches", f"{self.images_per_second:.0f} img/s"]
         if self.total is not None:
             fresh = self.done - self.first
             left = (self.clock() - self.start) / fresh * (self.total - self.done) if fresh else math.inf
