@@ -12,7 +12,7 @@ from typing import Any
 from timm.data.mixup import Mixup
 from torch.utils.data import Dataset
 
-from common.data.datasets import DataError, build_dataset, default_num_classes, num_classes
+from common.data.datasets import NUM_CLASSES, build_dataset, default_num_classes
 from common.data.loaders import Loader, eval_loader, train_loader
 from common.data.transforms import Transform, eval_transform, train_transform
 from common.run import cli
@@ -65,16 +65,9 @@ def count_classes(data_set: str, dataset: Dataset[Any], wanted: int | None = Non
         DataError: neither is known.
     """
     name = cli.dataset_name(data_set)
-    try:
-        inside = num_classes(dataset)
-    except DataError:
-        inside = wanted or default_num_classes(name)
+    inside = len(getattr(dataset, "classes", None) or ()) or wanted or default_num_classes(name)
     if wanted is None:
-        try:
-            usual = default_num_classes(name)
-        except DataError:
-            usual = inside
-        if usual != inside:
+        if (usual := NUM_CLASSES.get(name, inside)) != inside:
             logger.warning(
                 "the data set has %d classes, not %s's %d: so has the network (--num-classes %d to keep those)",
                 inside, name, usual, usual,

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import (
     DataLoader,
@@ -45,6 +44,8 @@ from common.data.datasets import (
     num_classes,
 )
 from common.data.transforms import eval_transform, train_transform
+from common.run.launch import get_world_size
+from common.run.program import get_rank
 
 __all__ = [
     "BadImageError",
@@ -329,18 +330,12 @@ def train_loader(
         DataError: if no batch can be filled.
     """
     rank, world_size = _place(rank, world_size)
+    loading: dict[str, Any] = {"pin_memory": pin_memory, "workers": workers, "collate_fn": collate_training}
     if isinstance(dataset, IterableDataset):
         if repeated_aug:
             raise DataError("a stream cannot repeat images: give --no-repeated-aug, or a dataset with an index")
         stream = _open_stream(dataset, seed, workers, share=None, rank=rank)
-        return Loader(
-            stream,
-            pin_memory=pin_memory,
-            workers=workers,
-            batch_size=batch_size,
-            drop_last=True,
-            collate_fn=collate_training,
-        )
+        return Loader(stream, batch_size=batch_size, drop_last=True, **loading)
     count = len(dataset)  # pyright: ignore[reportArgumentType]
     if repeated_aug:
         if count < 256:
@@ -356,13 +351,7 @@ def train_loader(
             f"the training split has {count} images, too few for one batch of {batch_size} on each of {world_size} "
             "process(es): give a smaller --batch-size"
         )
-    return Loader(
-        SeededDataset(dataset, seed),
-        pin_memory=pin_memory,
-        workers=workers,
-        batch_sampler=batches,
-        collate_fn=collate_training,
-    )
+    return Loader(SeededDataset(dataset, seed), batch_sampler=batches, **loading)
 
 
 def eval_loader(
@@ -381,27 +370,17 @@ def eval_loader(
     transform is random.
     """
     rank, world_size = _place(rank, world_size)
+    loading: dict[str, Any] = {"pin_memory": pin_memory, "workers": workers, "collate_fn": collate_evaluation}
     if isinstance(dataset, IterableDataset):
         stream = _open_stream(dataset, seed, workers, share=(rank, world_size), rank=0)
-        return Loader(
-            stream, pin_memory=pin_memory, workers=workers, batch_size=batch_size, collate_fn=collate_evaluation
-        )
+        return Loader(stream, batch_size=batch_size, **loading)
     share = range(rank, len(dataset), world_size)  # pyright: ignore[reportArgumentType]
-    return Loader(
-        SeededDataset(dataset, seed),
-        pin_memory=pin_memory,
-        workers=workers,
-        batch_sampler=ResumableBatchSampler(share, batch_size, drop_last=False),
-        collate_fn=collate_evaluation,
-    )
+    batches = ResumableBatchSampler(share, batch_size, drop_last=False)
+    return Loader(SeededDataset(dataset, seed), batch_sampler=batches, **loading)
 
 
 def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    grouped = dist.is_available() and dist.is_initialized()
-    return (
-        rank if rank is not None else dist.get_rank() if grouped else 0,
-        world_size if world_size is not None else dist.get_world_size() if grouped else 1,
-    )
+    return get_rank() if rank is None else rank, get_world_size() if world_size is None else world_size
 
 
 def _open_stream(
