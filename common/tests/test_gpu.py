@@ -304,7 +304,7 @@ def test_the_plan_of_the_papers_is_rehearsed(tmp_path: Path) -> None:
     assert command.main(words) == 0
     content = json.loads((tmp_path / "gpu.json").read_text())
     assert content["left_out"] == []
-    assert {record["paper"] for record in content["records"]} == {"hourglass_swag", "sit"}
+    assert {"hourglass_swag", "sit"} <= {record["paper"] for record in content["records"]}
     assert set(content["programs"]) == set(gpu.PROGRAMS)
 
 
