@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.ledger.cache import cached, source_files
-from common.ledger.desk import quiet, sha256_of
+from common.ledger.desk import quiet, train_once
 from common.ledger.tables import DeskTable
 from common.measure.benchmark import device_name
 from common.run.checkpoint import read_checkpoint
@@ -62,7 +61,13 @@ def run(folder: Path, *, device: torch.device | str, force: bool, progress: bool
     device = torch.device(device)
     rows: list[dict[str, Any]] = []
     for method, flags in NETWORKS.items():
-        weights = train_once(folder, method, flags, device, force=force, progress=progress)
+        name = method.replace(" ", "-")
+        words = ["--model", MODEL, "--output", str(folder), "--experiment", name, "--device", str(device), *flags]
+        weights = folder / "train" / name / "last.pth.tar"
+        train_once(
+            ["dvt", name, str(device)], lambda words=words: training.main(words)["exit3_top1"], weights,
+            force=force, progress=progress, at_least=FLOOR,
+        )  # fmt: skip
         with quiet(not progress):
             results = measure(weights, device)
         for result in results:
@@ -84,35 +89,6 @@ def run(folder: Path, *, device: torch.device | str, force: bool, progress: bool
         ),
         plot={"x": "mmacs", "y": "top1_percent", "label": "setting", "series": "method"},
     )
-
-
-def train_once(
-    folder: Path, method: str, flags: Sequence[str], device: torch.device, *, force: bool, progress: bool
-) -> Path:
-    """Checkpoint of a trained network, trained anew only if the code, the versions or the file changed.
-
-    Raises:
-        RuntimeError: if the last exit does not reach ``FLOOR`` percent on the held-out digits.
-    """
-    name = method.replace(" ", "-")
-    weights = folder / "train" / name / "last.pth.tar"
-
-    def compute() -> dict[str, object]:
-        words = ["--model", MODEL, "--output", str(folder), "--experiment", name, "--device", str(device), *flags]
-        with quiet(not progress):
-            result = training.main(words)
-        return {"sha256": sha256_of(weights), "top1_percent": result["exit3_top1"]}
-
-    def kept(again: bool) -> dict[str, object]:
-        job = ["training", "dvt", name, str(device)]
-        return cached(job, compute, files=source_files("dvt"), force=again)
-
-    known = kept(force)
-    if not weights.is_file() or sha256_of(weights) != known["sha256"]:
-        known = kept(True)
-    if float(str(known["top1_percent"])) < FLOOR:
-        raise RuntimeError(f"the desk cascade {method} reached {known['top1_percent']} % on the held-out digits")
-    return weights
 
 
 def measure(weights: Path, device: torch.device) -> list[DynamicResult]:

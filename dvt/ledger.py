@@ -5,18 +5,17 @@ weights; ``inference.py --dynamic`` measures accuracy, cost and throughput toget
 """
 
 import argparse
-import contextlib
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common.ledger.cache import FOLDER
-from common.ledger.tables import DeskTable, Measured, NeedsWeights, Row
+from common.ledger.desk import find_weights
+from common.ledger.tables import Measured, Row
 from common.measure.flops import count_parameters, gmacs
-from common.run.checkpoint import hub_folder
+from common.run.checkpoint import read_checkpoint
+from dvt import desk as desk_experiment
 from dvt.costs import CONVENTION, count_exits, exit_gflops
 from dvt.models import MODELS, STAGE_NAMES, create_model
 from dvt.models.cascade import Cascade
@@ -73,26 +72,23 @@ def accuracy(
 
     Args:
         data: folder of the row's data set.
-        weights: folder with the checkpoints, see :func:`find_weights`; None: torch.hub's cache.
+        weights: folder with the checkpoints; None: torch.hub's cache. A file is named after its network,
+            ``<model>.pth.tar`` or ``<model>.pth``, on CIFAR ``<model>_<dataset>.pth``.
 
     Raises:
         NeedsWeights: if there is no such checkpoint.
     """
-    from common.run.checkpoint import read_checkpoint
     from dvt import inference
 
     args = parse_row(row)
-    file = find_weights(args.model, args.dataset, weights)
+    stem = args.model if args.dataset == "imagenet" else f"{args.model}_{args.dataset}"
+    file = find_weights([f"{stem}{end}" for end in (".pth.tar", ".pth", ".pt", ".safetensors")], weights)
     words = [*shlex.split(row.arguments), "--checkpoint_path", str(file), "--data_url", str(data)]
     content = read_checkpoint(file)
     stored = isinstance(content, dict) and {"flops", "dynamic_threshold"} <= content.keys()
     mode = "1" if stored and MODELS[args.model].stages else "2"
     words += ["--eval_mode", mode, "--device", str(device)]
-    with contextlib.redirect_stdout(sys.stderr):  # what the ledger prints may be JSON
-        try:
-            result = inference.main(words)
-        except SystemExit as error:  # of the command line; the other rows must not be lost
-            raise RuntimeError(str(error.code)) from error
+    result = inference.main(words)
     convention = f"{result['images']} images, {file.name}, float32"
     value, point = pick_point(row, result)
     source = f"inference.py {row.arguments} --eval_mode {mode}{point}"
@@ -122,23 +118,5 @@ def pick_point(row: Row, result: dict[str, Any]) -> tuple[float, str]:
     return value, f", at {cost:.3f} G"
 
 
-def find_weights(model: str, dataset: str, folder: Path | None) -> Path:
-    """A checkpoint named after its network: ``<model>.pth.tar`` or ``<model>.pth``, on CIFAR ``<model>_<dataset>.pth``.
-
-    Raises:
-        NeedsWeights: naming the files looked for.
-    """
-    place = hub_folder() if folder is None else folder
-    stem = model if dataset == "imagenet" else f"{model}_{dataset}"
-    files = [f"{stem}{end}" for end in (".pth.tar", ".pth", ".pt", ".safetensors")]
-    for file in files:
-        if (place / file).is_file():
-            return place / file
-    raise NeedsWeights(reason=f"{' or '.join(files[:2])} in {place} (--weights DIR)")
-
-
-def desk(*, folder: Path | None = None, device: torch.device | str, force: bool, progress: bool) -> DeskTable:
-    """The paper's table on handwritten digits."""
-    from dvt import desk as desk_experiment
-
-    return desk_experiment.run(folder or FOLDER / "desk" / "dvt", device=device, force=force, progress=progress)
+desk = desk_experiment.run
+"""The paper's table on handwritten digits."""

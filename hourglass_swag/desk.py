@@ -11,12 +11,9 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from common.data.loaders import build_dataset
-from common.ledger.cache import cached, source_files
-from common.ledger.desk import quiet, sha256_of
+from common.ledger.desk import held_out_digits, quiet, speed_cells, train_once
 from common.ledger.tables import DeskTable
 from common.measure.benchmark import compare, device_name
 from common.measure.flops import gmacs
@@ -68,7 +65,16 @@ def run(folder: Path, *, device: torch.device | str, force: bool, progress: bool
         progress: print what the scripts print, and progress bars.
     """
     device = torch.device(device)
-    weights = train_once(folder, device, force=force, progress=progress)
+    weights = folder / "weights.pth"
+    flags = ["-m", "vit_desk", "--data-set", "digits", "--output-dir", str(folder), "--device", str(device)]
+    train_once(
+        ["hourglass_swag", "vit_desk", str(device)],
+        lambda: train.main(flags)["test_top1_percent"],
+        weights,
+        force=force,
+        progress=progress,
+        at_least=97,
+    )
     rows = [(method, name, f"{words} -r {RESOLUTION}") for method, rows in ROWS.items() for name, words in rows.items()]
     if progress:
         print(f"evaluating {len(rows)} settings on the held-out digits", file=sys.stderr)
@@ -77,7 +83,7 @@ def run(folder: Path, *, device: torch.device | str, force: bool, progress: bool
         for *_, words in tqdm(rows, desc="accuracy", delay=2, leave=False, disable=not progress)
     ]
     models = {words: build_network(parse_network(words), weights=str(weights)).to(device) for *_, words in rows}
-    images = held_out(BATCH[device.type]).to(device)
+    images = held_out_digits(swag_eval_transform(RESOLUTION), BATCH[device.type]).to(device)
     cost = {words: gmacs(count(model, images).published, "swag") / len(images) for words, model in models.items()}
     dense = rows[0][2]
     speeds = compare(
@@ -89,10 +95,7 @@ def run(folder: Path, *, device: torch.device | str, force: bool, progress: bool
             "setting": setting,
             "top1_percent": round(accuracy, 2),
             "mmacs": round(1e3 * cost[words], 2),
-            "throughput_ips": round(speeds[words].speed.throughput_ips),
-            "speedup": round(speeds[words].speedup, 2),
-            "flops_ratio": round(cost[dense] / cost[words], 2),
-            "realised": round(speeds[words].speedup * cost[words] / cost[dense], 2),
+            **speed_cells(speeds[words], cost[dense] / cost[words]),
         }
         for (method, setting, words), accuracy in zip(rows, top1, strict=True)
     ]
@@ -113,40 +116,8 @@ def run(folder: Path, *, device: torch.device | str, force: bool, progress: bool
     )
 
 
-def train_once(folder: Path, device: torch.device, *, force: bool, progress: bool) -> Path:
-    """Weights of the trained desk network, trained anew only if the code, the versions or the file changed.
-
-    Raises:
-        RuntimeError: if the network does not reach 97 % on the held-out digits.
-    """
-    weights = folder / "weights.pth"
-
-    def compute() -> dict[str, object]:
-        words = ["-m", "vit_desk", "--data-set", "digits", "--output-dir", str(folder), "--device", str(device)]
-        with quiet(not progress):
-            row = train.main(words)
-        return {"sha256": sha256_of(weights), "top1_percent": row["test_top1_percent"]}
-
-    def kept(again: bool) -> dict[str, object]:
-        job = ["training", "hourglass_swag", "vit_desk", str(device)]
-        return cached(job, compute, files=source_files("hourglass_swag"), force=again)
-
-    known = kept(force)
-    if not weights.is_file() or sha256_of(weights) != known["sha256"]:
-        known = kept(True)
-    if float(str(known["top1_percent"])) < 97:
-        raise RuntimeError(f"the desk network reached {known['top1_percent']} % on the held-out digits, expected 97 %")
-    return weights
-
-
 def evaluate(words: str, weights: Path, device: torch.device, *, progress: bool) -> float:
     """Top-1 accuracy in percent of one network on the held-out digits."""
     flags = ["--dataset", "digits", "--weights", str(weights), "-j", "0", "-b", "180", "--device", str(device)]
     with quiet(not progress), contextlib.redirect_stdout(io.StringIO()):
         return imagenet_1k_eval.main([*words.split(), *flags])["top1_percent"]
-
-
-def held_out(number: int) -> Tensor:
-    """The first held-out digits as the evaluation sees them, (number, 3, 32, 32), from the start again if need be."""
-    pictures = build_dataset("digits", None, "val", swag_eval_transform(RESOLUTION))
-    return torch.stack([pictures[index % 360][0] for index in range(number)])

@@ -1,20 +1,17 @@
 """What the ledger asks of this paper: costs, speeds and accuracy of a published row, and the desk experiment."""
 
-import contextlib
 import shlex
-import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from common.ledger.cache import FOLDER
+from common.ledger.desk import find_weights
 from common.ledger.speeds import speeds_for_ledger
-from common.ledger.tables import DeskTable, Measured, NeedsWeights, Row
+from common.ledger.tables import Measured, NeedsWeights, Row
 from common.measure.benchmark import random_images
 from common.measure.flops import Counted, count_parameters, gmacs
-from common.run.checkpoint import hub_folder
 from hourglass_swag import desk as desk_experiment
 from hourglass_swag.models import REGISTRY
 from hourglass_swag.models.ats_vision_transformer import ATSVisionTransformer
@@ -81,7 +78,7 @@ def count_with_weights(row: Row) -> tuple[Counted, str]:
     entry = REGISTRY[args.model]
     assert entry.weights is not None
     try:
-        file = find_weights(entry.weights, None)
+        file = find_weights(file_names(entry.weights), None)
     except NeedsWeights as missing:
         command = f"python hourglass_swag/get_flops_fps.py {row.arguments} --no-speed --pretrained"
         raise NeedsWeights(command, f"the cost depends on the checkpoint: {missing.reason}") from None
@@ -90,11 +87,8 @@ def count_with_weights(row: Row) -> tuple[Counted, str]:
     return counted, f"one pass of {type(model).__name__} with {file.name}, one image of noise at {args.resolution}"
 
 
-def speeds(
-    rows: Sequence[Row], *, columns: Sequence[str], device: torch.device | str, progress: bool
-) -> dict[tuple[str, str], Measured]:
-    """Speed of the rows that share a dense row, each pair in turns; random weights, see ``build``."""
-    return speeds_for_ledger(rows, build, columns=columns, device=device, progress=progress)
+speeds = partial(speeds_for_ledger, build=build)
+"""Speed of the rows that share a dense row, each pair in turns; random weights, see ``build``."""
 
 
 def accuracy(
@@ -114,35 +108,19 @@ def accuracy(
     args = parse_network(row.arguments)
     entry = REGISTRY[args.model]
     assert entry.weights is not None
-    file = find_weights(entry.weights, weights)
+    file = find_weights(file_names(entry.weights), weights)
     command = ["-b", "256", "--device", str(device), "--weights", str(file), "-p", "10" if progress else "1000000"]
     words = [*shlex.split(row.arguments), *command, str(data)]
-    with contextlib.redirect_stdout(sys.stderr):  # what the ledger prints may be JSON
-        try:
-            result = imagenet_1k_eval.evaluate_network(imagenet_1k_eval.parse_args(words))
-        except SystemExit as error:  # of the command line; the other rows must not be lost
-            raise RuntimeError(str(error.code)) from error
+    result = imagenet_1k_eval.evaluate_network(imagenet_1k_eval.parse_args(words))
     convention = f"{result['images']} images, {file.name}, float32"
     source = f"imagenet_1k_eval.py {row.arguments}"
     return {name: Measured(result[name], convention, source) for name in ("top1_percent", "top5_percent")}
 
 
-def find_weights(name: str, folder: Path | None) -> Path:
-    """A published checkpoint under its own or torchvision's name, in ``folder`` or torch.hub's cache.
-
-    Raises:
-        NeedsWeights: naming the files looked for.
-    """
-    folders = [folder] if folder is not None else [hub_folder()]
-    files = [name, *filter(None, [TORCHVISION_FILES.get(name)])]
-    for path in (place / file for place in folders for file in files):
-        if path.is_file():
-            return path
-    raise NeedsWeights(reason=f"{' or '.join(files)} in {folders[0]} (--weights DIR)")
+def file_names(weights: str) -> list[str]:
+    """A published checkpoint's own name, and torchvision's if it has one there."""
+    return [weights, *filter(None, [TORCHVISION_FILES.get(weights)])]
 
 
-def desk(*, folder: Path | None = None, device: torch.device | str, force: bool, progress: bool) -> DeskTable:
-    """The paper's table on handwritten digits."""
-    return desk_experiment.run(
-        folder or FOLDER / "desk" / "hourglass_swag", device=device, force=force, progress=progress
-    )
+desk = desk_experiment.run
+"""The paper's table on handwritten digits."""

@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common.data.loaders import build_dataset, eval_transform
-from common.ledger.cache import cached, source_files
-from common.ledger.desk import quiet, sha256_of
+from common.data.loaders import eval_transform
+from common.ledger.desk import held_out_digits, sha256_of, speed_cells, train_once
 from common.ledger.tables import DeskTable
 from common.measure.benchmark import compare, device_name
 from common.measure.flops import gmacs
@@ -84,9 +83,9 @@ def run(folder: Path, *, device: torch.device | str, force: bool, progress: bool
     device = torch.device(device)
     top1: dict[str, float] = {}
     for job in tqdm(RUNS, desc="desk", delay=2, leave=False, disable=not progress):
-        top1[job.name] = train_once(job, folder, device, force=force, progress=progress)
+        top1[job.name] = train(job, folder, device, force=force, progress=progress)
     networks = {job.name: deployed(job, folder).to(device) for job in RUNS}
-    images = held_out(BATCH[device.type]).to(device)
+    images = held_out_digits(eval_transform(32), BATCH[device.type]).to(device)
     dense = RUNS[0].name
     timed = {job.name: networks[job.name] for job in RUNS if job.name == dense or job.name.startswith("frd")}
     label = "speed" if progress else None
@@ -95,7 +94,6 @@ def run(folder: Path, *, device: torch.device | str, force: bool, progress: bool
     rows = []
     for job in RUNS:
         same = f"frd-{job.ratio}" if job.ratio else dense  # networks of one ratio are equally fast
-        speed, ratio = speeds[same], cost[dense] / cost[job.name]
         rows.append(
             {
                 "method": job.method,
@@ -104,10 +102,7 @@ def run(folder: Path, *, device: torch.device | str, force: bool, progress: bool
                 "training": job.training,
                 "top1_percent": round(top1[job.name], 2),
                 "mmacs": round(1e3 * cost[job.name], 2),
-                "throughput_ips": round(speed.speed.throughput_ips),
-                "speedup": round(speed.speedup, 2),
-                "flops_ratio": round(ratio, 2),
-                "realised": round(speed.speedup / ratio, 2),
+                **speed_cells(speeds[same], cost[dense] / cost[job.name]),
             }
         )
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
@@ -143,33 +138,22 @@ def words_of(job: Run, folder: Path) -> list[str]:
     return words
 
 
-def train_once(job: Run, folder: Path, device: torch.device, *, force: bool, progress: bool) -> float:
+def train(job: Run, folder: Path, device: torch.device, *, force: bool, progress: bool) -> float:
     """Top-1 in percent after training, which is done anew only if the code, the versions or the file changed.
 
     Raises:
         RuntimeError: if the teacher does not reach ``EXPECTED_PERCENT`` on the held-out digits.
     """
-    file = folder / job.name / "checkpoint.pth"
-
-    def compute() -> dict[str, object]:
-        with quiet(not progress):
-            row = main.main([*words_of(job, folder), "--device", str(device)])
-        return {"sha256": sha256_of(file), "top1_percent": row["test_acc1"]}
-
-    def kept(again: bool) -> dict[str, object]:
-        start = sha256_of(folder / "teacher" / "checkpoint.pth") if job.taught else ""
-        question = ["training", "sit", job.name, job.words, start, str(device)]
-        return cached(question, compute, files=source_files("sit"), force=again, folder=folder)
-
-    known = kept(force)
-    if not file.is_file() or sha256_of(file) != known["sha256"]:
-        known = kept(True)
-    top1 = float(str(known["top1_percent"]))
-    if job.name == "teacher" and top1 < EXPECTED_PERCENT:
-        raise RuntimeError(
-            f"the desk teacher reached {top1:.1f} % on the held-out digits, expected {EXPECTED_PERCENT} %"
-        )
-    return top1
+    start = sha256_of(folder / "teacher" / "checkpoint.pth") if job.taught else ""
+    return train_once(
+        ["sit", job.name, job.words, start, str(device)],
+        lambda: main.main([*words_of(job, folder), "--device", str(device)])["test_acc1"],
+        folder / job.name / "checkpoint.pth",
+        force=force,
+        progress=progress,
+        at_least=EXPECTED_PERCENT if job.name == "teacher" else 0,
+        folder=folder,
+    )
 
 
 def deployed(job: Run, folder: Path) -> LVViT:
@@ -179,9 +163,3 @@ def deployed(job: Run, folder: Path) -> LVViT:
     model = build_lvvit(args.model, num_classes=10, distillation_type=args.distillation_type, **options)
     load_for_evaluation(model, read_weights(folder / job.name / "checkpoint.pth"))
     return model.deployed()
-
-
-def held_out(number: int) -> torch.Tensor:
-    """The first held-out digits, (number, 3, 32, 32), from the start again if need be."""
-    images = build_dataset("digits", None, "val", eval_transform(32))
-    return torch.stack([images[index % 360][0] for index in range(number)])

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
-import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from common.ledger.cache import FOLDER
+from common.ledger.desk import find_weights
 from common.ledger.results import Record
 from common.ledger.speeds import speeds_for_ledger
-from common.ledger.tables import DeskTable, Measured, NeedsWeights, Row, load_tables
+from common.ledger.tables import Measured, NeedsWeights, Row, load_tables
 from common.measure.benchmark import BenchmarkError, PairedSpeed
 from common.measure.flops import gmacs
 from common.run.files import ROOT
@@ -66,11 +64,8 @@ def args_name(row: Row) -> str:
     return f"{args.model} ({args.distillation_type})"
 
 
-def speeds(
-    rows: Sequence[Row], *, columns: Sequence[str], device: torch.device | str, progress: bool
-) -> dict[tuple[str, str], Measured]:
-    """Speed of rows against their teacher, in turns; random weights, the networks as deployed."""
-    return speeds_for_ledger(rows, build, columns=columns, device=device, progress=progress)
+speeds = partial(speeds_for_ledger, build=build)
+"""Speed of rows against their teacher, in turns; random weights, the networks as deployed."""
 
 
 def published_row(name: str) -> Row:
@@ -115,31 +110,17 @@ def accuracy(
     """
     from sit import main
 
-    file = find_weights(row, weights)
+    name = row.checkpoint.name if row.checkpoint else row.id
+    names = [f"{name}{suffix}" for suffix in (".pth", ".pth.tar", ".pt", ".safetensors")]
+    if weights is None:
+        raise NeedsWeights(reason=f"{names[0]} in a folder given by --weights DIR")
+    file = find_weights(names, weights)
     command = ["--eval", "--device", str(device), "--finetune", str(file), "--data-path", str(data)]
     words = [*shlex.split(row.arguments), *command, "--batch-size", "128"]
-    with contextlib.redirect_stdout(sys.stderr):  # what the ledger prints may be JSON
-        result = main.main(words)
+    result = main.main(words)
     convention = f"{result['images']} images, {file.name}, {'float16 autocast' if 'cuda' in str(device) else 'float32'}"
     return {"top1_percent": Measured(result["acc1"], convention, f"sit/main.py --eval {row.arguments}")}
 
 
-def find_weights(row: Row, folder: Path | None) -> Path:
-    """The checkpoint of a row.
-
-    Raises:
-        NeedsWeights: naming the files looked for.
-    """
-    name = row.checkpoint.name if row.checkpoint else row.id
-    names = [f"{name}{suffix}" for suffix in (".pth", ".pth.tar", ".pt", ".safetensors")]
-    if folder is None:
-        raise NeedsWeights(reason=f"{names[0]} in a folder given by --weights DIR")
-    for path in (folder / file for file in names):
-        if path.is_file():
-            return path
-    raise NeedsWeights(reason=f"{' or '.join(names)} in {folder} (--weights DIR)")
-
-
-def desk(*, folder: Path | None = None, device: torch.device | str, force: bool, progress: bool) -> DeskTable:
-    """The paper's comparison on handwritten digits."""
-    return desk_experiment.run(folder or FOLDER / "desk" / "sit", device=device, force=force, progress=progress)
+desk = desk_experiment.run
+"""The paper's comparison on handwritten digits."""

@@ -11,17 +11,14 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from common.data.build import open_split
 from common.data.transforms import eval_transform
 from common.ledger.cache import cached, source_files
-from common.ledger.desk import quiet, sha256_of
+from common.ledger.desk import held_out_digits, quiet, sha256_of, speed_cells
 from common.ledger.tables import DeskTable
 from common.measure.benchmark import compare, device_name
 from common.measure.flops import CONVENTIONS
 from common.run.checkpoint import load_safely, save_atomic
-from common.run.settings import DataSettings
 from uvc import baselines, joint_train, post_train
 from uvc.cost_model import CostModel
 from uvc.loading import load_masked, save_masked
@@ -169,7 +166,7 @@ def measure(known: list[dict[str, Any]], folder: Path, device: torch.device, *, 
     """Costs and speeds of the trained networks, all timed in turns."""
     masked = {f"{row['method']} {row['setting']}".strip(): load_masked(folder / row["file"]).model for row in known}
     models = {name: padded(compress(model).network).to(device) for name, model in masked.items()}
-    images = held_out(BATCH[device.type]).to(device)
+    images = held_out_digits(eval_transform(32, interpolation="bilinear"), BATCH[device.type]).to(device)
     speeds = compare(
         models, images, baseline="dense", warmup=WARMUP, rounds=ROUNDS, progress="speed" if progress else None
     )
@@ -177,14 +174,12 @@ def measure(known: list[dict[str, Any]], folder: Path, device: torch.device, *, 
     lines = []
     for row, (name, model) in zip(known, masked.items(), strict=True):
         structure = Structure.from_model(model)
-        ratio, speed = macs["dense"] / macs[name], speeds[name]
         lines.append({
             "method": row["method"], "setting": row["setting"], "top1_percent": round(row["top1_percent"], 2),
             "weights_percent": round(100 * nonzero_share(model), 1),
             "cost_percent": round(100 * CostModel(model, dtype=torch.float64).of_structure(structure), 2),
             "blocks": len(structure.running), "mmacs": round(macs[name] / 1e6, 3),
-            "throughput_ips": round(speed.speed.throughput_ips), "speedup": round(speed.speedup, 2),
-            "flops_ratio": round(ratio, 2), "realised": round(speed.speedup / ratio, 2),
+            **speed_cells(speeds[name], macs["dense"] / macs[name]),
         })  # fmt: skip
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     return DeskTable(
@@ -216,9 +211,3 @@ def nonzero_share(model: GatedTransformer) -> float:
                 kept += float(mask.sum()) if runs else 0.0
                 total += mask.numel()
     return kept / total
-
-
-def held_out(number: int) -> Tensor:
-    """The first held-out digits, from the start again if need be, (number, 3, 32, 32)."""
-    images = open_split(DataSettings("digits", "", 32, number), "val", eval_transform(32, interpolation="bilinear"))
-    return torch.stack([images[index % 360][0] for index in range(number)])

@@ -1,20 +1,17 @@
 """What the ledger asks of this paper: costs and parameters of a published row, accuracy, and the desk experiment."""
 
-import contextlib
 import re
 import shlex
-import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from common.ledger.cache import FOLDER
+from common.ledger.desk import find_weights
 from common.ledger.speeds import speeds_for_ledger
-from common.ledger.tables import DeskTable, Measured, NeedsCompute, NeedsWeights, Row
+from common.ledger.tables import Measured, NeedsCompute, Row
 from common.measure.flops import count_operations, count_parameters
-from common.run.checkpoint import hub_folder
 from uvc import desk as desk_experiment
 from uvc.cost_model import CostModel
 from uvc.models import create
@@ -70,11 +67,8 @@ def build(row: Row) -> tuple[nn.Module, int]:
     return network, model.image_size[0]
 
 
-def speeds(
-    rows: Sequence[Row], *, columns: Sequence[str], device: torch.device | str, progress: bool
-) -> dict[tuple[str, str], Measured]:
-    """Speed of rows against the dense network, in turns; random weights."""
-    return speeds_for_ledger(rows, build, columns=columns, device=device, progress=progress)
+speeds = partial(speeds_for_ledger, build=build)
+"""Speed of rows against the dense network, in turns; random weights."""
 
 
 def costs(row: Row) -> dict[str, Measured]:
@@ -132,19 +126,12 @@ def accuracy(
     if row.setting != "dense" or row.checkpoint is None:
         raise NeedsCompute("", "the weights of compressed networks are not published: run both stages")
     name, _ = model_of(row)
-    file = (weights or hub_folder()) / re.sub(r".*/", "", row.checkpoint.url)
-    if not file.is_file():
-        raise NeedsWeights(reason=f"{file.name} in {file.parent} (--weights DIR)")
+    file = find_weights([re.sub(r".*/", "", row.checkpoint.url)], weights)
     words = ["--eval", "--model_type", name, "--checkpoint_dir", str(file), "--data_dir", str(data)]
-    with contextlib.redirect_stdout(sys.stderr):  # what the ledger prints may be JSON
-        try:
-            result = post_train.main([*words, "--device", str(device), "--output_dir", ""])
-        except SystemExit as error:  # of the command line; the other rows must not be lost
-            raise RuntimeError(str(error.code)) from error
+    result = post_train.main([*words, "--device", str(device), "--output_dir", ""])
     convention = f"{result.get('images', 'all')} images, {file.name}, float32"
     return {"top1_percent": Measured(result["top1_percent"], convention, f"post_train.py --eval of {name}")}
 
 
-def desk(*, folder: Path | None = None, device: torch.device | str, force: bool, progress: bool) -> DeskTable:
-    """UVC, one-shot magnitude and uniform width reduction at three budgets, on handwritten digits."""
-    return desk_experiment.run(folder or FOLDER / "desk" / "uvc", device=device, force=force, progress=progress)
+desk = desk_experiment.run
+"""UVC, one-shot magnitude and uniform width reduction at three budgets, on handwritten digits."""

@@ -162,13 +162,27 @@ def test_what_programs_and_libraries_print_is_not_in_the_ledger(tmp_path, capsys
     lines = ["import argparse, warnings", "print(argparse.Namespace(lr=1))", "print('a program')"]
     lines += ["warnings.warn('a library')"]
     noise = "".join(f"    {line}\n" for line in lines)
-    write_paper(tmp_path, adapter=ADAPTER.replace('    CALLS.append(("costs"', f'{noise}    CALLS.append(("costs"'))
+    adapter = ADAPTER
+    for method in ("costs", "accuracy"):
+        adapter = adapter.replace(f'    CALLS.append(("{method}"', f'{noise}    CALLS.append(("{method}"')
+    write_paper(tmp_path, adapter=adapter)
     with importable(tmp_path):
-        assert main([], root=tmp_path) == 0
+        assert main(["--data", str(tmp_path), "--weights", str(tmp_path), "--format", "json"], root=tmp_path) == 0
     captured = capsys.readouterr()
+    assert json.loads(captured.out)
     assert not re.search("Namespace|a program|a library", captured.out)
     assert "a program" in captured.err
     assert not re.search("Namespace|a library", captured.err)
+
+
+def test_a_program_that_ends_itself_is_an_error_of_its_row(tmp_path):
+    ended = 'if row.id == "half": raise SystemExit("--ratio: too small")'
+    adapter = ADAPTER.replace('    CALLS.append(("accuracy"', f'    {ended}\n    CALLS.append(("accuracy"')
+    write_paper(tmp_path, adapter=adapter)
+    with importable(tmp_path):
+        found = build(load_tables(root=tmp_path), Request(root=tmp_path, data=tmp_path))
+    assert [str(failure) for failure in found.failures] == ["fakepaper/main/half: RuntimeError: --ratio: too small"]
+    assert {entry.row for entry in found.entries} == {"dense", "slip", "unknown", "later", "other"}
 
 
 def test_a_cost_that_is_not_returned_is_an_error(tmp_path):

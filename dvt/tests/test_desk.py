@@ -17,7 +17,7 @@ def test_desk_runs_once_and_keeps_its_networks(tmp_path, monkeypatch):
     monkeypatch.setattr(desk, "NETWORKS", {name: (*words, *short) for name, words in desk.NETWORKS.items()})
     monkeypatch.setattr(desk, "PASSES", {"cpu": 1})
     monkeypatch.setattr(cache, "FOLDER", tmp_path / "cache")
-    with pytest.raises(RuntimeError, match="with reuse reached"):
+    with pytest.raises(RuntimeError, match="with-reuse reached"):
         desk.run(tmp_path, device="cpu", force=False, progress=False)
     monkeypatch.setattr(desk, "FLOOR", 0.0)
     table = desk.run(tmp_path, device="cpu", force=False, progress=False)

@@ -42,7 +42,7 @@ def data(tmp_path_factory):
     return write_imagenet(tmp_path_factory.mktemp("ledger"), classes=3, train=2, val=2)
 
 
-def test_accuracy_of_a_baseline_and_of_a_cascade(small_models, data, tmp_path, capsys):
+def test_accuracy_of_a_baseline_and_of_a_cascade(small_models, data, tmp_path):
     for name in ("T2t_vit_7", "DVT_T2t_vit_12"):
         torch.save(create_model(name, num_classes=3).state_dict(), tmp_path / f"{name}.pth.tar")
     flags = " --num-classes 3 -j 0 --batch_size 6"
@@ -53,11 +53,10 @@ def test_accuracy_of_a_baseline_and_of_a_cascade(small_models, data, tmp_path, c
         assert found.value * 6 / 100 == pytest.approx(round(found.value * 6 / 100), abs=1e-4)
         assert "6 images" in found.convention
         assert source in found.source
-    assert capsys.readouterr().out == ""  # the ledger prints JSON there
 
 
 def test_missing_weights_are_named(tmp_path):
-    with pytest.raises(NeedsWeights, match=r"DVT_T2t_vit_12\.pth\.tar or DVT_T2t_vit_12\.pth in"):
+    with pytest.raises(NeedsWeights, match=r"DVT_T2t_vit_12\.pth\.tar or DVT_T2t_vit_12\.pth or .* in "):
         ledger.accuracy(ROWS["f6-12-last"], data=tmp_path, weights=tmp_path, device="cpu", progress=False)
     with pytest.raises(NeedsWeights, match=r"T2t_vit_10_cifar10\.pth"):
         ledger.accuracy(ROWS["t3-cifar10-t2t-vit-10"], data=tmp_path, weights=tmp_path, device="cpu", progress=False)

@@ -59,7 +59,7 @@ def test_a_teacher_that_did_not_learn_stops_it(short, tmp_path: Path, monkeypatc
     monkeypatch.setattr(desk, "EXPECTED_PERCENT", 101)
     monkeypatch.setattr(main, "main", lambda words: (tmp_path / "teacher").mkdir() or _saved(tmp_path))
     with pytest.raises(RuntimeError, match="expected 101 %"):
-        desk.train_once(desk.RUNS[0], tmp_path, torch.device("cpu"), force=False, progress=False)
+        desk.train(desk.RUNS[0], tmp_path, torch.device("cpu"), force=False, progress=False)
 
 
 def _saved(folder: Path) -> dict[str, float]:
