@@ -51,7 +51,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for a ``numpy.ndarray`` while a file is read."""
+    """Stands for a ``numpy.ndarray``, and for that name in a file, while it is read."""
 
     value: np.ndarray | None = None
 
@@ -66,28 +66,14 @@ class _Array:
         return self.value
 
 
-class _Scalar:
-    """Stands for a NumPy scalar while a file is read."""
-
-    def __init__(self, value: np.generic) -> None:
-        self.value = value
-
-    def finish(self) -> np.generic:
-        return self.value
-
-
-class _NdarrayType:
-    """The name ``numpy.ndarray`` in a file, as the argument of ``_reconstruct``."""
-
-
 def _reconstruct_array(subtype: type, shape: tuple, typecode: bytes) -> _Array:
     del subtype, shape, typecode
     return _Array()
 
 
-def _reconstruct_scalar(dtype: _Dtype, data: bytes) -> _Scalar:
+def _reconstruct_scalar(dtype: _Dtype, data: bytes) -> np.generic:
     (value,) = np.frombuffer(data, dtype=dtype.finish())
-    return _Scalar(value)
+    return value
 
 
 def _reconstruct_defaultdict(factory: object = None) -> dict:
@@ -108,8 +94,7 @@ def _safe_globals() -> list[Any]:
         int,
         float,
         (_Dtype, "numpy.dtype"),
-        (_NdarrayType, "numpy.ndarray"),
-        (_Array, f"{__name__}._Array"),  # so that its content may be filled in
+        (_Array, "numpy.ndarray"),  # named here, its content may be filled in
     ]
     for module in ("pathlib", "pathlib._local"):
         for name in ("PosixPath", "PurePosixPath"):
@@ -124,7 +109,7 @@ def _safe_globals() -> list[Any]:
 
 def _finish(value: Any, seen: dict[int, Any]) -> Any:
     """Replace the stand-ins by NumPy's values, inside containers too, keeping shared objects shared."""
-    if isinstance(value, (_Dtype, _Array, _Scalar)):
+    if isinstance(value, (_Dtype, _Array)):
         return value.finish()
     if id(value) in seen:
         return seen[id(value)]
