@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from common.run.errors import UsageError
 from common.run.files import write_atomic
 from common.run.launch import get_world_size, reduce_sums
 from common.run.program import is_main
@@ -183,7 +184,7 @@ class Record:
         tensorboard: folder for TensorBoard's files, or None.
 
     Raises:
-        ModuleNotFoundError: ``tensorboard`` is given and its package is not installed.
+        UsageError: ``tensorboard`` is given and its package is not installed.
     """
 
     def __init__(
@@ -235,7 +236,7 @@ def _open_tensorboard(folder: str | os.PathLike[str]) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter  # optional dependency
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
+        raise UsageError(
             "--tensorboard needs the package tensorboard: pip install 'leanvit[tensorboard]', or leave the flag out "
             "(the JSONL record is always written)"
         ) from error

@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from common.run.errors import EXPECTED
 
@@ -141,23 +141,12 @@ def _leave(error: BaseException, agent: int, *, mistake: bool) -> NoReturn:
     os._exit(status)
 
 
-class _RankZeroHandler(logging.StreamHandler):
+class _RankZeroHandler(logging.Handler):
     """Writes to whatever ``sys.stderr`` is now, and only on rank 0."""
 
-    def __init__(self) -> None:
-        super().__init__(sys.stderr)
-        self.setFormatter(logging.Formatter("%(message)s"))
-
-    @property
-    def stream(self) -> TextIO:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return sys.stderr
-
-    @stream.setter
-    def stream(self, value: TextIO) -> None:
-        del value
-
-    def filter(self, record: logging.LogRecord) -> bool | logging.LogRecord:
-        return is_main() and super().filter(record)
+    def emit(self, record: logging.LogRecord) -> None:
+        if is_main():
+            print(self.format(record), file=sys.stderr, flush=True)
 
 
 def get_logger(name: str) -> logging.Logger:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from common.run.errors import UsageError
 from common.run.metrics import Means, ProgressLine, Record, clock_text
 
 
@@ -157,5 +158,5 @@ def test_tensorboard_on_request(tmp_path: Path) -> None:
 
 def test_missing_tensorboard_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install 'leanvit"):
+    with pytest.raises(UsageError, match="pip install 'leanvit"):
         Record(None, tensorboard=tmp_path)
