@@ -54,7 +54,6 @@ def run(folder: Path, *, device: torch.device | str, force: bool, progress: bool
 
     Args:
         folder: where the trained networks are kept.
-        device: cpu or cuda.
         force: train again although nothing changed.
         progress: print what the scripts print.
     """

@@ -78,10 +78,7 @@ def choose_images(
 ) -> tuple[list[int], list[int]]:
     """Numbers of the easy and of the hard images of a class; fewer where there are not as many.
 
-    Args:
-        exits: exit that answers each image, (n,).
-        scores: of all exits.
-        targets: class of each image.
+    ``exits`` and ``targets`` are the exit that answers each image, and its class.
     """
     last = len(scores.confidence) - 1
     sure = scores.confidence[0].tolist()

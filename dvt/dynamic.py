@@ -81,10 +81,7 @@ class DynamicClassifier(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> DynamicOutput:
-        """Classify a batch.
-
-        Args:
-            images: (B, 3, size, size); B may be any number, also 0.
+        """Classify a batch, (B, 3, size, size); B may be any number, also 0.
 
         Raises:
             RuntimeError: in training mode, where drop-path would make answers random.
@@ -95,10 +92,12 @@ class DynamicClassifier(nn.Module):
         exits = torch.zeros(total, dtype=torch.int64, device=device)
         confidence = torch.empty(total, device=device)
         answers = images.new_empty(0, self.cascade.num_classes)
+        if not total:
+            return DynamicOutput(answers, exits, confidence)
         rows = torch.arange(total, device=device)  # numbers of the images that are left
         images = self._pad(images, total)
         output: StageOutput | None = None
-        for k in range(last + 1 if total else 0):
+        for k in range(last + 1):
             output = self._run(k, images, output)
             if k < last and self.thresholds[k] >= NOBODY:
                 continue
@@ -124,12 +123,10 @@ class DynamicClassifier(nn.Module):
 
     @torch.no_grad()
     def warm_up(self, images: Tensor) -> None:
-        """Compile every exit for any number of images up to this batch; without effect on results.
+        """Compile every exit for any number of images up to that of this batch; without effect on results.
 
-        Args:
-            images: a batch as large as those to come, of their size, on their device, (B, 3, size, size). Some
-                operators choose their algorithm by the batch size, so that an exit is compiled once for a single
-                image and once or twice for more.
+        Some operators choose their algorithm by the batch size, so that an exit is compiled once for a single image
+        and once or twice for more.
         """
         counts = [1 << power for power in range((len(images) - 1).bit_length())]
         for count in dict.fromkeys([*counts, bucket(len(images))]):

@@ -66,16 +66,12 @@ def run_exits(
     title: str,
     show: bool = True,
 ) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-    """Logits of all exits, each (B, C), and targets, batch after batch, on ``device``.
+    """Logits of all exits, each (B, C), and targets, batch after batch of (images, targets), on ``device``.
 
     Args:
         model: put in evaluation mode, and back at the end.
-        loader: (images, targets).
         amp: value of ``--amp``.
         title, show: of the progress line.
-
-    Raises:
-        ValueError: a label that the model has no class for.
     """
     was_training = model.training
     model.eval()

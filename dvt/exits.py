@@ -3,9 +3,9 @@
 Paper: Not All Images are Worth 16x16 Words, arXiv:2105.15075, Section 3.3. An image takes the answer of the first exit
 k whose largest probability is at least T_k.
 
-The official release finds a threshold by walking over the images one by one. Here a budget is a row of a matrix: each
-exit is sorted once, and the walk is a cumulative count. Thresholds are float32 confidences taken from the data and are
-compared with ``>=`` in float32, so ties behave as in the walk.
+The official release walks over the images one by one. Here a budget is a row of a matrix: each exit is sorted once,
+and the walk is a cumulative count. Confidences and thresholds are float32 and compared with ``>=``, so ties behave as
+in the walk.
 
 Letters: K exits, n images, C classes, P budgets.
 """
@@ -53,9 +53,6 @@ def exit_shares(ratio: float, exits: int = 3) -> Tensor:
     Computed as exp(k log u) / sum, k = 1..K, in float32, because a quota is the floor of n times a share.
 
     Source: the official release; the paper names no equation for it.
-
-    Raises:
-        ValueError: if the ratio is not positive.
     """
     if not ratio > 0:
         raise ValueError(f"the ratio of the exits' shares must be positive, got {ratio}")
@@ -64,9 +61,9 @@ def exit_shares(ratio: float, exits: int = 3) -> Tensor:
     return weights / weights.sum()
 
 
-def published_shares(exits: int = 3, budgets: int = BUDGETS) -> Tensor:
+def published_shares(exits: int = 3) -> Tensor:
     """Shares of the 59 published budgets, (P, K); row p - 1 belongs to u = p / 20."""
-    return torch.stack([exit_shares(p / 20, exits) for p in range(1, budgets + 1)])
+    return torch.stack([exit_shares(p / 20, exits) for p in range(1, BUDGETS + 1)])
 
 
 def find_thresholds(confidence: Tensor, shares: Tensor | None = None) -> Tensor:
@@ -108,12 +105,7 @@ def find_thresholds(confidence: Tensor, shares: Tensor | None = None) -> Tensor:
 def first_exit(confidence: Tensor, thresholds: Tensor) -> Tensor:
     """Index of the exit that answers each image, from 0; K where no threshold is passed.
 
-    Args:
-        confidence: (K, n).
-        thresholds: (K,) or (P, K).
-
-    Returns:
-        (n,) or (P, n).
+    Confidence (K, n) and thresholds, (K,) or (P, K), give (n,) or (P, n).
 
     Source: arXiv:2105.15075, Section 3.3: the first exit whose largest probability reaches its threshold.
     """
@@ -175,15 +167,9 @@ def thresholds_for_budget(confidence: Tensor, gmacs: Sequence[float], budget: fl
     asked for. Ties can keep the cost below the budget, never above.
 
     Args:
-        confidence: (K, n), of the images that the thresholds are to be found on.
+        confidence: (K, n), of the images that the thresholds, (K,), are to be found on.
         gmacs: cumulative cost of each exit.
-        budget: mean cost per image, in the unit of ``gmacs``.
-
-    Returns:
-        (K,) float32.
-
-    Raises:
-        ValueError: if the budget is below the first exit's cost or above the last one's.
+        budget: mean cost per image; see :func:`check_budget`.
 
     Source: arXiv:2105.15075, Section 3.3, Eq. 10: the best thresholds under a mean cost B; the paper solves it by a
     genetic algorithm, the release and this function by shares that form a geometric series.
@@ -217,10 +203,7 @@ def pick_budget(thresholds: Tensor, costs: Sequence[float], gmacs: Sequence[floa
     Args:
         thresholds: ``dynamic_threshold`` of a packed checkpoint, (P, K).
         costs: mean costs of its curve, P numbers.
-        gmacs: cumulative cost of each exit.
-
-    Raises:
-        ValueError: if the budget is below the first exit's cost or above the last one's.
+        gmacs, budget: see :func:`thresholds_for_budget`.
     """
     if len(costs) != len(thresholds):
         raise ValueError(f"the curve has {len(costs)} costs and {len(thresholds)} rows of thresholds")

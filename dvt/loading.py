@@ -33,7 +33,6 @@ WEIGHT_KEYS = ("model_state_dict", "state_dict_ema", "model_ema", "state_dict", 
 AVERAGES = ("state_dict_ema", "model_ema")
 
 File = str | os.PathLike[str]
-"""Where a content is from, for messages."""
 
 
 def select_weights(content: Any, source: File, average: bool = True) -> Mapping[str, Tensor]:
@@ -127,9 +126,8 @@ def read_packed(content: Any, needed: Sequence[str], *, source: File, why: str) 
     """The entries of a packed checkpoint that something needs, by their keys, the weights left out.
 
     Args:
-        content: of a file, from ``read_checkpoint``.
+        content, source: see :func:`select_weights`.
         needed: keys out of ``PACKED_KEYS``.
-        source: the file, for messages.
         why: what needs them, for messages.
 
     Returns:

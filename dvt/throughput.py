@@ -76,9 +76,6 @@ def measure_dynamic(
 
     Returns:
         The full cascade, then each setting.
-
-    Raises:
-        ValueError: if there is no image, or a label that the model has no class for.
     """
     exits = len(gflops)
     everything = {FULL: [NOBODY] * (exits - 1) + [-NOBODY], **settings}
@@ -149,11 +146,8 @@ def choose_settings(
         budgets: mean costs in GFLOPs; met on ``search`` where there is one, else picked from the stored curve.
         thresholds: of all exits, or of all but the last.
         search: scores that thresholds are found on.
-        stored: thresholds of a packed checkpoint or of a search, (P, K); what is taken where nothing is asked for.
-        stored_costs: mean cost of each of its rows.
-
-    Raises:
-        ValueError: naming what does not fit, or what is missing.
+        stored, stored_costs: of a packed checkpoint, or found: (P, K), and the mean cost of each row; some rows are
+            what is taken where nothing is asked for.
     """
     exits = len(gflops)
     chosen: dict[str, Tensor] = {}

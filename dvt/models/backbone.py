@@ -20,18 +20,11 @@ Size = int | tuple[int, int]
 
 
 class StageOutput(NamedTuple):
-    """What a stage answers and hands on.
+    """What a stage answers and hands on: relations only if asked to; they include what was reused."""
 
-    Attributes:
-        logits: (B, C).
-        features: output of the last block, before the final normalisation, class token first, (B, N+1, D).
-        relations: attention logits of all blocks and heads, block-major, what was reused included,
-            (B, L·H, N+1, N+1); None unless asked for.
-    """
-
-    logits: Tensor
-    features: Tensor
-    relations: Tensor | None = None
+    logits: Tensor  # (B, C)
+    features: Tensor  # output of the last block, before the final normalisation, class token first, (B, N+1, D)
+    relations: Tensor | None = None  # attention logits of all blocks and heads, block-major, (B, L·H, N+1, N+1)
 
     def select(self, index: Tensor) -> "StageOutput":
         """The same for some images of the batch: their numbers (int64), or a mask (bool, B)."""
@@ -167,11 +160,7 @@ def sides_of(size: Size) -> tuple[int, int]:
 
 
 def check_images(images: Tensor, size: tuple[int, int]) -> None:
-    """Refuse images of another size than the network is made for.
-
-    Raises:
-        ValueError: naming both.
-    """
+    """Refuse images of another size than the network is made for, naming both."""
     if images.shape[-2:] != size:
         wanted, found = ("x".join(map(str, pair)) for pair in (size, images.shape[-2:]))
         raise ValueError(f"this network takes images of {wanted} pixels, got {found}")

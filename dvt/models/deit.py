@@ -18,11 +18,7 @@ class PatchEmbed(nn.Module):
     """Patches as tokens by one convolution.
 
     Args:
-        img_size: side of the image in pixels, or (height, width).
         patch_size: side of a patch and distance of two; 32, 23 and 16 give 7x7, 10x10 and 14x14 tokens at 224.
-
-    Raises:
-        ValueError: if the image is smaller than a patch.
     """
 
     def __init__(self, img_size: Size = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768) -> None:

@@ -32,11 +32,7 @@ ALIGNMENT = 8
 
 
 def resize_side(source: int, target: int) -> Tensor:
-    """The resize of one side of a grid, ``A`` (target, source), in float64 on the CPU; its rows sum to one.
-
-    Args:
-        source, target: tokens per side, n_up and n.
-    """
+    """The resize of one side of a grid from n_up to n tokens, ``A`` (n, n_up), in float64; its rows sum to one."""
     each = torch.eye(source, dtype=torch.float64, device="cpu")[None]
     return F.adaptive_avg_pool1d(F.interpolate(each, scale_factor=2, mode="nearest"), target)[0].T
 
@@ -48,11 +44,7 @@ def resize_tokens(source: Grid, target: Grid) -> Tensor:
 
 
 class TokenResize(nn.Module):
-    """Holds ``W`` of a stage; without parameters, and without entries in a state dict.
-
-    Args:
-        source, target: rows and columns of tokens of the stage before and of this one.
-    """
+    """Holds ``W`` of a stage, from its source grid to its own; nothing of it is in a state dict."""
 
     matrix: Tensor
 

@@ -57,8 +57,7 @@ class T2T_module(nn.Module):
         grids: rows and columns after each split; ``grid``, of the tokens; ``num_patches``, N.
 
     Raises:
-        ValueError: if ``tokens_type`` is unknown, or the splits do not give as many tokens at ``img_size`` as the
-            position table has; the message names sizes that work.
+        ValueError: if the splits do not give as many tokens as the position table has; it names sizes that work.
     """
 
     def __init__(

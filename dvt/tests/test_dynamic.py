@@ -80,8 +80,9 @@ def test_extreme_thresholds_and_an_empty_batch():
         output = DynamicClassifier(cascade, thresholds)(images)
         assert output.exits.tolist() == [k] * 5
         torch.testing.assert_close(output.logits, logits[k])
-    output = DynamicClassifier(cascade, [0.5] * 3)(images[:0])
-    assert [tuple(value.shape) for value in output] == [(0, 10), (0,), (0,)]
+    for compiled in (False, True):
+        output = DynamicClassifier(cascade, [0.5] * 3, compiled=compiled)(images[:0])
+        assert [tuple(value.shape) for value in output] == [(0, 10), (0,), (0,)]
 
 
 def test_what_is_not_a_number_is_not_confident():
