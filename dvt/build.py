@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms_factory import create_transform
 from timm.optim import param_groups_weight_decay  # pyright: ignore[reportPrivateImportUsage] - timm's documented entry
 from torch import Tensor, nn
@@ -40,43 +39,36 @@ class AugmentedViews:
         return [self.finish(base)] + [self.finish(self.augment(base)) for _ in range(self.views - 1)]
 
 
-def make_train_transform(
-    size: int,
-    augmentation: AugmentationSettings,
-    *,
-    no_aug: bool = False,
-    scale: tuple[float, float] | None = None,
-    ratio: tuple[float, float] | None = None,
-    vflip: float = 0.0,
-    views: int = 0,
-    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-    std: Sequence[float] = IMAGENET_DEFAULT_STD,
-) -> Callable[[Any], Any]:
-    """Random resized crop, flips, RandAugment, normalisation: image -> (3, size, size), or a list of ``views``.
+@dataclass(frozen=True)
+class TrainingImages(AugmentationSettings):
+    """Augmentation with what the other papers do not use, by the names of the flags."""
 
-    No random erasing: as published, it comes after mixup, see :class:`dvt.engine.CascadeStep`.
+    no_aug: bool = False  # only resize the shorter side and crop the centre
+    scale: Sequence[float] | None = None
+    ratio: Sequence[float] | None = None
+    vflip: float = 0.0
+    aug_splits: int = 0  # views of an image, at least 2; 0 for the image itself
 
-    Args:
-        no_aug: only resize the shorter side to ``size`` and crop the centre.
-        views: 0, or at least 2 for :class:`AugmentedViews`.
-        others: as in :func:`common.data.transforms.train_transform`.
-    """
-    flags = augmentation
-    colours: dict[str, Any] = {"mean": tuple(mean), "std": tuple(std)}
-    if no_aug:
-        mode = "bilinear" if flags.train_interpolation == "random" else flags.train_interpolation
-        return eval_transform(size, crop_ratio=1.0, interpolation=mode, **colours)
-    if views:
-        crop, augment, finish = create_transform(  # pyright: ignore[reportGeneralTypeIssues] - three with separate
-            size, is_training=True, color_jitter=flags.color_jitter or 0.0, auto_augment=flags.aa, scale=scale,
-            interpolation=flags.train_interpolation, ratio=ratio, hflip=flags.hflip, vflip=vflip, re_prob=0.0,
-            separate=True, **colours,
-        )  # pyright: ignore[reportArgumentType] # fmt: skip
-        return AugmentedViews(crop, accept_zero_bits(augment), finish, views)
-    pipeline = build_train_transform(size, replace(flags, reprob=0.0), scale=scale, ratio=ratio, **colours)
-    if vflip > 0:  # behind the horizontal flip, where timm has it
-        pipeline.transforms.insert(2 if flags.hflip > 0 else 1, transforms.RandomVerticalFlip(vflip))  # pyright: ignore
-    return pipeline
+    def transform(self, size: int, **colours: Sequence[float]) -> Callable[[Any], Any]:
+        """Random resized crop, flips, RandAugment, normalisation: image -> (3, size, size), or a list of views.
+
+        No random erasing: as published, it comes after mixup, see :class:`dvt.engine.CascadeStep`. ``colours`` are mean
+        and std.
+        """
+        if self.no_aug:
+            mode = "bilinear" if self.train_interpolation == "random" else self.train_interpolation
+            return eval_transform(size, crop_ratio=1.0, interpolation=mode, **colours)
+        crop: Any = {"scale": self.scale, "ratio": self.ratio, **colours}
+        if self.aug_splits:
+            parts: Any = create_transform(
+                size, is_training=True, color_jitter=self.color_jitter or 0.0, auto_augment=self.aa, hflip=self.hflip,
+                interpolation=self.train_interpolation, vflip=self.vflip, re_prob=0.0, separate=True, **crop,
+            )  # fmt: skip
+            return AugmentedViews(parts[0], accept_zero_bits(parts[1]), parts[2], self.aug_splits)
+        pipeline: Any = build_train_transform(size, replace(self, reprob=0.0), **crop)
+        if self.vflip > 0:  # behind the horizontal flip, where timm has it
+            pipeline.transforms.insert(2 if self.hflip > 0 else 1, transforms.RandomVerticalFlip(self.vflip))
+        return pipeline
 
 
 def build_optimizer(

@@ -21,7 +21,7 @@ import yaml
 from common.data.paths import check_data_path
 from common.run.files import check_files, write_atomic
 from common.run.program import get_logger, is_main, run
-from common.run.settings import AugmentationSettings, DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
+from common.run.settings import DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
 from dvt import arguments
 from dvt.models import MODELS
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     from common.run.build import build_average, build_run
     from common.run.checkpoint import plain, read_checkpoint
     from common.run.launch import launch, seed_everything
-    from dvt.build import SummaryRecord, build_optimizer, make_train_transform
+    from dvt.build import SummaryRecord, TrainingImages, build_optimizer
     from dvt.engine import CascadeStep, evaluate_exits
     from dvt.loading import load_network, resume
     from dvt.losses import build_criterion
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     world = launch(args.device, local_rank=args.local_rank)
     content = read_checkpoint(start) if start else None
     amp = (args.amp_dtype or "on") if args.amp else "none"
-    augmentation = AugmentationSettings.of(args)
+    augmentation = TrainingImages.of(args)
     colours = {"mean": args.mean or IMAGENET_DEFAULT_MEAN, "std": args.std or IMAGENET_DEFAULT_STD}
     alone = MODELS[args.model].family == "t2t" and not MODELS[args.model].stages
     batches = build_loaders(
@@ -83,10 +83,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         None if args.eval_checkpoint else augmentation,
         classes=args.num_classes,
         eval_batch_size=args.batch_size * args.validation_batch_size_multiplier,
-        train=make_train_transform(
-            args.img_size, augmentation, no_aug=args.no_aug, scale=args.scale, ratio=args.ratio, vflip=args.vflip,
-            views=args.aug_splits, **colours,
-        ),
+        train=augmentation.transform(args.img_size, **colours),
         held_out=eval_transform(
             args.img_size, crop_ratio=args.crop_pct or (0.9 if alone else 0.875),
             interpolation=args.interpolation or "bicubic", **colours,
