@@ -14,6 +14,7 @@ from common.hosts.host import Host, NotAHost, Tokens, check_images
 from common.hosts.runner import Method, Plan, PlanError
 from common.measure.flops import count_operations, evaluating, gmacs
 from common.run.errors import UsageError
+from common.run.wrapping import unwrap
 
 HOSTS = (
     "common.hosts.timm_vit:TimmViT",
@@ -127,7 +128,11 @@ def find_host(net: nn.Module) -> Host:
         family = load(place)
         if family.accepts(net):
             return family(net)
+    if isinstance(net, str):
+        raise NotAHost(f"{net!r} is a name: build the network first, such as timm.create_model({net!r})")
     kind = type(net)
+    if isinstance(net, nn.Module) and unwrap(net) is not net:
+        raise NotAHost(f"{kind.__name__} wraps a network: give the network itself, and wrap what comes back")
     raise NotAHost(
         f"{kind.__module__}.{kind.__name__} is not a host; known are timm's VisionTransformer and Eva, torchvision's, "
         "those of transformers that docs/hosts.md names, and the SWAG networks"

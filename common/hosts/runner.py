@@ -94,6 +94,11 @@ class Plan:
         self.methods = tuple(_resolve(method, facts) for method in self.methods)
         self.acting = [{hook: [] for hook in HOOKS} for _ in range(facts.depth)]
         found = [(effect, method) for method in self.methods for effect in method.effects()]
+        for effect, method in found:
+            if not isinstance(effect.layer, int) or not 0 <= effect.layer < facts.depth:
+                raise PlanError(
+                    f"{method.name} acts at layer {effect.layer}, but {facts.name} has layers 0 to {facts.depth - 1}"
+                )
         found.sort(key=lambda pair: (pair[0].layer, HOOKS.index(pair[0].hook)))
         broken: dict[str, tuple[int, Method]] = {}
         for effect, method in found:
