@@ -207,7 +207,8 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 def _scale(distances: Tensor) -> Tensor:
     """m: the median over an image's patches of the squared distance to the nearest centroid, (B, 1, 1)."""
     nearest = distances.amin(2)
-    return nearest.median(1).values[:, None, None].clamp_min(torch.finfo(nearest.dtype).tiny ** 0.5)
+    median = nearest.sort(dim=1).values[:, (nearest.shape[1] - 1) // 2]  # ONNX has no median
+    return median[:, None, None].clamp_min(torch.finfo(nearest.dtype).tiny ** 0.5)
 
 
 @torch.no_grad()

@@ -213,7 +213,10 @@ def bipartite_soft_matching(
         scores[:, :rows] = -torch.inf
         scores[:, :, :columns] = -torch.inf
         best, partner = scores.max(dim=2)
-        order = best.argsort(dim=1, descending=True, stable=True)
+        if torch.onnx.is_in_onnx_export():  # whose TopK keeps the order of equals, and which has no stable sort
+            order = best.topk(best.shape[1], dim=1).indices
+        else:
+            order = best.argsort(dim=1, descending=True, stable=True)
         stay, leave = order[:, r:], order[:, :r]
         if rows:
             stay = stay.sort(dim=1).values
