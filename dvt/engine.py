@@ -15,6 +15,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
 from common.run.checkpoint import Progress
+from common.run.engine import check_labels
 from common.run.launch import broadcast_buffers, reduce_sums
 from common.run.metrics import ProgressLine
 from common.run.precision import autocast
@@ -129,12 +130,3 @@ def evaluate_exits(
         raise ValueError("the model gives logits that are not numbers: damaged weights, or an overflow under --amp")
     means = {name: (1 if name == "loss" else 100) * value / count for name, value in total.items()}
     return {**means, "images": count, "skipped": skipped}
-
-
-def check_labels(targets: Tensor, classes: int) -> None:
-    """Refuse labels that the network has no class for; on the CPU, where the loader leaves them."""
-    if not targets.is_cuda and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
-        raise ValueError(
-            f"the data has label {int(targets.max())}, the network only {classes} classes: check --num-classes and "
-            "that the checkpoint belongs to this data set"
-        )

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from common.measure.benchmark import synchronize
+from common.run.engine import check_labels
 from common.run.metrics import ProgressLine
 from dvt.dynamic import DynamicClassifier
-from dvt.engine import check_labels
 from dvt.evaluation import Scores
 from dvt.exits import NOBODY, pick_budget, thresholds_for_budget
 from dvt.models.cascade import Cascade

@@ -493,7 +493,7 @@ def evaluate(
                 with autocast(amp, device):
                     result = model(images.to(device, non_blocking=True))
                 logits = _pick_logits(result, output).float()
-                _check_labels(targets, logits.shape[1])
+                check_labels(targets, logits.shape[1])
                 sums += _batch_sums(logits, targets.to(device, non_blocking=True))
                 images_seen, batches_seen = images_seen + len(targets), batches_seen + bool(len(targets))
                 line.update(len(targets))
@@ -526,7 +526,7 @@ def _pick_logits(result: Any, output: Callable[[Any], Tensor] | None) -> Tensor:
     return logits
 
 
-def _check_labels(targets: Tensor, classes: int) -> None:
+def check_labels(targets: Tensor, classes: int) -> None:
     """On the CPU, where the loader leaves them: on the GPU a wrong label ends in an unreadable assertion."""
     if not targets.is_cuda and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
         raise ValueError(

@@ -10,9 +10,9 @@ from torch.utils.data import IterableDataset
 
 from common.data.loaders import DataError
 from common.run.checkpoint import CheckpointError, read_checkpoint, save_atomic
+from common.run.engine import check_labels
 from dvt import benchmark, cifar, drawing, inference, models, pack, visualize
 from dvt.costs import exit_gflops
-from dvt.engine import check_labels
 from dvt.evaluation import ImageSource, Scores, collect_scores, draw_search_set
 from dvt.exits import EVERYBODY, evaluate_thresholds, find_thresholds, published_shares
 from dvt.loading import PACKED_KEYS
@@ -106,7 +106,7 @@ def test_bad_input_of_the_evaluation():
 
     with pytest.raises(DataError, match="a stream cannot give"):
         draw_search_set(Stream())
-    with pytest.raises(ValueError, match="label 9, the network only 5 classes"):
+    with pytest.raises(ValueError, match="label 9, the model only 5 classes"):
         check_labels(torch.tensor([1, 9]), 5)
     with pytest.raises(ValueError, match="no image could be read"):
         collect_scores(small_cascade(), [], device=CPU, title="validation images", show=False)
