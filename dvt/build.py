@@ -2,13 +2,11 @@
 
 import csv
 import io
-import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +18,6 @@ from torchvision import transforms
 from common.data.build import build_train_transform
 from common.data.transforms import accept_zero_bits, eval_transform
 from common.run import build
-from common.run.files import write_atomic
-from common.run.metrics import Record
 from common.run.settings import AugmentationSettings, OptimizerSettings
 
 
@@ -82,19 +78,12 @@ def build_optimizer(
     return build.build_optimizer(model, settings, group_fn=groups)
 
 
-class SummaryRecord(Record):
-    """The record of a run, and ``summary.csv`` beside it in the published columns, rewritten after every epoch."""
-
-    def write(self, event: str, row: Mapping[str, Any]) -> None:
-        super().write(event, row)
-        if event != "epoch" or self.path is None:
-            return
-        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-        names = [name for name in row if re.fullmatch("test_(loss|exit._top.)", name)]
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator=os.linesep)
-        table.writerow(["epoch", "train_loss", *(name.replace("test_", "eval_") for name in names)])
-        for line in lines:
-            if line["event"] == "epoch":
-                table.writerow([line.get(name) for name in ("epoch", "train_loss", *names)])
-        write_atomic(Path(self.path).with_name("summary.csv"), text.getvalue())
+def published_summary(rows: Iterable[Mapping[str, Any]]) -> str:
+    """``summary.csv`` in the published columns, from the rows of ``log.jsonl``."""
+    epochs = [row for row in rows if row["event"] == "epoch"]
+    names = [name for name in epochs[-1] if re.fullmatch("test_(loss|exit._top.)", name)]
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator=os.linesep)
+    table.writerow(["epoch", "train_loss", *(name.replace("test_", "eval_") for name in names)])
+    table.writerows([row.get(name) for name in ("epoch", "train_loss", *names)] for row in epochs)
+    return text.getvalue()

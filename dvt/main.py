@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     from common.run.build import build_average, build_run
     from common.run.checkpoint import plain, read_checkpoint
     from common.run.launch import launch, seed_everything
-    from dvt.build import SummaryRecord, TrainingImages, build_optimizer
+    from dvt.build import TrainingImages, build_optimizer, published_summary
     from dvt.engine import CascadeStep, evaluate_exits
     from dvt.loading import load_network, resume
     from dvt.losses import build_criterion
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         optimizer=build_optimizer(model, optimization, decay_tokens=not args.no_decay_tokens),
         schedule=ScheduleSettings.of(args, noise_seed=args.seed), average=average, clip_grad=args.clip_grad,
         arguments=vars(args), metric=args.eval_metric, higher_is_better=args.eval_metric != "loss",
-        files=("last.pth.tar", "model_best.pth.tar"), make_record=SummaryRecord,
+        files=("last.pth.tar", "model_best.pth.tar"), published=("summary.csv", published_summary),
         resume=partial(resume, path=resumed, optimizer=not args.no_resume_opt, start_epoch=args.start_epoch)
         if resumed else None,
         broadcast_buffers=False,  # constants, alike on all

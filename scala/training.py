@@ -34,7 +34,7 @@ from scala.build import build_losses, build_model, build_teacher, check_training
 from scala.engine_scala import CosineCurve, LaggingSchedule, ScaleCoordination, allow_widths, evaluate_width
 from scala.loading import Trained, load_trained, recorded_arguments, resolve_grid
 from scala.narrowing import NarrowedNetwork, calibrate_
-from scala.record import ScalaRecord
+from scala.record import published_log
 from scala.slicing import WidthGrid
 from scala.sweep import sweep, write
 
@@ -118,7 +118,8 @@ def train_widths(
         model, world, run, optimizer=updates, average=build_average(model, optimizer), clip_grad=optimizer.clip_grad,
         schedule=LaggingSchedule(updates, curve, start_epoch=step.start_epoch), epochs=step.epochs,
         start_epoch=step.start_epoch, arguments=known,
-        files=(LAST, "best_checkpoint.pth"), make_record=partial(ScalaRecord, parameters=parameters),
+        files=(LAST, "best_checkpoint.pth"),
+        published=("log.txt", partial(published_log, parameters=parameters)),
         find_unused_parameters=True, own_backward=True, train_mode=network.train_mode,
     )  # fmt: skip
     assert trainer.network is not None

@@ -75,7 +75,7 @@ def train_model(job: Job, world: World) -> dict[str, float]:
     from common.run.build import build_average, build_optimizer, build_run
     from sit import build, engine
     from sit.loading import read_weights
-    from sit.meters import Logs, PublishedRecord
+    from sit.meters import Logs, published_log
 
     own, schedule = job.own, job.schedule
     batches = build_loaders(
@@ -92,7 +92,8 @@ def train_model(job: Job, world: World) -> dict[str, float]:
         schedule=None, epochs=schedule.epochs + schedule.cooldown_epochs, cooldown_epochs=schedule.cooldown_epochs,
         average=build_average(model, job.optimizer), clip_grad=job.optimizer.clip_grad, arguments=job.arguments,
         start_epoch=own.start_epoch, files=("checkpoint.pth", "best_checkpoint.pth"),
-        make_record=partial(PublishedRecord, n_parameters=trained), wrapped=build.wrapped(own, model),
+        published=("log.txt", partial(published_log, n_parameters=trained)),
+        wrapped=build.wrapped(own, model),
         show_progress=not own.print_freq,
     )  # fmt: skip
     assert trainer.network is not None

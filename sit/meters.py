@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
-from pathlib import Path
 from statistics import fmean, median_low
 from typing import Any
 
@@ -18,8 +17,6 @@ import torch
 from torch import Tensor
 
 from common.run.engine import StepInfo
-from common.run.files import write_atomic
-from common.run.metrics import Record
 from common.run.program import is_main
 
 
@@ -99,30 +96,15 @@ PUBLISHED_LOG = (
 """Keys of a line of the published ``log.txt``, which are ours, too; ``train_lr`` is our ``train_lr_backbone``."""
 
 
-def published_log_row(row: Mapping[str, Any], n_parameters: int) -> dict[str, Any]:
-    """Line of the published ``log.txt`` from a row of ``log.jsonl``."""
-    row = {**row, "train_lr": row["train_lr_backbone"]}
-    return {key: row[key] for key in PUBLISHED_LOG if key in row} | {"n_parameters": n_parameters}
-
-
-class PublishedRecord(Record):
-    """``log.jsonl``, from which ``log.txt`` is written anew after every epoch, so that a resumed run repeats no line.
-
-    Args:
-        path: of ``log.jsonl``.
-        n_parameters: trained ones, for ``log.txt``.
-    """
-
-    def __init__(self, path: Path, n_parameters: int, *, tensorboard: Path | None = None) -> None:
-        super().__init__(path, tensorboard=tensorboard)
-        self.n_parameters = n_parameters
-
-    def write(self, event: str, row: Mapping[str, Any]) -> None:
-        super().write(event, row)
-        if event == "epoch" and self.path is not None:
-            rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-            epochs = [published_log_row(row, self.n_parameters) for row in rows if row.get("event") == "epoch"]
-            write_atomic(self.path.with_name("log.txt"), "".join(json.dumps(row) + "\n" for row in epochs))
+def published_log(rows: Iterable[Mapping[str, Any]], n_parameters: int) -> str:
+    """The published ``log.txt``, one JSON object per epoch, from the rows of ``log.jsonl``."""
+    lines = []
+    for row in rows:
+        if row["event"] == "epoch":
+            row = {**row, "train_lr": row["train_lr_backbone"]}
+            line = {key: row[key] for key in PUBLISHED_LOG if key in row} | {"n_parameters": n_parameters}
+            lines.append(json.dumps(line) + "\n")
+    return "".join(lines)
 
 
 class Logs:

@@ -130,7 +130,7 @@ def build_run(
     metric: str | None = "top1_percent",
     higher_is_better: bool = True,
     files: tuple[str, str] = ("last.pth", "best.pth"),
-    make_record: Callable[..., Record] = Record,
+    published: tuple[str, Callable[[list[dict[str, Any]]], str]] | None = None,
     resume: Callable[[TrainingState], object] | None = None,
     wrapped: nn.Module | None = None,
     find_unused_parameters: bool = False,
@@ -150,7 +150,7 @@ def build_run(
         start_epoch: of a new run.
         metric, higher_is_better: what of an evaluation decides which state is best.
         files: names of the last and the best state in ``--output-dir``.
-        make_record: called with the path of ``log.jsonl`` and ``tensorboard=``, where there is an ``--output-dir``.
+        published: a file beside ``log.jsonl`` in ``--output-dir``; see ``common.run.metrics.Record``.
         resume: instead of ``--resume``'s own reading; called with the state.
         wrapped: the module around ``model`` that the step calls, where it is not ``model`` itself.
         find_unused_parameters, broadcast_buffers: see ``prepare_network``.
@@ -182,7 +182,8 @@ def build_run(
     network = prepare(wrapped or model, find_unused_parameters=find_unused_parameters)
     record = None
     if folder and not settings.eval:
-        record = make_record(folder / "log.jsonl", tensorboard=folder / "tensorboard" if settings.tensorboard else None)
+        board = folder / "tensorboard" if settings.tensorboard else None
+        record = Record(folder / "log.jsonl", tensorboard=board, published=published)
     return Trainer(
         state, world, epochs, network, amp=settings.amp, clip_grad=clip_grad, cooldown_epochs=cooldown_epochs,
         manager=manager, record=record, save_every_steps=settings.save_every_steps,

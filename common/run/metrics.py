@@ -182,15 +182,22 @@ class Record:
     Args:
         path: the ``.jsonl`` file; its folder is created. None keeps nothing.
         tensorboard: folder for TensorBoard's files, or None.
+        published: name of a file beside it, and what makes its text of all rows: the form that a paper's program
+            writes. It is made anew with every row but starts and steps, so that a resumed run repeats nothing.
 
     Raises:
         UsageError: ``tensorboard`` is given and its package is not installed.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str] | None, *, tensorboard: str | os.PathLike[str] | None = None
+        self,
+        path: str | os.PathLike[str] | None,
+        *,
+        tensorboard: str | os.PathLike[str] | None = None,
+        published: tuple[str, Callable[[list[dict[str, Any]]], str]] | None = None,
     ) -> None:
         self.path = Path(path) if path is not None and is_main() else None
+        self.published = published
         self.writer = _open_tensorboard(tensorboard) if tensorboard is not None and is_main() else None
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,6 +227,10 @@ class Record:
         if self.path is not None:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"event": event, **plain}) + "\n")
+            if self.published is not None and event not in ("start", "step"):
+                name, text_of = self.published
+                rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+                write_atomic(self.path.with_name(name), text_of(rows))
         if self.writer is not None and event != "start":
             for name, value in plain.items():
                 if name not in ("step", "epoch"):

@@ -139,6 +139,20 @@ def test_record_without_a_file_keeps_nothing(tmp_path: Path, monkeypatch: pytest
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_published_file_is_made_anew_of_all_rows(tmp_path: Path) -> None:
+    def epochs(rows: list[dict[str, Any]]) -> str:
+        return "".join(f"{row['epoch']}\n" for row in rows if row["event"] == "epoch")
+
+    for _ in range(2):  # a resumed run does the last epoch again
+        record = Record(tmp_path / "log.jsonl", published=("epochs.txt", epochs))
+        record.rewind(1, 5)
+        record.write("start", {})
+        record.write("epoch", {"epoch": 0 if not (tmp_path / "epochs.txt").exists() else 1, "step": 5})
+    assert (tmp_path / "epochs.txt").read_text() == "0\n1\n"
+    record.write("step", {"epoch": 2, "step": 6})
+    assert (tmp_path / "epochs.txt").read_text() == "0\n1\n"
+
+
 def test_tensorboard_on_request(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -1,6 +1,7 @@
 """Loss, precision of the teacher, meters, and the published log."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from torch import nn
 
 from common.losses import divergence
 from common.run.engine import StepInfo
+from common.run.metrics import Record
 from common.run.precision import autocast
 from sit.engine import adjust_learning_rate, get_param_groups, store_for_autocast
 from sit.losses import DistillationLoss, token_loss
-from sit.meters import Logs, PublishedRecord
+from sit.meters import Logs, published_log
 from sit.models.lvvit import build_lvvit
 
 
@@ -148,7 +150,7 @@ def test_published_lines_and_log(tmp_path, capsys):
     assert len(lines) == 2  # the first and every second step, here also the last
     assert lines[0].startswith("Epoch: [0]  [0/3]  eta: 0:00:0")
     assert "lr: 0.000100  loss: 2.0000 (2.0000)  loss_cls: 1.0000 (1.0000)  time: " in lines[1]
-    PublishedRecord(tmp_path / "log.jsonl", 123).write(
+    Record(tmp_path / "log.jsonl", published=("log.txt", partial(published_log, n_parameters=123))).write(
         "epoch", {"epoch": 0, "step": 3, "train_lr": 5e-4, "train_lr_backbone": 1e-4, "test_acc1": 9.0}
     )
     assert json.loads((tmp_path / "log.txt").read_text()) == {
