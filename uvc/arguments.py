@@ -16,7 +16,8 @@ from common.run.errors import DataError, UsageError
 from common.run.files import check_files
 from common.run.settings import AugmentationSettings, DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
 from uvc.config import config_text, with_config
-from uvc.schedules import DECAYS, zlr_schedule
+from uvc.flags import Group, numbers, rate
+from uvc.schedules import zlr_schedule
 from uvc.settings import JointRun, JointSettings, PostRun, PrimalDualSettings, Student, Teacher
 
 DATASETS = ("imagenet", "cifar10", "cifar100", "digits", "folder", "tar")
@@ -44,63 +45,6 @@ IGNORED = {
 """Flags of both published programs that do nothing, and why."""
 
 
-class Group:
-    """An argument group: ``add(flag, kind, default, help)``; every help text ends with the default.
-
-    ``kind`` is what argparse calls type, ``bool`` for 1 or 0 as the published commands write it, or a tuple of choices.
-    """
-
-    def __init__(self, parser: argparse.ArgumentParser, title: str) -> None:
-        self.group = parser.add_argument_group(title)
-
-    def __call__(self, flag: str, kind: Any, default: Any, help: str, **options: Any) -> None:
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        shown = int(shown) if isinstance(shown, bool) else "none" if shown in (None, "") else shown
-        if kind is bool:
-            options |= {"type": switch, "metavar": "0|1"}
-        else:
-            options["choices" if isinstance(kind, tuple) else "type"] = kind
-        self.group.add_argument(flag, default=default, help=f"{help} (default: {shown})".replace("%", "%%"), **options)
-
-    def on(self, flag: str, help: str) -> None:
-        """A switch that is off without it."""
-        self.group.add_argument(flag, action="store_true", help=f"{help} (default: off)")
-
-
-def switch(text: str) -> bool:
-    """1 or 0, as the published commands write it."""
-    if text not in ("0", "1"):
-        raise argparse.ArgumentTypeError(f"must be 0 or 1, got {text!r}")
-    return text == "1"
-
-
-def numbers(text: str) -> list[float]:
-    """Numbers separated by commas."""
-    try:
-        values = [float(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        values = []
-    if not values:
-        raise argparse.ArgumentTypeError(f"must be numbers separated by commas, such as 1,5,9, got {text!r}")
-    return values
-
-
-def share(text: str) -> float:
-    """A number above 0 and up to 1."""
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
-    return value
-
-
-def rate(text: str) -> float:
-    """A learning rate: 0, which leaves things as they are, or more."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number from 0 on, got {text}")
-    return value
-
-
 def add_common_arguments(
     parser: argparse.ArgumentParser, *, train_batch_size: int, workers: int, distillation: str
 ) -> None:
@@ -126,7 +70,7 @@ def add_common_arguments(
     add = Group(parser, "mixing")
     add("--mixup", float, 0.8, "mixup's Beta parameter; 0 for no mixup", metavar="ALPHA")
     add("--cutmix", float, 1.0, "CutMix's Beta parameter; 0 for no CutMix", metavar="ALPHA")
-    add("--cutmix-minmax", float, None, "smallest and largest side of CutMix's box", nargs="+", metavar="SHARE")
+    add("--cutmix-minmax", float, None, "smallest and largest side of CutMix's box", nargs=2, metavar="SHARE")
     add("--mixup-prob", cli.fraction, 0.8, "probability of mixing a batch")
     add("--mixup-switch-prob", cli.fraction, 0.5, "probability of CutMix where both are on")
     add("--mixup-mode", ("batch", "pair", "elem"), "batch", "what one mixing ratio is drawn for")
@@ -159,53 +103,20 @@ def joint_parser(description: str | None) -> argparse.ArgumentParser:
     parser = cli.make_parser(description)
     add_common_arguments(parser, train_batch_size=1024, workers=4, distillation="hard")
     add = Group(parser, "stage 1")
-    add("--pretrained", bool, True, "load --model_path into the student")
     add.on("--official",
            "the published behaviour where it is not what was meant: z keeps its first rate, patch gates are plain "
            "parameters, old zeros stay in masks, one epoch more, noisy validation, bare state dicts")  # fmt: skip
     add("--weight_decay", float, 0.05, "decay of every parameter")
-    add("--num_epochs", cli.positive_int, 20, "epochs, one more under --official")
-    add("--decay_type", DECAYS, "cosine", "course of the learning rate")
-    add("--warmup_steps", cli.count, 500, "steps over which the learning rate rises")
     add("--enable_warmup", bool, True, "0 leaves the epochs of warm-up out")
-    add("--warmup_epochs", cli.count, 5, "first epochs, in which nothing is pruned or skipped")
-    add("--warmup_lr", rate, 1e-4, "learning rate of the first step of each of them")
-    add("--warmup_reset", bool, False, "start optimizer and schedule anew after them")
-    add("--log_interval", cli.positive_int, 2000, "steps between records of the structure", metavar="N")
-
-    add = Group(parser, "primal and dual variables")
-    add("--budget", share, 0.5, "share of the dense network's cost that may remain")
-    add("--enable_pruning", bool, True, "learn s and r; 0 learns gates alone")
-    add("--soptim", ("sgd", "adam", "rmsprop"), "sgd", "optimizer of s")
-    add("--roptim", ("sgd", "adam", "rmsprop"), "sgd", "optimizer of r")
-    add("--slr", float, 0.02, "learning rate of s")
-    add("--rlr", float, 0.02, "learning rate of r")
-    add("--ylr", float, 1e-4, "learning rate of y")
-    add("--plr", float, 1e-4, "learning rate of p")
     add("--zlr_schedule_list", numbers, [10.0, 20.0, 30.0, 40.0, 50.0],
         "learning rates of z, spread evenly over the epochs; under --official the first one alone",
         metavar="LIST")  # fmt: skip
-    add("--sl2wd", float, 0.0, "decay of s and r relative to their bounds")
-    add("--z_grad_clip", cli.positive_float, 0.5, "bound of cost minus budget where it is differentiated")
-    add("--flops_with_mhsa", bool, True,
-        "0 puts the budget on the output projections alone; what is printed and written as remaining cost is the whole "
-        "network's all the same, as in stage 2")  # fmt: skip
+    add.settings(JointSettings)
+    Group(parser, "primal and dual variables").settings(PrimalDualSettings)
 
-    add = Group(parser, "gates")
-    add("--enable_block_gating", bool, True, "learn to skip blocks")
-    add("--use_gumbel", bool, True, "1 Gumbel softmax gates, 0 soft-L0 gates")
-    add("--glr", float, 1e-3, "learning rate of the gates' SGD")
-    add("--gating_interval", cli.positive_int, 100, "steps between its updates", metavar="N")
-    add("--gating_weight", float, 5.0, "factor on the cost's gradient there")
-    add("--eps", cli.positive_float, 0.1, "epsilon of soft-L0 gates")
-    add("--eps_decay", cli.positive_float, 0.92, "factor on it at each epoch after the warm-up")
-    add("--enable_patch_gating", int, 2,
-        "0 off, 1 a learned gate per patch position, 2 selection of patch tokens by image",
-        choices=(0, 1, 2))  # fmt: skip
+    add = Group(parser, "network and gates")
+    add.settings(Student)
     add("--patch_ratio", cli.fraction, 0.9, "share of patch tokens kept in mode 2")
-    add("--patch_weight", float, 5.0, "factor on the cost's gradient of the patch gates, mode 1")
-    add("--patch_l1_weight", float, 0.01, "factor on the sum of the patch gates in the loss, mode 1")
-    add("--patchlr", float, 0.01, "learning rate of the patch gates, mode 1")
     add("--patchloss", ("l1",), "l1", "penalty on the patch gates, mode 1")
     cli.add_ignored_args(
         parser,
@@ -284,8 +195,6 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", args.gpu_num.replace(" ", ""))
     if args.distillation_type != "none" and args.teacher_model and not re.search("deit|t2t", args.teacher_model):
         raise UsageError(f"--teacher-model must be a deit or t2t network, got {args.teacher_model!r}")
-    if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
-        raise UsageError("--cutmix-minmax takes two shares, the smallest and the largest")
     for name in ("model_path", "teacher_path"):
         if getattr(args, name) == "pretrained":
             model = args.model_type if name == "model_path" else args.teacher_model or args.model_type
@@ -352,23 +261,17 @@ def joint_run(args: argparse.Namespace) -> JointRun:
             "--model_path is missing: name the checkpoint of the dense network (pretrained for the published one), or "
             "give --pretrained 0 to start from random weights"
         )
-    learned = args.enable_patch_gating == 1 and not args.official
     zlr = args.zlr_schedule_list
-    primal_dual = PrimalDualSettings.of(
-        args, zlr=zlr[0], block_gating=args.enable_block_gating, pruning=args.enable_pruning, learn_patches=learned,
-        with_mhsa=args.flops_with_mhsa,
-    )  # fmt: skip
+    learned = args.enable_patch_gating == 1 and not args.official
+    primal_dual = PrimalDualSettings.of(args, zlr=zlr[0], learn_patches=learned)
     course = JointSettings.of(
         args,
         warmup_epochs=args.warmup_epochs if args.enable_warmup or args.official else 0,
         zlr_schedule={0: zlr[0]} if args.official else zlr_schedule(zlr, args.num_epochs),
         select_ratio=args.patch_ratio if args.enable_patch_gating == 2 else None,
-        patch_l1_weight=args.patch_l1_weight if learned else 0.0,
     )
-    return JointRun(
-        **_shared(args, args.model_type, args.model_path), student=Student.of(args), primal_dual=primal_dual,
-        course=course, decay_type=args.decay_type, warmup_steps=args.warmup_steps, num_epochs=args.num_epochs,
-    )  # fmt: skip
+    shared = _shared(args, args.model_type, args.model_path)
+    return JointRun(**shared, student=Student.of(args), primal_dual=primal_dual, course=course)
 
 
 def post_run(args: argparse.Namespace, model_type: str) -> PostRun:

@@ -15,10 +15,10 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from common.run import cli
 from common.run.errors import UsageError
 from common.run.program import run
 from uvc import arguments
+from uvc.flags import Group, share
 from uvc.settings import PruningSettings
 
 METHODS = ("omp", "gmp", "taylor", "synflow", "structured", "gradient-sparsity")
@@ -26,20 +26,13 @@ METHODS = ("omp", "gmp", "taylor", "synflow", "structured", "gradient-sparsity")
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = arguments.post_parser(__doc__)
-    add = arguments.Group(parser, "baseline")
+    add = Group(parser, "baseline")
     add.group.add_argument("method", choices=METHODS, metavar="METHOD", help=f"one of {', '.join(METHODS)}")
-    add("--density", cli.fraction, 0.5, "share of weights kept, of gmp at its end")
-    add("--scope", ("global", "local"), "global", "one threshold, or one per layer")
-    add("--attention-density", cli.fraction, 0.5, "structured: share of heads kept")
-    add("--mlp-density", cli.fraction, 0.5, "structured: share of neurons kept")
-    add("--score-images", cli.positive_int, 10000, "training images that taylor scores on")
-    add("--pruning_times", cli.positive_int, 20, "gmp: pruning events")
-    add("--delta_t", cli.positive_int, 6250, "gmp: steps between events")
-    add("--t_start", cli.count, 62500, "gmp: steps before the first interval")
+    add.settings(PruningSettings)
     add.on("--from-scratch",
            "train masked random weights, as the release does; the scores are those of --model_path "
            "all the same")  # fmt: skip
-    add("--data_rate", arguments.share, None,
+    add("--data_rate", share, None,
         "train on the first SHARE of each class's images; none is 0.2 for gradient-sparsity, as in the release, else 1",
         metavar="SHARE")  # fmt: skip
     args = arguments.parse(parser, argv)

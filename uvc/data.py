@@ -19,6 +19,7 @@ from common.data.loaders import eval_loader, train_loader
 from common.data.transforms import Transform, eval_transform
 from common.run.errors import DataError
 from common.run.settings import AugmentationSettings, DataSettings
+from uvc.settings import Run
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -40,15 +41,7 @@ def build_transforms(data: DataSettings, augmentation: AugmentationSettings) -> 
     return build_train_transform(size, augmentation), eval_transform(size, interpolation="bilinear")
 
 
-def open_batches(
-    data: DataSettings,
-    augmentation: AugmentationSettings,
-    *,
-    eval_batch_size: int,
-    size: int,
-    only_evaluate: bool = False,
-    data_rate: float = 1.0,
-) -> Batches:
+def open_batches(settings: Run, *, size: int, data_rate: float = 1.0) -> Batches:
     """Training and validation batches; the first are None where only evaluation is wanted.
 
     Args:
@@ -58,14 +51,13 @@ def open_batches(
     Raises:
         DataError: missing or unusable data, saying what to do.
     """
-    data = replace(data, input_size=size)
-    train, held_out = build_transforms(data, augmentation)
+    data, batches = replace(settings.data, input_size=size), None
+    train, held_out = build_transforms(data, settings.augmentation)
     kept = open_split(data, "val", held_out)
-    test_batches = eval_loader(kept, batch_size=eval_batch_size, workers=data.workers)
-    batches = None
-    if not only_evaluate:
+    if not settings.run.eval:
         images = first_of_each_class(open_split(data, "train", train), data_rate)
         batches = train_loader(images, batch_size=data.batch_size, workers=data.workers, seed=data.seed)
+    test_batches = eval_loader(kept, batch_size=settings.eval_batch_size, workers=data.workers)
     return Batches(batches, test_batches, num_classes(kept))
 
 

@@ -163,8 +163,8 @@ class JointTraining(Training):
     def loss(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """The terms, and the penalty on patch gates."""
         terms = super().loss(images, targets)
-        if self.settings.patch_l1_weight and self.model.patch_gating is not None:
-            terms["patches"] = patch_penalty(self.model.patch_gating, self.settings.patch_l1_weight)
+        if self.settings.patch_l1_weight and self.primal_dual.patches is not None:
+            terms["patches"] = patch_penalty(self.primal_dual.patches, self.settings.patch_l1_weight)
             terms["loss"] = terms["loss"] + terms["patches"]
         gates = self.model.block_skip_gating
         if self.warming_up and gates.requires_grad:  # ranks wait for a gradient of every parameter
@@ -228,7 +228,7 @@ class JointTraining(Training):
     def deployed_ratio(self) -> float:
         """Remaining cost of the whole network by the hard gates and the masks to come. Waits for the device."""
         state = self.primal_dual
-        run = torch.tensor(self.model.runs()).to(state.s) if state.settings.block_gating else None
+        run = torch.tensor(self.model.runs()).to(state.s) if state.settings.enable_block_gating else None
         with torch.no_grad():
             return float(state.whole_cost.ratio(state.s, state.r, group_scores(self.model).heads, run, state.patches))
 
@@ -262,7 +262,7 @@ class JointTraining(Training):
             self.steps, self.epoch + 1, float(kept) / 1e6, size / 1e6, 100 * float(kept) / size,
         )  # fmt: skip
         logger.info("Expectation FLOPs: %.2f%% Real FLOPs: %.2f%%", 100 * expected, 100 * remaining)
-        if not self.primal_dual.settings.with_mhsa:
+        if not self.primal_dual.settings.flops_with_mhsa:
             logger.info("(expected: of the output projections, which the budget holds; real: of the whole network)")
         if not self.warming_up and running < FEW_BLOCKS <= len(self.model.blocks):
             logger.warning(

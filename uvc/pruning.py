@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from uvc.models.deit import Block
 from uvc.models.gates import GatedTransformer, masked_weights
@@ -136,9 +136,9 @@ def update_masks_(model: GatedTransformer, s: Tensor, r: Tensor, *, keep_stale: 
     removed = removal(group_scores(model), s, r)
     gone = (removed.dims | removed.heads[..., None]).flatten(1)  # columns of ``attn.proj``, (L, D)
     for block, columns, neurons in zip(blocks_of(model), gone, removed.neurons, strict=True):
-        _mask(block.attn.proj).fill_(1).masked_fill_(columns, 0)
-        _mask(block.mlp.fc2).fill_(1).masked_fill_(neurons, 0)
-        rows = _mask(block.mlp.fc1)
+        block.attn.proj.get_buffer("mask").fill_(1).masked_fill_(columns, 0)
+        block.mlp.fc2.get_buffer("mask").fill_(1).masked_fill_(neurons, 0)
+        rows = block.mlp.fc1.get_buffer("mask")
         if not keep_stale:
             rows.fill_(1)
         rows.masked_fill_(neurons[:, None], 0)
@@ -158,10 +158,3 @@ def with_masks(model: GatedTransformer) -> Iterator[None]:
         with torch.no_grad():
             for (weight, _), before in zip(pairs, kept, strict=True):
                 weight.copy_(before)
-
-
-def _mask(layer: nn.Module) -> Tensor:
-    mask = layer._buffers.get("mask")
-    if mask is None:
-        raise RuntimeError("the model has no masks; call register_masks() first")
-    return mask

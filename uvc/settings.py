@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from common.run import cli
 from common.run.settings import (
     AugmentationSettings,
     DataSettings,
@@ -18,6 +19,8 @@ from common.run.settings import (
     ScheduleSettings,
     Settings,
 )
+from uvc.flags import flag, rate, share
+from uvc.schedules import DECAYS
 
 
 @dataclass(frozen=True)
@@ -26,14 +29,16 @@ class Student(Settings):
 
     model_type: str
     model_path: str | None
-    pretrained: bool
     img_size: int | None
     enable_deit: bool
     enable_jumping: bool
-    enable_block_gating: bool
-    enable_patch_gating: int
-    use_gumbel: bool
-    eps: float
+    pretrained: bool = flag(bool, True, "load --model_path into the student")
+    enable_block_gating: bool = flag(bool, True, "learn to skip blocks")
+    use_gumbel: bool = flag(bool, True, "1 Gumbel softmax gates, 0 soft-L0 gates")
+    eps: float = flag(cli.positive_float, 0.1, "epsilon of soft-L0 gates")
+    enable_patch_gating: int = flag(
+        int, 2, "0 off, 1 a learned gate per patch position, 2 selection of patch tokens by image", choices=(0, 1, 2)
+    )
 
 
 @dataclass(frozen=True)
@@ -49,42 +54,36 @@ class Teacher(Settings):
 
 @dataclass(frozen=True)
 class PrimalDualSettings(Settings):
-    """Numbers of the primal-dual step.
+    """Numbers of the primal-dual step; ``zlr`` is the learning rate of z at first.
 
-    Attributes:
-        budget: B, remaining share of the cost.
-        slr, rlr, ylr, plr, zlr: learning rates of s, r, y, p and z.
-        soptim, roptim: sgd, adam or rmsprop.
-        sl2wd: adds sl2wd * s / bound to the gradient of s, likewise for r.
-        z_grad_clip: R - B is kept within plus or minus this before it is differentiated; z sees it unclipped.
-        block_gating: learn the block gates.
-        pruning: learn s and r; False leaves them at zero, and the weights to their own step.
-        glr, gating_interval, gating_weight: of their SGD: learning rate, steps between updates, factor on the
-            gradient of the cost.
-        learn_patches: patch gates enter the cost and have an optimizer of their own here.
-        patchlr, patch_weight: its learning rate, and the factor on the gradient of the cost.
-        with_mhsa: False takes the cost of the output projections alone.
+    With ``learn_patches`` patch gates enter the cost and have an optimizer of their own here.
     """
 
-    budget: float = 0.5
-    slr: float = 0.02
-    rlr: float = 0.02
-    ylr: float = 1e-4
-    plr: float = 1e-4
+    budget: float = flag(share, 0.5, "share B of the dense network's cost that may remain")
+    enable_pruning: bool = flag(bool, True, "learn s and r; 0 learns gates alone, and leaves the weights to their step")
+    soptim: str = flag(("sgd", "adam", "rmsprop"), "sgd", "optimizer of s")
+    roptim: str = flag(("sgd", "adam", "rmsprop"), "sgd", "optimizer of r")
+    slr: float = flag(float, 0.02, "learning rate of s")
+    rlr: float = flag(float, 0.02, "learning rate of r")
+    ylr: float = flag(float, 1e-4, "learning rate of y")
+    plr: float = flag(float, 1e-4, "learning rate of p")
+    sl2wd: float = flag(float, 0.0, "decay of s and r relative to their bounds")
+    z_grad_clip: float = flag(
+        cli.positive_float, 0.5, "bound of cost minus budget where it is differentiated; z sees it unclipped"
+    )
+    flops_with_mhsa: bool = flag(
+        bool, True,
+        "0 puts the budget on the output projections alone; what is printed and written as remaining cost is the whole "
+        "network's all the same, as in stage 2",
+    )  # fmt: skip
+    glr: float = flag(float, 1e-3, "learning rate of the gates' SGD")
+    gating_interval: int = flag(cli.positive_int, 100, "steps between its updates", metavar="N")
+    gating_weight: float = flag(float, 5.0, "factor on the cost's gradient there")
+    patchlr: float = flag(float, 0.01, "learning rate of the patch gates, mode 1")
+    patch_weight: float = flag(float, 5.0, "factor on the cost's gradient of the patch gates, mode 1")
     zlr: float = 10.0
-    soptim: str = "sgd"
-    roptim: str = "sgd"
-    sl2wd: float = 0.0
-    z_grad_clip: float = 0.5
-    block_gating: bool = True
-    pruning: bool = True
-    glr: float = 1e-3
-    gating_interval: int = 100
-    gating_weight: float = 5.0
+    enable_block_gating: bool = True
     learn_patches: bool = False
-    patchlr: float = 0.01
-    patch_weight: float = 5.0
-    with_mhsa: bool = True
 
 
 @dataclass(frozen=True)
@@ -92,28 +91,27 @@ class JointSettings(Settings):
     """Course of stage 1.
 
     Attributes:
-        warmup_epochs: first epochs, in which every block's update is halved and nothing is pruned or skipped.
-        warmup_lr: learning rate of the first step of each of them.
-        warmup_reset: forget the optimizer's moments and start the schedule anew after them.
         zlr_schedule: learning rate of z by the epoch from which it holds; the first epoch is 1.
-        eps_decay: factor on eps of the soft-L0 gates at the start of each later epoch.
         select_ratio: share of patch tokens that selection by image keeps; None selects none.
         total_steps: of the run, for the temperature of this selection.
-        patch_l1_weight: factor on the sum of the patch gates in the loss; 0 where patches are not learned.
         official: masks keep stale zeros, evaluation is of the noisy soft network, files are bare state dicts.
-        log_interval: steps between records of the structure.
     """
 
-    warmup_epochs: int = 5
-    warmup_lr: float = 1e-4
-    warmup_reset: bool = False
+    num_epochs: int = flag(cli.positive_int, 20, "epochs, one more under --official")
+    decay_type: str = flag(DECAYS, "cosine", "course of the learning rate")
+    warmup_steps: int = flag(cli.count, 500, "steps over which the learning rate rises")
+    warmup_epochs: int = flag(
+        cli.count, 5, "first epochs, in which every block's update is halved and nothing is pruned or skipped"
+    )
+    warmup_lr: float = flag(rate, 1e-4, "learning rate of the first step of each of them")
+    warmup_reset: bool = flag(bool, False, "start optimizer and schedule anew after them")
+    log_interval: int = flag(cli.positive_int, 2000, "steps between records of the structure", metavar="N")
+    eps_decay: float = flag(cli.positive_float, 0.92, "factor on --eps at each epoch after the warm-up")
+    patch_l1_weight: float = flag(float, 0.01, "factor on the sum of the patch gates in the loss, mode 1")
     zlr_schedule: Mapping[int, float] = field(default_factory=lambda: {0: 10.0})
-    eps_decay: float = 0.92
     select_ratio: float | None = None
     total_steps: int = 1
-    patch_l1_weight: float = 0.0
     official: bool = False
-    log_interval: int = 2000
 
 
 @dataclass(frozen=True)
@@ -138,9 +136,6 @@ class JointRun(Run):
     """All of stage 1."""
 
     student: Student
-    decay_type: str
-    warmup_steps: int
-    num_epochs: int
     primal_dual: PrimalDualSettings
     course: JointSettings
 
@@ -157,11 +152,11 @@ class PruningSettings(Settings):
     """How a pruning baseline masks, by the flags of ``baselines.py``."""
 
     method: str
-    density: float
-    scope: Literal["global", "local"]
-    attention_density: float
-    mlp_density: float
-    score_images: int
-    pruning_times: int
-    delta_t: int
-    t_start: int
+    density: float = flag(cli.fraction, 0.5, "share of weights kept, of gmp at its end")
+    scope: Literal["global", "local"] = flag(("global", "local"), "global", "one threshold, or one per layer")
+    attention_density: float = flag(cli.fraction, 0.5, "structured: share of heads kept", flag="--attention-density")
+    mlp_density: float = flag(cli.fraction, 0.5, "structured: share of neurons kept", flag="--mlp-density")
+    score_images: int = flag(cli.positive_int, 10000, "training images that taylor scores on", flag="--score-images")
+    pruning_times: int = flag(cli.positive_int, 20, "gmp: pruning events")
+    delta_t: int = flag(cli.positive_int, 6250, "gmp: steps between events")
+    t_start: int = flag(cli.count, 62500, "gmp: steps before the first interval")

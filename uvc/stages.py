@@ -43,34 +43,29 @@ def validate(model: GatedTransformer, batches: Batches, world: World, run: RunSe
 
 def learn(settings: JointRun, world: World) -> dict[str, Any]:
     """Stage 1, or only the evaluation of what ``run.resume`` names; returns the last numbers."""
-    run, student = settings.run, settings.student
+    run, student, course = settings.run, settings.student, settings.course
     folder = Path(run.output_dir) if run.output_dir else None
-    batches = open_batches(
-        settings.data, settings.augmentation, eval_batch_size=settings.eval_batch_size, only_evaluate=run.eval,
-        size=student.img_size or input_size(student.model_type),
-    )  # fmt: skip
+    batches = open_batches(settings, size=student.img_size or input_size(student.model_type))
     model = build_student(student, batches.classes).to(world.device)
     primal_dual = build_primal_dual(model, settings.primal_dual, seed=settings.data.seed)
     teacher = None if run.eval else settings.teacher
     criterion = build_objective(teacher, batches.classes, world.device, img_size=student.img_size)
-    learned = settings.primal_dual.learn_patches
-    weights = [p for p in model.parameters() if p.requires_grad and not (learned and p is model.patch_gating)]
+    weights = [p for p in model.parameters() if p.requires_grad and p is not primal_dual.patches]
     optimizer = torch.optim.AdamW(weights, lr=settings.optimizer.lr, weight_decay=settings.optimizer.weight_decay)
-    steps = settings.num_epochs * (len(batches.train) if batches.train is not None else 1)
-    factor = warmup_factor(settings.decay_type, warmup_steps=settings.warmup_steps, total_steps=steps)
+    steps = course.num_epochs * (len(batches.train) if batches.train is not None else 1)
+    factor = warmup_factor(course.decay_type, warmup_steps=course.warmup_steps, total_steps=steps)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     trainer = build_run(
         model, world, run, optimizer=optimizer, schedule=scheduler,
-        epochs=settings.num_epochs + settings.course.official, clip_grad=settings.optimizer.clip_grad,
+        epochs=course.num_epochs + course.official, clip_grad=settings.optimizer.clip_grad,
         arguments=settings.arguments, extra={"uvc": primal_dual}, metric=None, broadcast_buffers=False,
         find_unused_parameters=model.num_prefix_tokens == 2 and criterion.kind == "none",
         own_backward=True, schedule_every="step",
     )  # fmt: skip
     training = JointTraining(
         model=model, network=trainer.network, parts=settings.parts, optimizer=optimizer, scheduler=scheduler,
-        primal_dual=primal_dual,
-        criterion=criterion, mix=build_mix(settings.augmentation, batches.classes),
-        settings=replace(settings.course, total_steps=steps), record=trainer.record,
+        primal_dual=primal_dual, criterion=criterion, mix=build_mix(settings.augmentation, batches.classes),
+        settings=replace(course, total_steps=steps), record=trainer.record,
         folder=None if run.eval else folder, model_type=student.model_type,
     )  # fmt: skip
     training.enter(trainer.state.progress.epoch, trainer.state.progress.step)
@@ -84,7 +79,7 @@ def learn(settings: JointRun, world: World) -> dict[str, Any]:
     if folder is not None and is_main():
         budget, left = 100 * settings.primal_dual.budget, 100 * training.deployed_ratio()
         title = f"{student.model_type}, budget {budget:g} %: {left:.2f} % remain"
-        structure = Structure.from_model(model, remove_patches=learned)
+        structure = Structure.from_model(model, remove_patches=primal_dual.patches is not None)
         write_atomic(folder / "structure.png", draw_structure(structure, title=title))
     metrics = {name.removeprefix("test_"): value for name, value in row.items() if name.startswith("test_")}
     return finish(metrics, folder, remark=" (before post_train.py, whose accuracy counts)")
@@ -110,7 +105,7 @@ def fine_tune(
         data_rate: share of each class's training images to take.
         check_length: gets the number of steps of the whole run before the first, to refuse one that is too short.
     """
-    data, run = settings.data, settings.run
+    run = settings.run
     if run.eval and run.resume:
         raise UsageError(
             "--eval does not read --resume: give such a file to post_train.py --eval as --checkpoint_dir, which takes "
@@ -119,10 +114,7 @@ def fine_tune(
     folder = Path(run.output_dir) if run.output_dir else None
     model = masked.model.to(world.device)
     cost, size = describe(masked), model.image_size[0]
-    batches = open_batches(
-        data, settings.augmentation, eval_batch_size=settings.eval_batch_size, size=size, only_evaluate=run.eval,
-        data_rate=data_rate,
-    )  # fmt: skip
+    batches = open_batches(settings, size=size, data_rate=data_rate)
     classes = batches.classes
     if classes != model.num_classes:
         raise UsageError(
@@ -142,7 +134,7 @@ def fine_tune(
         return finish({**test(), **cost}, folder)
     if check_length is not None:
         check_length(len(batches.train) * settings.schedule.epochs)
-    rate = scaled_lr(settings.optimizer.lr, batch_size=data.batch_size, world_size=world.size)
+    rate = scaled_lr(settings.optimizer.lr, batch_size=settings.data.batch_size, world_size=world.size)
     trainer = build_run(
         model, world, run, optimizer=replace(settings.optimizer, lr=rate), schedule=settings.schedule,
         arguments=settings.arguments, broadcast_buffers=False, own_backward=True,

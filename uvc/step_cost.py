@@ -54,20 +54,14 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
     return peak
 
 
-def measure_step(
-    model_type: str, *, batch: int, rounds: int, device: torch.device, amp: str = "none"
-) -> dict[str, Any]:
-    """Times in milliseconds, share in percent and memory in MiB of a training step and of the primal-dual step.
-
-    Args:
-        model_type: a name of ``uvc.models``, with random weights.
-        batch: images. rounds: timed rounds after two untimed ones.
-        device, amp: where and how precisely.
-    """
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Measure and print times in milliseconds, the share in percent, and memory in MiB; returns them."""
+    args = parse_args(argv)
     import torch
 
-    from common.measure.benchmark import synchronize
+    from common.measure.benchmark import device_name, synchronize
     from common.run.engine import Optimization
+    from common.run.launch import choose_device
     from common.run.precision import autocast
     from common.run.settings import AugmentationSettings
     from uvc.data import build_mix
@@ -79,25 +73,28 @@ def measure_step(
     from uvc.settings import PrimalDualSettings
     from uvc.uvc_optimizer import PrimalDual
 
-    model = register_masks(create(model_type)).to(device).train()
+    device = choose_device(args.device)
+    model = register_masks(create(args.model_type)).to(device).train()
     freeze_idle(model)
     model.gates.block_gating = True
-    teacher = create(model_type).to(device).eval().requires_grad_(False)
+    teacher = create(args.model_type).to(device).eval().requires_grad_(False)
     teacher.fix_blocks((True,) * len(teacher.blocks))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     optimization = Optimization(optimizer, clip_grad=1.0)
     state = PrimalDual(model, PrimalDualSettings(slr=1.0, rlr=1.0, gating_interval=50))
-    plain = AugmentationSettings(mixup=0, cutmix=0)
-    criterion = objective(teacher, kind="soft", alpha=0.1)
-    training = FineTuning(model=model, criterion=criterion, mix=build_mix(plain, model.num_classes))
-    images = torch.randn(batch, 3, *model.image_size, device=device)
-    targets = torch.randint(0, model.num_classes, (batch,), device=device)
+    mix = build_mix(AugmentationSettings(mixup=0, cutmix=0), model.num_classes)
+    training = FineTuning(model=model, criterion=objective(teacher, kind="soft", alpha=0.1), mix=mix)
+    images = torch.randn(args.batch, 3, *model.image_size, device=device)
+    targets = torch.randint(0, model.num_classes, (args.batch,), device=device)
 
     def train() -> None:
         optimization.zero_grad()
-        with autocast(amp, device):
+        with autocast(args.amp, device):
             training.step((images, targets), optimization)
         optimization.step()
+
+    def update() -> None:
+        state.step(1e-4)
 
     def timed(function: Callable[[], Any]) -> float:
         synchronize(device)
@@ -106,26 +103,14 @@ def measure_step(
         synchronize(device)
         return 1000 * (time.perf_counter() - start)
 
-    pairs = [(timed(train), timed(lambda: state.step(1e-4))) for _ in range(rounds + 2)][2:]
-    return {
+    pairs = [(timed(train), timed(update)) for _ in range(args.rounds + 2)][2:]
+    values = {
         "train_ms": statistics.median(pair[0] for pair in pairs),
         "primal_dual_ms": statistics.median(pair[1] for pair in pairs),
         "share_percent": statistics.median(100 * dual / (loss + dual) for loss, dual in pairs),
         "train_peak_mib": peak_bytes(train, device) / 2**20,
-        "primal_dual_peak_mib": peak_bytes(lambda: state.step(1e-4), device) / 2**20,
+        "primal_dual_peak_mib": peak_bytes(update, device) / 2**20,
     }
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure and print."""
-    args = parse_args(argv)
-    import torch
-
-    from common.measure.benchmark import device_name
-    from common.run.launch import choose_device
-
-    device = choose_device(args.device)
-    values = measure_step(args.model_type, batch=args.batch, rounds=args.rounds, device=device, amp=args.amp)
     print(f"{args.model_type}, batch {args.batch}, {args.amp}, {device_name(device)}, torch {torch.__version__}")
     print(f"training step   {values['train_ms']:9.1f} ms  {values['train_peak_mib']:9.1f} MiB")
     print(f"primal-dual step {values['primal_dual_ms']:8.1f} ms  {values['primal_dual_peak_mib']:9.1f} MiB")

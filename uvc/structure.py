@@ -79,11 +79,6 @@ class Structure:
         """Indices of the blocks that run."""
         return tuple(index for index, block in enumerate(self.blocks) if block.runs)
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the sequence that is left."""
-        return self.num_prefix_tokens + (self.num_patches if self.patches is None else len(self.patches))
-
     @classmethod
     def from_model(cls, model: GatedTransformer, *, remove_patches: bool | None = None) -> Structure:
         """Read the masks and gates of a model; a model without masks keeps everything. Waits for the device.

@@ -85,7 +85,7 @@ class PrimalDual:
         self.zlr = settings.zlr
         self.count = 0
         self.whole_cost = CostModel(model)
-        self.cost = self.whole_cost if settings.with_mhsa else ProjectedCostModel(model)
+        self.cost = self.whole_cost if settings.flops_with_mhsa else ProjectedCostModel(model)
         self.generator = None
         if seed is not None:
             self.generator = torch.Generator(device=gates.device).manual_seed(seed)
@@ -101,7 +101,7 @@ class PrimalDual:
         """
         gates = self.model.gates
         run = None
-        if self.settings.block_gating:
+        if self.settings.enable_block_gating:
             hard = gates.hard if hard is None else hard
             weights = gate_weights(
                 self.model.block_skip_gating, gates.mode, hard=hard, eps=gates.eps, generator=self.generator
@@ -113,9 +113,9 @@ class PrimalDual:
         """The smallest R that the variables which are learned can reach."""
         settings, model = self.settings, self.model
         s, r = torch.zeros_like(self.s), torch.zeros_like(self.r)
-        if settings.pruning:  # a head and a neuron of each block always stay, and a dimension of that head
+        if settings.enable_pruning:  # a head and a neuron of each block always stay, and a dimension of that head
             s, r = self.s_bound.expand_as(self.s) - 1, torch.full_like(self.r, model.head_dim - 1)
-        run = torch.zeros_like(self.s[:, 0]) if settings.block_gating else None
+        run = torch.zeros_like(self.s[:, 0]) if settings.enable_block_gating else None
         patches = None if self.patches is None else torch.full_like(self.patches, -1.0)
         with torch.no_grad():
             return float(self.cost.ratio(s, r, torch.ones_like(self.r), run, patches))
@@ -143,7 +143,7 @@ class PrimalDual:
 
         # 1. Proximal step on the weights: shrink the groups that s and r would remove.
         scores = group_scores(model)
-        if settings.pruning:
+        if settings.enable_pruning:
             removed = removal(scores, self.s, self.r)
             scores = proximal_step_(model, scores, removed, self.y, self.p, lr)
 
@@ -153,7 +153,7 @@ class PrimalDual:
             return resource.detach()
         excess = clamp_closed(resource - settings.budget, -settings.z_grad_clip, settings.z_grad_clip)
         wanted = [self.s, self.r]
-        if settings.block_gating:
+        if settings.enable_block_gating:
             wanted.append(model.block_skip_gating)
         if self.patches is not None:
             wanted.append(self.patches)
@@ -168,13 +168,13 @@ class PrimalDual:
             grad_r = grad_r + settings.sl2wd * self.r / self.r_bound + self.z * by_r
 
             # 5. Gates: descend on task loss and cost, once per interval.
-            if settings.block_gating:
+            if settings.enable_block_gating:
                 self._step_gates(by_gates.pop(0))
             if self.patches is not None:
                 self._step_patches(self.patches, by_gates.pop(0))
 
         # 6. Descend on s, then on r, within their bounds.
-        if settings.pruning:
+        if settings.enable_pruning:
             descend_within_bounds(self.s, grad_s, self.optimizers["s"], self.s_bound)
             descend_within_bounds(self.r, grad_r, self.optimizers["r"], self.r_bound)
 

@@ -92,7 +92,7 @@ def run_resource(case: Case, checks: Checks) -> None:
     """R and its gradients in every gate mode."""
     model = build_model(case)
     gated = set_gate_mode(model, case)
-    state = PrimalDual(model, PrimalDualSettings(block_gating=gated), seed=None)
+    state = PrimalDual(model, PrimalDualSettings(enable_block_gating=gated), seed=None)
     s, r = stated_numbers(case, model)
     with torch.no_grad():
         state.s.copy_(s)
@@ -248,9 +248,9 @@ def settings_of(args: Mapping[str, Any], **more: Any) -> PrimalDualSettings:
     schedule = args.get("zlr_schedule_list", [10])
     schedule = [int(text) for text in schedule.split(",")] if isinstance(schedule, str) else schedule
     return PrimalDualSettings(
-        **found, zlr=float(schedule[0]), block_gating=bool(args.get("enable_block_gating", 1)),
-        pruning=bool(args.get("enable_pruning", 1)),
-        with_mhsa=bool(args.get("flops_with_mhsa", 1)), **more,
+        **found, zlr=float(schedule[0]), enable_block_gating=bool(args.get("enable_block_gating", 1)),
+        enable_pruning=bool(args.get("enable_pruning", 1)),
+        flops_with_mhsa=bool(args.get("flops_with_mhsa", 1)), **more,
     )  # fmt: skip
 
 

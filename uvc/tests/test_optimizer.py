@@ -51,7 +51,7 @@ def test_clamp_passes_the_gradient_at_its_bounds(x):
 
 
 def test_gradient_before_anything_is_pruned_is_the_cost_of_one_group(model):
-    state = primal_dual(model, block_gating=False)
+    state = primal_dual(model, enable_block_gating=False)
     scores = group_scores(model)
     ratio = state.resource(scores)
     assert float(ratio.detach()) == 1.0
@@ -96,9 +96,9 @@ def test_cost_of_masks_gates_and_patches_is_the_cost_of_the_structure(model):
 
 def test_the_least_that_a_budget_can_be(model):
     assert primal_dual(model).lowest_ratio() < 0.02
-    assert primal_dual(model, block_gating=False).lowest_ratio() > 0.02
-    assert primal_dual(model, block_gating=False, pruning=False).lowest_ratio() == 1
-    assert 0 < primal_dual(model, with_mhsa=False, block_gating=False).lowest_ratio() < 0.01
+    assert primal_dual(model, enable_block_gating=False).lowest_ratio() > 0.02
+    assert primal_dual(model, enable_block_gating=False, enable_pruning=False).lowest_ratio() == 1
+    assert 0 < primal_dual(model, flops_with_mhsa=False, enable_block_gating=False).lowest_ratio() < 0.01
 
 
 # Groups
@@ -148,7 +148,7 @@ def test_warm_up_changes_nothing_that_is_learned(model):
 
 
 def test_dense_network_is_pruned_until_the_budget_and_weights_shrink(model):
-    state = primal_dual(model, block_gating=False, budget=0.6)
+    state = primal_dual(model, enable_block_gating=False, budget=0.6)
     norm = float(model.blocks[0].mlp.fc2.weight.detach().norm())
     ratios = []
     for _ in range(400):
@@ -217,7 +217,7 @@ def test_an_overflow_does_not_reach_the_gates(model):
 
 
 def test_without_pruning_only_gates_move(model):
-    state = primal_dual(model, pruning=False)
+    state = primal_dual(model, enable_pruning=False)
     before = model.blocks[0].attn.proj.weight.detach().clone()
     run(state, 5)
     assert not state.s.any()

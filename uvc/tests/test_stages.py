@@ -408,7 +408,7 @@ def test_stage1_refuses(words, message):
         (["--zlr_schedule_list", "a,b"], "numbers separated by commas"),
         (["--train_batch_size", "6", "--gradient_accumulation_steps", "4"], "no multiple"),
         (["--train_batch_size", "4", "--gradient_accumulation_steps", "4"], "must be at least 2"),
-        (["--cutmix-minmax", "0.1"], "takes two shares"),
+        (["--cutmix-minmax", "0.1"], "expected 2 arguments"),
         (["--enable_pruning", "2"], "must be 0 or 1"),
         (["--model_type", "deit_desk", "--model_path", "pretrained"], "no published dense checkpoint of deit_desk"),
     ],

@@ -39,7 +39,6 @@ def test_what_survives(model):
     assert second.constant_neurons == (7,)
     assert len(second.neurons) == 254
     assert structure.patches is None
-    assert structure.num_tokens == 65
 
 
 def test_removed_patches_and_json(model):
@@ -48,7 +47,6 @@ def test_removed_patches_and_json(model):
         model.patch_gating[0, :60] = -1
     structure = Structure.from_model(model, remove_patches=True)
     assert structure.patches == (60, 61, 62, 63)
-    assert structure.num_tokens == 5
     assert Structure.from_dict(json.loads(json.dumps(asdict(structure)))) == structure
     assert Structure.from_model(model).patches is None
 
