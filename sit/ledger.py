@@ -11,6 +11,7 @@ from torch import nn
 
 from common.ledger.desk import find_weights
 from common.ledger.results import Record
+from common.ledger.speeds import record_of as row_record
 from common.ledger.speeds import speeds_for_ledger
 from common.ledger.tables import Measured, NeedsWeights, Row, load_tables
 from common.measure.benchmark import BenchmarkError, PairedSpeed
@@ -86,14 +87,7 @@ def record_of(name: str, speeds: dict[str, PairedSpeed]) -> Record:
     row = published_row(name)
     student, teacher = speeds["student"], speeds["teacher"].speed
     column = "fps" if student.speed.batch_size == 1 else "throughput_ips"
-    return Record(
-        paper="sit", table=row.table, row=row.id, column=column, value=student.speed.throughput_ips,
-        reference_row=row.dense, reference_value=teacher.throughput_ips, ratio=student.speedup,
-        dtype=student.speed.dtype, batch_size=student.speed.batch_size,
-        resolution=int(SIZES[name].get("img_size", 224)), compiled=student.speed.compiled,
-        rounds=student.speed.rounds, spread_percent=student.speed.spread_percent,
-        peak_memory_mb=student.speed.peak_memory_mb,
-    )  # fmt: skip
+    return row_record(row, column, student, int(SIZES[name].get("img_size", 224)), teacher)
 
 
 def accuracy(

@@ -159,7 +159,6 @@ def _as_recorded(row: Row, name: str, record: Record) -> Recorded:
     Raises:
         ValueError: if a speed was measured against another row than the table compares it with.
     """
-    assert record.origin is not None
     is_speed = column(name).kind == "speed"
     ratio = record.ratio
     if is_speed and row.dense:
@@ -176,7 +175,6 @@ def best_records(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
     """One record per (table/row, column): eager float32 as published, an accelerator before a CPU, then the newest."""
 
     def rank(record: Record) -> tuple[bool, bool, bool, str]:
-        assert record.origin is not None
         accelerator = record.origin.device.get("type") != "cpu"
         eager = not record.compiled and not record.cuda_graph
         return (record.dtype == "float32", accelerator, eager, record.origin.created)

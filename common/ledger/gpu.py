@@ -5,7 +5,6 @@ import fnmatch
 import importlib
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from common.ledger import results
 from common.ledger.gather import find_adapter
 from common.ledger.speeds import COLUMNS, Build, SpeedRun, measure_rows
 from common.ledger.tables import Row, Unavailable, load_tables, papers
-from common.measure.benchmark import Clock, describe_device, device_name, synchronize
+from common.measure.benchmark import Clock, describe_device, device_name, query_gpu, synchronize
 from common.run.errors import LaunchError
 from common.run.files import ROOT
 from common.run.launch import choose_device
@@ -32,6 +31,7 @@ BATCH = 64
 """Batch of the throughput on a GPU: large enough to fill it, small enough for every row of ViT-H/14."""
 TEST_MARK = re.compile(r"\bmark\.gpu\b")
 TESTS_LIMIT_S = 100
+CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 WAYS = (
     ("bfloat16", "throughput_ips", "eager"),
     ("bfloat16", "fps", "eager"),
@@ -147,17 +147,6 @@ def matmul_tflops(device: torch.device, size: int = 8192, passes: int = 20) -> f
         torch.matmul(a, b)
     synchronize(device)
     return 2 * size**3 * passes / (time.perf_counter() - begin) / 1e12
-
-
-def read_clocks() -> dict[str, str]:
-    """Clocks, power and temperature as the driver tells them; empty where it does not."""
-    if (program := shutil.which("nvidia-smi")) is None:
-        return {}
-    keys = ["clocks.sm", "clocks.mem", "power.draw", "temperature.gpu"]
-    query = [program, f"--query-gpu={','.join(keys)}", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
-    words = answer.stdout.strip().split("\n")[0].split(", ")
-    return dict(zip(keys, words, strict=True)) if answer.returncode == 0 and len(words) == len(keys) else {}
 
 
 def run_program(words: str, device: torch.device, limit_s: float) -> Any:
@@ -293,7 +282,11 @@ def run_job(args: argparse.Namespace, words: Sequence[str], root: Path = ROOT) -
     print(f"{device_name(device)}, torch {torch.__version__}: {len(chosen)} of {len(steps)} steps", flush=True)
     described: Mapping[str, Any] = describe_device(device)
     if device.type == "cuda":
-        described = {**described, "matmul_tflops_bfloat16": round(matmul_tflops(device), 1), "clocks": read_clocks()}
+        described = {
+            **described,
+            "matmul_tflops_bfloat16": round(matmul_tflops(device), 1),
+            "clocks": query_gpu(*CLOCKS),
+        }
     if args.processor_time:
         described = {**described, "threads": 1, "timing": "processor time, 1 thread"}
     command = " ".join(["python -m common.gpu", *words]).replace(str(args.output), "DIR")

@@ -14,7 +14,7 @@ def latest(records: Sequence[Record]) -> list[Record]:
     """The newest record with a ratio of each row, column, device and way of running."""
     found: dict[tuple[object, ...], Record] = {}
     for record in records:  # oldest first
-        if record.ratio is not None and record.reference_row is not None and record.origin is not None:
+        if record.ratio is not None and record.reference_row is not None:
             device = (record.origin.device.get("name"), record.origin.device.get("timing"))
             found[record.table, record.row, record.column, device, record.conditions] = record
     return list(found.values())
@@ -45,7 +45,7 @@ def markdown_realised(ledger: Ledger, paper: str, *, root: Path = ROOT) -> str:
     for record in latest(load_records(paper, root=root)):
         row = rows[f"{record.table}/{record.row}"]
         cost = promised(ledger, row, rows[record.reference_key])
-        if cost is None or record.ratio is None or record.origin is None:
+        if cost is None or record.ratio is None:
             continue
         device = record.origin.device
         timing = f", {device['timing']}" if "timing" in device else ""

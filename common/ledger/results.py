@@ -83,6 +83,10 @@ class Origin:
         return ", ".join([*words, f"commit {self.commit[:12]}", self.created[:10]])
 
 
+NOWHERE = Origin("", "unknown", {}, "")
+"""Of a record that is in no file yet."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One measured number of one row."""
@@ -106,7 +110,7 @@ class Record:
     peak_memory_mb: float | None = None
     cuda_graph: bool = False
     """the pass was captured as a CUDA graph and replayed"""
-    origin: Origin | None = None
+    origin: Origin = NOWHERE
 
     @property
     def reference_key(self) -> str:
@@ -135,8 +139,8 @@ OPTIONAL = ("tests", "programs", "rehearsal")
 """keys of a file that are written only if they say something"""
 
 
-def write_records(path: Path, records: Sequence[Record], origin: Origin) -> None:
-    """Write a record file atomically: the file is either complete or not there.
+def render(records: Sequence[Record], origin: Origin) -> str:
+    """The text of a record file.
 
     Raises:
         RecordError: if the file would not be valid.
@@ -144,12 +148,21 @@ def write_records(path: Path, records: Sequence[Record], origin: Origin) -> None
     head = {key: value for key, value in asdict(origin).items() if key != "path" and (key not in OPTIONAL or value)}
     content = {"format": FORMAT, **head, "records": [record.as_dict() for record in records]}
     text = json.dumps(content, indent=1) + "\n"
-    parse_records(text, where=str(path))
-    write_atomic(path, text)
+    parse(text, where="records")
+    return text
 
 
-def parse_records(text: str, *, where: str) -> list[Record]:
-    """Records of a file's content, checked except for the names of tables and rows.
+def write_records(path: Path, records: Sequence[Record], origin: Origin) -> None:
+    """Write a record file atomically: the file is either complete or not there.
+
+    Raises:
+        RecordError: if the file would not be valid.
+    """
+    write_atomic(path, render(records, origin))
+
+
+def parse(text: str, *, where: str) -> tuple[Origin, list[Record]]:
+    """What a file says, checked except for the names of tables and rows.
 
     Raises:
         RecordError: if anything is missing, unknown or of the wrong type.
@@ -166,10 +179,15 @@ def parse_records(text: str, *, where: str) -> list[Record]:
         raise RecordError(f"{where}: records: expected a list")
     origin = READER.section(Origin, data, where, path=None)
     keys = {field.name for field in fields(Record)} - {"origin", "cuda_graph"}  # files written earlier lack the latter
-    return [
+    return origin, [
         READER.section(Record, entry, f"{where}: record {index}", keys, origin=origin)
         for index, entry in enumerate(records)
     ]
+
+
+def parse_records(text: str, *, where: str) -> list[Record]:
+    """The records of a file; errors are those of ``parse``."""
+    return parse(text, where=where)[1]
 
 
 def check_rows(records: Sequence[Record], *, where: str, root: Path = ROOT) -> None:
@@ -217,9 +235,8 @@ def load_records(paper: str, *, root: Path = ROOT) -> list[Record]:
         for record in parse_records(path.read_text(encoding="utf-8"), where=where):
             if record.paper != paper:
                 raise RecordError(f"{where}: holds a record of {record.paper!r}")
-            assert record.origin is not None
             records.append(replace(record, origin=replace(record.origin, path=path)))
-    return sorted(records, key=lambda record: record.origin.created if record.origin else "")
+    return sorted(records, key=lambda record: record.origin.created)
 
 
 def add(file: Path, *, force: bool = False, root: Path = ROOT) -> list[Path]:
@@ -236,26 +253,21 @@ def add(file: Path, *, force: bool = False, root: Path = ROOT) -> list[Path]:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecordError(f"{file}: cannot be read: {error}") from error
-    records = parse_records(text, where=str(file))
-    if json.loads(text).get("rehearsal"):
+    origin, records = parse(text, where=str(file))
+    if origin.rehearsal:
         raise RecordError(f"{file}: is a rehearsal, in which nothing was measured; only what ran on a GPU is filed")
-    if not records and json.loads(text).get("tests"):
+    if not records and origin.tests:
         return []
     if not records:
         raise RecordError(f"{file}: holds no records, so there is nothing to file")
     check_rows(records, where=str(file), root=root)
-    origin = records[0].origin
-    assert origin is not None
-    contents: dict[Path, str] = {}
     programs = {name.split("/")[0] for name in origin.programs}
     if unknown := programs - set(papers(root)):
         raise RecordError(f"{file}: programs of {sorted(unknown)}, which is no paper")
+    contents: dict[Path, str] = {}
     for paper in sorted({record.paper for record in records} | programs):
-        data = json.loads(text)
-        own = [record.as_dict() for record in records if record.paper == paper]
-        if "programs" in data:
-            data["programs"] = {k: v for k, v in data["programs"].items() if k.split("/")[0] == paper}
-        content = json.dumps({**data, "records": own}, indent=1) + "\n"
+        own = {name: output for name, output in origin.programs.items() if name.split("/")[0] == paper}
+        content = render([record for record in records if record.paper == paper], replace(origin, programs=own))
         part = origin.part or hashlib.sha256(content.encode()).hexdigest()[:8]
         name = "-".join(_slug(word) for word in (str(origin.device["name"]), origin.created[:10], part))
         contents[root / paper / "results" / f"{name}.json"] = content
@@ -306,7 +318,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     adding.add_argument("--force", action="store_true", help="replace a filed record of the same name")
     listing = commands.add_parser("list", help="what is filed")
     listing.add_argument("papers", metavar="PAPER", nargs="*", help="papers to list (default: all)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if unknown := sorted(set(getattr(args, "papers", ())) - set(papers())):
+        parser.error(f"there is no paper {unknown[0]!r}; the papers are {', '.join(papers())}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -323,7 +338,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             for paper in args.papers or papers():
                 for record in load_records(paper):
-                    assert record.origin is not None
                     ratio = "" if record.ratio is None else f", {record.ratio:.3f} x {record.reference_row}"
                     print(
                         f"{paper} {record.table}/{record.row} {record.column} {record.value:.5g}{ratio} "

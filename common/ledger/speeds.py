@@ -160,7 +160,7 @@ def measure_rows(
         shortest_s = max(shortest_s, loaded - begin + 2 * (clock() - loaded) / (dense_speed.rounds + 1))  # a warm-up
         dense_speeds[dense.key, column].append((dense_speed, resolution))
         run.records += [
-            _record(known[key], column, paired, resolution, dense, dense_speed)
+            record_of(known[key], column, paired, resolution, dense_speed)
             for key, paired in speeds.items()
             if key != dense.key
         ]
@@ -168,7 +168,7 @@ def measure_rows(
         if column in known[key].published:
             middle = statistics.median_low(speed.throughput_ips for speed, _ in measured)
             speed, resolution = next(entry for entry in measured if entry[0].throughput_ips == middle)
-            run.records.append(_record(known[key], column, PairedSpeed(speed, 1.0, None), resolution, None, None))
+            run.records.append(record_of(known[key], column, PairedSpeed(speed, 1.0, None), resolution))
     run.records = [replace(record, cuda_graph=mode == "graph") for record in run.records]
     return run
 
@@ -254,10 +254,8 @@ class GraphReplay(nn.Module):
         return self._output
 
 
-def _record(
-    row: Row, column: str, paired: PairedSpeed, resolution: int, dense: Row | None, reference: Speed | None
-) -> Record:
-    """One record; without a dense row it is a plain value."""
+def record_of(row: Row, column: str, paired: PairedSpeed, resolution: int, dense: Speed | None = None) -> Record:
+    """What was measured of a row as a record: against its dense row, or a plain value."""
     speed = paired.speed
     return Record(
         paper=row.paper,
@@ -265,8 +263,8 @@ def _record(
         row=row.id,
         column=column,
         value=speed.throughput_ips,
-        reference_row=dense.key if dense else None,
-        reference_value=reference.throughput_ips if reference else None,
+        reference_row=row.dense if dense else None,
+        reference_value=dense.throughput_ips if dense else None,
         ratio=paired.speedup if dense else None,
         dtype=speed.dtype,
         batch_size=speed.batch_size,

@@ -372,18 +372,18 @@ def describe_device(device: torch.device | str) -> dict[str, Any]:
         description["memory_mb"] = round(properties.total_memory / MIB)
         description["capability"] = f"{properties.major}.{properties.minor}"
         description["cudnn"] = torch.backends.cudnn.version()
-        description["driver"] = _driver_version()
+        description["driver"] = query_gpu("driver_version").get("driver_version")
     return description
 
 
-def _driver_version() -> str | None:
-    """Version of NVIDIA's driver; None if nvidia-smi is not there to ask."""
+def query_gpu(*keys: str) -> dict[str, str]:
+    """What NVIDIA's driver tells about the first GPU; empty where nvidia-smi is not there to ask, or cannot tell."""
     if (program := shutil.which("nvidia-smi")) is None:
-        return None
-    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+        return {}
+    query = [program, f"--query-gpu={','.join(keys)}", "--format=csv,noheader"]
     answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
-    lines = answer.stdout.split()
-    return lines[0] if answer.returncode == 0 and lines else None
+    words = answer.stdout.strip().split("\n")[0].split(", ")
+    return dict(zip(keys, words, strict=True)) if answer.returncode == 0 and len(words) == len(keys) else {}
 
 
 def _time_pass(model: nn.Module, images: Tensor, clock: Clock) -> float:

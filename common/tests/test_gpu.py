@@ -142,7 +142,6 @@ def test_one_file_holds_records_that_can_be_filed(root: Path, capsys: pytest.Cap
     assert small.ratio is not None
     assert small.reference_row == "main/dense"
     assert (small.batch_size, small.dtype, small.resolution) == (2, "float32", 16)
-    assert small.origin is not None
     assert small.origin.part == "gpu"
     words = "--output DIR --device cpu --rounds 2 -b 2 --only *float32"
     assert small.origin.command == f"python -m common.gpu {words}"

@@ -76,7 +76,6 @@ def test_a_file_is_filed_and_read_back(file: Path, root: Path) -> None:
     assert add(file, root=root) == [root / "shrink/results/nvidia-h200-2026-01-02-part2.json"]
     (record,) = load_records("shrink", root=root)
     assert record.as_dict() == RECORD.as_dict()
-    assert record.origin is not None
     assert record.origin.path == root / "shrink/results/nvidia-h200-2026-01-02-part2.json"
     assert record.origin.text == "NVIDIA H200, torch 2.11.0, driver 570.1, commit 0123456789ab, 2026-01-02"
     assert list((root / "shrink/results").iterdir()) == [record.origin.path], "no temporary file is left"
@@ -183,6 +182,14 @@ def test_a_damaged_filed_record_is_an_error(file: Path, root: Path) -> None:
 def test_the_command_reports_and_fails(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert results.main(["add", str(file)]) == 2
     assert "there is no paper 'shrink'" in capsys.readouterr().err
+
+
+def test_only_what_is_a_paper_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert results.main(["list", "hourglass_swag"]) == 0
+    assert "hourglass_swag hourglass/hourglass-l16" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        results.main(["list", "hourglas"])
+    assert "there is no paper 'hourglas'; the papers are dvt, hourglass_swag" in capsys.readouterr().err
 
 
 def test_commit_without_a_history_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
