@@ -201,11 +201,7 @@ def half_unit(published: Decimal) -> float:
 
 
 def _finite(value: float) -> float:
-    """The value to six decimals, so that files do not carry noise of the arithmetic.
-
-    Raises:
-        ValueError: if the value is not finite.
-    """
+    """The value to six decimals, so that files do not carry noise of the arithmetic."""
     if not math.isfinite(value):
         raise ValueError(f"expected a finite number, got {value}")
     return round(value, 6)

@@ -103,11 +103,7 @@ class Renderer:
         return COUNT.sub(lambda _: str(len(self.views)), renewed) if self.only is None else renewed
 
     def _content(self, kind: str, name: str, path: Path) -> str:
-        """What stands between a marker and its end.
-
-        Raises:
-            KeyError: if the marker names nothing that exists.
-        """
+        """What stands between a marker and its end; a KeyError says what the marker could have named."""
         if kind == "ledger":
             return tables_table(list(self.views.values()), linked=True)
         if kind == "equations":

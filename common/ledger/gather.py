@@ -135,11 +135,7 @@ def _build_paper(
 
 
 def _find(row: Row, name: str, answer: Answer, record: Record | None) -> Measured | Unavailable:
-    """What there is for one value: computed here, else recorded, else what is missing.
-
-    Raises:
-        LookupError: if the adapter leaves out a cost, and the table does not say what it needs.
-    """
+    """What there is for one value: computed here, else recorded, else what is missing."""
     if not isinstance(answer, Unavailable) and name in answer:
         return answer[name]
     if record is not None:
@@ -154,11 +150,7 @@ def _find(row: Row, name: str, answer: Answer, record: Record | None) -> Measure
 
 
 def _as_recorded(row: Row, name: str, record: Record) -> Recorded:
-    """A record as a value to compare.
-
-    Raises:
-        ValueError: if a speed was measured against another row than the table compares it with.
-    """
+    """A record as a value to compare."""
     is_speed = column(name).kind == "speed"
     ratio = record.ratio
     if is_speed and row.dense:
@@ -213,12 +205,7 @@ def _ask(
     files: Sequence[Path] = (),
     **options: Any,
 ) -> Any:
-    """What a paper's adapter answers, as JSON has it and from the cache; None if it has no such method.
-
-    Raises:
-        NotImplementedYet: if the paper has no adapter.
-        Unavailable: what the adapter raises.
-    """
+    """What a paper's adapter answers, as JSON has it and from the cache; None if it has no such method."""
 
     def compute() -> Any:
         with _programs():

@@ -121,13 +121,10 @@ def _figure(
 def _panels(
     rows: Sequence[Row], points: Callable[[Row], Mapping[Kind, tuple[float, float]]], apart: bool | None = None
 ) -> dict[str, list[Series]]:
-    """Rows as series, in panels.
+    """Rows as series, in panels. ``apart``: whether each backbone has a panel and each method a line.
 
-    Args:
-        rows: what to draw.
-        points: of a row, by kind.
-        apart: of an overview, in which the dense rows are stars, and a line begins at the dense row if all of its rows
-            are compared with that one: whether each backbone has a panel and each method a line; None: no overview.
+    In an overview (``apart`` is not None) the dense rows are stars, and a line begins at the dense row if all of its
+    rows are compared with that one.
     """
     known = {row.key: row for row in rows}
     baselines = set() if apart is None else {row.dense for row in rows}

@@ -206,11 +206,7 @@ def _tried(model: nn.Module, images: Tensor, mode: str) -> nn.Module:
 
 
 def _compare_that_fits(models: Mapping[str, nn.Module], images: Tensor, **options: Any) -> Mapping[str, PairedSpeed]:
-    """Compare with the largest batch that fits: all images, a half of them, a quarter, ...
-
-    Raises:
-        NotEnoughMemory: if a single image does not fit.
-    """
+    """Compare with the largest batch that fits: all images, a half of them, a quarter, ..."""
     while True:
         try:
             return compare(models, images, **options)

@@ -380,11 +380,7 @@ def count_executed_macs(model: nn.Module, *inputs: Any) -> int:
 
 
 def _check_countable(model: nn.Module) -> None:
-    """Refuse a model whose operations cannot be seen one by one.
-
-    Raises:
-        ValueError: naming the module that was compiled in place or turned into TorchScript.
-    """
+    """Refuse a model whose operations cannot be seen one by one."""
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
