@@ -14,58 +14,47 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.run import cli
 from common.run.errors import UsageError
 from common.run.files import write_atomic
+from common.run.flags import Settings, add_flags, count, flag, positive_int
 from common.run.program import run
+from scala.arguments import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     import torch
 
-DTYPES = ("float32", "bfloat16", "float16")
-BASELINES = ("timm", "stand-alone")
 
+@dataclass(frozen=True)
+class SpeedSettings(Settings):
+    """What is measured."""
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = cli.make_parser(__doc__)
-    add = parser.add_argument
-    add("--model", default="deit_small_distilled_patch16_224_scala", metavar="NAME",
-        help="a DeiT of this package (default: deit_small_distilled_patch16_224_scala)")  # fmt: skip
-    add("--ratios", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0], metavar="R",
-        help="widths to measure (default: 0.25 0.5 0.75 1.0)")  # fmt: skip
-    add("--batch-size", "-b", type=cli.positive_int, default=32, help="images per pass (default: 32)")
-    add("--rounds", type=cli.positive_int, default=20, help="timed passes of each network (default: 20)")
-    add("--warmup", type=cli.count, default=3, help="passes before them (default: 3)")
-    add("--dtype", choices=DTYPES, default="float32", help="of weights and images (default: float32)")
-    add("--compile", action=cli.Switch, default=False, help="run all three through torch.compile (default: off)")
-    add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, or cuda:N (default: auto)")
-    add("--processor-time", action=cli.Switch, default=False,
-        help="on the CPU: count the time that one thread computes, not that which passes (default: off)")  # fmt: skip
-    add("--output", default="", metavar="FILE", help="also write the measurements as JSON")
-    return parser
+    model: str = flag(DEFAULT_MODEL, "a DeiT of this package", metavar="NAME")
+    ratios: Sequence[float] = flag([0.25, 0.5, 0.75, 1.0], "widths to measure", own=(), type=float, nargs="+",
+                                   metavar="R")  # fmt: skip
+    batch_size: int = flag(32, "images per pass", "-b", type=positive_int)
+    rounds: int = flag(20, "timed passes of each network", type=positive_int)
+    warmup: int = flag(3, "passes before them", type=count)
+    dtype: str = flag("float32", "of weights and images", choices=("float32", "bfloat16", "float16"))
+    compile: bool = flag(False, "run all three through torch.compile")
+    device: str = flag("auto", "auto (CUDA if there is one), cpu, cuda, or cuda:N")
+    processor_time: bool = flag(False, "on the CPU: count the time that one thread computes, not that which passes")
+    output: str = flag("", "also write the measurements as JSON", metavar="FILE")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    return build_parser().parse_args(argv)
+    parser = cli.make_parser(__doc__)
+    add_flags(parser, "measurement", SpeedSettings)
+    return parser.parse_args(argv)
 
 
-def measure(
-    name: str,
-    ratio: float,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    batch_size: int,
-    compiled: bool,
-    rounds: int,
-    warmup: int,
-    clock: Callable[[], float],
-) -> dict[str, Any]:
+def measure(settings: SpeedSettings, ratio: float, device: torch.device) -> dict[str, Any]:
     """Speeds of the three networks at one width, and the ratios of their times."""
     import torch
 
@@ -75,7 +64,7 @@ def measure(
     from scala.standalone import describe, standalone_state
 
     torch.manual_seed(0)
-    full = create(name).eval()
+    full, dtype = create(settings.model).eval(), getattr(torch, settings.dtype)
     standalone = describe(full, ratio)
     networks: dict[str, Any] = {
         "timm": standalone.build_timm(),
@@ -83,53 +72,44 @@ def measure(
         "in place": AtRatio(full, ratio),
     }
     networks = {form: network.eval().to(device, dtype) for form, network in networks.items()}
-    if compiled:
+    if settings.compile:
         networks = {form: torch.compile(network) for form, network in networks.items()}
-    images = random_images(batch_size, standalone.input_size, device, dtype)
+    images = random_images(settings.batch_size, standalone.input_size, device, dtype)
+    clock = time.process_time if settings.processor_time else time.perf_counter
+    against = partial(compare, networks, images, rounds=settings.rounds, warmup=settings.warmup, clock=clock)
     # once against each: the median of the ratios of single rounds is not the ratio of the medians
     with torch.no_grad():
-        paired = {
-            baseline: compare(networks, images, baseline=baseline, rounds=rounds, warmup=warmup, clock=clock)
-            for baseline in BASELINES
-        }
-    in_place = paired["stand-alone"]["in place"]
+        over_timm, over_alone = against(baseline="timm"), against(baseline="stand-alone")
     return {
         "ratio": ratio,
         "width": full.embed_dim * ratio,
-        "speeds": {form: asdict(result.speed) for form, result in paired["timm"].items()},
-        "stand-alone / timm": 1 / paired["timm"]["stand-alone"].speedup,
-        "in place / stand-alone": 1 / in_place.speedup,
-        "spread_percent": in_place.speedup_spread_percent,
+        "speeds": {form: asdict(result.speed) for form, result in over_timm.items()},
+        "stand-alone / timm": 1 / over_timm["stand-alone"].speedup,
+        "in place / stand-alone": 1 / over_alone["in place"].speedup,
+        "spread_percent": over_alone["in place"].speedup_spread_percent,
     }
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    args = parse_args(argv)
+    settings = SpeedSettings.of(parse_args(argv))
     import torch
 
     from common.measure.benchmark import NotEnoughMemory, describe_device
     from common.run.launch import choose_device
 
-    device = choose_device(args.device)
-    if args.processor_time:
+    device = choose_device(settings.device)
+    if settings.processor_time:
         if device.type != "cpu":
             raise UsageError("--processor-time goes with --device cpu: a GPU's work does not count as processor time")
         torch.set_num_threads(1)
     try:
-        rows = [
-            measure(
-                args.model, ratio, device, getattr(torch, args.dtype), batch_size=args.batch_size,
-                compiled=args.compile, rounds=args.rounds, warmup=args.warmup,
-                clock=time.process_time if args.processor_time else time.perf_counter,
-            )
-            for ratio in args.ratios
-        ]  # fmt: skip
+        rows = [measure(settings, ratio, device) for ratio in settings.ratios]
     except NotEnoughMemory as error:
         raise UsageError(str(error)) from error
-    described = describe_device(device) | {"timing": "processor time" if args.processor_time else "elapsed time"}
+    described = describe_device(device) | {"timing": "processor time" if settings.processor_time else "elapsed time"}
     print(
-        f"{args.model}, batch {args.batch_size}, {args.dtype}, {described['name']}, torch {described['torch']}, "
-        f"{described['threads']} thread(s), {described['timing']}, {args.rounds} rounds"
+        f"{settings.model}, batch {settings.batch_size}, {settings.dtype}, {described['name']}, torch "
+        f"{described['torch']}, {described['threads']} thread(s), {described['timing']}, {settings.rounds} rounds"
     )
     print("| ratio | timm (ms) | stand-alone / timm | in place / stand-alone |\n| --: | --: | --: | --: |")
     for row in rows:
@@ -137,9 +117,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             f"| {row['ratio']:g} | {row['speeds']['timm']['latency_ms']:.1f} | {row['stand-alone / timm']:.3f} | "
             f"{row['in place / stand-alone']:.3f} |"
         )
-    if args.output:
-        content = {"arguments": vars(args), "device": described, "rows": rows}
-        write_atomic(Path(args.output), json.dumps(content, indent=1) + "\n")
+    if settings.output:
+        content = {"arguments": asdict(settings), "device": described, "rows": rows}
+        write_atomic(Path(settings.output), json.dumps(content, indent=1) + "\n")
     print(f"{max(row['in place / stand-alone'] for row in rows):.3f}")
     return rows
 

@@ -38,20 +38,16 @@ def build_model(settings: NetworkSettings, classes: int) -> Any:
     if name not in NAMES:
         raise UsageError(f"no sliceable network {name!r}: it is no model of this package; they are {', '.join(NAMES)}")
     options: dict[str, Any] = {
-        "num_classes": classes, "drop_rate": settings.drop, "drop_path_rate": settings.drop_path,
-        "smallest_ratio": settings.smallest_ratio, "largest_ratio": settings.largest_ratio,
-    }  # fmt: skip
-    more: dict[str, Any] = {
-        "img_size": settings.input_size, "embed_dim": settings.embed_dim, "depth": settings.depth,
-        "num_heads": settings.num_heads, "patch_size": settings.patch_size, "init_values": settings.init_values,
+        "img_size": settings.input_size, "drop_rate": settings.drop, "drop_path_rate": settings.drop_path,
         "official_layer_scale": settings.official_layer_scale or None,
         "official_anchors": settings.official_anchors or None,
         "granularity": settings.granularity if name in BATCH_NORM_MODELS else None,
     }  # fmt: skip
+    for key in ("smallest_ratio", "largest_ratio", "embed_dim", "depth", "num_heads", "patch_size", "init_values"):
+        options[key] = getattr(settings, key)
     try:
-        model: Any = timm.create_model(
-            name, **options | {key: value for key, value in more.items() if value is not None}
-        )
+        given = {key: value for key, value in options.items() if value is not None}
+        model: Any = timm.create_model(name, num_classes=classes, **given)
     except TypeError as error:
         raise UsageError(f"--model {name} does not take one of the flags given: {error}") from error
     if settings.grad_checkpointing:
