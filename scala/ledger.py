@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from common.ledger.adapters import find_weights, run_program
 from common.ledger.cache import FOLDER
+from common.ledger.desk import find_weights
 from common.ledger.tables import DeskTable, Measured, NeedsData, NeedsWeights, Row, load_tables
 from common.measure.flops import gmacs
 from common.run.files import ROOT
@@ -62,34 +62,30 @@ def accuracy(
         NeedsData: no UCF101.
     """
     if row.arguments.startswith("--data-set ucf101"):
-        return _probe_gain(row, data, weights, device, progress)
+        return _probe_gain(row, data, weights, device)
     if not row.arguments or row.arguments.split()[0] != "--model":
         return {}
     if "top1_gain_points" not in row.published:
-        return _evaluate(row, data, weights, device, progress)
+        return _evaluate(row, data, weights, device)
     baseline = separate_row(row)
-    alone = _evaluate(baseline, data, weights, device, progress)["top1_percent"]
-    found = _evaluate(row, data, weights, device, progress)["top1_percent"]
+    alone = _evaluate(baseline, data, weights, device)["top1_percent"]
+    found = _evaluate(row, data, weights, device)["top1_percent"]
     source = f"{found.source}; minus {alone.value:.3f} % of {baseline.key}"
     return {"top1_gain_points": Measured(found.value - alone.value, found.convention, source)}
 
 
-def _evaluate(
-    row: Row, data: Path, weights: Path | None, device: torch.device | str, progress: bool
-) -> dict[str, Measured]:
+def _evaluate(row: Row, data: Path, weights: Path | None, device: torch.device | str) -> dict[str, Measured]:
     file = weights_of(row, weights)
     words = [*shlex.split(row.arguments), "--eval", "--resume", str(file), "--data-path", str(data)]
     if slimmable := row.table == "slimmable":
         words.append("--allow-untrained")
-    result = run_program(main_scala.main, [*words, "--device", str(device), "--amp", "none"], progress=progress)
+    result = main_scala.main([*words, "--device", str(device), "--amp", "none"])
     convention = f"{result['images']} images, {file.name}, float32{', untrained widths too' if slimmable else ''}"
     source = f"main_scala.py --eval {row.arguments}"
     return {name: Measured(result[name], convention, source) for name in ("top1_percent", "top5_percent")}
 
 
-def _probe_gain(
-    row: Row, data: Path, weights: Path | None, device: torch.device | str, progress: bool
-) -> dict[str, Measured]:
+def _probe_gain(row: Row, data: Path, weights: Path | None, device: torch.device | str) -> dict[str, Measured]:
     """Top-1 of a linear probe on UCF101 minus that of a probe on the network trained alone at the same width."""
     clips = data / "ucf101"
     if not clips.is_dir():
@@ -100,7 +96,7 @@ def _probe_gain(
         words = shlex.split(row.arguments)
         words[words.index("--ratios") + 1] = ratio
         words += ["--data-path", str(clips), "--checkpoint", str(weights_of(network, weights))]
-        found.append(run_program(linear_probe.main, [*words, "--device", str(device)], progress=progress))
+        found.append(linear_probe.main([*words, "--device", str(device)]))
     scala, alone = found
     convention = f"{scala['images']} clips, float32, probe trained anew"
     source = f"linear_probe.py {row.arguments}; minus {alone['top1_percent']:.3f} % of {baseline.key}"
@@ -148,9 +144,7 @@ def weights_of(row: Row, folder: Path | None) -> Path:
     names = [row.id, row.id.rpartition("-")[0]]
     if row.checkpoint is not None and row.series != "separate training":  # one name for four networks there
         names.append(row.checkpoint.name)
-    files = [file for name in names for file in (f"{name}.pth", f"{name}/checkpoint.pth")]
-    said = f"a trained {' or '.join(files[::2])}, or NAME/checkpoint.pth,"
-    return find_weights(files, folder, said=said)
+    return find_weights([file for name in names for file in (f"{name}.pth", f"{name}/checkpoint.pth")], folder)
 
 
 def desk(*, folder: Path | None = None, device: torch.device | str, force: bool, progress: bool) -> DeskTable:

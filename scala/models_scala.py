@@ -393,10 +393,6 @@ class VisionTransformer_scala(SlicedNetwork, Sliced, nn.Module):
         """The exact width; one that the heads cannot share is refused, naming the nearest and all valid ones."""
         return check_ratio(ratio, self.embed_dim, self.num_heads)
 
-    def embed(self, images: Tensor, ratio: Ratio) -> Tensor:
-        """Images (B, 3, height, width) to tokens with positions, (B, N, d)."""
-        return self.place(self.patch_embed(images, ratio), ratio)
-
     def place(self, tokens: Tensor, ratio: Ratio) -> Tensor:
         """Patch tokens (B, patches, d) with positions, and the prefix tokens in front: (B, N, d)."""
         own = self.sliced(ratio)
@@ -409,7 +405,7 @@ class VisionTransformer_scala(SlicedNetwork, Sliced, nn.Module):
     def encode(self, images: Tensor, ratio: Ratio) -> Tensor:
         """Tokens (B, N, d) after the last block, not normalised."""
         width = self.check_ratio(ratio)
-        return self.run_blocks(self.embed(images, width), width)
+        return self.run_blocks(self.place(self.patch_embed(images, width), width), width)
 
     def run_blocks(self, x: Tensor, ratio: Ratio) -> Tensor:
         """Tokens (B, N, d) through all blocks."""
