@@ -46,12 +46,14 @@ def test_scala_and_separate_rows_have_a_cost() -> None:
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
     row = next(row for row in TABLES["scala_s"].rows if row.id == "s-x4-0.50")
-    with pytest.raises(NeedsWeights, match=r"s-x4-0\.50\.pth or s-x4-0\.50/checkpoint\.pth or s-x4\.pth or .* or scala_s_x4\.pth"):
+    with pytest.raises(
+        NeedsWeights, match=r"s-x4-0\.50\.pth or s-x4-0\.50/checkpoint\.pth or s-x4\.pth or .* or scala_s_x4\.pth"
+    ):
         ledger.accuracy(row, data=tmp_path, weights=tmp_path, device="cpu", progress=False)
 
 
 def test_accuracy_and_gain_through_the_rows_own_commands(
-    tmp_path: Path, imagenet: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, imagenet: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two small networks in --weights, under the names that the rows look for."""
     flags = ["--device", "cpu", "--workers", "0", "--batch-size", "8", *SHAPE.split(), "--data-path", str(imagenet)]
@@ -69,7 +71,6 @@ def test_accuracy_and_gain_through_the_rows_own_commands(
             "0.25",
         ]
         main_scala.main([*flags, "--model", model, "--granularity", "0.25", *out])
-    capsys.readouterr()
 
     def small(row):
         words = row.arguments.replace("0.0625", "0.25")
