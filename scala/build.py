@@ -11,7 +11,7 @@ from torch import nn
 
 from common.losses import DistillationLoss
 from common.run.checkpoint import load_strict, read_checkpoint, select_state
-from common.run.errors import UsageError
+from common.run.errors import CheckpointError, UsageError
 from common.run.launch import main_process_first
 from common.run.program import get_logger
 from scala import models_mobilenet, models_scala, models_uniformer
@@ -64,6 +64,26 @@ def build_model(settings: NetworkSettings, classes: int) -> Any:
     return model
 
 
+def create_teacher(name: str, *, pretrained: bool, **options: Any) -> Any:
+    """A network of timm, with timm's own weights if ``pretrained``, which one process downloads for all.
+
+    Raises:
+        CheckpointError: no such network, an option that it does not take, or a download that failed; says what to do.
+    """
+    if not timm.is_model(name):
+        raise CheckpointError(f"--teacher-model {name!r} is not a network of timm")
+    try:
+        with main_process_first():
+            return timm.create_model(name, pretrained=pretrained, **options)
+    except TypeError as error:
+        raise CheckpointError(f"--teacher-model {name} takes no image size ({error}): give a ViT of timm") from error
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"timm could not load the weights of --teacher-model {name} ({error}); get its file elsewhere and give "
+            "--teacher-path FILE"
+        ) from error
+
+
 def build_teacher(name: str, path: str, classes: int, *, input_size: int) -> nn.Module:
     """The external teacher: a timm model in evaluation mode, its weights loaded strictly.
 
@@ -71,18 +91,14 @@ def build_teacher(name: str, path: str, classes: int, *, input_size: int) -> nn.
         path: checkpoint or URL; ``timm`` for timm's own weights.
 
     Raises:
-        UsageError: timm has no such model.
-        CheckpointError: the weights do not fit it.
+        CheckpointError: timm has no such model, or the weights do not fit it.
     """
-    if not timm.is_model(name):
-        raise UsageError(f"--teacher-model {name!r} is no timm model")
     options: dict[str, Any] = {"pretrained": path == "timm", "num_classes": classes}
-    with main_process_first():
-        teacher: Any = timm.create_model(name, **options)
+    teacher = create_teacher(name, **options)
     side = teacher.default_cfg["input_size"][-1]
     if input_size != side and isinstance(teacher, VisionTransformer):
         logger.info("the teacher was built for %d pixels: its position embedding is resized in each pass", side)
-        teacher = timm.create_model(name, **options, dynamic_img_size=True)
+        teacher = create_teacher(name, **options, dynamic_img_size=True)
     if path != "timm":
         load_strict(teacher, select_state(read_checkpoint(path), source=path), source=path)
     return teacher.eval().requires_grad_(False)

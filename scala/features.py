@@ -22,7 +22,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from common.run.checkpoint import load_strict, read_checkpoint, select_state
 from common.run.errors import CheckpointError
+from scala.build import create_teacher
 from scala.layers import Sliced, SlicedLayerNorm, SlicedLinear
 from scala.losses import transfer_loss
 from scala.models_scala import DistilledVisionTransformer_scala, VisionTransformer_scala, create
@@ -159,18 +159,8 @@ def load_teacher(name: str, path: str, *, img_size: int, num_classes: int | None
     Raises:
         CheckpointError: no such network or file, or a download that failed; says what to do.
     """
-    options: dict[str, Any] = {"img_size": img_size} | ({} if num_classes is None else {"num_classes": num_classes})
-    if not timm.is_model(name):
-        raise CheckpointError(f"--teacher-model {name!r} is not a network of timm")
-    try:
-        network = timm.create_model(name, pretrained=not path, **options)
-    except TypeError as error:
-        raise CheckpointError(f"--teacher-model {name} takes no image size ({error}): give a ViT of timm") from error
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"timm could not load the weights of --teacher-model {name} ({error}); get its file elsewhere and give "
-            "--teacher-path FILE"
-        ) from error
+    options = {"img_size": img_size} if num_classes is None else {"img_size": img_size, "num_classes": num_classes}
+    network = create_teacher(name, pretrained=not path, **options)
     if not isinstance(network, VisionTransformer) or not network.has_class_token:
         raise CheckpointError(f"--teacher-model {name} is a {type(network).__name__}, not a plain ViT with class token")
     if path:

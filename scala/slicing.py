@@ -55,10 +55,8 @@ def exact(ratio: Ratio) -> Width:
     Raises:
         WidthError: there is none with a denominator up to ``MOST_PARTS``, or it is not in (0, 1].
     """
-    return ratio if isinstance(ratio, Width) else _snap(ratio)
-
-
-def _snap(ratio: float) -> Width:
+    if isinstance(ratio, Width):
+        return ratio
     if not 0 < ratio < 1 + SNAP:
         raise WidthError(f"a width ratio must be above 0 and at most 1, got {ratio:g}")
     for of in range(1, MOST_PARTS + 1):
@@ -127,11 +125,6 @@ PUBLISHED_RULE = SliceRule(0.25, 1.0)
 # Widths
 
 
-def valid_ratios(embed_dim: int, num_heads: int) -> list[float]:
-    """Every ratio whose width is a multiple of the number of heads, ascending."""
-    return [width / embed_dim for width in range(num_heads, embed_dim + 1, num_heads)]
-
-
 def check_ratio(ratio: Ratio, embed_dim: int, num_heads: int) -> Width:
     """The exact width of a ratio, which must give the heads a whole number of channels each.
 
@@ -151,7 +144,7 @@ def check_ratio(ratio: Ratio, embed_dim: int, num_heads: int) -> Width:
         f"a width ratio must be above 0 and at most 1, and {num_heads} heads need a width that is a multiple of "
         f"{num_heads}; {wanted:.9g} of {embed_dim} is {wanted * embed_dim:.9g}. The nearest are {near}. "
         f"The valid ratios are the multiples of {num_heads}/{embed_dim} = {num_heads / embed_dim:g}: "
-        f"{_shown(valid_ratios(embed_dim, num_heads))}"
+        f"{_shown([step / each for step in range(1, each + 1)])}"
     )
 
 

@@ -22,7 +22,6 @@ from scala.slicing import (
     check_sampling,
     exact,
     make_grid,
-    valid_ratios,
 )
 
 VECTORS = Path(__file__).parent / "vectors"
@@ -116,9 +115,9 @@ def test_leading_and_trailing() -> None:
 
 def test_a_ratio_that_the_heads_cannot_share_is_refused() -> None:
     for ratio in (0.3, 0.0, 1.1, -1.0, 0.01):
-        with pytest.raises(ValueError, match=r"valid ratios are .*0\.125, 0\.25, .*, 1$"):
+        with pytest.raises(ValueError, match=r"valid ratios are .*0\.125, 0\.25, 0\.375, .*, 0\.875, 1$"):
             plain()(X, ratio)
-    assert valid_ratios(32, 4) == [n / 8 for n in range(1, 9)]
+    assert [check_ratio(n / 8, 32, 4) for n in (1, 6, 8)] == [(1, 8), (3, 4), (1, 1)]
 
 
 @pytest.mark.parametrize("make", [plain, distilled])
