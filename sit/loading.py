@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -251,10 +251,7 @@ def load_for_training(model: LVViT, file: WeightsFile) -> tuple[str, ...]:
     if not model.conv_distillation:
         state = {key: value for key, value in state.items() if not key.startswith(_DISTILLATION_TOKEN)}
     may_lack = [f"{head}.*" for head in _HEADS] + ["tsm.*", "rtsm.*", "dist_token", "dist_pos_embed"]
-    found = load_strict(model, state, allow_missing=may_lack, source=file.source)
-    if found.tolerated:
-        logger.info("%s: not in the file, so they start new: %s", file.source, summarise(found.tolerated))
-    return found.tolerated
+    return load_strict(model, state, allow_missing=may_lack, source=file.source).tolerated
 
 
 def check_teacher_fits(student: LVViT, teacher: LVViT) -> None:
@@ -272,21 +269,6 @@ def check_teacher_fits(student: LVViT, teacher: LVViT) -> None:
                 f"--teacher-model has {other} {word}, --model has {own}: the token loss compares them block by block, "
                 "so the teacher must be the same network without slimming"
             )
-
-
-def summarise(keys: Sequence[str]) -> str:
-    """``rtsm.0 to rtsm.13 (168 keys), tsm.0 to tsm.2 (21 keys)``: every module that holds some of the keys."""
-    groups: dict[str, list[int]] = {}
-    for key in keys:
-        name, _, rest = key.partition(".")
-        index = rest.split(".")[0]
-        groups.setdefault(name, []).append(int(index) if index.isdigit() else -1)
-    words = []
-    for name, found in groups.items():
-        first, last = min(found), max(found)
-        modules = name if first < 0 else f"{name}.{first}" + (f" to {name}.{last}" if last > first else "")
-        words.append(f"{modules} ({len(found)} key{'s' * (len(found) > 1)})")
-    return ", ".join(words)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     """Write the file and say what is gone."""
     args = parse_args(argv)
     check_files(args.checkpoint)
-    from sit.loading import read_weights, strip, summarise
+    from common.run.checkpoint.loading import summarise
+    from sit.loading import read_weights, strip
 
     report = strip(read_weights(args.checkpoint, key=args.key), args.output, half=args.half)
     print(f"removed {summarise(report['removed'])}")

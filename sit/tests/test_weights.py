@@ -8,6 +8,7 @@ import torch
 from timm.models._factory import create_model
 
 from common.run.checkpoint import CheckpointError
+from common.run.checkpoint.loading import summarise
 from common.tests.reference import fill_
 from sit.loading import (
     WeightsFile,
@@ -17,7 +18,6 @@ from sit.loading import (
     read_weights,
     resize_pos_embed,
     strip,
-    summarise,
 )
 from sit.models import LVViT
 

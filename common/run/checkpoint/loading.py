@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from common.run.checkpoint.reading import some
 from common.run.errors import CheckpointError
 from common.run.program import get_logger
 
@@ -100,9 +99,25 @@ def load_strict(
             f"{type(model).__name__} is on the meta device and holds no weights; build it on a device"
         )
     if tolerated:
-        logger.info("%s: left as they are: %s", os.fspath(source), some(tolerated))
+        shown = ", ".join(tolerated) if len(tolerated) <= 8 else summarise(tolerated)
+        logger.info("%s: left as they are: %s", os.fspath(source), shown)
     model.load_state_dict({key: value for key, value in state.items() if key not in tolerated}, strict=False)
     return rest
+
+
+def summarise(keys: Sequence[str]) -> str:
+    """``rtsm.0 to rtsm.13 (168 keys), tsm.0 to tsm.2 (21 keys)``: every module that holds some of the keys."""
+    groups: dict[str, list[int]] = {}
+    for key in keys:
+        name, _, rest = key.partition(".")
+        index = rest.split(".")[0]
+        groups.setdefault(name, []).append(int(index) if index.isdigit() else -1)
+    words = []
+    for name, found in groups.items():
+        first, last = min(found), max(found)
+        modules = name if first < 0 else f"{name}.{first}" + (f" to {name}.{last}" if last > first else "")
+        words.append(f"{modules} ({len(found)} key{'s' * (len(found) > 1)})")
+    return ", ".join(words)
 
 
 def keep_own_heads(
