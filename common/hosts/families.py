@@ -110,6 +110,19 @@ A network that takes text as well gets a lean part: `net.vision_model = leanvit.
 
 {table(verdicts)}
 
+## What a method costs and keeps
+
+```bash
+python -m common.hosts vit_small_patch14_reg4_dinov2 --img-size 448 --weights FILE --images DIR --output DIR \\
+    --methods tome:r=16 "hourglass:layer=6,clusters=(16,16)" tome:r=8+evit:keep=0.7
+```
+
+prints one row for the dense network, for each method, and for the dense network on smaller images of about the method's
+cost (position embedding resampled, features enlarged again): tokens that are left, GMACs and of them the method's own,
+paired speed-up and how much of the promised one it is, cosines of the restored patch features and of the class feature
+with the dense network's, and whether the method beats resizing. `--data` adds top-1; `--output` takes `trade.json` and
+a PNG of the tokens of every image.
+
 Rendered by `python -m common.hosts.families`.
 """
 

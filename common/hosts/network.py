@@ -177,12 +177,14 @@ def check(host: Host) -> None:
     shape = (1, host.facts.channels, *host.facts.image_size)
     images = torch.randn(shape, generator=generator, device="cpu").to(parameter)
     with torch.no_grad(), evaluating(host.net), torch.autocast(parameter.device.type, enabled=False):
-        outputs = zip(
-            tree_leaves(make_lean(host.net, Plan(host, (), opened=True))(images)),
-            tree_leaves(host.net(images)),
-            strict=True,
-        )
-    for found, expected in outputs:
+        try:
+            dense = tree_leaves(host.net(images))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise NotAHost(
+                f"{host.facts.name} fails on an image of its own size, {shape[2]}x{shape[3]}: {error}"
+            ) from error
+        opened = tree_leaves(make_lean(host.net, Plan(host, (), opened=True))(images))
+    for found, expected in zip(opened, dense, strict=True):
         difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
         if not difference <= TOLERANCES[parameter.dtype]:
             raise NotAHost(

@@ -1,0 +1,155 @@
+"""The table of what methods cost and keep, as typed."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from common.hosts import lean
+from common.hosts.__main__ import main, method, parse_args
+from common.hosts.draw import mosaic
+from common.hosts.trade import own_gmacs, token_of_patch
+from common.run.errors import CheckpointError, UsageError
+from common.run.files import ROOT
+from common.tests.small_methods import Drop, Halve, Replace
+
+NAME = "test_vit"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two photographs in two classes."""
+    root = tmp_path_factory.mktemp("photographs")
+    for label, name in enumerate(("china", "flower")):
+        (root / "classes" / str(label)).mkdir(parents=True)
+        image = Image.fromarray(load_sample_image(f"{name}.jpg"))
+        image.save(root / f"{name}.png")
+        image.save(root / "classes" / str(label) / "0.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("tome", [("tome", {})]),
+        ("tome:r=16", [("tome", {"r": 16})]),
+        ("tome:r=[8,8,0],prop_attn=False", [("tome", {"r": [8, 8, 0], "prop_attn": False})]),
+        ("hourglass:layer=6,clusters=(16,12),temperature=auto", [
+            ("hourglass", {"layer": 6, "clusters": (16, 12), "temperature": "auto"})
+        ]),
+        ("tome:r=8+evit:keep=0.7,layers=(3,)", [("tome", {"r": 8}), ("evit", {"keep": 0.7, "layers": (3,)})]),
+        ("hourglass:temperature=1e+2+tome", [("hourglass", {"temperature": 100.0}), ("tome", {})]),
+    ],
+)  # fmt: skip
+def test_methods_as_words(text: str, expected: Any) -> None:
+    assert (method(text).text, method(text).methods) == (text, expected)
+
+
+@pytest.mark.parametrize("text", ["tome:16", "tome:=3", "tome:r=3,16"])
+def test_words_that_are_no_settings(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="expected name:key=value"):
+        method(text)
+
+
+def test_the_table_and_the_files(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["tome:r=9", "hourglass:layer=1,clusters=(4,4)+evit:layers=(3,)", "evit:restore=frozen"]
+    rows = {row.name: row for row in main(
+        [NAME, "--images", str(folder), "--methods", *words, "--rounds", "1", "--output", str(tmp_path), "--data",
+         str(folder / "classes"), "--device", "cpu"]
+    )}  # fmt: skip
+    output = capsys.readouterr().out
+    assert "The weights are random" in output
+    assert all(name in output for name in rows)
+    net = timm.create_model(NAME)
+    dense = rows["dense"]
+    assert (dense.patch_cosine, dense.class_cosine, dense.speedup) == (pytest.approx(1), pytest.approx(1), 1)
+    assert dense.gmacs == lean(net).gmacs()
+    assert rows["tome:r=9"].gmacs == lean(net, "tome", r=9).gmacs()
+    assert rows["tome:r=9"].tokens == lean(net, "tome", r=9).tokens_per_layer()[-1]
+    smaller = [row for name, row in rows.items() if name.startswith("dense at ")]
+    assert 1 <= len(smaller) <= 3
+    for word in words:
+        row = rows[word]
+        assert -1 <= row.patch_cosine < 1
+        assert 0 <= row.own_gmacs < row.gmacs < dense.gmacs
+        nearest = min(smaller, key=lambda other: abs(other.gmacs - row.gmacs))
+        assert row.against_resizing == pytest.approx(row.patch_cosine - nearest.patch_cosine)
+        assert row.realised == pytest.approx(row.speedup * row.gmacs / dense.gmacs)
+    assert all(row.top1_percent in (0, 50, 100) for row in rows.values())
+    written = json.loads((tmp_path / "trade.json").read_text())
+    assert [row["name"] for row in written["rows"]] == list(rows)
+    assert written["images"] == ["china.png", "flower.png"]
+    for name in written["images"]:
+        width, height = Image.open(tmp_path / name).size
+        assert (width, height) == (3 * 160 + 2 * 4, 160 + 16)  # the image, and the two that can be drawn
+
+
+def test_weights_at_another_size(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(5)
+    net = timm.create_model(NAME)
+    torch.save(net.state_dict(), tmp_path / "weights.pth")
+    rows = main([NAME, "--img-size", "96", "--weights", str(tmp_path / "weights.pth"), "--methods", "tome:r=0",
+                 "--images", str(folder / "china.png"), "--rounds", "1", "--device", "cpu"])  # fmt: skip
+    assert "random" not in capsys.readouterr().out
+    assert [row.name for row in rows] == ["dense", "tome:r=0", "dense at 96 pixels"]
+    assert all(row.patch_cosine == pytest.approx(1) for row in rows)
+    net.set_input_size(img_size=(96, 96))
+    assert rows[0].gmacs == lean(net).gmacs()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["test_vitt", "--methods", "tome"], "timm has no network 'test_vitt'; near are test_vit"),
+        ([NAME, "--methods", "tom"], "there is no method 'tom', did you mean 'tome'"),
+        ([NAME, "--methods", "tome:q=1"], "tome has no setting 'q'"),
+        ([NAME, "--methods", "tome+hourglass:layer=2"], "tome at layer 0 breaks the grid"),
+        (["swin_tiny_patch4_window7_224", "--methods", "tome"], "SwinTransformer is not a host"),
+        ([NAME, "--methods", "tome", "--img-size", "33"], "fails on an image of its own size, 33x33: Input height"),
+        ([NAME, "--methods", "tome", "--weights", "nowhere.pth"], "nowhere.pth"),
+        ([NAME, "--methods", "tome", "--images", "nowhere"], "expected an image or a folder with some"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], message: str, folder: Path) -> None:
+    images = [] if "--images" in words else ["--images", str(folder)]
+    with pytest.raises((UsageError, CheckpointError), match=message):
+        main([*words, *images, "--rounds", "1", "--device", "cpu"])
+
+
+def test_flags_are_understood_without_torch() -> None:
+    code = "import sys, common.hosts.__main__ as c; c.parse_args(['x', '--methods', 'tome:r=1', '--images', 'x'])"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; print('torch' in sys.modules, 'numpy' in sys.modules)"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["False", "False"]
+    with pytest.raises(SystemExit):
+        parse_args([NAME, "--images", "x"])
+
+
+def test_what_belongs_to_the_method() -> None:
+    """A method that computes the attention itself owns its products; one that only moves tokens owns none."""
+    net = timm.create_model(NAME)
+    tokens, width = net.patch_embed.num_patches + net.num_prefix_tokens, net.embed_dim
+    assert own_gmacs(net, lean(net, Halve())) == own_gmacs(net, lean(net, Drop())) == 0
+    assert own_gmacs(net, lean(net, Replace())) == pytest.approx(2 * tokens**2 * width / 1e9)
+
+
+def test_tokens_of_patches_and_their_colours() -> None:
+    net = timm.create_model(NAME).eval()
+    rows, columns = net.patch_embed.grid_size
+    labels = token_of_patch(lean(net, Halve()), torch.randn(1, 3, *net.patch_embed.img_size))
+    assert torch.equal(labels, torch.arange(rows * columns // 2).repeat_interleave(2).unflatten(0, (rows, columns)))
+    image = torch.zeros(3, 4, 4)
+    image[0, :, 1] = 1.0
+    drawn = mosaic(image, torch.tensor([[0, 1], [0, 1]]))
+    assert torch.equal(drawn[0, :, :2], torch.full((4, 2), 0.5))  # the mean of its two columns
+    assert torch.equal(drawn[:, :, 2:], torch.zeros(3, 4, 2))
