@@ -271,8 +271,8 @@ def case_optimizer(model: nn.Module, described: dict[str, Any]) -> torch.optim.O
         given = {name: described[name] for name in ("momentum", "weight_decay", "nesterov") if name in described}
         return torch.optim.SGD(model.parameters(), lr=described["lr"], **given)
     settings = OptimizerSettings(
-        described["lr"], described["kind"], described.get("weight_decay", 0.05), described.get("eps", 1e-8),
-        described.get("betas"),
+        lr=described["lr"], opt=described["kind"], weight_decay=described.get("weight_decay", 0.05),
+        opt_eps=described.get("eps", 1e-8), opt_betas=described.get("betas"),
     )  # fmt: skip
     return build_optimizer(model, settings)
 
