@@ -61,7 +61,7 @@ ROOMS = {
     "run": set(),
     "data": {"run"},
     "measure": {"run"},
-    "hosts": {"measure", "run"},
+    "hosts": {"data", "measure", "run"},
     "ledger": {"measure", "data", "run"},
 }
 """Room of ``common/`` -> the rooms that it may import; modules beside the rooms may be imported by all but ``run``."""
