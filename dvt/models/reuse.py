@@ -69,9 +69,6 @@ class TokenResize(nn.Module):
         """``W`` in ``dtype``."""
         return self.matrix.to(dtype)
 
-    def extra_repr(self) -> str:
-        return "{}x{} -> {}x{}".format(*self.source, *self.target)
-
 
 def padded(tokens: int) -> int:
     """Length of a row of that many reused logits in memory, in elements."""

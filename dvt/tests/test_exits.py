@@ -92,7 +92,7 @@ def test_quota_is_a_share_of_all_and_ties_leave_together():
     )
 
 
-def test_a_image_that_passes_nothing_is_wrong_and_free():
+def test_an_image_that_passes_nothing_is_wrong_and_free():
     confidence = torch.tensor([[0.2, 0.9], [0.3, 0.9], [0.4, 0.9]])
     thresholds = torch.tensor([0.5, 0.5, 0.5])
     outcome = exits.evaluate_thresholds(confidence, torch.ones(3, 2, dtype=torch.bool), [1, 2, 4], thresholds)
