@@ -107,23 +107,6 @@ def load_compact(
 # timm
 
 
-def check_timm(config: CompactConfig) -> None:
-    """Whether timm's VisionTransformer can express a compact network.
-
-    Raises:
-        UsageError: naming what it has no place for.
-    """
-    problems = {
-        "T2T's tokens-to-token module": bool(config.token_dim),
-        "a constant per patch position (soft patch gates)": config.patch_scale,
-        "removed patches": config.positions is not None,
-        "the sum of all blocks": config.sum_blocks,
-        "another scale of attention": config.scale is not None,
-    }
-    if found := [what for what, present in problems.items() if present]:
-        raise UsageError(f"timm's VisionTransformer has no place for {', '.join(found)}; use load_compact()")
-
-
 @torch.no_grad()
 def to_timm(network: CompactViT) -> VisionTransformer:
     """The same function as a module of timm, in evaluation mode; distilled networks as timm's distilled class.
@@ -133,10 +116,18 @@ def to_timm(network: CompactViT) -> VisionTransformer:
     without pruned dimensions has the very same state dict on both sides.
 
     Raises:
-        UsageError: see ``check_timm``.
+        UsageError: naming what timm's VisionTransformer has no place for.
     """
     config = network.config
-    check_timm(config)
+    problems = {
+        "T2T's tokens-to-token module": bool(config.token_dim),
+        "a constant per patch position (soft patch gates)": config.patch_scale,
+        "removed patches": config.positions is not None,
+        "the sum of all blocks": config.sum_blocks,
+        "another scale of attention": config.scale is not None,
+    }
+    if found := [what for what, present in problems.items() if present]:
+        raise UsageError(f"timm's VisionTransformer has no place for {', '.join(found)}; use load_compact()")
     sizes: dict[str, Any] = {
         "img_size": config.image_size, "patch_size": config.patch_size, "in_chans": config.in_chans,
         "num_classes": config.num_classes, "embed_dim": config.embed_dim, "depth": len(config.blocks),
