@@ -14,7 +14,6 @@ from common.measure.benchmark import random_images
 from common.measure.flops import Counted, count_parameters, gmacs
 from hourglass_swag import desk as desk_experiment
 from hourglass_swag.models import REGISTRY
-from hourglass_swag.models.ats_vision_transformer import ATSVisionTransformer
 from hourglass_swag.models.weights import TORCHVISION_FILES
 from hourglass_swag.tools.costs import build_network, count, depends_on_data, noise_image, parse_network
 from hourglass_swag.tools.survivors import sharpen_
@@ -38,7 +37,6 @@ def build(row: Row) -> tuple[nn.Module, int]:
     args = parse_network(row.arguments)
     model = build_network(args)
     if row.id in IMPLIED_TOKENS and torch.get_default_device().type != "meta":
-        assert isinstance(model, ATSVisionTransformer)
         sharpen_(model, IMPLIED_TOKENS[row.id], random_images(1, args.resolution, torch.get_default_device()))
     return model, args.resolution
 
@@ -51,7 +49,7 @@ def costs(row: Row) -> dict[str, Measured]:
     """
     with torch.device("meta"):
         model, resolution = build(row)
-    name = type(model).__name__
+    name = parse_network(row.arguments).model
     found = {"params_m": Measured(count_parameters(model) / 1e6, "all parameters", f"parameters of {name}")}
     source = f"one pass of {name} over an image at {resolution}"
     if not depends_on_data(model):
@@ -84,7 +82,7 @@ def count_with_weights(row: Row) -> tuple[Counted, str]:
         raise NeedsWeights(command, f"the cost depends on the checkpoint: {missing.reason}") from None
     model = build_network(args, weights=str(file))
     counted = count(model, noise_image(args.resolution))
-    return counted, f"one pass of {type(model).__name__} with {file.name}, one image of noise at {args.resolution}"
+    return counted, f"one pass of {args.model} with {file.name}, one image of noise at {args.resolution}"
 
 
 speeds = partial(speeds_for_ledger, build=build)

@@ -4,10 +4,11 @@ An adapter knows no method. Its block views call the host's own modules, never c
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from common.hosts.rotation import Rotation
@@ -34,6 +35,10 @@ class Tokens:
     """added to the attention scores of each key, (B, N)"""
     rotation: Rotation | None = None
     """of the patches, where the host rotates queries and keys"""
+    mask: Tensor | None = None
+    """1 for tokens, 0 for padding behind an image that has fewer of them than others, (B, N, 1); None for no padding"""
+    carried: Mapping[str, Any] = field(default_factory=dict)
+    """what a method takes along to a later block, by its name"""
     undo: tuple[Callable[[Tensor], Tensor], ...] | None = ()
     """the way back: each undoes one reduction, (B, U, C) to (B, N, C); None where nobody will ask for it"""
 
@@ -43,13 +48,66 @@ class Tokens:
             changes["undo"] = (*self.undo, step)
         return replace(self, **changes)
 
-    def restored(self) -> Tensor:
-        """Features on the full grid again, (B, N, C) with the N of the embedding."""
+    def take(self, index: Tensor) -> "Tokens":
+        """Some of the tokens with all that belongs to them: ``index`` (B, K) among the N, the prefix first."""
+        size, mask, bias = (
+            None if each is None else each.flatten(1).gather(1, index) for each in (self.size, self.mask, self.key_bias)
+        )
+        return replace(
+            self,
+            x=take_tokens(self.x, index),
+            grid=None,
+            size=None if size is None else size[..., None],
+            mask=None if mask is None else mask[..., None],
+            key_bias=bias,
+            rotation=None if self.rotation is None else self.rotation.take(index[:, self.prefix :] - self.prefix),
+        )
+
+    def head(self, number: int) -> "Tokens":
+        """The first tokens with all that belongs to them, views."""
+        x, size, mask, bias = (
+            None if each is None else each[:, :number] for each in (self.x, self.size, self.mask, self.key_bias)
+        )
+        rotation = None if self.rotation is None else self.rotation.part(slice(number - self.prefix))
+        assert x is not None
+        return replace(self, x=x, grid=None, size=size, mask=mask, key_bias=bias, rotation=rotation)
+
+    def append(self, x: Tensor, weights: Tensor, members: Rotation | None) -> "Tokens":
+        """One token more, ``x`` (B, 1, C), that stands for M patches: ``weights`` (B, M), and where ``members`` are.
+
+        It counts as one key, and sits at their weighted mean place.
+        """
+        rotation = self.rotation
+        if rotation is not None and members is not None:
+            share = weights[..., None] / weights[..., None].sum(1, keepdim=True)
+            place = (members.coordinates * share).sum(1, keepdim=True)
+            rotation = rotation.at(torch.cat([rotation.coordinates, place], dim=1))
+        size, mask, bias = self.size, self.mask, self.key_bias
+        return replace(
+            self,
+            x=torch.cat([self.x, x], dim=1),
+            grid=None,
+            size=None if size is None else torch.cat([size, torch.ones_like(size[:, :1])], dim=1),
+            mask=None if mask is None else torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1),
+            key_bias=None if bias is None else torch.cat([bias, torch.zeros_like(bias[:, :1])], dim=1),
+            rotation=rotation,
+        )
+
+    def restored(self, x: Tensor | None = None) -> Tensor:
+        """Features on the full grid again, (B, N, C) with the N of the embedding; of ``x`` (B, U, C) in place of them.
+
+        Restored rows of the identity say which tokens a patch is made of.
+        """
         assert self.undo is not None
-        x = self.x
+        x = self.x if x is None else x
         for step in reversed(self.undo):
             x = step(x)
         return x
+
+    def membership(self) -> Tensor:
+        """Share of each token of the embedding in each that is left, (B, U, N)."""
+        batch, left = self.x.shape[:2]
+        return self.restored(torch.eye(left, dtype=self.x.dtype, device=self.x.device).expand(batch, -1, -1)).mT
 
 
 @dataclass(frozen=True)
@@ -65,8 +123,12 @@ class Parts:
     """rate at the attention weights, 0 in evaluation"""
     keys: Tensor | None = None
     """keys before their rotation, by which tokens are compared; None where they are ``k``"""
-    extra: Any = None
-    """what the view needs again in ``project``"""
+    normalized: Tensor | None = None
+    """what was projected, (B, N, C)"""
+    gate: Tensor | None = None
+    """of the heads' output, (B, N, C), where the host has one; ``project`` applies it"""
+    scores: Tensor | None = None
+    """of the tokens, (B, N), where a method's ``attend`` made them for its ``between``"""
 
     @property
     def metric(self) -> Tensor:
@@ -89,6 +151,11 @@ class Facts:
     image_size: tuple[int, int]
     channels: int = 3
     """of an image"""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one image, the prefix included."""
+        return self.prefix + self.patches
 
     @property
     def patches(self) -> int:
@@ -170,6 +237,17 @@ def check_images(images: Tensor) -> None:
         raise UsageError(f"expected images (B, C, H, W), got a tensor of {images.dim()} dimensions")
     if images.shape[0] == 0:
         raise UsageError("the batch is empty: expected images (B, C, H, W) with B of at least 1")
+
+
+def take_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of ``x`` (B, N, C) at ``index`` (B, K), each image its own: (B, K, C).
+
+    As ``gather`` does, but copying whole rows, which takes a CPU a third of the time.
+    """
+    batch, tokens, width = x.shape
+    if batch > 1:
+        index = index + tokens * torch.arange(batch, device=x.device)[:, None]  # first row of each image
+    return x.reshape(-1, width).index_select(0, index.flatten()).view(*index.shape, width)
 
 
 def refuse_hooks(named: Sequence[tuple[str, nn.Module]]) -> None:

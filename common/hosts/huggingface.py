@@ -197,7 +197,9 @@ class HuggingFaceBlock(BlockView):
         if rotation is not None and self.rotate is not None:
             sine, cosine = rotation.of(self.layer).chunk(2, dim=-1)
             q, k = self.rotate(q, keys, cosine, sine)
-        return Parts(q, k, v, self.scale, getattr(attention, self.rate) if attention.training else 0.0, keys=keys)
+        return Parts(
+            q, k, v, self.scale, getattr(attention, self.rate) if attention.training else 0.0, keys=keys, normalized=y
+        )
 
     def project(self, heads: Tensor, parts: Parts) -> Tensor:
         x = getattr(getattr(self.module, self.names.attention), self.names.output)(heads.transpose(1, 2).flatten(2))
@@ -239,10 +241,10 @@ def dense_form(net: Any) -> Any:
     """A lean network, or one that holds one, with its present modules and without the plan."""
     if not isinstance(net, Lean):
         return net
-    kind: Any = type(net).__bases__[1]
+    kind: Any = type(net).__bases__[-1]
     dense = kind.__new__(kind)
-    dense.__dict__ |= {key: value for key, value in net.__dict__.items() if key != "plan"}
-    dense._modules = {name: dense_form(child) for name, child in cast(Any, net)._modules.items()}
+    dense.__dict__ |= net.__dict__
+    dense._modules = {name: dense_form(child) for name, child in cast(Any, net)._modules.items() if name != "plan"}
     return dense
 
 
@@ -326,6 +328,7 @@ class HuggingFaceTrunk(Host):
             raise UsageError("pixel_values are missing: expected images (B, C, H, W)")
         check_images(given["pixel_values"])
         options = {name: given.get(name) for name in EMBEDDING_OPTIONS if name in self.names}
+        restored = restored and net.plan.restores
         tokens = self.embed(net, given["pixel_values"], **options)
         tokens = net.plan.run(tokens if restored else tokens.update(undo=None))
         output = self.finish(net, self.normalize(net, tokens.restored() if restored else tokens.x))

@@ -1,5 +1,6 @@
 """``lean``: a network that runs through a plan, of the host's own class, with its modules, which stay as they are."""
 
+import dataclasses
 import difflib
 import importlib
 from collections.abc import Iterator, Mapping
@@ -17,17 +18,21 @@ from common.run.errors import UsageError
 from common.run.wrapping import unwrap
 
 HOSTS = (
+    "hourglass_swag.host:SwagViT",
     "common.hosts.timm_vit:TimmViT",
     "common.hosts.timm_eva:TimmEva",
     "common.hosts.torchvision_vit:TorchvisionViT",
     "common.hosts.huggingface:HuggingFaceTrunk",
     "common.hosts.huggingface:HuggingFaceHead",
-    "hourglass_swag.host:SwagViT",
 )
 METHODS = {
-    "tome": "hourglass_swag.methods:ToMe",
-    "hourglass": "hourglass_swag.methods:Hourglass",
-    "evit": "hourglass_swag.methods:EViT",
+    "tome": "hourglass_swag.models.tome_vit:ToMe",
+    "hourglass": "hourglass_swag.models.hourglass_vit:Hourglass",
+    "evit": "hourglass_swag.models.evit:EViT",
+    "evo_vit": "hourglass_swag.models.evo_vit:EvoViT",
+    "ats": "hourglass_swag.models.ats_vision_transformer:ATS",
+    "act": "hourglass_swag.models.act_vision_transformer:ACT",
+    "smyrf": "hourglass_swag.models.smyrf_vision_transformer:SMYRF",
 }
 """Where adapters and methods are; imported when asked for, so that this room imports no paper."""
 
@@ -52,9 +57,15 @@ class Lean:
     def output(self, images: Tensor) -> Any:
         """What the host returns for images."""
         host = self.plan.host
-        restorable = not host.reads_prefix(self)
+        restorable = self.plan.restores and not host.reads_prefix(self)
         tokens = self.run(images, restorable=restorable)
         return host.finish(self, host.normalize(self, tokens.restored() if restorable else tokens.x))
+
+    def hidden(self, images: Tensor) -> Tensor:
+        """Normalised tokens, prefix and patches, on the full grid again unless the plan leaves them reduced."""
+        restorable = self.plan.restores
+        tokens = self.run(images, restorable=restorable)
+        return self.plan.host.normalize(self, tokens.restored() if restorable else tokens.x)
 
     def features(self, images: Tensor) -> Tensor:
         """Normalised features of the patches on the full grid again.
@@ -77,42 +88,58 @@ class Lean:
         """The methods with all their settings."""
         return tuple(self.plan.methods)
 
-    def tokens_per_layer(self) -> list[int]:
-        """Tokens that enter each block and, last, those that leave the last one, at the network's own resolution."""
-        lengths: list[int] = []
-        with torch.no_grad(), evaluating(self):  # pyright: ignore[reportArgumentType] - a mixin of modules
-            start = self.plan.host.embed(self, self._probe())
-            self.plan.run(start, lengths=lengths)
-        return lengths
+    @property
+    def depends_on_data(self) -> bool:
+        """Whether the number of tokens or the cost depends on weights and images."""
+        return any(method.depends_on_data for method in self.plan.methods)
 
-    def gmacs(self) -> float:
-        """Multiply-accumulates of one image at the network's own resolution, in 1e9, those of the methods included."""
-        counted = count_operations(self, self._probe().to("meta"))  # pyright: ignore[reportArgumentType] - a mixin
-        return gmacs(counted.executed)
+    def tokens_per_layer(self, images: Tensor | None = None) -> list[int]:
+        """Tokens that enter each block and, last, those that leave the last one.
+
+        Args:
+            images: (B, 3, H, W); default: an empty one of the network's own resolution, unless tokens depend on it.
+
+        Raises:
+            UsageError: if they do, and there are no images.
+        """
+        seen: list[Tokens] = []
+        with torch.no_grad(), evaluating(self):  # pyright: ignore[reportArgumentType] - a mixin of modules
+            self.plan.run(self.plan.host.embed(self, self._probe(images)), seen=seen)
+        return [tokens.x.shape[1] for tokens in seen]
+
+    def gmacs(self, images: Tensor | None = None) -> float:
+        """Multiply-accumulates per image in 1e9, those of the methods included; arguments as ``tokens_per_layer``."""
+        probe = self._probe(images)
+        counted = count_operations(self, probe if self.depends_on_data else probe.to("meta"))  # pyright: ignore[reportArgumentType] - a mixin
+        return gmacs(counted.executed) / len(probe)
 
     def restore(self) -> nn.Module:
         """The network that this was made of; its modules, parameters and state dict are untouched."""
         return self.plan.host.net
 
-    def _probe(self) -> Tensor:
+    def _probe(self, images: Tensor | None) -> Tensor:
+        if images is not None:
+            return images
+        if self.depends_on_data:
+            names = ", ".join(method.name for method in self.plan.methods if method.depends_on_data)
+            raise UsageError(f"what {names} leaves depends on weights and images: give some, (B, C, H, W)")
         parameter = _floating(self)
         facts = self.plan.host.facts
         return torch.zeros(1, facts.channels, *facts.image_size, device=parameter.device, dtype=parameter.dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        mixin, kind = type(self).__bases__
-        return _empty, (mixin, kind), self.__dict__
+        return _empty, type(self).__bases__, self.__dict__
 
 
 @cache
-def lean_class(mixin: type, kind: type) -> type:
-    """The class of a lean network: the family's mixin before the host's own class."""
-    return type(f"Lean{kind.__name__}", (mixin, kind), {"__module__": __name__})
+def lean_class(*bases: type) -> type:
+    """The class of a lean network: mixins, the family's last among them, before the host's own class."""
+    return type(f"Lean{bases[-1].__name__}", bases, {"__module__": __name__})
 
 
-def _empty(mixin: type, kind: type) -> Any:
+def _empty(*bases: type) -> Any:
     """A network without content, for copying and unpickling."""
-    made: Any = lean_class(mixin, kind)
+    made: Any = lean_class(*bases)
     return made.__new__(made)
 
 
@@ -140,7 +167,7 @@ def find_host(net: nn.Module) -> Host:
 
 
 def make_method(name: str, settings: Mapping[str, Any]) -> Method:
-    """A method by name.
+    """A method by name; ``preset="swag"`` gives the settings of the published rows on SWAG where others are missing.
 
     Raises:
         PlanError: naming what is valid and the nearest.
@@ -148,7 +175,12 @@ def make_method(name: str, settings: Mapping[str, Any]) -> Method:
     if name not in METHODS:
         raise PlanError(f"there is no method {name!r}{_nearest(name, METHODS)}; the methods are {', '.join(METHODS)}")
     kind = load(METHODS[name])
-    fields = list(kind.__dataclass_fields__)
+    fields = [field.name for field in dataclasses.fields(kind)]
+    settings = dict(settings)
+    if (preset := settings.pop("preset", None)) is not None:
+        if preset != "swag":
+            raise PlanError(f"preset must be 'swag', the published rows' settings, or left out; got {preset!r}")
+        settings = {**kind.swag, **settings}
     for key in settings:
         if key not in fields:
             raise PlanError(f"{name} has no setting {key!r}{_nearest(key, fields)}; it has {', '.join(fields)}")
@@ -226,7 +258,7 @@ def lean(net: nn.Module, *methods: str | Method, verify: bool = True, **settings
 def make_lean(net: nn.Module, plan: Plan) -> Any:
     """The lean network of a checked plan: a shallow copy of the host with a class of its own."""
     fast = _empty(plan.host.lean_class, type(net))
-    fast.__dict__ |= {**net.__dict__, "_modules": dict(net._modules), "plan": plan}
+    fast.__dict__ |= {**net.__dict__, "_modules": {**net._modules, "plan": plan}}
     plan.host.graft(fast)
     return fast
 

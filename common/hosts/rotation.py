@@ -48,6 +48,11 @@ class Rotation(ABC):
             return self.at(pick(self.places, index))
         return replace(self, index=index if self.index is None else self.index.gather(1, index))
 
+    def part(self, tokens: slice) -> Self:
+        """That of neighbours among tokens that were taken, views."""
+        index, places = (None if each is None else each[:, tokens] for each in (self.index, self.places))
+        return replace(self, index=index, places=places)
+
     def at(self, coordinates: Tensor) -> Self:
         """That of tokens elsewhere: ``coordinates`` is (B, K, 2)."""
         return replace(self, index=None, places=coordinates)
@@ -77,6 +82,10 @@ class TableRotation(Rotation):
     def take(self, index: Tensor) -> Self:
         taken = super().take(index)
         return taken if taken.index is None else replace(taken, current=pick(self.table[None], taken.index)[:, None])
+
+    def part(self, tokens: slice) -> Self:
+        assert self.current is not None
+        return replace(super().part(tokens), current=self.current[..., tokens, :])
 
     def at(self, coordinates: Tensor) -> Self:
         first, rates = line = self.line or read_line(self.table, self.grid, self.frequencies)

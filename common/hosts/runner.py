@@ -9,14 +9,15 @@ it. A block in which no method acts runs as the host's own forward.
 Letters: B images, N tokens (prefix first: class, distillation, registers), C width, h heads, d channels of a head.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from common.hosts.host import Facts, Host, Parts, Tokens
+from common.hosts.host import BlockView, Facts, Host, Parts, Tokens
 from common.measure.attention import attention
+from common.measure.flops import OpCounts
 from common.run.errors import UsageError
 
 HOOKS = ("before", "attend", "between", "after")
@@ -40,6 +41,10 @@ class Method:
     """A token method. Subclasses are frozen dataclasses whose fields are its settings, None standing for a default."""
 
     name: ClassVar[str]
+    swag: ClassVar[Mapping[str, Any]] = {}
+    """settings in which the published rows on SWAG differ from the defaults, which are what the method's paper means"""
+    cores: ClassVar[Mapping[int, nn.Module]] = {}
+    """layer -> the module, without parameters, that a resolved method calls there"""
 
     def resolve(self, facts: Facts) -> Self:
         """A copy with every setting filled in and checked for a host.
@@ -57,11 +62,11 @@ class Method:
         """Change the tokens that enter a block."""
         raise NotImplementedError
 
-    def attend(self, layer: int, tokens: Tokens, parts: Parts) -> tuple[Tensor, Any]:
-        """Heads (B, h, N, d) in place of the host's attention, and anything for ``between`` of the same block."""
+    def attend(self, layer: int, tokens: Tokens, parts: Parts) -> tuple[Tensor, Tokens, Parts]:
+        """Heads (B, h, N, d) in place of the host's attention, the tokens they update, and what ``between`` gets."""
         raise NotImplementedError
 
-    def between(self, layer: int, tokens: Tokens, parts: Parts, memo: Any) -> Tokens:
+    def between(self, layer: int, tokens: Tokens, parts: Parts) -> Tokens:
         """Change the tokens between the halves of a block."""
         raise NotImplementedError
 
@@ -69,30 +74,59 @@ class Method:
         """Change the tokens that leave a block."""
         raise NotImplementedError
 
+    def with_cores(self, cores: Mapping[int, nn.Module]) -> Self:
+        """Itself, with modules of its own."""
+        object.__setattr__(self, "cores", cores)
+        return self
 
-@dataclass
-class Plan:
-    """A host and resolved methods, checked together.
+    @property
+    def depends_on_data(self) -> bool:
+        """Whether the number of tokens or the cost depends on weights and images."""
+        return False
+
+    def published_ops(self, hook: str, inside: OpCounts, args: Sequence[Any], result: Any) -> OpCounts:
+        """What the paper's tool counts where ``inside`` is executed in a hook, which got ``args``."""
+        return inside
+
+
+class Step(nn.Module):
+    """What one method does at one place of one block: a module, so that hooks and counts see it."""
+
+    def __init__(self, method: Method, layer: int, hook: str) -> None:
+        super().__init__()
+        self.method, self.layer, self.hook = method, layer, hook
+        self.core = method.cores.get(layer)
+
+    def extra_repr(self) -> str:
+        return f"{self.method.name}, {self.hook} block {self.layer}"
+
+    def forward(self, *operands: Any) -> Any:
+        """The method's hook."""
+        return getattr(self.method, self.hook)(self.layer, *operands)
+
+    def published_ops(self, inside: OpCounts, args: Sequence[Any], result: Any) -> OpCounts:
+        return self.method.published_ops(self.hook, inside, args, result)
+
+
+class Plan(nn.Module):
+    """A host and resolved methods, checked together. It has no parameters.
 
     Args:
         host: the network as blocks.
         methods: in the order in which they act where several act at the same place.
         opened: run every block through its view, also those in which nothing acts; to verify a host.
+        restores: give the network's output the full grid again where it reads patches; published rows read those left.
 
     Raises:
         PlanError: if a method cannot work on the host, or needs what another has broken before.
     """
 
-    host: Host
-    methods: Sequence[Method]
-    opened: bool = False
-    acting: list[dict[str, list[Method]]] = field(init=False)
-    """layer -> hook -> methods"""
-
-    def __post_init__(self) -> None:
-        facts = self.host.facts
-        self.methods = tuple(_resolve(method, facts) for method in self.methods)
-        self.acting = [{hook: [] for hook in HOOKS} for _ in range(facts.depth)]
+    def __init__(self, host: Host, methods: Sequence[Method], *, opened: bool = False, restores: bool = True) -> None:
+        super().__init__()
+        facts = host.facts
+        self.host, self.opened, self.restores = host, opened, restores
+        self.methods = tuple(_resolve(method, facts) for method in methods)
+        self.acting: list[dict[str, list[Step]]] = [{hook: [] for hook in HOOKS} for _ in range(facts.depth)]
         found = [(effect, method) for method in self.methods for effect in method.effects()]
         for effect, method in found:
             if not isinstance(effect.layer, int) or not 0 <= effect.layer < facts.depth:
@@ -114,44 +148,51 @@ class Plan:
             places = self.acting[effect.layer][effect.hook]
             if effect.hook == "attend" and places:
                 raise PlanError(
-                    f"{places[0].name} and {method.name} both take the place of the attention of layer {effect.layer}"
+                    f"{places[0].method.name} and {method.name} both take the place of the attention of layer "
+                    f"{effect.layer}"
                 )
             if effect.hook == "between" and places:
                 raise PlanError(
-                    f"{places[0].name} and {method.name} both reduce the tokens between the halves of layer "
+                    f"{places[0].method.name} and {method.name} both reduce the tokens between the halves of layer "
                     f"{effect.layer}, where one knows what the attention saw: give them different layers"
                 )
-            places.append(method)
+            places.append(Step(method, effect.layer, effect.hook))
             broken |= {what: (effect.layer, method) for what in effect.breaks if what not in broken}
+        self.steps = nn.ModuleList(step for acting in self.acting for steps in acting.values() for step in steps)
 
-    def run(self, tokens: Tokens, *, lengths: list[int] | None = None) -> Tokens:
+    def run(self, tokens: Tokens, *, seen: list[Tokens] | None = None) -> Tokens:
         """All blocks.
 
         Args:
             tokens: as the host embeds images.
-            lengths: takes the number of tokens that enter each block and, last, of those that leave the last one.
+            seen: takes the tokens that enter each block and, last, those that leave the last one.
         """
-        for layer, (view, acting) in enumerate(zip(self.host.blocks, self.acting, strict=True)):
-            for method in acting["before"]:
-                tokens = method.before(layer, tokens)
-            if lengths is not None:
-                lengths.append(tokens.x.shape[1])
+        for view, acting in zip(self.host.blocks, self.acting, strict=True):
+            for step in acting["before"]:
+                tokens = step(tokens)
+            if seen is not None:
+                seen.append(tokens)
             if acting["attend"] or acting["between"] or tokens.key_bias is not None or self.opened:
-                parts, memo = view.qkv(tokens.x, tokens.rotation), None
-                if acting["attend"]:
-                    heads, memo = acting["attend"][0].attend(layer, tokens, parts)
-                else:
-                    heads = attend(parts, tokens)
-                tokens = tokens.update(x=tokens.x + view.project(heads, parts))
-                for method in acting["between"]:
-                    tokens = method.between(layer, tokens, parts, memo)
+                tokens = self._attend(view, acting, tokens)
                 tokens = tokens.update(x=tokens.x + view.mlp(tokens.x))
             else:
                 tokens = tokens.update(x=view.block(tokens.x, tokens.rotation))
-            for method in acting["after"]:
-                tokens = method.after(layer, tokens)
-        if lengths is not None:
-            lengths.append(tokens.x.shape[1])
+            for step in acting["after"]:
+                tokens = step(tokens)
+        if seen is not None:
+            seen.append(tokens)
+        return tokens
+
+    def _attend(self, view: BlockView, acting: dict[str, list[Step]], tokens: Tokens) -> Tokens:
+        """The first half of a block."""
+        parts = view.qkv(tokens.x, tokens.rotation)
+        if acting["attend"]:
+            heads, tokens, parts = acting["attend"][0](tokens, parts)
+        else:
+            heads = attend(parts, tokens)
+        tokens = tokens.update(x=tokens.x + view.project(heads, parts))
+        for step in acting["between"]:
+            tokens = step(tokens, parts)
         return tokens
 
 

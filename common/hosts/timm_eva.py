@@ -58,7 +58,7 @@ class EvaView(BlockView):
         gate = None if getattr(attn, "gate", None) is None else attn.gate(y).sigmoid()
         rate = attn.attn_drop.p if attn.training else 0.0
         if rotation is None:
-            return Parts(q, k, v, attn.scale, rate, extra=gate)
+            return Parts(q, k, v, attn.scale, rate, normalized=y, gate=gate)
         prefix, half = attn.num_prefix_tokens, getattr(attn, "rotate_half", False)
         table = rotation.of(self.layer)
 
@@ -66,13 +66,13 @@ class EvaView(BlockView):
             turned = apply_rot_embed_cat(x[:, :, prefix:], table, half=half)
             return torch.cat([x[:, :, :prefix], turned], 2).type_as(v)
 
-        return Parts(rotate(q), rotate(k), v, attn.scale, rate, keys=k, extra=gate)
+        return Parts(rotate(q), rotate(k), v, attn.scale, rate, keys=k, normalized=y, gate=gate)
 
     def project(self, heads: Tensor, parts: Parts) -> Tensor:
         block, attn = self.module, self.module.attn
         x = attn.norm(heads.transpose(1, 2).flatten(2))
-        if parts.extra is not None:
-            x = x * parts.extra
+        if parts.gate is not None:
+            x = x * parts.gate
         x = attn.proj_drop(attn.proj(x))
         return block.drop_path1(x if block.gamma_1 is None else block.gamma_1 * x)
 

@@ -42,13 +42,13 @@ class TimmBlock(BlockView):
         q, k, v = attn.qkv(y).unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
         gate = None if getattr(attn, "gate", None) is None else attn.gate(y).sigmoid()
         rate = attn.attn_drop.p if attn.training else 0.0
-        return Parts(attn.q_norm(q), attn.k_norm(k), v, attn.scale, rate, extra=gate)
+        return Parts(attn.q_norm(q), attn.k_norm(k), v, attn.scale, rate, normalized=y, gate=gate)
 
     def project(self, heads: Tensor, parts: Parts) -> Tensor:
         block, attn = self.module, self.module.attn
         x = attn.norm(heads.transpose(1, 2).flatten(2))
-        if parts.extra is not None:
-            x = x * parts.extra
+        if parts.gate is not None:
+            x = x * parts.gate
         return block.drop_path1(block.ls1(attn.proj_drop(attn.proj(x))))
 
     def mlp(self, x: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class LeanTimm(Lean):
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Normalised tokens on the full grid again, (B, N, C)."""
         _refuse_mask(attn_mask, is_causal)
-        return self.plan.host.normalize(self, self.run(x).restored())
+        return self.hidden(x)
 
     def forward_intermediates(self, *_: Any, **__: Any) -> Any:
         raise UsageError("features between the blocks are not restored: ask the dense network, fast.restore()")

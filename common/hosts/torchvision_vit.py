@@ -32,9 +32,11 @@ class TorchvisionBlock(BlockView):
 
     def qkv(self, x: Tensor, rotation: Rotation | None) -> Parts:
         attention = self.module.self_attention
-        y = F.linear(self.module.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
-        q, k, v = y.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return Parts(q, k, v, attention.head_dim**-0.5, attention.dropout if self.module.training else 0.0)
+        y = self.module.ln_1(x)
+        qkv = F.linear(y, attention.in_proj_weight, attention.in_proj_bias)
+        q, k, v = qkv.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        rate = attention.dropout if self.module.training else 0.0
+        return Parts(q, k, v, attention.head_dim**-0.5, rate, normalized=y)
 
     def project(self, heads: Tensor, parts: Parts) -> Tensor:
         return self.module.dropout(self.module.self_attention.out_proj(heads.transpose(1, 2).flatten(2)))

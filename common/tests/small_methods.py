@@ -1,8 +1,7 @@
 """Token methods as small as they can be, to test hosts and the runner with."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,8 +41,7 @@ class Halve(Method):
     def before(self, layer: int, tokens: Tokens) -> Tokens:
         return self._reduce(tokens)
 
-    def between(self, layer: int, tokens: Tokens, parts: Parts, memo: Any) -> Tokens:
-        assert memo is None
+    def between(self, layer: int, tokens: Tokens, parts: Parts) -> Tokens:
         return self._reduce(tokens)
 
     def after(self, layer: int, tokens: Tokens) -> Tokens:
@@ -60,11 +58,12 @@ class Replace(Halve):
     def effects(self) -> Sequence[Effect]:
         return [Effect(self.layer, "attend"), Effect(self.layer, "between")]
 
-    def attend(self, layer: int, tokens: Tokens, parts: Parts) -> tuple[Tensor, Any]:
-        return (parts.q @ parts.k.mT * parts.scale).softmax(-1) @ parts.v, "memo"
+    def attend(self, layer: int, tokens: Tokens, parts: Parts) -> tuple[Tensor, Tokens, Parts]:
+        weights = (parts.q @ parts.k.mT * parts.scale).softmax(-1)
+        return weights @ parts.v, tokens, replace(parts, scores=weights.mean((1, 2)))
 
-    def between(self, layer: int, tokens: Tokens, parts: Parts, memo: Any) -> Tokens:
-        assert memo == "memo"
+    def between(self, layer: int, tokens: Tokens, parts: Parts) -> Tokens:
+        assert parts.scores is not None
         return tokens
 
 
@@ -76,11 +75,9 @@ class Drop(Halve):
     hook: str = "after"
 
     def _reduce(self, tokens: Tokens) -> Tokens:
-        prefix, patches = tokens.x[:, : tokens.prefix], tokens.x[:, tokens.prefix :]
-        index = torch.arange(0, patches.shape[1], 2, device=patches.device).expand(len(patches), -1)
-        return tokens.update(
-            x=torch.cat([prefix, patches[:, ::2]], 1),
-            rotation=tokens.rotation and tokens.rotation.take(index),
-            grid=None,
-            undone_by=lambda x: torch.cat([x[:, : tokens.prefix], x[:, tokens.prefix :].repeat_interleave(2, 1)], 1),
+        batch, number = tokens.x.shape[:2]
+        kept = torch.arange(tokens.prefix, number, 2, device=tokens.x.device)
+        index = torch.cat([torch.arange(tokens.prefix, device=tokens.x.device), kept]).expand(batch, -1)
+        return tokens.take(index).update(
+            undone_by=lambda x: torch.cat([x[:, : tokens.prefix], x[:, tokens.prefix :].repeat_interleave(2, 1)], 1)
         )

@@ -1,15 +1,16 @@
-"""Registry of the networks: one table, name -> class, published weights, number of classes.
+"""Registry of the networks: one table, name -> size, published weights, number of classes, method.
 
     from hourglass_swag.models import create, vit_l16_in1k
     model = create("hourglass_vit_l16_in1k", image_size=512, clustering_location=12, num_cluster=529)
     model = vit_l16_in1k(pretrained=False, image_size=512)
 
-Every name is also a factory of this module (and a torch.hub name). A class is imported when it is first wanted, so that
-the names cost nothing.
+Every name is also a factory of this module (and a torch.hub name). A network is imported when it is first wanted, so
+that the names cost nothing.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -29,76 +30,81 @@ class Entry:
     """One row of the registry.
 
     Attributes:
-        model: the class as "module.Class" of this package, or a function that builds the network.
+        size: of ``vision_transformer.SIZES``, or a network of ``regnet.SIZES``.
         weights: file name of the published checkpoint; None if there is none.
         num_classes: outputs; None for a trunk that returns features.
-        image_size: side in pixels, where it differs from the default of the class.
+        method: module of this package whose ``published`` makes the network lean; None for a dense one.
+        defaults: arguments, where they differ from those of the network and the method.
         fixed: arguments that belong to the name and cannot be changed.
     """
 
-    model: str | Callable[..., nn.Module]
+    size: str
     weights: str | None
     num_classes: int | None = None
-    image_size: int | None = None
+    method: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def title(self) -> str:
-        """Name of the class."""
-        return self.model.rpartition(".")[2] if isinstance(self.model, str) else self.model.__name__
-
     def build(self, **arguments: Any) -> nn.Module:
-        """The network."""
-        if not isinstance(self.model, str):
-            return self.model(**arguments)
-        module, _, name = self.model.partition(".")
-        return getattr(import_module(f"{__name__}.{module}"), name)(**arguments)
+        """The network; ``arguments`` are those of the backbone and of the method."""
+        arguments = {**self.defaults, **arguments}
+        if self.size.startswith("regnet"):
+            from hourglass_swag.models.regnet import make_regnet
+
+            return make_regnet(self.size, **arguments)
+        from hourglass_swag.models.vision_transformer import VisionTransformer, make_vit
+
+        own = inspect.signature(VisionTransformer).parameters
+        network = {key: value for key, value in arguments.items() if key in own or self.method is None}
+        dense = make_vit(self.size, **network)
+        if self.method is None:
+            return dense
+        settings = {key: value for key, value in arguments.items() if key not in own}
+        return import_module(f"{__name__}.{self.method}").published(dense, **settings)
 
 
+def _method(module: str, sizes: str, desk: Mapping[str, Any] | None = None, **entry: Any) -> dict[str, Entry]:
+    """Rows of a method, by size."""
+    rows = {size: Entry(size, f"vit_{size}_in1k.torch", IMAGENET_CLASSES, module, **entry) for size in sizes.split()}
+    return rows | {"desk": Entry("desk", None, 10, module, {**_DESK, **(desk or {})}, **entry)}
+
+
+_DESK = {"image_size": 32}  # of the embedded experiment on digits
 _BEFORE = {"cluster_after_output": False}  # the published rows cluster before the layer
+_METHODS = {
+    "hourglass_vit": _method("hourglass_vit", "l16 h14", fixed=_BEFORE),
+    "tome_vit": _method("tome_vit", "l16 h14"),
+    "e_vit": _method("evit", "b16 l16 h14", {"base_keep_rate": 0.7, "fuse_token": False}),
+    "ats_vit": _method("ats_vision_transformer", "l16 h14"),
+    "act_vit": _method("act_vision_transformer", "l16 h14"),
+    "smyrf_vit": _method("smyrf_vision_transformer", "l16 h14"),
+    "evo_vit": _method("evo_vit", "l16 h14"),
+}
 
 REGISTRY: dict[str, Entry] = {
     # trunks
-    "vit_b16": Entry("vision_transformer.ViTB16", "vit_b16.torch"),
-    "vit_l16": Entry("vision_transformer.ViTL16", "vit_l16.torch"),
-    "vit_h14": Entry("vision_transformer.ViTH14", "vit_h14.torch"),
+    "vit_b16": Entry("b16", "vit_b16.torch"),
+    "vit_l16": Entry("l16", "vit_l16.torch"),
+    "vit_h14": Entry("h14", "vit_h14.torch"),
     # ImageNet-1K classifiers
-    "vit_b16_in1k": Entry("vision_transformer.ViTB16", "vit_b16_in1k.torch", 1000, image_size=384),
-    "vit_l16_in1k": Entry("vision_transformer.ViTL16", "vit_l16_in1k.torch", 1000),
-    "vit_h14_in1k": Entry("vision_transformer.ViTH14", "vit_h14_in1k.torch", 1000),
-    # Hourglass
-    "hourglass_vit_l16_in1k": Entry("hourglass_vit.HourglassViTL16", "vit_l16_in1k.torch", 1000, fixed=_BEFORE),
-    "hourglass_vit_h14_in1k": Entry("hourglass_vit.HourglassViTH14", "vit_h14_in1k.torch", 1000, fixed=_BEFORE),
-    # the embedded experiment on digits
-    "vit_desk": Entry("vision_transformer.ViTDesk", None, 10),
-    "hourglass_vit_desk": Entry("hourglass_vit.HourglassViTDesk", None, 10, fixed=_BEFORE),
-    "e_vit_desk": Entry("evit.EViTDesk", None, 10),
-    "tome_vit_desk": Entry("tome_vit.ToMeViTDesk", None, 10),
-    "ats_vit_desk": Entry("ats_vision_transformer.ATSViTDesk", None, 10),
-    "act_vit_desk": Entry("act_vision_transformer.ActViTDesk", None, 10),
-    "smyrf_vit_desk": Entry("smyrf_vision_transformer.SmyrfViTDesk", None, 10),
-    "evo_vit_desk": Entry("evo_vit.EvoViTDesk", None, 10),
-    # methods compared with
-    "tome_vit_l16_in1k": Entry("tome_vit.ToMeViTL16", "vit_l16_in1k.torch", 1000),
-    "tome_vit_h14_in1k": Entry("tome_vit.ToMeViTH14", "vit_h14_in1k.torch", 1000),
-    "e_vit_b16_in1k": Entry("evit.EViTB16", "vit_b16_in1k.torch", 1000),
-    "e_vit_l16_in1k": Entry("evit.EViTL16", "vit_l16_in1k.torch", 1000),
-    "e_vit_h14_in1k": Entry("evit.EViTH14", "vit_h14_in1k.torch", 1000),
-    "ats_vit_l16_in1k": Entry("ats_vision_transformer.ATSViTL16", "vit_l16_in1k.torch", 1000),
-    "ats_vit_h14_in1k": Entry("ats_vision_transformer.ATSViTH14", "vit_h14_in1k.torch", 1000),
-    "act_vit_l16_in1k": Entry("act_vision_transformer.ActViTL16", "vit_l16_in1k.torch", 1000),
-    "act_vit_h14_in1k": Entry("act_vision_transformer.ActViTH14", "vit_h14_in1k.torch", 1000),
-    "smyrf_vit_l16_in1k": Entry("smyrf_vision_transformer.SmyrfViTL16", "vit_l16_in1k.torch", 1000),
-    "smyrf_vit_h14_in1k": Entry("smyrf_vision_transformer.SmyrfViTH14", "vit_h14_in1k.torch", 1000),
-    "evo_vit_l16_in1k": Entry("evo_vit.EvoViTL16", "vit_l16_in1k.torch", 1000),
-    "evo_vit_h14_in1k": Entry("evo_vit.EvoViTH14", "vit_h14_in1k.torch", 1000),
+    "vit_b16_in1k": Entry("b16", "vit_b16_in1k.torch", IMAGENET_CLASSES, defaults={"image_size": 384}),
+    "vit_l16_in1k": Entry("l16", "vit_l16_in1k.torch", IMAGENET_CLASSES),
+    "vit_h14_in1k": Entry("h14", "vit_h14_in1k.torch", IMAGENET_CLASSES),
+    "vit_desk": Entry("desk", None, 10, defaults=_DESK),
+    # the seven methods
+    **{
+        f"{name}_{size}" if size == "desk" else f"{name}_{size}_in1k": entry
+        for name, rows in _METHODS.items()
+        for size, entry in rows.items()
+    },
     # convolutional networks of SWAG
-    "regnety_16gf": Entry("regnet.RegNetY16gf", "regnety_16gf.torch"),
-    "regnety_32gf": Entry("regnet.RegNetY32gf", "regnety_32gf.torch"),
-    "regnety_128gf": Entry("regnet.RegNetY128gf", "regnety_128gf.torch"),
-    "regnety_16gf_in1k": Entry("regnet.RegNetY16gf", "regnety_16gf_in1k.torch", 1000, image_size=384),
-    "regnety_32gf_in1k": Entry("regnet.RegNetY32gf", "regnety_32gf_in1k.torch", 1000, image_size=384),
-    "regnety_128gf_in1k": Entry("regnet.RegNetY128gf", "regnety_128gf_in1k.torch", 1000, image_size=384),
+    **{f"regnety_{size}gf": Entry(f"regnety_{size}gf", f"regnety_{size}gf.torch") for size in (16, 32, 128)},
+    **{
+        f"regnety_{size}gf_in1k": Entry(
+            f"regnety_{size}gf", f"regnety_{size}gf_in1k.torch", IMAGENET_CLASSES, defaults={"image_size": 384}
+        )
+        for size in (16, 32, 128)
+    },
 }
 
 
@@ -137,10 +143,7 @@ def create(
     entry = REGISTRY[name]
     if fixed := sorted(set(options) & set(entry.fixed)):
         raise TypeError(f"{name} fixes {', '.join(f'{key}={entry.fixed[key]}' for key in fixed)}")
-    defaults = {"num_classes": entry.num_classes}
-    if entry.image_size is not None:
-        defaults["image_size"] = entry.image_size
-    arguments = defaults | options | dict(entry.fixed)
+    arguments = {"num_classes": entry.num_classes, **options, **entry.fixed}
     if weights is None and not pretrained:
         return entry.build(**arguments)
     import torch
@@ -171,7 +174,7 @@ def _factory(name: str) -> Callable[..., nn.Module]:
     entry = REGISTRY[name]
     factory.__name__ = factory.__qualname__ = name
     factory.__doc__ = (
-        f"{name} ({entry.title}; {entry.num_classes or 'no'} classes).\n\n"
+        f"{name} ({entry.num_classes or 'no'} classes).\n\n"
         "pretrained: load the published weights; progress: show a bar while downloading; weights: a checkpoint to load "
         "instead; further keywords go to the class, such as image_size."
     )

@@ -1,66 +1,115 @@
-"""ACT on the SWAG backbone: layers whose attention runs between clusters of queries.
+"""ACT: layers whose attention runs between clusters of queries.
 
 Paper: End-to-End Object Detection with Adaptive Clustering Transformer (ACT), arXiv:2011.09315, applied without
 training as in arXiv:2210.01035. There are no parameters beyond the backbone's, so any of its checkpoints fits. The
 method itself is in ``ops/ACT``.
-
-Letters: B images, N tokens, C width.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from hourglass_swag.models.ops.ACT.ada_clustering_attention import AdaClusteringAttention, ClustersUnknown
-from hourglass_swag.models.ops.ACT.attention_layer import AdaMultiheadAttention
+from common.hosts import Effect, Facts, Method, Parts, PlanError, Tokens
+from hourglass_swag.host import publish
+from hourglass_swag.methods import ATTENTION, check_layers
+from hourglass_swag.models.ops.ACT.ada_clustering_attention import (
+    BUCKET_WIDTH,
+    AdaClusteringAttention,
+    ClustersUnknown,
+)
 from hourglass_swag.models.plug_in import NEVER, plugged_in
-from hourglass_swag.models.vision_transformer import Encoder, EncoderBlock, VisionTransformer, sized
+from hourglass_swag.models.vision_transformer import VisionTransformer
 
 
-class ACTEncoderBlock(EncoderBlock):
-    """Transformer layer with clustered attention.
+@dataclass(frozen=True)
+class ACT(Method):
+    """Adaptive clustering attention: queries that share a hash code attend as their mean. Every token stays.
+
+    The cost depends on weights, image and random projections; see ``set_generator``.
 
     Args:
-        num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate: see ``EncoderBlock``.
-        group_q, group_k, q_hashes, k_hashes: see ``AdaClusteringAttention``.
+        hashes: rounds, 1 to 32: the more, the more clusters.
+        layers: default: all.
+        bucket_width: of the hash; it is in units of the queries, so that a network of other scale wants another.
+        queries, keys: what is clustered.
+        key_hashes: rounds for keys; default: as for queries.
+
+    Source: arXiv:2011.09315, section 3.
     """
 
-    def __init__(
-        self,
-        num_heads: int,
-        hidden_dim: int,
-        mlp_dim: int,
-        dropout_rate: float,
-        attention_dropout_rate: float,
-        group_q: bool = True,
-        group_k: bool = False,
-        q_hashes: int = 32,
-        k_hashes: int = 32,
-    ) -> None:
-        super().__init__(num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate)
-        dropout = self.self_attention.dropout
-        self.self_attention = AdaMultiheadAttention(
-            self.hidden_dim, self.num_heads, group_q, group_k, q_hashes, k_hashes, dropout=dropout, batch_first=True
+    name = "act"
+    hashes: int = 24
+    layers: tuple[int, ...] | None = None
+    bucket_width: float = BUCKET_WIDTH
+    queries: bool = True
+    keys: bool = False
+    key_hashes: int | None = None
+
+    def resolve(self, facts: Facts) -> "ACT":
+        layers = check_layers("act: layers", range(facts.depth) if self.layers is None else self.layers, facts)
+        rounds = self.hashes if self.key_hashes is None else self.key_hashes
+        for name, value in (("hashes", self.hashes), ("key_hashes", rounds)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise PlanError(f"act: {name} must be a whole number, got {value!r}")
+        return replace(self, layers=layers, key_hashes=rounds).with_cores(
+            {
+                layer: AdaClusteringAttention(
+                    self.queries, self.keys, self.hashes, rounds, bucket_width=self.bucket_width
+                )
+                for layer in layers
+            }
         )
 
-    def attend(self, y: Tensor) -> Tensor:
-        """Clustered attention among normalised tokens (B, N, C)."""
-        return self.self_attention(y, y, y)[0]
+    def effects(self) -> Sequence[Effect]:
+        return [Effect(layer, "attend", needs=ATTENTION) for layer in self.layers or ()]
+
+    @property
+    def depends_on_data(self) -> bool:
+        return bool(self.layers) and (self.queries or self.keys)
+
+    def attend(self, layer: int, tokens: Tokens, parts: Parts) -> tuple[Tensor, Tokens, Parts]:
+        """Attention between clusters."""
+        q = parts.q.contiguous() * parts.scale
+        return self.cores[layer](q, parts.k, parts.v, dropout=parts.dropout), tokens, parts
 
 
-WrappedEncoderBlock = EncoderBlock  # the published name of a layer without the method
+def attentions(model: nn.Module) -> list[AdaClusteringAttention]:
+    """The clustered attentions of a network, by layer."""
+    return [module for module in model.modules() if isinstance(module, AdaClusteringAttention)]
 
 
-class ActEncoder(Encoder):
-    """The backbone's encoder under its published name; ``make_block`` decides where the method is."""
+def clusters(model: nn.Module) -> list[int]:
+    """Clusters formed in the last call, in the order of hashing: layer by layer, queries, then keys.
+
+    Raises:
+        ClustersUnknown: if there was none.
+    """
+    formed: list[int] = []
+    for attention in attentions(model):
+        sides = ((attention.group_Q, attention.Q_clusters), (attention.group_K, attention.K_clusters))
+        for number in (number for grouped, number in sides if grouped):
+            if number is None:
+                raise ClustersUnknown("no clusters have been formed yet: run the model on an image first")
+            formed.append(int(number))
+    return formed
 
 
-class ActVisionTransformer(VisionTransformer):
-    """Vision Transformer with clustered attention in some layers.
+def published(
+    net: VisionTransformer,
+    *,
+    act_plug_in_index: int = 0,
+    act_plug_out_index: int = NEVER,
+    act_group_q: bool = True,
+    act_group_k: bool = False,
+    act_q_hashes: int = 32,
+    act_k_hashes: int = 32,
+) -> VisionTransformer:
+    """The network of a published row, under the published names of the settings.
 
     Args:
-        arguments, options: of ``VisionTransformer``.
+        net: the backbone.
         act_plug_in_index, act_plug_out_index: first layer with the method, and first after that without; -1: never.
         act_group_q, act_group_k: cluster queries; cluster keys and values.
         act_q_hashes, act_k_hashes: hash rounds, 1 to 32.
@@ -68,58 +117,6 @@ class ActVisionTransformer(VisionTransformer):
     Raises:
         ValueError: if an argument is out of range.
     """
-
-    encoder_class = ActEncoder
-
-    def __init__(
-        self,
-        *arguments: Any,
-        act_plug_in_index: int = 0,
-        act_plug_out_index: int = NEVER,
-        act_group_q: bool = True,
-        act_group_k: bool = False,
-        act_q_hashes: int = 32,
-        act_k_hashes: int = 32,
-        **options: Any,
-    ) -> None:
-        method = {"group_q": act_group_q, "group_k": act_group_k, "q_hashes": act_q_hashes, "k_hashes": act_k_hashes}
-
-        def make_block(index: int, *shape: Any) -> nn.Module:
-            clustered = plugged_in(self.num_layers, act_plug_in_index, act_plug_out_index, "act")
-            return ACTEncoderBlock(*shape, **method) if clustered[index] else WrappedEncoderBlock(*shape)
-
-        super().__init__(*arguments, make_block=make_block, **options)
-
-    def attentions(self) -> list[AdaClusteringAttention]:
-        """The clustered attentions, by layer."""
-        return [module for module in self.modules() if isinstance(module, AdaClusteringAttention)]
-
-    def set_generator(self, generator: torch.Generator | None) -> None:
-        """Draw the random projections of all layers from ``generator``; None: torch's default one."""
-        for attention in self.attentions():
-            attention.generator = generator
-
-    def clusters(self) -> list[int]:
-        """Clusters formed in the last call, in the order of hashing: layer by layer, queries, then keys.
-
-        Raises:
-            ClustersUnknown: if there was none.
-        """
-        formed: list[int] = []
-        for attention in self.attentions():
-            sides = ((attention.group_Q, attention.Q_clusters), (attention.group_K, attention.K_clusters))
-            for number in (number for grouped, number in sides if grouped):
-                if number is None:
-                    raise ClustersUnknown("no clusters have been formed yet: run the model on a picture first")
-                formed.append(int(number))
-        return formed
-
-    @property
-    def depends_on_data(self) -> bool:
-        """Whether the cost depends on weights, image and random projections."""
-        return any(attention.group_Q or attention.group_K for attention in self.attentions())
-
-
-ActViTL16 = sized("ActViTL16", ActVisionTransformer, "l16")
-ActViTH14 = sized("ActViTH14", ActVisionTransformer, "h14")
-ActViTDesk = sized("ActViTDesk", ActVisionTransformer, "desk", 32)
+    layers = plugged_in(net.num_layers, act_plug_in_index, act_plug_out_index, "act")
+    sides: dict[str, Any] = {"queries": act_group_q, "keys": act_group_k}
+    return publish(net, ACT(hashes=act_q_hashes, key_hashes=act_k_hashes, layers=layers, **sides))

@@ -1,126 +1,168 @@
-"""ATS on the SWAG backbone: layers that go on with the tokens their class token needs.
+"""ATS: layers that go on with the tokens their class token needs.
 
 Paper: Adaptive Token Sampling for Efficient Vision Transformers, arXiv:2111.15667. There are no parameters beyond the
 backbone's, so any of its checkpoints fits. The sampling is in ``ops/ats.py``.
 
-The published rows on SWAG add the attention output to the *normalised* input (``residual="normalized"``, the default),
-which explains most of their loss of accuracy; ATS itself adds it to the input (``residual="input"``).
+The published rows on SWAG add the attention output to the *normalised* input (``residual="normalized"``), which
+explains most of their loss of accuracy; ATS itself adds it to the input (``residual="input"``).
 
 How many tokens survive depends on weights and images. In a batch, an image with fewer survivors than another is padded
-with zero tokens; as published, plain layers attend to this padding and later samplers see it, so that a result depends
-on what else is in the batch. With classifier "gap" the first patch plays the part of the class token.
+with zero tokens. In the published rows plain layers attend to this padding and later samplers see it
+(``padding="seen"``), so that a result depends on what else is in the batch; by default they do not.
 
-Letters: B images, N tokens in, U tokens out, C width.
+Letters: B images, N tokens in, U tokens out, C width, h heads.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
+from common.hosts import Effect, Facts, Method, Parts, PlanError, Tokens
+from common.hosts.host import take_tokens
+from common.hosts.runner import attend
 from common.measure.flops import OpCounts
-from hourglass_swag.models.ops.ats import attend_with_policy, gather_tokens, sample_tokens
-from hourglass_swag.models.vision_transformer import Encoder, EncoderBlock, VisionTransformer, sized
+from hourglass_swag.host import publish
+from hourglass_swag.methods import REDUCES, RESTORES, Undrop, check_choice, check_layers
+from hourglass_swag.models.ops.ats import attend_with_policy, sample_tokens
+from hourglass_swag.models.vision_transformer import VisionTransformer
 
-Residual = Literal["normalized", "input"]
+NEEDS = frozenset({"class token", "plain attention"})
+HIDDEN = 1e4  # below the other scores of attention are those of padding: finite in half precision, and exp(-1e4) is 0
 
 
-class ATSBlock(EncoderBlock):
-    """Transformer layer that samples among its tokens.
+@dataclass(frozen=True)
+class ATS(Method):
+    """Adaptive token sampling: patches survive that the class token's attention, weighed by their values, singles out.
 
     Args:
-        shape: arguments of ``EncoderBlock``.
-        n_ref_tokens, drop_tokens: see ``ops.ats.sample_tokens``.
-        residual: what the attention output is added to, see the top of this file.
+        layers: where; default: the last half.
+        tokens: sampling points, as many as tokens survive at most; default: the tokens that enter the network.
+        residual: what attention is added to: "input", or "normalized", as in the published rows.
+        drop: shorten the sequence to the survivors of the image with most; else they are followed by zero tokens.
+        padding: "masked", or "seen" by plain layers, as in the published rows, where images of a batch then couple.
+        restore: what a dropped patch becomes: see ``EViT``.
 
-    Raises:
-        ValueError: for another ``residual``.
+    Source: arXiv:2111.15667, section 3.
     """
 
-    def __init__(
-        self,
-        *shape: Any,
-        n_ref_tokens: int,
-        drop_tokens: bool = False,
-        residual: Residual = "normalized",
-        **named: Any,
-    ) -> None:
-        super().__init__(*shape, **named)
-        if residual not in ("normalized", "input"):
-            raise ValueError(f"residual must be 'normalized' or 'input', got {residual!r}")
-        self.residual: Residual = residual
-        self.n_ref_tokens, self.drop_tokens = n_ref_tokens, drop_tokens
+    name = "ats"
+    swag: ClassVar = {"residual": "normalized", "padding": "seen"}
+    layers: tuple[int, ...] | None = None
+    tokens: int | None = None
+    residual: Literal["input", "normalized"] = "input"
+    drop: bool = True
+    padding: Literal["masked", "seen"] = "masked"
+    restore: Literal["nearest", "frozen"] = "nearest"
 
-    def forward(self, x: Tensor, policy: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One layer.
+    def resolve(self, facts: Facts) -> "ATS":
+        layers = range(facts.depth // 2, facts.depth) if self.layers is None else self.layers
+        tokens = facts.tokens if self.tokens is None else self.tokens
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 2:
+            raise PlanError(f"ats: tokens must be a whole number of at least 2, got {tokens!r}")
+        check_choice("ats: residual", self.residual, ("normalized", "input"))
+        check_choice("ats: padding", self.padding, ("masked", "seen"))
+        check_choice("ats: restore", self.restore, RESTORES)
+        return replace(self, layers=check_layers("ats: layers (--ats_blocks_indexes)", layers, facts), tokens=tokens)
 
-        Args:
-            x: tokens, (N, B, C).
-            policy: 1 for tokens, 0 for padding, (B, N, 1); None without padding.
+    def effects(self) -> Sequence[Effect]:
+        breaks = REDUCES | {"equal lengths"}
+        hooks = (("attend", NEEDS, breaks), ("after", frozenset(), breaks))
+        return [Effect(layer, *each) for layer in self.layers or () for each in hooks]
 
-        Returns:
-            The sampled tokens (U, B, C), and their policy.
-        """
-        x = x.transpose(0, 1)  # (B, N, C)
-        normalized = self.ln_1(x)
-        q, k, v = self.self_attention.project(normalized)
-        if policy is not None:
-            k, v = k * policy[:, None], v * policy[:, None]
-        before, (positions, policy) = policy, self.sample(q, k, v, policy)
-        q = q.gather(2, positions[:, None, :, None].expand(-1, self.num_heads, -1, q.shape[3]))
-        dropout = self.self_attention.dropout if self.training else 0.0
-        attended = self.self_attention.merge_heads(attend_with_policy(q, k, v, before, dropout=dropout))
-        x = gather_tokens(normalized if self.residual == "normalized" else x, positions, policy)
-        x = x + self.dropout(attended)
-        x = x + self.dropout(self.mlp(self.ln_2(x)))
-        if policy is not None:
-            x = x * policy
-        return x.transpose(0, 1), policy
+    @property
+    def depends_on_data(self) -> bool:
+        return self.drop and bool(self.layers)
 
-    def sample(self, q: Tensor, k: Tensor, v: Tensor, policy: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Positions (B, U) of the sampled tokens, and their policy; see ``ops.ats.sample_tokens``."""
-        return sample_tokens(q, k, v, policy, n_ref_tokens=self.n_ref_tokens, drop_tokens=self.drop_tokens)
+    def sample(self, tokens: Tokens, parts: Parts) -> tuple[Tensor, Tensor | None]:
+        """Places (B, U) of the sampled tokens, and 1 for them and 0 for padding, (B, U, 1), None without padding."""
+        seen = self.padding == "seen"
+        k, v = _without_padding(tokens, parts) if seen else (parts.k, parts.v)
+        assert self.tokens is not None
+        places, mask = sample_tokens(
+            parts.q,
+            k,
+            v,
+            tokens.mask,
+            n_ref_tokens=self.tokens,
+            drop_tokens=self.drop,
+            prefix=tokens.prefix,
+            scale=parts.scale,
+            see_padding=seen,
+        )
+        first = torch.arange(places.shape[1], device=places.device).clamp_max(tokens.prefix)
+        return places.maximum(first), mask  # any patch will do for padding
 
-    def published_ops(self, inside: OpCounts, args: Sequence[Any], result: Any) -> OpCounts:
-        """As executed around the attention, which the published code computes for all N tokens before it samples U.
+    def attend(self, layer: int, tokens: Tokens, parts: Parts) -> tuple[Tensor, Tokens, Parts]:
+        """Attention of the sampled tokens to all, and those tokens."""
+        places, mask = self.sample(tokens, parts)
+        q = parts.q.gather(2, places[:, None, :, None].expand(-1, parts.q.shape[1], -1, parts.q.shape[3]))
+        if self.padding == "seen":
+            k, v = _without_padding(tokens, parts)
+            heads = attend_with_policy(q, k, v, tokens.mask, scale=parts.scale, dropout=parts.dropout)
+        else:
+            heads = attend(replace(parts, q=q), tokens)
+        sampled = tokens.take(places)
+        x = sampled.x
+        if self.residual == "normalized":
+            assert parts.normalized is not None
+            x = take_tokens(parts.normalized, places)
+        if mask is not None:
+            x = x * mask
+        bias = None if mask is None or self.padding == "seen" else (mask[..., 0] - 1) * HIDDEN
+        undo = Undrop(tokens, places, mask, self.restore)
+        gate = None if parts.gate is None else take_tokens(parts.gate, places)
+        return heads, sampled.update(x=x, mask=mask, key_bias=bias, undone_by=undo), replace(parts, gate=gate)
+
+    def after(self, layer: int, tokens: Tokens) -> Tokens:
+        """Padding is zero again."""
+        return tokens if tokens.mask is None else tokens.update(x=tokens.x * tokens.mask)
+
+    def published_ops(self, hook: str, inside: OpCounts, args: Sequence[Any], result: Any) -> OpCounts:
+        """Attention as the published code computes it, for all N tokens before it samples U.
 
         5NC + 2N^2 C + 2N^2 + 5hN^2 + hN + (R-1)^2 + 15(R-1) there, the softmax being spelt out (subtract, exp,
-        multiply, add, divide), and the policy counts as if there were padding.
+        multiply, add, divide); the policy counts as if there were padding, and the MLP's update passes a dropout more.
         """
-        (N, B, C), U, h = args[0].shape, len(result[0]), self.num_heads
-        R = self.n_ref_tokens - 1
-        around = ("linear", "linear_bias", "layer_norm", "dropout", "gelu")
-        return OpCounts({kind: inside[kind] for kind in around}) + B * OpCounts(
+        if hook != "attend":
+            return OpCounts()
+        (B, N, C), U, h = args[0].x.shape, result[1].x.shape[1], args[1].k.shape[1]
+        assert self.tokens is not None
+        R = self.tokens - 1
+        return B * OpCounts(
             matmul=2 * N * N * C,
             mul=3 * N * C + N * N + h * N * N + 3 * U * C + 5 * R,
-            add=N * N + h * N * N + h * N + 2 * U * C + 2 * R,
+            add=N * N + h * N * N + h * N + 2 * R,
             sub=h * N * N + R * R + 4 * R,
             div=N * C + h * N * N + 3 * R,
             exp=h * N * N,
             norm=N * C,
             cumsum=R,
+            dropout=U * C,
         )
 
 
-class ATSEncoder(Encoder):
-    """Encoder whose sampling layers hand their policy on to the next one; plain layers ignore it, as published."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """All layers; tokens (N, B, C) in, those that are left out."""
-        x, policy = self.dropout(self.embed(x)), None
-        for layer in self.layers:
-            if isinstance(layer, ATSBlock):
-                x, policy = layer(x, policy)
-            else:
-                x = layer(x)
-        return self.normalize(x)
+def _without_padding(tokens: Tokens, parts: Parts) -> tuple[Tensor, Tensor]:
+    """Keys and values, zero for padding."""
+    if tokens.mask is None:
+        return parts.k, parts.v
+    return parts.k * tokens.mask[:, None], parts.v * tokens.mask[:, None]
 
 
-class ATSVisionTransformer(VisionTransformer):
-    """Vision Transformer with adaptive token sampling in some layers.
+def published(
+    net: VisionTransformer,
+    *,
+    ats_blocks: Sequence[int] = (),
+    num_tokens: float = 197,
+    drop_tokens: bool = False,
+    residual: Literal["input", "normalized"] = "normalized",
+) -> VisionTransformer:
+    """The network of a published row, under the published names of the settings.
 
     Args:
-        arguments, options: of ``VisionTransformer``.
+        net: the backbone, with a class token.
         ats_blocks: indices of the layers that sample.
         num_tokens: upper bound of the tokens sampled. It must not bind: at least as many as enter the network, or 1
             for all of them (the published code fails otherwise).
@@ -130,42 +172,10 @@ class ATSVisionTransformer(VisionTransformer):
     Raises:
         ValueError: if one of ``ats_blocks`` is no layer, ``num_tokens`` would bind, or the residual is unknown.
     """
-
-    encoder_class = ATSEncoder
-
-    def __init__(
-        self,
-        *arguments: Any,
-        ats_blocks: Sequence[int] = (),
-        num_tokens: float = 197,
-        drop_tokens: bool = False,
-        residual: Residual = "normalized",
-        **options: Any,
-    ) -> None:
-        def make_block(index: int, *shape: Any) -> nn.Module:
-            if beyond := sorted(index for index in ats_blocks if not 0 <= index < self.num_layers):
-                raise ValueError(
-                    f"ats_blocks (--ats_blocks_indexes) must hold layers 0 to {self.num_layers - 1}, got {beyond}"
-                )
-            if index not in ats_blocks:
-                return EncoderBlock(*shape)
-            return ATSBlock(*shape, n_ref_tokens=self.seq_length, drop_tokens=drop_tokens, residual=residual)
-
-        super().__init__(*arguments, make_block=make_block, **options)
-        self.ats_blocks, self.drop_tokens = sorted(set(ats_blocks)), drop_tokens
-        if self.ats_blocks and num_tokens != 1 and num_tokens < self.seq_length:
-            raise ValueError(
-                f"num_tokens (--ats_num_tokens) must be at least {self.seq_length}, the tokens that enter the network "
-                f"at {self.image_size} pixels, got {num_tokens}: it is a bound that ATS cannot keep to"
-            )
-
-    @property
-    def depends_on_data(self) -> bool:
-        """Whether the number of tokens, and so the cost, depends on weights and images."""
-        return self.drop_tokens and bool(self.ats_blocks)
-
-
-ATSViTB16 = sized("ATSViTB16", ATSVisionTransformer, "b16")
-ATSViTL16 = sized("ATSViTL16", ATSVisionTransformer, "l16")
-ATSViTH14 = sized("ATSViTH14", ATSVisionTransformer, "h14")
-ATSViTDesk = sized("ATSViTDesk", ATSVisionTransformer, "desk", 32)
+    layers = tuple(sorted(set(ats_blocks)))
+    if layers and num_tokens != 1 and num_tokens < net.seq_length:
+        raise ValueError(
+            f"num_tokens (--ats_num_tokens) must be at least {net.seq_length}, the tokens that enter the network at "
+            f"{net.image_size} pixels, got {num_tokens}: it is a bound that ATS cannot keep to"
+        )
+    return publish(net, ATS(layers=layers, drop=drop_tokens, **{**ATS.swag, "residual": residual}))

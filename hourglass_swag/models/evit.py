@@ -1,28 +1,31 @@
-"""EViT on the SWAG backbone: keep the most attended patches, drop the others or fuse them into one token.
+"""EViT: keep the most attended patches, drop the others or fuse them into one token.
 
 Paper: Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations (EViT),
 arXiv:2202.07800. There are no parameters beyond the backbone's, so any of its checkpoints fits.
 
-The published rows on SWAG score a patch by the mean attention that *all* tokens pay to it (``score="mean"``, the
-default); EViT itself by the attention of the class token alone (``score="cls"``).
+The published rows on SWAG score a patch by the mean attention that *all* tokens pay to it; EViT itself by the attention
+of the class token alone.
 
-Letters: B images, N tokens, C width, h heads, d = C / h; U tokens left by a layer that drops some, q its keep rate.
-With classifier "gap" the first patch plays the part of the class token.
+Letters: B images, N tokens, P patches, C width, h heads, d = C / h; U tokens left by a layer that drops some, q its
+keep rate.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from common.hosts import Effect, Facts, Method, Parts, PlanError, Tokens
+from common.hosts.runner import attend
+from hourglass_swag.host import publish
+from hourglass_swag.methods import ATTENTION, EQUAL, REDUCES, RESTORES, Undrop, check_choice, check_layers
 from hourglass_swag.models.ops.class_row import score_class_row
 from hourglass_swag.models.ops.mean_attention import has_kernel, mean_attention
-from hourglass_swag.models.vision_transformer import EncoderBlock, VisionTransformer, sized
-
-Score = Literal["mean", "cls"]
+from hourglass_swag.models.vision_transformer import VisionTransformer
 
 CPU_ROWS = 64  # queries whose attention weights exist at once on a CPU: they stay in its cache
 
@@ -38,7 +41,9 @@ def complement_idx(idx: Tensor, dim: int) -> Tensor:
     return absent.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., : dim - idx.shape[-1]]
 
 
-def attend_and_score(q: Tensor, k: Tensor, v: Tensor, *, rows: int, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+def attend_and_score(
+    q: Tensor, k: Tensor, v: Tensor, *, rows: int, scale: float | None = None, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Attention, and the mean over heads and queries of its weights.
 
     The mean needs the weights of every query, so they are computed once, ``rows`` queries at a time, for both results.
@@ -46,6 +51,7 @@ def attend_and_score(q: Tensor, k: Tensor, v: Tensor, *, rows: int, dropout: flo
     Args:
         q, k, v: queries, keys, values, (B, h, N, d).
         rows: queries per block.
+        scale: of the logits; None for d^-0.5.
         dropout: rate at the weights.
 
     Returns:
@@ -53,7 +59,8 @@ def attend_and_score(q: Tensor, k: Tensor, v: Tensor, *, rows: int, dropout: flo
     """
     heads, tokens, width = q.shape[1:]
     precise = torch.promote_types(q.dtype, torch.float32)
-    q, k, v = (q * width**-0.5).flatten(0, 1), k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)  # (B h, ...), once
+    factor = width**-0.5 if scale is None else scale
+    q, k, v = (q * factor).flatten(0, 1), k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)  # (B h, ...), once
     outputs: list[Tensor] = []
     sums: list[Tensor] = []
     for block in q.split(rows, dim=1):
@@ -67,177 +74,131 @@ def attend_and_score(q: Tensor, k: Tensor, v: Tensor, *, rows: int, dropout: flo
     return out.unflatten(0, (-1, heads)), torch.stack(sums).sum(0)
 
 
-def attend_with_scores(q: Tensor, k: Tensor, v: Tensor, score: Score, *, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Attention, and the score of every token.
-
-    One row of weights beside fused attention suffices for "cls"; "mean" needs them all. On a GPU in half precision a
-    kernel makes and adds them up without storing them; that repeats a product.
+@dataclass(frozen=True)
+class EViT(Method):
+    """EViT: patches that are attended least are dropped, or fused into one token.
 
     Args:
-        q, k, v: queries, keys, values, (B, h, N, d).
-        score: "mean" over all queries, or "cls", the class token's row.
-        dropout: rate at the weights.
+        keep: fraction of the patches that each of the layers keeps, or one for each of them.
+        layers: where; default: a quarter, half and three quarters of the depth.
+        fuse: append the dropped patches, weighted by their scores, as one token; later layers treat it as a patch.
+        score: "class", attention of the class token, the default; or "mean" over all queries, that without one.
+        restore: "nearest", the kept token most like a dropped one (cosine) then, followed to the end; or "frozen", the
+            features that it had.
 
-    Returns:
-        Output (B, h, N, d), scores (B, N).
-    """
-    if score == "cls":
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout), score_class_row(q, k)
-    if not dropout and has_kernel(q, k):
-        return F.scaled_dot_product_attention(q, k, v), mean_attention(q, k)
-    return attend_and_score(q, k, v, rows=CPU_ROWS if q.device.type == "cpu" else q.shape[2], dropout=dropout)
-
-
-class TokenSelection(nn.Module):
-    """Keep the best patches behind the class token, best first, and append the others as one token if asked for.
-
-    Args:
-        keep_rate: q, fraction of the patches kept.
-        fuse_token: append the sum of the dropped patches, each times its score (the scores are not normalised).
-
-    Raises:
-        ValueError: if the keep rate is not in (0, 1].
-
-    Source: EViT, arXiv:2202.07800, Inattentive token fusion: x_fused = sum_i a_i x_i over the dropped patches.
+    Source: arXiv:2202.07800, section 3.
     """
 
-    def __init__(self, keep_rate: float, fuse_token: bool) -> None:
-        super().__init__()
-        if not 0 < keep_rate <= 1:
-            raise ValueError(f"keep rates (--base_keep_rate) must be in (0, 1], got {keep_rate}")
-        self.keep_rate, self.fuse_token = keep_rate, fuse_token
+    name = "evit"
+    swag: ClassVar = {"score": "mean"}
+    keep: float | tuple[float, ...] = 0.7
+    layers: tuple[int, ...] | None = None
+    fuse: bool = False
+    score: Literal["class", "mean"] | None = None
+    restore: Literal["nearest", "frozen"] = "nearest"
 
-    def extra_repr(self) -> str:
-        return f"keep_rate={self.keep_rate}, fuse_token={self.fuse_token}"
+    def resolve(self, facts: Facts) -> "EViT":
+        layers = self.layers
+        if layers is None:
+            layers = sorted({facts.depth * quarter // 4 for quarter in (1, 2, 3)})
+        given, layers = tuple(layers), check_layers("evit: layers", layers, facts)
+        keep = self.keep if isinstance(self.keep, tuple) else (self.keep,) * len(layers)
+        if len(keep) != len(layers):
+            raise PlanError(f"evit: keep must be a number, or one for each of {len(layers)} layers, got {len(keep)}")
+        keep = tuple(keep[given.index(layer)] for layer in layers)
+        if wrong := [rate for rate in keep if not 0 < rate <= 1]:
+            raise PlanError(f"evit: keep (--base_keep_rate) must be in (0, 1], got {wrong[0]}")
+        score = self.score or ("class" if facts.class_token else "mean")
+        check_choice("evit: score", score, ("class", "mean"))
+        check_choice("evit: restore", self.restore, RESTORES)
+        if score == "class" and not facts.class_token:
+            raise PlanError(f"evit: score 'class' needs a class token, which {facts.name} has not; take 'mean'")
+        return replace(self, keep=keep, layers=layers, score=score)
 
-    def drops(self, num_tokens: int) -> bool:
-        """Whether any of ``num_tokens`` tokens goes."""
-        return count_kept(num_tokens - 1, self.keep_rate) < num_tokens - 1
+    def effects(self) -> Sequence[Effect]:
+        assert self.layers is not None
+        found: list[Effect] = []
+        for layer in self.layers:
+            if self.keep_at(layer) < 1:
+                if self.score == "mean":
+                    found.append(Effect(layer, "attend", needs=ATTENTION))
+                found.append(Effect(layer, "between", needs=EQUAL, breaks=REDUCES))
+        return found
 
-    def forward(self, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Select among the patches of ``x``.
+    def keep_at(self, layer: int) -> float:
+        """q of a layer."""
+        assert self.layers is not None
+        assert isinstance(self.keep, tuple)
+        return self.keep[self.layers.index(layer)]
 
-        Args:
-            x: tokens, (B, N, C).
-            scores: of the patches, (B, N - 1).
+    def attend(self, layer: int, tokens: Tokens, parts: Parts) -> tuple[Tensor, Tokens, Parts]:
+        """Attention and the mean of its weights.
 
-        Returns:
-            The tokens left, (B, U, C), and which of the N tokens were kept: the class token, then patches, best
-            first, (B, U or, with a fused token, U - 1).
+        On a GPU in half precision a kernel makes the weights and adds them up without storing them; that repeats a
+        product.
         """
-        number = 1 + count_kept(scores.shape[1], self.keep_rate)
-        scores = F.pad(scores, (1, 0), value=math.inf)  # the class token ranks first
-        ranked = scores.topk(x.shape[1] if self.fuse_token else number, dim=1)
-        x = x.gather(1, ranked.indices[..., None].expand(-1, -1, x.shape[2]))
-        kept = ranked.indices[:, :number]
-        if not self.fuse_token:
-            return x, kept
-        weights = ranked.values[:, number:, None].to(x.dtype)
-        fused = (x[:, number:] * weights).sum(1, keepdim=True)
-        return torch.cat([x[:, :number], fused], dim=1), kept
+        q, k, v = parts.q, parts.k, parts.v
+        if count_kept(k.shape[2] - tokens.prefix, self.keep_at(layer)) >= k.shape[2] - tokens.prefix:
+            return attend(parts, tokens), tokens, parts
+        if not parts.dropout and has_kernel(q, k) and parts.scale == q.shape[3] ** -0.5:
+            return attend(parts, tokens), tokens, replace(parts, scores=mean_attention(q, k))
+        rows = CPU_ROWS if q.device.type == "cpu" else q.shape[2]
+        heads, scores = attend_and_score(q, k, v, rows=rows, scale=parts.scale, dropout=parts.dropout)
+        return heads, tokens, replace(parts, scores=scores)
+
+    def rank(self, layer: int, tokens: Tokens, parts: Parts, *, all_of_them: bool = False) -> tuple[Tensor, Tensor]:
+        """Scores of patches and their places among the tokens, best first: those kept, or all of them, (B, K)."""
+        scores = score_class_row(parts.q, parts.k, parts.scale) if parts.scores is None else parts.scores
+        scores = scores[:, tokens.prefix :]
+        number = scores.shape[1] if all_of_them else count_kept(scores.shape[1], self.keep_at(layer))
+        ranked = scores.topk(number, dim=1)
+        return ranked.values, ranked.indices + tokens.prefix
+
+    def between(self, layer: int, tokens: Tokens, parts: Parts) -> Tokens:
+        """The prefix, then the patches kept, best first, then the others as one token if asked for.
+
+        Source: EViT, arXiv:2202.07800, Inattentive token fusion: x_fused = sum_i a_i x_i over the dropped patches.
+        """
+        patches = tokens.x.shape[1] - tokens.prefix
+        number = count_kept(patches, self.keep_at(layer))
+        if number >= patches:
+            return tokens
+        scores, places = self.rank(layer, tokens, parts, all_of_them=self.fuse)
+        prefix = torch.arange(tokens.prefix, device=places.device).expand(places.shape[0], -1)
+        index = torch.cat([prefix, places], dim=1)
+        taken, kept = tokens.take(index), tokens.prefix + number
+        left = taken
+        if self.fuse:
+            weights = scores[:, number:]
+            fused = (taken.x[:, kept:] * weights[..., None].to(taken.x.dtype)).sum(1, keepdim=True)
+            dropped = None if taken.rotation is None else taken.rotation.part(slice(number, None))
+            left = taken.head(kept).append(fused, weights, dropped)
+        return left.update(undone_by=Undrop(tokens, index[:, :kept], None, self.restore))
 
 
-class EViTEncoderBlock(EncoderBlock):
-    """Transformer layer that drops patches between its halves; with keep rate 1 it is a plain layer.
-
-    Args:
-        num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate: see ``EncoderBlock``.
-        keep_rate, fuse_token: see ``TokenSelection``.
-        score: "mean" over all queries, or "cls", the class token's row.
-
-    Raises:
-        ValueError: if the keep rate or the score is out of range.
-    """
-
-    def __init__(
-        self,
-        num_heads: int,
-        hidden_dim: int,
-        mlp_dim: int,
-        dropout_rate: float,
-        attention_dropout_rate: float,
-        keep_rate: float = 1.0,
-        fuse_token: bool = False,
-        score: Score = "mean",
-    ) -> None:
-        super().__init__(num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate)
-        if score not in ("mean", "cls"):
-            raise ValueError(f"score must be 'mean' or 'cls', got {score!r}")
-        self.score: Score = score
-        self.selection = TokenSelection(keep_rate, fuse_token)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """One layer: ``x`` is (N, B, C), the result (U, B, C)."""
-        if not self.selection.drops(x.shape[0]):
-            return super().forward(x)
-        x = x.transpose(0, 1)  # (B, N, C)
-        attention = self.self_attention
-        q, k, v = attention.project(self.ln_1(x))
-        out, scores = attend_with_scores(q, k, v, self.score, dropout=attention.dropout if self.training else 0.0)
-        x, _ = self.selection(x + self.dropout(attention.merge_heads(out)), scores[:, 1:])
-        x = x + self.mlp(self.ln_2(x))
-        return x.transpose(0, 1)
-
-
-class EViT(VisionTransformer):
-    """Vision Transformer whose layers drop the patches that are attended least.
+def published(
+    net: VisionTransformer,
+    *,
+    base_keep_rate: float = 0.6,
+    drop_loc: Sequence[int] | None = None,
+    fuse_token: bool = True,
+    score: Literal["mean", "cls"] = "mean",
+) -> VisionTransformer:
+    """The network of a published row, under the published names of the settings.
 
     Args:
-        arguments, options: of ``VisionTransformer``.
-        keep_rate: fraction of the patches that each layer keeps, one number per layer.
-        fuse_token: append the dropped patches as one token; later layers treat it as a patch.
-        score: how patches are ranked: "mean" as in the published rows on SWAG, "cls" as in EViT's paper.
+        net: the backbone.
+        base_keep_rate: fraction of the patches that the layers ``drop_loc`` keep.
+        drop_loc: default: a quarter, half and three quarters of the depth.
+        fuse_token: append the dropped patches as one token.
+        score: "mean" as in the published rows on SWAG, "cls" as in EViT's paper.
 
     Raises:
-        ValueError: if there is not one keep rate per layer, one is not in (0, 1], or the score is unknown.
+        ValueError: if a keep rate, a location or the score is out of range.
     """
-
-    def __init__(
-        self,
-        *arguments: Any,
-        keep_rate: Sequence[float] = (1,),
-        fuse_token: bool = False,
-        score: Score = "mean",
-        **options: Any,
-    ) -> None:
-        def make_block(index: int, *shape: Any) -> nn.Module:
-            if len(keep_rate) != self.num_layers:
-                raise ValueError(
-                    f"keep_rate must hold one number for each of the {self.num_layers} layers, got {len(keep_rate)}"
-                )
-            return EViTEncoderBlock(*shape, keep_rate=keep_rate[index], fuse_token=fuse_token, score=score)
-
-        super().__init__(*arguments, make_block=make_block, **options)
-
-
-def keep_rates(num_layers: int, base_keep_rate: float, drop_loc: Sequence[int]) -> list[float]:
-    """Keep rate of every layer: ``base_keep_rate`` at the layers ``drop_loc``, 1 elsewhere.
-
-    Raises:
-        ValueError: if one of ``drop_loc`` is no layer.
-    """
-    if beyond := sorted(location for location in drop_loc if not 0 <= location < num_layers):
-        raise ValueError(f"drop_loc (--drop_loc) must hold layers 0 to {num_layers - 1}, got {beyond}")
-    return [base_keep_rate if index in drop_loc else 1.0 for index in range(num_layers)]
-
-
-class _Dropping(EViT):
-    """EViT that drops at the layers ``drop_loc``."""
-
-    def __init__(
-        self,
-        *,
-        num_layers: int,
-        base_keep_rate: float = 0.6,
-        drop_loc: Sequence[int],
-        fuse_token: bool = True,
-        **options: Any,
-    ) -> None:
-        rates = keep_rates(num_layers, base_keep_rate, drop_loc)
-        super().__init__(num_layers=num_layers, keep_rate=rates, fuse_token=fuse_token, **options)
-
-
-EViTB16 = sized("EViTB16", _Dropping, "b16", drop_loc=(3, 6, 9))
-EViTL16 = sized("EViTL16", _Dropping, "l16", drop_loc=(6, 12, 18))
-EViTH14 = sized("EViTH14", _Dropping, "h14", drop_loc=(8, 16, 24))
-EViTDesk = sized("EViTDesk", _Dropping, "desk", 32, drop_loc=(2, 4, 6), base_keep_rate=0.7, fuse_token=False)
+    check_choice("evit: score (--evit_score)", score, ("mean", "cls"))
+    layers = None if drop_loc is None else tuple(set(drop_loc))
+    if layers and (beyond := sorted(layer for layer in layers if not 0 <= layer < net.num_layers)):
+        raise ValueError(f"drop_loc (--drop_loc) must hold layers 0 to {net.num_layers - 1}, got {beyond}")
+    ranking = "class" if score == "cls" else "mean"
+    return publish(net, EViT(keep=base_keep_rate, layers=layers, fuse=fuse_token, score=ranking))

@@ -1,39 +1,37 @@
-"""Evo-ViT on the SWAG backbone: from some layer on, only the patches that the class token attends to enter a block.
+"""Evo-ViT: from some layer on, only the patches that the class token attends to enter a block.
 
-Paper: Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer, arXiv:2108.01390, in the reduced form of
-arXiv:2210.01035: no representative token; the patches that skip a block are carried over unchanged and may come back in
-a later layer. There are no parameters beyond the backbone's, so any of its checkpoints fits.
+Paper: Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer, arXiv:2108.01390. There are no parameters
+beyond the backbone's, so any of its checkpoints fits. The published rows on SWAG have a reduced form
+(arXiv:2210.01035): patches that skip a block are carried over unchanged, where Evo-ViT gives them the update of a
+representative token. In both they may come back in a later layer.
 
-Letters: B images, N tokens, C width, h heads, d = C / h; p the kept fraction ("prune ratio"), n = floor(p (N - 1)) the
+Letters: B images, N tokens, P patches, C width, h heads; p the kept fraction ("prune ratio"), n = floor(p P) the
 patches that go through, t the trade-off, a the running class attention of the patches, A the class row of a layer's
 attention, averaged over heads.
 
     unpruned layer:  a = (1 - t) a + t A
-    pruned layer:    sort the patches by a, descending; the block sees the class token and the first n;
+    pruned layer:    sort the patches by a, descending; the block sees the prefix and the first n;
                      their a = (1 - t) a + t A; the others keep theirs
-
-With classifier "gap" the first patch plays the part of the class token.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from common.hosts import Effect, Facts, Method, Parts, PlanError, Tokens
+from common.hosts.host import take_tokens
 from common.measure.flops import OpCounts
+from hourglass_swag.host import publish
+from hourglass_swag.methods import ATTENTION, FIXED, GRID
 from hourglass_swag.models.ops.class_row import score_class_row
-from hourglass_swag.models.ops.tokens import take_tokens
-from hourglass_swag.models.vision_transformer import (
-    BlockFactory,
-    Encoder,
-    EncoderBlock,
-    SelfAttention,
-    VisionTransformer,
-    sized,
-)
+from hourglass_swag.models.vision_transformer import VisionTransformer
+
+CLASS_TOKEN = frozenset({"class token"})
+UNRANKED = "the first layer cannot prune, because no class attention has ranked the patches yet"
 
 
 def count_processed(num_patches: int, prune_ratio: float) -> int:
@@ -41,155 +39,160 @@ def count_processed(num_patches: int, prune_ratio: float) -> int:
     return num_patches if prune_ratio == 1 else math.floor(prune_ratio * num_patches)
 
 
-def easy_gather(x: Tensor, indices: Tensor) -> Tensor:
-    """Rows of ``x`` (B, N, C) by ``indices`` (B, K): (B, K, C)."""
-    return take_tokens(x, indices)
+@dataclass(frozen=True)
+class Evolution:
+    """What travels from layer to layer."""
+
+    attention: Tensor
+    """a, (B, P), in the order of the tokens"""
+    order: Tensor | None = None
+    """which patch of the embedding each is, (B, P); None for their own order"""
+    all_tokens: Tokens | None = None
+    """inside a pruned layer: the tokens that enter it, sorted"""
+    representative: Tensor | None = None
+    """inside a pruned layer: the token that stands for those that skip it, as it enters, (B, 1, C)"""
 
 
-def attend_with_class_row(q: Tensor, k: Tensor, v: Tensor, *, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Fused attention, and the weights of the class token alone, which are one small product beside it.
-
-    Args:
-        q, k, v: (B, h, N, d).
-        dropout: rate at the weights of the output.
-
-    Returns:
-        Output (B, h, N, d), and the class row averaged over heads, (B, N), in float32 at least.
-    """
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-    return out, score_class_row(q, k)
-
-
-class EvoEncoderBlock(EncoderBlock):
-    """Transformer layer for the most attended patches.
+@dataclass(frozen=True)
+class EvoViT(Method):
+    """Evo-ViT: the least attended patches skip blocks, and take the update of their representative.
 
     Args:
-        num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate: see ``EncoderBlock``.
-        prune_ratio: p, in (0, 1]; 1 for a plain layer.
-        tradeoff: t, weight of this layer's class row in the running class attention.
+        keep: fraction of the patches that go through from ``layer`` on; or one number per layer of the network.
+        layer: the first that prunes, at least 1; default: a third of the depth.
+        tradeoff: weight of a layer's own class attention in the running one; or one number per layer.
+        representative: one token more in pruned layers, the mean of the others by their class attention, whose update
+            they take; otherwise they are carried over unchanged.
 
-    Raises:
-        ValueError: if a number is out of range.
+    Source: arXiv:2108.01390, section 3.
     """
 
-    def __init__(
-        self,
-        num_heads: int,
-        hidden_dim: int,
-        mlp_dim: int,
-        dropout_rate: float,
-        attention_dropout_rate: float,
-        prune_ratio: float = 1.0,
-        tradeoff: float = 0.5,
-    ) -> None:
-        super().__init__(num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate)
-        if not 0 < prune_ratio <= 1:
-            raise ValueError(
-                f"prune_ratio (--evo_prune_ratio), the kept fraction, must be in (0, 1], got {prune_ratio}"
-            )
-        if not 0 <= tradeoff <= 1:
-            raise ValueError(f"tradeoff (--evo_tradeoff) must be in [0, 1], got {tradeoff}")
-        self.prune_ratio, self.tradeoff = prune_ratio, tradeoff
+    name = "evo_vit"
+    swag: ClassVar = {"representative": False}
+    keep: float | tuple[float, ...] = 0.5
+    layer: int | None = None
+    tradeoff: float | tuple[float, ...] = 0.5
+    representative: bool = True
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - the class attention travels along
-        self, x: Tensor, cls_attn: Tensor | None = None, *, update: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
-        """One layer.
+    def resolve(self, facts: Facts) -> "EvoViT":
+        depth, keep, tradeoff = facts.depth, self.keep, self.tradeoff
+        if not isinstance(keep, tuple):
+            first = max(depth // 3, 1) if self.layer is None else self.layer
+            if keep != 1 and (isinstance(first, bool) or not isinstance(first, int) or not 1 <= first < depth):
+                raise PlanError(
+                    f"evo_vit: layer (--evo_prune_location) must be 1 to {depth - 1}, got {first!r}: {UNRANKED}"
+                )
+            keep = tuple(1.0 if index < first else float(keep) for index in range(depth))
+        tradeoff = tradeoff if isinstance(tradeoff, tuple) else (tradeoff,) * depth
+        for name, values in (("keep (--evo_prune_ratio)", keep), ("tradeoff (--evo_tradeoff)", tradeoff)):
+            if len(values) != depth:
+                raise PlanError(
+                    f"evo_vit: {name} must be a number or one for each of {depth} layers, got {len(values)}"
+                )
+        if wrong := [value for value in keep if not 0 < value <= 1]:
+            raise PlanError(f"evo_vit: keep (--evo_prune_ratio), the kept fraction, must be in (0, 1], got {wrong[0]}")
+        if wrong := [value for value in tradeoff if not 0 <= value <= 1]:
+            raise PlanError(f"evo_vit: tradeoff (--evo_tradeoff) must be in [0, 1], got {wrong[0]}")
+        if keep[0] != 1:
+            raise PlanError(f"evo_vit: keep (--evo_prune_ratio) must begin with 1, got {keep[0]}: {UNRANKED}")
+        return replace(self, keep=keep, tradeoff=tradeoff)
 
-        Args:
-            x: tokens, (N, B, C).
-            cls_attn: a, (B, N - 1); None before the first layer.
-            update: whether anyone will need the new a.
+    def effects(self) -> Sequence[Effect]:
+        assert isinstance(self.keep, tuple)
+        pruned = [layer for layer, keep in enumerate(self.keep) if keep != 1]
+        found: list[Effect] = []
+        for layer in range(max(pruned, default=-1) + 1):
+            if layer in pruned:
+                found += [Effect(layer, "before", needs=FIXED, breaks=GRID), Effect(layer, "after", needs=FIXED)]
+            if layer < pruned[-1]:
+                found.append(Effect(layer, "between", needs=CLASS_TOKEN | ATTENTION | FIXED))
+        return found
 
-        Returns:
-            Tokens (N, B, C), in a pruned layer in the order of a, and the new a in that order, or None without update.
+    def before(self, layer: int, tokens: Tokens) -> Tokens:
+        """The prefix and the n patches of largest a, and the representative of the others behind them."""
+        assert isinstance(self.keep, tuple)
+        state: Evolution = tokens.carried[self.name]
+        attention, index = state.attention.sort(dim=1, descending=True)
+        order = index if state.order is None else state.order.gather(1, index)
+        prefix = torch.arange(tokens.prefix, device=index.device).expand(index.shape[0], -1)
+        everyone = tokens.take(torch.cat([prefix, index + tokens.prefix], dim=1))
+        number, representative = count_processed(index.shape[1], self.keep[layer]), None
+        fast = everyone.head(tokens.prefix + number)
+        if self.representative and number < index.shape[1]:
+            slow = everyone.x[:, tokens.prefix + number :]
+            weights = attention[:, number:]
+            share = weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+            representative = (slow * share[..., None].to(slow.dtype)).sum(1, keepdim=True)
+            places = None if everyone.rotation is None else everyone.rotation.part(slice(number, None))
+            fast = fast.append(representative, share, places)
+        return fast.update(carried={**tokens.carried, self.name: Evolution(attention, order, everyone, representative)})
 
-        Raises:
-            ValueError: if a layer that prunes gets no class attention.
-        """
-        x = x.transpose(0, 1)  # (B, N, C)
-        if self.prune_ratio == 1:
-            x, row = self.evolve(x, update)
-            return x.transpose(0, 1), self.mix(cls_attn, row)
-        if cls_attn is None:
-            raise ValueError("a layer that prunes needs the class attention of the layers before it")
-        n = count_processed(cls_attn.shape[1], self.prune_ratio)
-        cls_attn, order = cls_attn.sort(dim=1, descending=True)
-        x = easy_gather(x, F.pad(order + 1, (1, 0)))
-        y, row = self.evolve(x[:, : n + 1], update)
-        x = torch.cat([y, x[:, n + 1 :]], dim=1).transpose(0, 1)
-        if row is None:
-            return x, None
-        return x, torch.cat([cast(Tensor, self.mix(cls_attn[:, :n], row)), cls_attn[:, n:]], dim=1)
-
-    def evolve(self, x: Tensor, update: bool) -> tuple[Tensor, Tensor | None]:
-        """The plain layer on ``x`` (B, n + 1, C), and A, (B, n), if it is needed."""
-        y = self.ln_1(x)
-        attention, row = cast(SelfAttention, self.self_attention), None
-        if update:
-            q, k, v = attention.project(y)
-            attended, row = attend_with_class_row(q, k, v, dropout=attention.dropout if self.training else 0.0)
-            y, row = attention.merge_heads(attended), row[:, 1:]
-        else:
-            y = attention(y)
-        x = x + self.dropout(y)
-        return x + self.mlp(self.ln_2(x)), row
-
-    def mix(self, cls_attn: Tensor | None, row: Tensor | None) -> Tensor | None:
-        """(1 - t) a + t A.
+    def between(self, layer: int, tokens: Tokens, parts: Parts) -> Tokens:
+        """(1 - t) a + t A for the patches that are here.
 
         Source: Evo-ViT, arXiv:2108.01390, class attention carried over layers: (1 - t) a + t A.
         """
-        if cls_attn is None or row is None:
-            return row
-        return (1 - self.tradeoff) * cls_attn + self.tradeoff * row
+        assert isinstance(self.keep, tuple)
+        assert isinstance(self.tradeoff, tuple)
+        state: Evolution | None = tokens.carried.get(self.name)
+        row = score_class_row(parts.q, parts.k, parts.scale)[:, tokens.prefix :]
+        if state is None:
+            state = Evolution(row)
+        else:
+            number, t = count_processed(state.attention.shape[1], self.keep[layer]), self.tradeoff[layer]
+            mixed = (1 - t) * state.attention[:, :number] + t * row[:, :number]
+            state = replace(state, attention=torch.cat([mixed, state.attention[:, number:]], dim=1))
+        return tokens.update(carried={**tokens.carried, self.name: state})
 
-    def published_ops(self, inside: OpCounts, args: Sequence[Any], result: Any) -> OpCounts:
+    def after(self, layer: int, tokens: Tokens) -> Tokens:
+        """The patches that skipped the block, behind those that did not."""
+        assert isinstance(self.keep, tuple)
+        state: Evolution = tokens.carried[self.name]
+        everyone, order, prefix = state.all_tokens, state.order, tokens.prefix
+        assert everyone is not None
+        assert order is not None
+        number = prefix + count_processed(order.shape[1], self.keep[layer])
+        slow = everyone.x[:, number:]
+        if state.representative is not None:
+            slow = slow + (tokens.x[:, number:] - state.representative)
+        last = all(keep == 1 for keep in self.keep[layer + 1 :])
+
+        def undo(x: Tensor) -> Tensor:
+            return torch.cat([x[:, :prefix], take_tokens(x[:, prefix:], order.argsort(dim=1))], dim=1)
+
+        return everyone.update(
+            x=torch.cat([tokens.x[:, :number], slow], dim=1),
+            carried={**tokens.carried, self.name: Evolution(state.attention, order)},
+            undone_by=undo if last else None,
+        )
+
+    def published_ops(self, hook: str, inside: OpCounts, args: Sequence[Any], result: Any) -> OpCounts:
         """As executed, but for the class row and the order.
 
         The published code averages the whole map over the heads, (n + 1)^2 quotients, where here one row more is
         multiplied out: (n + 1) C, its softmax and scaling. Its tool counts N - 1 sums for indices.
         """
-        N, B, C = args[0].shape
-        counts = inside + OpCounts(add=0 if self.prune_ratio == 1 else B * (N - 1))
-        if result[1] is not None:
-            T = 1 + count_processed(N - 1, self.prune_ratio)
-            counts = counts + {
-                "div": B * T * T,
-                "mul": -B * C,
-                "matmul": -B * T * C,
-                "softmax": -B * self.num_heads * T,
-            }
-        return counts
+        tokens = args[0]
+        B, N, C = tokens.x.shape
+        if hook == "before":
+            return inside + OpCounts(add=B * (N - tokens.prefix))
+        if hook == "between":
+            h, T = args[1].k.shape[1:3]
+            return inside + {"div": B * T * T, "mul": -B * C, "matmul": -B * T * C, "softmax": -B * h * T}
+        return inside
 
 
-class EvoEncoder(Encoder):
-    """The backbone's encoder; the class attention travels from layer to layer, as long as a layer will prune by it."""
-
-    def __init__(
-        self, seq_length: int, num_layers: int, hidden_dim: int, dropout_rate: float, make_block: BlockFactory
-    ) -> None:
-        super().__init__(seq_length, num_layers, hidden_dim, dropout_rate, make_block)
-        pruned = [index for index, block in enumerate(self.blocks()) if block.prune_ratio != 1]
-        self.last_pruned = max(pruned, default=0)
-
-    def blocks(self) -> list[EvoEncoderBlock]:
-        """The layers."""
-        return cast(list[EvoEncoderBlock], list(self.layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """All layers; ``x`` and the result are (N, B, C), the result in another order."""
-        x, cls_attn = self.dropout(self.embed(x)), None
-        for index, block in enumerate(self.layers):
-            x, cls_attn = block(x, cls_attn, update=index < self.last_pruned)
-        return self.normalize(x)
-
-
-class EvoViT(VisionTransformer):
-    """Vision Transformer whose later layers process the most attended patches only.
+def published(
+    net: VisionTransformer,
+    *,
+    prune_ratio: float | Sequence[float] = 1.0,
+    tradeoff: float | Sequence[float] = 0.5,
+    prune_location: int = 3,
+) -> VisionTransformer:
+    """The network of a published row, under the published names of the settings.
 
     Args:
-        arguments, options: of ``VisionTransformer``.
+        net: the backbone, with a class token.
         prune_ratio: p, the kept fraction from the layer ``prune_location`` on; or one number per layer.
         tradeoff: t; or one number per layer.
         prune_location: first pruned layer, unless there is one ratio per layer.
@@ -197,54 +200,7 @@ class EvoViT(VisionTransformer):
     Raises:
         ValueError: if a number is out of range, or the first layer were to prune, which nothing has scored yet.
     """
-
-    encoder_class = EvoEncoder
-
-    def __init__(
-        self,
-        *arguments: Any,
-        prune_ratio: float | Sequence[float] = 1.0,
-        tradeoff: float | Sequence[float] = 0.5,
-        prune_location: int = 3,
-        **options: Any,
-    ) -> None:
-        def make_block(index: int, *shape: Any) -> nn.Module:
-            layers = self.num_layers
-            ratios = ratio_per_layer(layers, prune_ratio, prune_location)
-            tradeoffs = [tradeoff] * layers if isinstance(tradeoff, (int, float)) else list(tradeoff)
-            if len(tradeoffs) != layers:
-                raise ValueError(f"tradeoff must be a number or one for each of {layers} layers, got {len(tradeoffs)}")
-            return EvoEncoderBlock(*shape, prune_ratio=ratios[index], tradeoff=tradeoffs[index])
-
-        super().__init__(*arguments, make_block=make_block, **options)
-
-
-def ratio_per_layer(num_layers: int, prune_ratio: float | Sequence[float], prune_location: int) -> list[float]:
-    """p of every layer: 1 before ``prune_location``, ``prune_ratio`` from there on.
-
-    Raises:
-        ValueError: if the first layer were to prune, the location is beyond the layers, or a list has another length.
-    """
-    if isinstance(prune_ratio, (int, float)):
-        if prune_ratio == 1:
-            return [1.0] * num_layers
-        if not 1 <= prune_location < num_layers:
-            raise ValueError(
-                f"prune_location (--evo_prune_location) must be 1 to {num_layers - 1}, got {prune_location}: the first "
-                "layer cannot prune, because no class attention has ranked the patches yet"
-            )
-        return [1.0] * prune_location + [float(prune_ratio)] * (num_layers - prune_location)
-    ratios = list(prune_ratio)
-    if len(ratios) != num_layers:
-        raise ValueError(f"prune_ratio must be a number or one for each of {num_layers} layers, got {len(ratios)}")
-    if ratios[0] != 1:
-        raise ValueError(
-            f"the first layer cannot prune (prune_ratio[0] = {ratios[0]}): nothing has ranked the patches yet"
-        )
-    return ratios
-
-
-EvoViTB16 = sized("EvoViTB16", EvoViT, "b16")
-EvoViTL16 = sized("EvoViTL16", EvoViT, "l16")
-EvoViTH14 = sized("EvoViTH14", EvoViT, "h14")
-EvoViTDesk = sized("EvoViTDesk", EvoViT, "desk", 32)
+    keep, weight = (
+        float(value) if isinstance(value, (int, float)) else tuple(value) for value in (prune_ratio, tradeoff)
+    )
+    return publish(net, EvoViT(keep=keep, layer=prune_location, tradeoff=weight, **EvoViT.swag))

@@ -1,116 +1,172 @@
 """Hourglass ViT: a published Vision Transformer whose later layers run on clusters of tokens, without fine-tuning.
 
 Paper: Expediting Large-Scale Vision Transformer for Dense Prediction without Fine-tuning, arXiv:2210.01035. The
-clustering has no parameters, so any checkpoint of the backbone fits.
+clustering has no parameters, so any checkpoint of the backbone fits. The published rows on SWAG classify the clusters;
+``features`` of a network made by ``lean`` reconstructs the patches.
 
 Letters: B images, N tokens, P patches, C width; K clusters.
 """
 
-import math
-import warnings
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from hourglass_swag.models.ops.cluster import TokenClusteringBlock
-from hourglass_swag.models.vision_transformer import VisionTransformer, sized
+from common.hosts import Effect, Facts, Method, PlanError, Tokens
+from hourglass_swag.host import publish
+from hourglass_swag.methods import EQUAL, GRID, REDUCES, check_choice, check_layer
+from hourglass_swag.models.ops.cluster import TokenClusteringBlock, average_tokens, cluster_free_of_scale, cluster_grid
+from hourglass_swag.models.ops.reconstruction import reconstruction_weights, weights_free_of_scale
+from hourglass_swag.models.vision_transformer import VisionTransformer
 
 OFF = -1  # the clustering_location that switches clustering off
 
 
-def get_aspect_ratio(height: int, width: int) -> tuple[int, int]:
-    """Height and width in lowest terms."""
-    divisor = math.gcd(height, width)
-    return height // divisor, width // divisor
-
-
-def reshape_as_aspect_ratio(tokens: Tensor, ratio: tuple[int, int]) -> Tensor:
-    """Put tokens (B, P, C), row by row, back on a grid of the given height to width: (B, C, H, W), a view.
-
-    Raises:
-        ValueError: if P tokens do not fill such a grid.
-    """
-    patches, scale = tokens.shape[1], math.isqrt(tokens.shape[1] // (ratio[0] * ratio[1]))
-    if scale * ratio[0] * scale * ratio[1] != patches:
-        raise ValueError(f"{patches} tokens do not fill a grid of height : width = {ratio[0]} : {ratio[1]}")
-    return tokens.transpose(1, 2).unflatten(2, (scale * ratio[0], scale * ratio[1]))
-
-
-class HourglassViT(VisionTransformer):
-    """Vision Transformer with one token clustering step before or after a layer.
+@dataclass(frozen=True)
+class Hourglass(Method):
+    """Token clustering at one layer, token reconstruction at the end; nothing is trained.
 
     Args:
-        options: arguments of ``VisionTransformer``.
-        cluster_after_output: cluster after the layer instead of before it. Published rows cluster before.
+        layer: default: a quarter of the depth.
+        clusters: number (then on a grid like that of the patches) or (rows, columns); default: half of the patches.
+        iters, window: iterations, and side of the window of cells that a patch may join.
+        temperature: tau of the clustering, or "auto": 5 / m with m the image's median squared distance to the nearest
+            centroid, so that it does not depend on the scale of the features.
+        k, reconstruction_temperature: clusters per patch (default: 3, or all there are) and tau of the reconstruction;
+            "auto": 1 / m.
+        norm: of the reconstruction's weights: "l1" sums to one, "l2" as in the published code.
+        behind: cluster behind the layer instead of before it.
+
+    Source: arXiv:2210.01035, token clustering and token reconstruction layers.
+    """
+
+    name = "hourglass"
+    swag: ClassVar = {"temperature": 1.0, "reconstruction_temperature": 0.05, "norm": "l2"}
+    layer: int | None = None
+    clusters: int | tuple[int, int] | None = None
+    iters: int = 5
+    window: int = 5
+    temperature: float | Literal["auto"] = "auto"
+    k: int | None = None
+    reconstruction_temperature: float | Literal["auto"] = "auto"
+    norm: Literal["l1", "l2"] = "l1"
+    behind: bool = False
+
+    def resolve(self, facts: Facts) -> "Hourglass":
+        if facts.grid is None:
+            raise PlanError(f"hourglass needs a grid of patches, which {facts.name} has not")
+        layer = check_layer("hourglass: layer", facts.depth // 4 if self.layer is None else self.layer, facts)
+        clusters = self.clusters
+        if not isinstance(clusters, tuple):
+            share = 0.5 if clusters is None else clusters / facts.patches
+            clusters = _grid_of(share, facts.grid, clusters)
+        if any(not 1 <= side <= most for side, most in zip(clusters, facts.grid, strict=True)):
+            raise PlanError(f"hourglass: clusters must be 1 to {facts.grid} (rows, columns), got {clusters}")
+        number = clusters[0] * clusters[1]
+        k = min(3, number) if self.k is None else self.k
+        for key, value in (("iters", self.iters), ("window", self.window), ("k", k)):
+            if not isinstance(value, int):
+                raise PlanError(f"hourglass: {key} must be a whole number, got {value!r}")
+        if k == 0 or k > number:
+            raise PlanError(f"hourglass: k must be 1 to {number}, or negative for all, got {k}")
+        check_choice("hourglass: norm", self.norm, ("l1", "l2"))
+        for key in ("temperature", "reconstruction_temperature"):
+            value = getattr(self, key)
+            if value != "auto" and (isinstance(value, str) or not 0 <= value < float("inf")):
+                raise PlanError(f"hourglass: {key} must be 'auto' or a number of at least 0, got {value!r}")
+        tau = 1.0 if self.temperature == "auto" else self.temperature
+        block = TokenClusteringBlock(clusters, self.iters, tau, self.window)  # refuses what is out of range
+        resolved = replace(self, layer=layer, clusters=clusters, k=k)
+        return resolved if self.temperature == "auto" else resolved.with_cores({layer: block})
+
+    def effects(self) -> Sequence[Effect]:
+        assert self.layer is not None
+        return [Effect(self.layer, "after" if self.behind else "before", needs=GRID | EQUAL, breaks=REDUCES)]
+
+    def before(self, layer: int, tokens: Tokens) -> Tokens:
+        """Patches to clusters, behind the prefix."""
+        assert isinstance(self.clusters, tuple)
+        if tokens.grid is None:
+            raise PlanError("hourglass: the patches are not on a grid any more")
+        grid = (min(self.clusters[0], tokens.grid[0]), min(self.clusters[1], tokens.grid[1]))  # of a smaller image
+        prefix, patches = tokens.x[:, : tokens.prefix], tokens.x[:, tokens.prefix :]
+        features = patches.transpose(1, 2).unflatten(2, tokens.grid)
+        rotation = tokens.rotation
+        if self.temperature == "auto":
+            clusters, weights = cluster_free_of_scale(features, grid, self.iters, self.window // 2)
+            if rotation is not None:
+                places = rotation.coordinates.to(weights.dtype).expand(weights.shape[0], -1, -1)
+                rotation = rotation.at(average_tokens(places, weights))
+        else:
+            clusters, _ = self.cores[layer](features, grid, return_labels=False)
+            if rotation is not None:  # clusters begin and stay around the cells of their grid
+                places = rotation.coordinates.mT.unflatten(2, tokens.grid)
+                rotation = rotation.at(F.adaptive_avg_pool2d(places, grid).flatten(2).mT)
+
+        k = min(self.k or 3, grid[0] * grid[1])
+
+        def undo(x: Tensor) -> Tensor:
+            if self.reconstruction_temperature == "auto":
+                weights = weights_free_of_scale(patches, clusters, k, self.norm)
+            else:
+                tau = float(self.reconstruction_temperature)
+                weights = reconstruction_weights(patches, clusters, k, tau, self.norm)
+            return torch.cat([x[:, : tokens.prefix], weights.to(x.dtype) @ x[:, tokens.prefix :]], dim=1)
+
+        x = torch.cat([prefix, clusters], dim=1)
+        return tokens.update(x=x, rotation=rotation, grid=None, undone_by=undo)
+
+    after = before
+
+
+def _grid_of(share: float, grid: tuple[int, int], wanted: int | None) -> tuple[int, int]:
+    """Rows and columns of clusters like those of the patches, a share of their number."""
+    clusters = tuple(max(round(side * max(share, 0) ** 0.5), 1) for side in grid)
+    if wanted is not None and clusters[0] * clusters[1] != wanted:
+        rows, columns = clusters
+        steps = (-1, 0, 1)
+        sizes = {(rows + i) * (columns + (i if grid[0] == grid[1] else j)) for i in steps for j in steps}
+        near = sorted(sizes - {0}, key=lambda number: abs(number - wanted))
+        raise PlanError(
+            f"hourglass: {wanted} clusters (-n, --num_cluster) do not fill a grid like the patches' "
+            f"{grid[0]}x{grid[1]}; give (rows, columns), or {near[0]} or {near[1]}"
+        )
+    return clusters
+
+
+def published(
+    net: VisionTransformer,
+    *,
+    cluster_after_output: bool = False,
+    clustering_location: int = 0,
+    num_cluster: int | tuple[int, int] | list[int] = 256,
+    cluster_iters: int = 5,
+    cluster_temperture: float = 1.0,
+    cluster_window_size: int = 5,
+) -> VisionTransformer:
+    """The network of a published row, under the published names of the settings.
+
+    Args:
+        net: the backbone.
+        cluster_after_output: cluster after the layer instead of before it; published rows cluster before.
         clustering_location: index of the layer; -1 switches clustering off.
         num_cluster: number of clusters, a square, or (height, width) of their grid.
         cluster_iters, cluster_temperture, cluster_window_size: see ``TokenClusteringBlock``.
 
     Raises:
-        ValueError: if an argument is out of range. A location beyond the layers only warns: as in the published code
-            it never triggers.
+        ValueError: if an argument is out of range.
     """
-
-    def __init__(
-        self,
-        *,
-        cluster_after_output: bool = True,
-        clustering_location: int = 0,
-        num_cluster: int | tuple[int, int] | list[int] = 256,
-        cluster_iters: int = 5,
-        cluster_temperture: float = 1.0,
-        cluster_window_size: int = 5,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        self.cluster_after_output = cluster_after_output
-        self.clustering_location = clustering_location
-        self.token_clustering_layer = TokenClusteringBlock(
-            num_cluster, cluster_iters, cluster_temperture, cluster_window_size
+    if not OFF <= clustering_location < net.num_layers:
+        raise ValueError(
+            f"clustering_location (-l, --clustering_location) must be 0 to {net.num_layers - 1}, or {OFF} for "
+            f"nowhere, got {clustering_location}"
         )
-        if clustering_location != OFF and not 0 <= clustering_location < self.num_layers:
-            warnings.warn(
-                f"clustering_location = {clustering_location} is not a layer (0 to {self.num_layers - 1}): nothing is "
-                f"clustered and this is the dense model; {OFF} says so without this warning",
-                stacklevel=2,
-            )
-
-    def cluster(self, x: Tensor) -> Tensor:
-        """Replace the patches among tokens ``x`` (N, B, C) by clusters, the class token staying in front.
-
-        With classifier "gap" there is none, and all tokens are clustered (the published code fails).
-        """
-        x = x.transpose(0, 1)  # (B, N, C)
-        class_token, patches = x[:, : self.num_class_tokens], x[:, self.num_class_tokens :]
-        features = reshape_as_aspect_ratio(patches, (1, 1))
-        centroids, _ = self.token_clustering_layer(features, return_labels=False)
-        return torch.cat([class_token, centroids], dim=1).transpose(0, 1)
-
-    def encode(self, x: Tensor) -> Tensor:
-        x = self.encoder.embed(x)
-        for i, layer in enumerate(self.encoder.layers):
-            here = i == self.clustering_location
-            if here and not self.cluster_after_output:
-                x = self.cluster(x)
-            x = layer(self.encoder.dropout(x))  # before every layer, as published; the dense encoder has it once
-            if here and self.cluster_after_output:
-                x = self.cluster(x)
-        return self.encoder.normalize(x)
-
-
-class _Checked(HourglassViT):
-    """Hourglass ViT that refuses a location beyond its layers, but for -1, where its parent warns."""
-
-    def __init__(self, *, num_layers: int, clustering_location: int = 0, **options: Any) -> None:
-        if not OFF <= clustering_location < num_layers:
-            raise ValueError(
-                f"clustering_location (-l, --clustering_location) must be 0 to {num_layers - 1}, or {OFF} for "
-                f"nowhere, got {clustering_location}"
-            )
-        super().__init__(num_layers=num_layers, clustering_location=clustering_location, **options)
-
-
-HourglassViTL16 = sized("HourglassViTL16", _Checked, "l16")
-HourglassViTH14 = sized("HourglassViTH14", _Checked, "h14")
-HourglassViTDesk = sized("HourglassViTDesk", _Checked, "desk", 32)
+    cluster_grid(num_cluster)  # refuses what is no square, by its flag
+    settings = {"iters": cluster_iters, "temperature": cluster_temperture, "window": cluster_window_size}
+    number = num_cluster if isinstance(num_cluster, int) else (num_cluster[0], num_cluster[1])
+    where = {"layer": clustering_location, "behind": cluster_after_output}
+    method = Hourglass(clusters=number, **where, **{**Hourglass.swag, **settings})
+    return publish(net, *([] if clustering_location == OFF else [method]), dropout_everywhere=True)

@@ -3,8 +3,8 @@
 NEVER = -1  # the plug-out index that never matches
 
 
-def plugged_in(num_layers: int, plug_in_index: int, plug_out_index: int, method: str) -> list[bool]:
-    """Whether each layer uses the method: [in, out), or [in, L) where ``out`` does not lie behind ``in``.
+def plugged_in(num_layers: int, plug_in_index: int, plug_out_index: int, method: str) -> tuple[int, ...]:
+    """Layers that use the method: [in, out), or [in, L) where ``out`` does not lie behind ``in``.
 
     Args:
         num_layers: L.
@@ -20,4 +20,4 @@ def plugged_in(num_layers: int, plug_in_index: int, plug_out_index: int, method:
     if plug_out_index != NEVER and not 0 <= plug_out_index <= num_layers:
         raise ValueError(f"{method}_plug_out_index must be 0 to {num_layers}, or -1 for never, got {plug_out_index}")
     end = plug_out_index if plug_out_index > plug_in_index else num_layers
-    return [plug_in_index <= index < end for index in range(num_layers)]
+    return tuple(range(plug_in_index, end))

@@ -324,25 +324,13 @@ class RegNet(AnyNet):
         super().__init__(params, image_size=image_size)
 
 
-class RegNetY16gf(RegNet):
-    """RegNetY-16GF; ``options`` are the other arguments of ``RegNetParams``."""
-
-    def __init__(self, image_size: int = 224, num_classes: int | None = None, **options: Any) -> None:
-        shape = {"depth": 18, "w_0": 200, "w_a": 106.23, "w_m": 2.48, "group_width": 112}
-        super().__init__(RegNetParams(num_classes=num_classes, **(shape | options)), image_size=image_size)
-
-
-class RegNetY32gf(RegNet):
-    """RegNetY-32GF; ``options`` are the other arguments of ``RegNetParams``."""
-
-    def __init__(self, image_size: int = 224, num_classes: int | None = None, **options: Any) -> None:
-        shape = {"depth": 20, "w_0": 232, "w_a": 115.89, "w_m": 2.53, "group_width": 232}
-        super().__init__(RegNetParams(num_classes=num_classes, **(shape | options)), image_size=image_size)
+SIZES: dict[str, dict[str, float]] = {
+    "regnety_16gf": {"depth": 18, "w_0": 200, "w_a": 106.23, "w_m": 2.48, "group_width": 112},
+    "regnety_32gf": {"depth": 20, "w_0": 232, "w_a": 115.89, "w_m": 2.53, "group_width": 232},
+    "regnety_128gf": {"depth": 27, "w_0": 456, "w_a": 160.83, "w_m": 2.52, "group_width": 264},
+}
 
 
-class RegNetY128gf(RegNet):
-    """RegNetY-128GF; ``options`` are the other arguments of ``RegNetParams``."""
-
-    def __init__(self, image_size: int = 224, num_classes: int | None = None, **options: Any) -> None:
-        shape = {"depth": 27, "w_0": 456, "w_a": 160.83, "w_m": 2.52, "group_width": 264}
-        super().__init__(RegNetParams(num_classes=num_classes, **(shape | options)), image_size=image_size)
+def make_regnet(size: str, image_size: int = 224, **options: Any) -> RegNet:
+    """The network of a size of ``SIZES``; ``options`` are the other arguments of ``RegNetParams``."""
+    return RegNet(RegNetParams(**{**SIZES[size], **options}), image_size=image_size)

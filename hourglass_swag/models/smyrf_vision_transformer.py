@@ -1,111 +1,73 @@
-"""SMYRF on the SWAG backbone: layers whose attention stays inside equal-size clusters.
+"""SMYRF: layers whose attention stays inside equal-size clusters.
 
 Paper: SMYRF: Efficient Attention using Asymmetric Clustering, arXiv:2010.05315, applied without training as in
 arXiv:2210.01035. There are no parameters beyond the backbone's, so any of its checkpoints fits. The method itself is
 in ``ops/smyrf``.
-
-Letters: B images, N tokens, C width.
 """
 
 import math
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from common.hosts import Effect, Facts, Method, Parts, PlanError, Tokens
+from hourglass_swag.host import publish
+from hourglass_swag.methods import ATTENTION, check_layer
 from hourglass_swag.models.ops.smyrf.attn import SmyrfAttention, cluster_lengths
-from hourglass_swag.models.ops.smyrf.smyrf_attn import SmyrfMultiheadAttention
 from hourglass_swag.models.plug_in import NEVER, plugged_in
-from hourglass_swag.models.vision_transformer import Encoder, EncoderBlock, VisionTransformer, sized
+from hourglass_swag.models.vision_transformer import VisionTransformer
 
 
-class SmyrfEncoderBlock(EncoderBlock):
-    """Transformer layer with attention inside clusters.
-
-    Args:
-        num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate: see ``EncoderBlock``.
-        n_hashes, q_cluster_size, k_cluster_size, padded: see ``SmyrfAttention``.
-    """
-
-    def __init__(
-        self,
-        num_heads: int,
-        hidden_dim: int,
-        mlp_dim: int,
-        dropout_rate: float,
-        attention_dropout_rate: float,
-        n_hashes: int = 32,
-        q_cluster_size: int = 64,
-        k_cluster_size: int = 64,
-        padded: bool = False,
-    ) -> None:
-        super().__init__(num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate)
-        self.self_attention = SmyrfMultiheadAttention(
-            self.hidden_dim,
-            self.num_heads,
-            n_hashes,
-            q_cluster_size,
-            k_cluster_size,
-            dropout=self.self_attention.dropout,
-            padded=padded,
-            batch_first=True,
-        )
-
-    def attend(self, y: Tensor) -> Tensor:
-        """Clustered attention among normalised tokens (B, N, C)."""
-        return self.self_attention(y, y, y)[0]
-
-
-class SmyrfEncoder(Encoder):
-    """The backbone's encoder under its published name; ``make_block`` decides where the method is."""
-
-
-class SmyrfVisionTransformer(VisionTransformer):
-    """Vision Transformer with attention inside clusters in some layers.
+@dataclass(frozen=True)
+class SMYRF(Method):
+    """SMYRF: attention inside clusters of like queries and keys, several rounds combined. Every token stays.
 
     Args:
-        arguments, options: of ``VisionTransformer``.
-        smyrf_plug_in_index, smyrf_plug_out_index: first layer with the method, and first after that without; -1: never.
-        smyrf_n_hashes: rounds.
-        smyrf_q_cluster_size, smyrf_k_cluster_size: queries and keys per cluster.
-        smyrf_padded: keep heads and images apart instead of letting clusters straddle them; not the published numbers.
+        hashes: rounds.
+        cluster_size: queries and keys of a cluster, a number or (queries, keys).
+        layer: the first with the method; default: half of the depth.
+        stop: the first behind it without; default: none.
+        padded: keep heads and images apart; the published rows let clusters straddle them, so that images of a batch
+            couple.
 
-    Raises:
-        ValueError: if an argument is out of range.
+    Source: arXiv:2010.05315, section 3.
     """
 
-    encoder_class = SmyrfEncoder
+    name = "smyrf"
+    swag: ClassVar = {"padded": False}
+    hashes: int = 8
+    cluster_size: int | tuple[int, int] = 16
+    layer: int | None = None
+    stop: int | None = None
+    padded: bool = True
 
-    def __init__(
-        self,
-        *arguments: Any,
-        smyrf_plug_in_index: int = 0,
-        smyrf_plug_out_index: int = NEVER,
-        smyrf_n_hashes: int = 32,
-        smyrf_q_cluster_size: int = 64,
-        smyrf_k_cluster_size: int = 64,
-        smyrf_padded: bool = False,
-        **options: Any,
-    ) -> None:
-        method = {"n_hashes": smyrf_n_hashes, "padded": smyrf_padded}
-        sizes = {"q_cluster_size": smyrf_q_cluster_size, "k_cluster_size": smyrf_k_cluster_size}
+    def resolve(self, facts: Facts) -> "SMYRF":
+        first = check_layer("smyrf: layer", facts.depth // 2 if self.layer is None else self.layer, facts)
+        stop = facts.depth if self.stop is None else self.stop
+        if isinstance(stop, bool) or not isinstance(stop, int) or not first < stop <= facts.depth:
+            raise PlanError(f"smyrf: stop, the first layer without, must be {first + 1} to {facts.depth}, got {stop!r}")
+        sizes = self.cluster_size if isinstance(self.cluster_size, tuple) else (self.cluster_size, self.cluster_size)
+        for name, value in (("hashes", self.hashes), *(("cluster_size", size) for size in sizes)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise PlanError(f"smyrf: {name} must be a whole number, got {value!r}")
+        cores = {
+            layer: SmyrfAttention(self.hashes, *sizes, padded=self.padded) for layer in range(first, stop)
+        }  # refuses what is out of range
+        check_clusters(facts.tokens, self.hashes * facts.heads, *sizes, self.padded)
+        return replace(self, cluster_size=sizes, layer=first, stop=stop).with_cores(cores)
 
-        def make_block(index: int, *shape: Any) -> nn.Module:
-            clustered = plugged_in(self.num_layers, smyrf_plug_in_index, smyrf_plug_out_index, "smyrf")
-            return SmyrfEncoderBlock(*shape, **method, **sizes) if clustered[index] else EncoderBlock(*shape)
+    def effects(self) -> Sequence[Effect]:
+        return [Effect(layer, "attend", needs=ATTENTION) for layer in self.cores]
 
-        super().__init__(*arguments, make_block=make_block, **options)
-        attention = next((module for module in self.modules() if isinstance(module, SmyrfMultiheadAttention)), None)
-        if attention is not None:
-            lists = smyrf_n_hashes * attention.num_heads
-            check_clusters(self.seq_length, lists, smyrf_q_cluster_size, smyrf_k_cluster_size, smyrf_padded)
-
-    def set_generator(self, generator: torch.Generator | None) -> None:
-        """Draw the random projections of all layers from ``generator``; None: torch's default one."""
-        for module in self.modules():
-            if isinstance(module, SmyrfAttention):
-                module.generator = generator
+    def attend(self, layer: int, tokens: Tokens, parts: Parts) -> tuple[Tensor, Tokens, Parts]:
+        """Attention inside clusters."""
+        rows = parts.q.shape[:2]
+        q, k, v = (x.flatten(0, 1) for x in (parts.q, parts.k, parts.v))
+        heads = self.cores[layer](q, k, v, norm_factor=1 / parts.scale, dropout=parts.dropout)
+        return heads.unflatten(0, rows), tokens, parts
 
 
 def check_clusters(tokens: int, lists: int, q_cluster_size: int, k_cluster_size: int, padded: bool) -> None:
@@ -125,12 +87,40 @@ def check_clusters(tokens: int, lists: int, q_cluster_size: int, k_cluster_size:
     if every > 1:
         warnings.warn(
             f"clusters of {q_cluster_size} queries and {k_cluster_size} keys (--smyrf_q_cluster_size, "
-            f"--smyrf_k_cluster_size) fit {tokens} tokens in batches of a multiple of {every} pictures only, and every "
+            f"--smyrf_k_cluster_size) fit {tokens} tokens in batches of a multiple of {every} images only, and every "
             "other batch fails; divisors of the rounds (--smyrf_n_hashes) fit all, and so does --smyrf_padded",
             stacklevel=3,
         )
 
 
-SmyrfViTL16 = sized("SmyrfViTL16", SmyrfVisionTransformer, "l16")
-SmyrfViTH14 = sized("SmyrfViTH14", SmyrfVisionTransformer, "h14")
-SmyrfViTDesk = sized("SmyrfViTDesk", SmyrfVisionTransformer, "desk", 32)
+def published(
+    net: VisionTransformer,
+    *,
+    smyrf_plug_in_index: int = 0,
+    smyrf_plug_out_index: int = NEVER,
+    smyrf_n_hashes: int = 32,
+    smyrf_q_cluster_size: int = 64,
+    smyrf_k_cluster_size: int = 64,
+    smyrf_padded: bool = False,
+) -> VisionTransformer:
+    """The network of a published row, under the published names of the settings.
+
+    Args:
+        net: the backbone.
+        smyrf_plug_in_index, smyrf_plug_out_index: first layer with the method, and first after that without; -1: never.
+        smyrf_n_hashes: rounds.
+        smyrf_q_cluster_size, smyrf_k_cluster_size: queries and keys per cluster.
+        smyrf_padded: keep heads and images apart instead of letting clusters straddle them; not the published numbers.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+    layers = plugged_in(net.num_layers, smyrf_plug_in_index, smyrf_plug_out_index, "smyrf")
+    method = SMYRF(
+        hashes=smyrf_n_hashes,
+        cluster_size=(smyrf_q_cluster_size, smyrf_k_cluster_size),
+        layer=layers[0],
+        stop=layers[-1] + 1,
+        padded=smyrf_padded,
+    )
+    return publish(net, method)

@@ -12,9 +12,9 @@ Tokens travel sequence first, (N, B, C), between modules, as in the published co
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,6 @@ from hourglass_swag.models.weights import POSITION_KEY, convert_torchvision, res
 LAYER_NORM_EPS = 1e-6
 
 Classifier = Literal["token", "gap"]
-BlockFactory = Callable[..., nn.Module]
-"""Builds layer i: called with i and the five arguments that every ``EncoderBlock`` takes."""
 
 
 class ConvStemLayer(NamedTuple):
@@ -151,13 +149,9 @@ class EncoderBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """One layer; ``x`` and the result are (N, B, C)."""
         x = x.transpose(0, 1)  # (B, N, C), contiguous inside the network: see the top of this file
-        x = x + self.dropout(self.attend(self.ln_1(x)))
+        x = x + self.dropout(self.self_attention(self.ln_1(x)))
         x = x + self.mlp(self.ln_2(x))
         return x.transpose(0, 1)
-
-    def attend(self, y: Tensor) -> Tensor:
-        """Attention among normalised tokens (B, N, C); what a method with another attention replaces."""
-        return self.self_attention(y)
 
     def flops(self, x: Tensor) -> int:
         """The published code's closed form for an input (N, B, C); not the convention of its FLOPs tool."""
@@ -180,33 +174,35 @@ class Encoder(nn.Module):
     Args:
         seq_length: number of tokens N.
         num_layers, hidden_dim: L and C.
-        dropout_rate: rate after the position embedding.
-        make_block: builds layer i from i alone.
+        dropout_rate: rate after the position embedding and in the layers.
+        num_heads, mlp_dim, attention_dropout_rate: see ``EncoderBlock``.
     """
 
     def __init__(
-        self, seq_length: int, num_layers: int, hidden_dim: int, dropout_rate: float, make_block: BlockFactory
+        self,
+        seq_length: int,
+        num_layers: int,
+        num_heads: int,
+        hidden_dim: int,
+        mlp_dim: int,
+        dropout_rate: float,
+        attention_dropout_rate: float,
     ) -> None:
         super().__init__()
         self.pos_embedding = nn.Parameter(torch.empty(seq_length, 1, hidden_dim).normal_(std=0.02))
         self.dropout = nn.Dropout(dropout_rate)
-        self.layers = nn.Sequential(OrderedDict((f"layer_{i}", make_block(i)) for i in range(num_layers)))
+        shape = (num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate)
+        self.layers = nn.Sequential(OrderedDict((f"layer_{i}", EncoderBlock(*shape)) for i in range(num_layers)))
         self.ln = nn.LayerNorm(hidden_dim, eps=LAYER_NORM_EPS)
 
     def embed(self, x: Tensor) -> Tensor:
         """Add the position embedding to ``x`` (N, B, C)."""
         return x + self.pos_embedding
 
-    def normalize(self, x: Tensor) -> Tensor:
-        """Final LayerNorm of ``x`` (N, B, C)."""
-        return self.ln(x.transpose(0, 1)).transpose(0, 1)
-
     def forward(self, x: Tensor) -> Tensor:
         """All layers; ``x`` and the result are (N, B, C)."""
-        x = self.dropout(self.embed(x))
-        for layer in self.layers:
-            x = layer(x)
-        return self.normalize(x)
+        x = self.layers(self.dropout(self.embed(x)))
+        return self.ln(x.transpose(0, 1)).transpose(0, 1)
 
 
 class VisionTransformerHead(nn.Module):
@@ -254,10 +250,7 @@ class VisionTransformerHead(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Vision Transformer for square images.
-
-    Methods replace parts of it: ``make_block`` builds other layers, ``encoder_class`` another encoder, and a subclass
-    may override ``encode`` (what happens to the tokens).
+    """Vision Transformer for square images. Token methods run it through ``common.hosts``, see ``hourglass_swag.host``.
 
     Args:
         image_size: side of the input in pixels, a multiple of ``patch_size``.
@@ -268,14 +261,11 @@ class VisionTransformer(nn.Module):
         conv_stem_layers: stages (``ConvStemLayer``, or what makes one) of a convolutional stem in place of one p x p
             convolution; their strides multiply to p.
         num_classes: width of the head; None returns the features (B, C).
-        make_block: builds layer i; None for ``EncoderBlock``.
 
     Raises:
         ValueError: if sizes do not fit, or for an unknown classifier.
         TypeError: if ``num_classes`` is not an integer.
     """
-
-    encoder_class: type[Encoder] = Encoder
 
     def __init__(
         self,
@@ -290,8 +280,6 @@ class VisionTransformer(nn.Module):
         classifier: Classifier = "token",
         conv_stem_layers: Sequence[Sequence[int] | Mapping[str, int]] | None = None,
         num_classes: int | None = None,
-        *,
-        make_block: BlockFactory | None = None,
     ) -> None:
         super().__init__()
         if image_size < 1 or image_size % patch_size:
@@ -314,10 +302,8 @@ class VisionTransformer(nn.Module):
         self.conv_proj = _patch_projection(patch_size, hidden_dim, conv_stem_layers)
         if classifier == "token":
             self.class_token = nn.Parameter(torch.zeros(1, 1, hidden_dim))
-        make = make_block or _plain_block
-        shape = (num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate)
-        self.encoder = self.encoder_class(
-            self.seq_length, num_layers, hidden_dim, dropout_rate, lambda index: make(index, *shape)
+        self.encoder = Encoder(
+            self.seq_length, num_layers, num_heads, hidden_dim, mlp_dim, dropout_rate, attention_dropout_rate
         )
         self.trunk_output = nn.Identity()
         self.head = None if num_classes is None else VisionTransformerHead(hidden_dim, num_classes)
@@ -349,17 +335,13 @@ class VisionTransformer(nn.Module):
             return x.contiguous().transpose(0, 1)
         return torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1).transpose(0, 1)
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Everything between patch embedding and classifier; tokens (N, B, C) in, normalised tokens out."""
-        return self.encoder(x)
-
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, 3, S, S), or features (B, C) without a head.
 
         Raises:
             ValueError: if the images do not have the side ``image_size``.
         """
-        x = self.encode(self.embed(images))
+        x = self.encoder(self.embed(images))
         x = self.trunk_output(x[0] if self.classifier == "token" else x.mean(dim=0))
         return x if self.head is None else self.head(x)
 
@@ -400,10 +382,6 @@ def _embed_patches(projection: nn.Module, images: Tensor) -> Tensor:
     return F.linear(patches, projection.weight.flatten(1), projection.bias)
 
 
-def _plain_block(index: int, *shape: Any) -> nn.Module:
-    return EncoderBlock(*shape)
-
-
 def _patch_projection(
     patch_size: int, hidden_dim: int, stem: Sequence[Sequence[int] | Mapping[str, int]] | None
 ) -> nn.Conv2d | nn.Sequential:
@@ -432,21 +410,6 @@ def _patch_projection(
     return nn.Sequential(modules)
 
 
-Network = TypeVar("Network", bound=VisionTransformer)
-
-
-def sized(name: str, network: type[Network], size: str, image_size: int = 224, **defaults: Any) -> type[Network]:
-    """The class ``name``: a network of a named size, whose other arguments win over ``defaults``."""
-
-    def init(self: Network, image_size: int = image_size, **options: Any) -> None:
-        network.__init__(self, image_size=image_size, **SIZES[size].kwargs(), **(defaults | options))
-
-    text = f"{network.__name__.strip('_')} of size {size}; ``options`` are its other arguments."
-    made = type(name, (network,), {"__init__": init, "__doc__": text, "__module__": network.__module__})
-    return cast(type[Network], made)
-
-
-ViTB16 = sized("ViTB16", VisionTransformer, "b16")
-ViTL16 = sized("ViTL16", VisionTransformer, "l16")
-ViTH14 = sized("ViTH14", VisionTransformer, "h14")
-ViTDesk = sized("ViTDesk", VisionTransformer, "desk", 32)  # of the embedded experiment
+def make_vit(size: str, **options: Any) -> VisionTransformer:
+    """The network of a size of ``SIZES``; ``options`` are further arguments of ``VisionTransformer``."""
+    return VisionTransformer(**{"image_size": 224, **SIZES[size].kwargs(), **options})

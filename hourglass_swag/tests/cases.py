@@ -8,8 +8,8 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,35 +17,30 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from common.hosts import Lean
+from common.hosts.host import take_tokens
 from common.measure.flops import CONVENTIONS, count_operations, count_parameters
 from common.tests import reference
 from common.tests.reference import Case, Checks, NotCovered, Runner
 from hourglass_swag import evaluation
-from hourglass_swag.models import ats_vision_transformer, evit, hourglass_vit, regnet, vision_transformer
+from hourglass_swag.models import ats_vision_transformer, evit, regnet, vision_transformer
 from hourglass_swag.models.ops import ats
+from hourglass_swag.models.ops.class_row import score_class_row
 from hourglass_swag.models.ops.cluster import AvgPool, TokenClusteringBlock
 from hourglass_swag.models.ops.reconstruction import NaiveUnpooling, TokenReconstructionBlock
 from hourglass_swag.tests import tome_cases
+from hourglass_swag.tests.counting import Seen, networks, steps, tokens_per_layer
 from hourglass_swag.tests.method_cases import METHOD_RUNNERS, more_cases, run_hash
 from hourglass_swag.tools import jit_handles
+from hourglass_swag.tools.costs import depends_on_data
 from hourglass_swag.tools.parser import boolean, get_default_parser, get_model_args
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "VisionTransformer": vision_transformer.VisionTransformer,
-    "ViTB16": vision_transformer.ViTB16,
-    "ViTL16": vision_transformer.ViTL16,
-    "ViTH14": vision_transformer.ViTH14,
-    "HourglassViT": hourglass_vit.HourglassViT,
-    "HourglassViTL16": hourglass_vit.HourglassViTL16,
-    "HourglassViTH14": hourglass_vit.HourglassViTH14,
-    "EViT": evit.EViT,
-    "EViTB16": evit.EViTB16,
-    "EViTL16": evit.EViTL16,
-    "EViTH14": evit.EViTH14,
-    "ATSVisionTransformer": ats_vision_transformer.ATSVisionTransformer,
-    "ATSViTB16": ats_vision_transformer.ATSViTB16,
-    "ATSViTL16": ats_vision_transformer.ATSViTL16,
-    "ATSViTH14": ats_vision_transformer.ATSViTH14,
+    **{f"ViT{size.upper()}": partial(vision_transformer.make_vit, size) for size in ("b16", "l16", "h14")},
+    **networks("HourglassViT", "hourglass_vit"),
+    **networks("EViT", "evit"),
+    **networks("ATSVisionTransformer", "ats_vision_transformer", short="ATSViT"),
 }
 
 
@@ -59,24 +54,22 @@ def run_network(case: Case, checks: Checks) -> None:
     if checkpoint := case.build.get("checkpoint"):
         load_checkpoint(case, checks, model, checkpoint)
     gradients = [name for name in case.outputs if name.startswith("grad:")]
-    observed = layer_tokens(model), kept_patches(model), policies(model), torch.set_grad_enabled(bool(gradients))
-    with observed[0] as tokens, observed[1] as kept, observed[2] as policy, observed[3]:
+    with steps(model) as seen, torch.set_grad_enabled(bool(gradients)):
         logits = model(case.read())
     parameters = dict(model.named_parameters())
     if gradients:
         case.read_loss(logits=logits, output=logits).backward()
     known: dict[str, Any] = {"output": logits, "logits": logits, "pos_embedding": parameters["encoder.pos_embedding"]}
     known |= {f"grad:{name}": parameter.grad for name, parameter in parameters.items()}
-    known |= kept | policy
-    if "after_layer" in case.outputs:
-        known["after_layer"] = torch.stack([leaving for _, leaving in tokens])
+    known |= kept_patches(seen) | policies(seen)
     for name in case.outputs:
         if known.get(name) is None:
             raise NotCovered(f"output {name} of a network")
         checks.output(name, known[name])
+    tokens = tokens_per_layer(model, case.read()) if isinstance(model, Lean) else []
     facts: dict[str, Any] = {
-        "tokens entering each layer": [len(entering) for entering, _ in tokens],
-        "tokens leaving each layer": [len(leaving) for _, leaving in tokens],
+        "tokens entering each layer": tokens[:-1],
+        "tokens leaving each layer": tokens[1:],
         "params": count_parameters(model),
         "state_dict_keys": len(model.state_dict()),
     }
@@ -97,59 +90,31 @@ def load_checkpoint(case: Case, checks: Checks, model: nn.Module, checkpoint: di
     checks.equal("shapes of the checkpoint", {key: value.shape for key, value in state.items()}, shapes)
 
 
-@contextmanager
-def layer_tokens(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Tokens (N, B, C) that enter and leave every layer while active."""
-    seen: list[tuple[Tensor, Tensor]] = []
-    layers = model.get_submodule("encoder.layers").children()
-    handles = [
-        layer.register_forward_hook(
-            lambda _, args, out: seen.append((args[0], out if isinstance(out, Tensor) else out[0]))
-        )
-        for layer in layers
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+def kept_patches(seen: list[Seen]) -> dict[str, Tensor]:
+    """EViT's ``score_<i>`` and ``kept_<i>`` of the i-th layer that drops patches."""
+    found: dict[str, Tensor] = {}
+    for step, operands, left in seen:
+        if not isinstance(step.method, evit.EViT) or step.hook != "between":
+            continue
+        tokens, parts = operands
+        if left.x.shape[1] < tokens.x.shape[1]:
+            index = len(found) // 2
+            _, places = step.method.rank(step.layer, tokens, parts)
+            number = 1 + places.shape[1]
+            found[f"score_{index}"] = score_class_row(parts.q, parts.k) if parts.scores is None else parts.scores
+            found[f"score_{index}"], found[f"kept_{index}"] = found[f"score_{index}"][:, 1:], places - 1
+            torch.testing.assert_close(left.x[:, 1:number], take_tokens(tokens.x, places), rtol=0, atol=0)
+    return found
 
 
-@contextmanager
-def kept_patches(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """EViT's ``score_<i>`` and ``kept_<i>`` of the i-th layer that drops patches, while active."""
-    seen: dict[str, Tensor] = {}
-
-    def remember(_: nn.Module, args: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor]) -> None:
-        index = len(seen) // 2
-        seen[f"score_{index}"], seen[f"kept_{index}"] = args[1], out[1][:, 1:] - 1
-
-    selections = [module for module in model.modules() if isinstance(module, evit.TokenSelection)]
-    handles = [module.register_forward_hook(remember) for module in selections]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def policies(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """ATS's ``policy_<layer>`` (B, U) of every layer that samples, while active."""
-    seen: dict[str, Tensor] = {}
-
-    def remember(layer: nn.Module, _: Any, out: tuple[Tensor, Tensor | None]) -> None:
-        x, policy = out
-        seen[f"policy_{index[layer]}"] = torch.ones(x.shape[1], len(x)) if policy is None else policy[:, :, 0]
-
-    layers = list(model.get_submodule("encoder.layers").children())
-    index = {layer: i for i, layer in enumerate(layers) if isinstance(layer, ats_vision_transformer.ATSBlock)}
-    handles = [layer.register_forward_hook(remember) for layer in index]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+def policies(seen: list[Seen]) -> dict[str, Tensor]:
+    """ATS's ``policy_<layer>`` (B, U) of every layer that samples."""
+    found: dict[str, Tensor] = {}
+    for step, _, result in seen:
+        if step.hook == "attend" and isinstance(step.method, ats_vision_transformer.ATS):
+            x, mask = result[1].x, result[1].mask
+            found[f"policy_{step.layer}"] = torch.ones(x.shape[:2]) if mask is None else mask[:, :, 0]
+    return found
 
 
 def run_sampling(case: Case, checks: Checks) -> None:
@@ -231,7 +196,7 @@ def run_cost(case: Case, checks: Checks) -> None:
     with torch.device("meta"):
         model = make(**options).eval()
     images = torch.empty_like(case.read(), device="meta", dtype=torch.float32)
-    if getattr(model, "depends_on_data", False):
+    if depends_on_data(model):
         model, images = reference.build(make, case.seed, dtype=torch.float32, **options), case.read().float()
     checks.number("total", CONVENTIONS["swag"].total(count_operations(model, images).published), case.values["total"])
 

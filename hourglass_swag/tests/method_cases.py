@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.hosts import Tokens
+from common.hosts.runner import attend
 from common.measure.flops import CONVENTIONS, count_parameters
 from common.tests import reference
 from common.tests.reference import Case, CaseError, Checks, NotCovered, Runner
-from hourglass_swag.models import REGISTRY, act_vision_transformer, create, evo_vit, smyrf_vision_transformer
+from hourglass_swag.host import SwagBlock
+from hourglass_swag.models import REGISTRY, create, evo_vit
+from hourglass_swag.models.act_vision_transformer import attentions, clusters
 from hourglass_swag.models.ops.ACT.ada_clustering_attention import (
     AdaClusteringAttention,
     calc_center,
@@ -33,7 +38,8 @@ from hourglass_swag.models.ops.ACT.extensions import ada_cluster_, broadcast_, w
 from hourglass_swag.models.ops.smyrf.attn import SmyrfAttention
 from hourglass_swag.models.ops.smyrf.smyrf_attn import SmyrfMultiheadAttention
 from hourglass_swag.models.ops.smyrf.utils import E2LSH, EXTRA_CHANNELS, XBOXPLUS, lsh_clustering
-from hourglass_swag.tests.counting import count_with_clusters, published_ops
+from hourglass_swag.models.vision_transformer import EncoderBlock
+from hourglass_swag.tests.counting import Seen, count_with_clusters, networks, published_ops, steps
 from hourglass_swag.tools.costs import build_network, parse_network
 from hourglass_swag.tools.flop_count import flop_count
 from hourglass_swag.tools.parser import get_model_args
@@ -44,13 +50,9 @@ COUNT_TOLERANCE = 300  # operations, on small networks: the published tool count
 PUBLISHED_TOLERANCE = 25_000  # operations, at full size
 
 METHOD_NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    name: getattr(module, name)
-    for module, names in (
-        (act_vision_transformer, ("ActVisionTransformer", "ActViTL16", "ActViTH14")),
-        (smyrf_vision_transformer, ("SmyrfVisionTransformer", "SmyrfViTL16", "SmyrfViTH14")),
-        (evo_vit, ("EvoViT", "EvoViTB16", "EvoViTL16", "EvoViTH14")),
-    )
-    for name in names
+    **networks("ActVisionTransformer", "act_vision_transformer", short="ActViT"),
+    **networks("SmyrfVisionTransformer", "smyrf_vision_transformer", short="SmyrfViT"),
+    **networks("EvoViT", "evo_vit"),
 }
 
 
@@ -239,10 +241,21 @@ def run_lift(case: Case, checks: Checks) -> None:
 
 def run_evo_block(case: Case, checks: Checks) -> None:
     """One layer of Evo-ViT: tokens and class attention."""
-    block = reference.build(evo_vit.EvoEncoderBlock, case.seed, **case.build["kwargs"])
+    kwargs = dict(case.build["kwargs"])
+    ratio, tradeoff = kwargs.pop("prune_ratio", 1.0), kwargs.pop("tradeoff", 0.5)
+    block = reference.build(EncoderBlock, case.seed, **kwargs)
+    method = evo_vit.EvoViT(keep=(ratio, 0.5), tradeoff=(tradeoff,) * 2, representative=False)  # a later layer prunes
+    x, attention = read_input(case, "x").transpose(0, 1), read_input(case, "cls_attn")
+    carried = {} if attention is None else {"evo_vit": evo_vit.Evolution(attention)}
+    tokens, view = Tokens(x, 1, None, carried=carried), SwagBlock(block, "block")
     with torch.no_grad():
-        out, cls_attn = block(read_input(case, "x"), read_input(case, "cls_attn"))
-    check_outputs(case, checks, {"out": out, "cls_attn": cls_attn})
+        tokens = method.before(0, tokens) if ratio != 1 else tokens
+        parts = view.qkv(tokens.x, None)
+        tokens = method.between(0, tokens.update(x=tokens.x + view.project(attend(parts, tokens), parts)), parts)
+        tokens = tokens.update(x=tokens.x + view.mlp(tokens.x))
+        tokens = method.after(0, tokens) if ratio != 1 else tokens
+    known = {"out": tokens.x.transpose(0, 1), "cls_attn": tokens.carried["evo_vit"].attention}
+    check_outputs(case, checks, known)
 
 
 # Networks
@@ -255,31 +268,24 @@ def run_method_network(case: Case, checks: Checks) -> None:
         checks.equal("params", count_parameters(model), case.raw["params"])
     images = read_input(case, "x")
     training = "loss" in case.outputs
-    seen: list[tuple[nn.Module, tuple[Any, ...], Tensor]] = []
-
-    def remember(layer: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        seen.append((layer, args, out if isinstance(out, Tensor) else out[0]))
-
-    handles = [layer.register_forward_hook(remember) for layer in model.get_submodule("encoder.layers").children()]
-    try:
-        with projections(case) as hashing, torch.set_grad_enabled(training):
-            logits = model.train(training)(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    seen: list[Tokens] = []
+    with projections(case) as hashing, torch.set_grad_enabled(training), steps(model) as acted:
+        model.train(training)
+        model.plan.run = partial(model.plan.run, seen=seen)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+        logits = model(images)
     check_draws(case, checks, hashing)
     if "clusters" in case.raw:
-        checks.equal("clusters", model.clusters(), case.raw["clusters"])  # pyright: ignore[reportCallIssue]
+        checks.equal("clusters", clusters(model), case.raw["clusters"])
     known: dict[str, Any] = {"logits": logits}
     if training:
         known |= loss_and_gradients(model, logits)
         check_outputs(case, checks, known)
         return
-    leaving = torch.stack([out for _, _, out in seen])  # (layers, tokens, batch, width)
+    leaving = torch.stack([tokens.x.transpose(0, 1) for tokens in leaving_layers(seen, acted)])  # (layers, N, B, C)
     known["after_layer"] = leaving
     known["layer_rms"] = leaving.square().mean((1, 2, 3)).sqrt()
     known["last_cls16"] = leaving[-1, 0, :, :16]
-    pruned = [args[1] for layer, args, _ in seen if getattr(layer, "prune_ratio", 1) != 1]
+    pruned = [operands[0].carried["evo_vit"].attention for step, operands, _ in acted if step.hook == "before"]
     if pruned:
         known["cls_attn_before_sort"] = torch.stack(pruned)
         known["sort_index"] = torch.stack([cls_attn.argsort(dim=1, descending=True) for cls_attn in pruned])
@@ -287,6 +293,12 @@ def run_method_network(case: Case, checks: Checks) -> None:
         if len(want) == 2:  # abridged: the beginning of what enters the last pruned layer
             known["cls_attn_before_sort"] = pruned[-1][:, : want[1]]
     check_outputs(case, checks, known)
+
+
+def leaving_layers(seen: list[Tokens], acted: list[Seen]) -> list[Tokens]:
+    """Tokens that leave each layer: those that enter the next, before a method of that layer changes them."""
+    before = {step.layer: operands[0] for step, operands, _ in acted if step.hook == "before"}
+    return [before.get(layer + 1, tokens) for layer, tokens in enumerate(seen[1:])]
 
 
 def loss_and_gradients(model: nn.Module, logits: Tensor) -> dict[str, Tensor]:
@@ -362,7 +374,7 @@ def run_method_cost(case: Case, checks: Checks) -> None:
     with projections(case):
         counted = {key: round(1e9 * value) for key, value in flop_count(model, (images,)).items()}
     if raw.get("clusters"):
-        checks.equal("clusters", model.clusters(), raw["clusters"])  # pyright: ignore[reportCallIssue]
+        checks.equal("clusters", clusters(model), raw["clusters"])  # pyright: ignore[reportCallIssue]
         given = count_with_clusters(copy.deepcopy(model), raw["clusters"]).published
         checks.equal("total for these clusters", CONVENTIONS["swag"].total(given), sum(counted.values()))
     expected = dict(raw["flops"])
@@ -393,7 +405,7 @@ def run_published_cost(case: Case, checks: Checks) -> None:
     if run := raw.get("official_run_with_random_weights"):
         check_gflops(checks, total(count_with_clusters(model, run["clusters_per_layer"]).published), run["gflops"])
     if "implied_mean_clusters_per_layer" in raw:
-        layers = len(model.attentions())  # pyright: ignore[reportCallIssue, reportArgumentType]
+        layers = len(attentions(model))
         one, two = (total(count_with_clusters(model, [number] * layers).published) for number in (1, 2))
         implied = 1 + (1e9 * raw["published_gflops"] - one) / (two - one)
         if abs(implied - raw["implied_mean_clusters_per_layer"]) > 1:

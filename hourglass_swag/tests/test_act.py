@@ -2,16 +2,19 @@
 
 import copy
 import logging
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor
 
+from common.hosts import PlanError, lean
 from common.measure.flops import CONVENTIONS
-from common.tests.reference import fill_
+from common.tests.reference import build, fill_, image
 from hourglass_swag.models import create
-from hourglass_swag.models.act_vision_transformer import ActVisionTransformer
+from hourglass_swag.models.act_vision_transformer import ACT, attentions, clusters
 from hourglass_swag.models.ops import library
 from hourglass_swag.models.ops.ACT.ada_clustering_attention import (
     AdaClusteringAttention,
@@ -23,8 +26,10 @@ from hourglass_swag.models.ops.ACT.ada_clustering_attention import (
 )
 from hourglass_swag.models.ops.ACT.attention_layer import AdaMultiheadAttention
 from hourglass_swag.models.ops.ACT.extensions import ada_cluster_, plain
+from hourglass_swag.models.ops.projections import set_generator
 from hourglass_swag.models.vision_transformer import VisionTransformer
-from hourglass_swag.tests.counting import count_with_clusters, published_ops
+from hourglass_swag.tests import counting
+from hourglass_swag.tests.counting import count_with_clusters, published_ops, steps
 from hourglass_swag.tools.costs import count
 from hourglass_swag.tools.flop_count import flop_count
 
@@ -39,10 +44,17 @@ SMALL: dict[str, Any] = {
 }
 
 
-def make(**options: Any) -> ActVisionTransformer:
-    model = ActVisionTransformer(**SMALL, **options)
-    fill_(model, 3)
-    return model.eval()
+TIMM = {"img_size": 24, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 5}
+
+act = partial(counting.make, "act_vision_transformer")
+
+
+def make(**options: Any) -> Any:
+    return fill_(act(**SMALL, **options), 3).eval()
+
+
+def timm(**options: Any) -> Any:
+    return build(TimmViT, 1, **TIMM | options)
 
 
 def images(batch: int = 2, size: int = 32) -> Tensor:
@@ -180,9 +192,9 @@ def test_seeds_decide():
     model, x = make(act_q_hashes=6), images()
     assert torch.equal(run(model, x, 1), run(model, x, 1))
     assert not torch.equal(run(model, x, 1), run(model, x, 2))
-    model.set_generator(torch.Generator().manual_seed(1))
+    set_generator(model, torch.Generator().manual_seed(1))
     first = run(model, x, 8)
-    model.set_generator(torch.Generator().manual_seed(1))
+    set_generator(model, torch.Generator().manual_seed(1))
     assert torch.equal(first, run(model, x, 9))
     assert torch.equal(first, run(make(act_q_hashes=6), x, 1))
 
@@ -195,11 +207,11 @@ def test_the_draws_can_be_supplied():
         asked.append((dim, n_hashes, device.type, dtype))
         return torch.zeros(dim, n_hashes), torch.zeros(n_hashes)
 
-    for attention in model.attentions():
+    for attention in attentions(model):
         attention.draw = draw  # type: ignore[method-assign]
     run(model, x)
     assert asked == [(8, 4, "cpu", torch.float32)] * 3
-    assert model.clusters() == [1, 1, 1], "equal projections make one cluster"
+    assert clusters(model) == [1, 1, 1], "equal projections make one cluster"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -217,10 +229,10 @@ def test_half_precision(dtype):
 
 def test_odd_sizes_and_one_image():
     model = make(act_q_hashes=5)
-    other = ActVisionTransformer(**(SMALL | {"image_size": 24}), act_q_hashes=5).eval()
+    other = act(**(SMALL | {"image_size": 24}), act_q_hashes=5).eval()
     other.load_state_dict(model.state_dict())
     assert run(other, images(1, 24)).shape == (1, 10)
-    gap = ActVisionTransformer(**SMALL, classifier="gap", act_q_hashes=5).eval()
+    gap = act(**SMALL, classifier="gap", act_q_hashes=5).eval()
     assert run(gap, images(1)).shape == (1, 10)
 
 
@@ -233,8 +245,10 @@ def test_training_reaches_every_parameter():
 @pytest.mark.parametrize(("out", "layers"), [(-1, [1, 2]), (2, [1]), (1, [1, 2]), (0, [1, 2]), (3, [1, 2])])
 def test_plug_in_and_out(out, layers):
     model = make(act_plug_in_index=1, act_plug_out_index=out)
-    blocks = list(model.encoder.layers)
-    assert [i for i, block in enumerate(blocks) if isinstance(block.self_attention, AdaMultiheadAttention)] == layers
+    with steps(model) as seen:
+        run(model, images(1))
+    assert [step.layer for step, *_ in seen] == layers
+    assert [step.core for step, *_ in seen] == attentions(model)
 
 
 # Cost
@@ -245,15 +259,15 @@ def test_cost_depends_on_the_clusters():
     with pytest.raises(ClustersUnknown, match="run the model on an image"):
         published_ops(model)
     counted = count(model, images(1))
-    clusters = model.clusters()
+    formed = clusters(model)
     assert counted == count(model, images(1)), "the same projections every time"
-    assert all(attention.generator is None for attention in model.attentions())
+    assert all(attention.generator is None for attention in attentions(model))
     assert counted.executed.macs == counted.published.macs
     torch.manual_seed(0)
     total = sum(flop_count(model, (images(1),)).values())
     assert round(1e9 * total) == CONVENTIONS["swag"].total(counted.published)
     fewest, same, most = (
-        count_with_clusters(copy.deepcopy(model), numbers).published for numbers in ([1] * 3, clusters, [17] * 3)
+        count_with_clusters(copy.deepcopy(model), numbers).published for numbers in ([1] * 3, formed, [17] * 3)
     )
     assert same == counted.published
     assert fewest.macs < same.macs < most.macs
@@ -261,7 +275,7 @@ def test_cost_depends_on_the_clusters():
 
 def test_the_meta_device_cannot_know_the_clusters():
     with torch.device("meta"):
-        model = ActVisionTransformer(**SMALL)
+        model = act(**SMALL)
         with pytest.raises(ClustersUnknown, match="which the meta device does not have: run the model on an image"):
             model(torch.empty(1, 3, 32, 32))
 
@@ -281,11 +295,74 @@ def test_the_meta_device_cannot_know_the_clusters():
 )
 def test_numbers_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
-        ActVisionTransformer(**SMALL, **options)
+        act(**SMALL, **options)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hashes": 0}, r"q_hashes \(--act_q_hashes\) must be 1 to 32, got 0"),
+        ({"hashes": 2.0}, "hashes must be a whole number, got 2.0"),
+        ({"key_hashes": -1}, r"k_hashes \(--act_k_hashes\) must be 1 to 32, got -1"),
+        ({"layers": (1, 4)}, "layers must be a layer, 0 to 3, got 4"),
+        ({"layers": (1, 1)}, r"layers must differ, got \(1, 1\)"),
+        ({"bucket_width": 0.0}, "bucket_width must be positive, got 0.0"),
+        ({"rounds": 3}, "act has no setting 'rounds'.* it has .*hashes, layers"),
+    ],
+)
+def test_settings_that_are_refused(settings, message):
+    with pytest.raises(PlanError, match=message):
+        lean(timm(), "act", **settings)
+
+
+def test_defaults_and_the_published_settings():
+    everywhere = ACT(24, (0, 1, 2, 3), key_hashes=24)
+    assert lean(timm(), "act").methods == lean(timm(), "act", preset="swag").methods == (everywhere,)
+    with torch.device("meta"):
+        published = create("act_vit_l16_in1k")
+    assert published.methods == (ACT(32, tuple(range(24)), key_hashes=32),)
+    wide = lean(timm(), "act", layers=(3, 1), bucket_width=2.5, keys=True, queries=False, key_hashes=3)
+    assert wide.methods[0].layers == (1, 3)
+    assert [(core.group_Q, core.group_K, core.k_hashes, core.bucket_width) for core in attentions(wide)] == [
+        (False, True, 3, 2.5)
+    ] * 2
+
+
+@pytest.mark.parametrize("prefix", [{}, {"reg_tokens": 2}, {"class_token": False, "global_pool": "avg"}], ids=str)
+@pytest.mark.parametrize("keys", [False, True])
+def test_features_have_the_full_grid_and_no_image_sees_another(keys, prefix):
+    """With the same projections: they are drawn for all images of a batch."""
+    fast, x = lean(timm(**prefix), "act", hashes=4, keys=keys, bucket_width=2.0), image(3, 24)
+    assert fast.depends_on_data
+
+    def features(x: Tensor) -> Tensor:
+        set_generator(fast, torch.Generator().manual_seed(2))
+        with torch.inference_mode():
+            return fast.features(x)
+
+    together = features(x)
+    assert together.shape == (3, 16, 6, 6)
+    assert together.isfinite().all()
+    formed = clusters(fast)
+    assert len(formed) < sum(formed) < 36 * len(formed), "some tokens share a cluster"
+    torch.testing.assert_close(features(x[1:2]), together[1:2], rtol=0, atol=1e-12)
+    assert torch.equal(features(x), together)
+    assert fast.tokens_per_layer(x) == [fast.plan.host.facts.tokens] * 5
+
+
+@pytest.mark.parametrize("prefix", [{}, {"reg_tokens": 2}], ids=str)
+def test_nothing_clustered_is_the_network(prefix):
+    net, x = timm(**prefix), image(2, 24)
+    for method in (ACT(queries=False), ACT(layers=()), ACT(hashes=32, keys=True, bucket_width=1e-6)):
+        fast = lean(net, method)
+        torch.testing.assert_close(run(fast, x), run(net, x), rtol=0, atol=1e-12)
+    assert clusters(fast) == [fast.plan.host.facts.tokens] * 8, "every token its own cluster"
+    assert not lean(net, ACT(queries=False)).depends_on_data
+    assert not lean(net, ACT(layers=())).depends_on_data
 
 
 def test_unknown_keywords_and_masks():
-    with pytest.raises(TypeError, match="smyrf_n_hashes"):
+    with torch.device("meta"), pytest.raises(TypeError, match="smyrf_n_hashes"):
         create("act_vit_l16_in1k", smyrf_n_hashes=3)
     attention, x = AdaMultiheadAttention(8, 2, group_K=True, batch_first=True), torch.randn(2, 3, 8)
     with pytest.raises(ValueError, match="attn_mask"):
@@ -331,5 +408,5 @@ def test_compiled_equals_eager(keys):
     compiled = torch.compile(model, fullgraph=True)
     for seed in (1, 2):
         torch.testing.assert_close(run(compiled, x, seed), run(model, x, seed), rtol=1e-5, atol=1e-5)  # type: ignore[arg-type]
-    assert all(1 <= number <= 17 for number in model.clusters())
+    assert all(1 <= number <= 17 for number in clusters(model))
     torch._dynamo.reset()

@@ -1,34 +1,70 @@
 """Adaptive token sampling: its steps against their formulas, both modes, costs, precisions, and what is refused."""
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer as TimmViT
 
+from common.hosts import PlanError, Tokens, lean
 from common.ledger.tables import NeedsWeights, load_tables
 from common.measure.flops import CONVENTIONS
-from common.tests.reference import array, build, image
+from common.tests.reference import array, build, fill_, image
 from hourglass_swag import ledger, models
-from hourglass_swag.models import ats_vision_trainsformer
-from hourglass_swag.models.ats_vision_transformer import ATSBlock, ATSVisionTransformer, ATSViTB16
+from hourglass_swag.host import SwagBlock
+from hourglass_swag.models import vision_transformer
+from hourglass_swag.models.ats_vision_transformer import ATS, HIDDEN
 from hourglass_swag.models.ops import ats
-from hourglass_swag.models.vision_transformer import VisionTransformer
-from hourglass_swag.tests.counting import published_ops, tokens_per_layer
+from hourglass_swag.models.vision_transformer import EncoderBlock, VisionTransformer
+from hourglass_swag.tests.counting import make, published_ops, steps, tokens_per_layer
 from hourglass_swag.tools.costs import count, count_costs, parse_network
 from hourglass_swag.tools.flop_count import flop_count
 from hourglass_swag.tools.survivors import sharpen_
 
 TINY = {"image_size": 24, "patch_size": 4, "num_layers": 3, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
 BLOCK = {"num_heads": 2, "hidden_dim": 16, "mlp_dim": 32, "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
+TIMM = {"img_size": 24, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 5}
 
 
 def draw(name: str, *shape: int) -> torch.Tensor:
     return torch.from_numpy(array(name, shape))
 
 
-def tiny(seed: int = 1, **options) -> ATSVisionTransformer:
+def tiny(seed: int = 1, **options: Any) -> Any:
     options = TINY | {"num_classes": 5, "ats_blocks": (1, 2), "num_tokens": 37, "drop_tokens": True} | options
-    return build(ATSVisionTransformer, seed, **options)  # pyright: ignore[reportReturnType]
+    return build(partial(make, "ats_vision_transformer"), seed, **options)
+
+
+def timm(**options: Any) -> Any:
+    return build(TimmViT, 1, **TIMM | options)
+
+
+def rotating() -> Any:
+    return fill_(Eva(**TIMM, use_rot_pos_emb=True, num_reg_tokens=2).double(), 1).eval()
+
+
+def varied(batch: int = 4) -> torch.Tensor:
+    """Images of which ATS keeps different numbers of tokens."""
+    return image(batch, 24) * torch.tensor([3, 1, 0.2, 0.5], dtype=torch.float64)[:batch, None, None, None]
+
+
+@torch.no_grad()
+def run_block(
+    x: torch.Tensor, seed: int = 2, mask: torch.Tensor | None = None, zeroed: tuple[str, ...] = (), **settings: Any
+) -> Tokens:
+    """A layer of SWAG that samples: tokens (B, N, C) in, those of the survivors out."""
+    block = build(EncoderBlock, seed, **BLOCK)
+    for name in zeroed:
+        torch.nn.init.zeros_(block.get_submodule(name).weight)  # pyright: ignore[reportArgumentType]
+        torch.nn.init.zeros_(block.get_submodule(name).bias)  # pyright: ignore[reportArgumentType]
+    method, view = ATS((0,), 37, **(ATS.swag | settings)), SwagBlock(block, "block")
+    bias = None if mask is None else (mask[..., 0] - 1) * HIDDEN
+    heads, tokens, parts = method.attend(0, Tokens(x, 1, None, mask=mask, key_bias=bias), view.qkv(x, None))
+    tokens = tokens.update(x=tokens.x + view.project(heads, parts))
+    return method.after(0, tokens.update(x=tokens.x + view.mlp(tokens.x)))
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.0], ids=["points", "midpoints"])
@@ -79,20 +115,21 @@ def test_scores_weigh_the_class_row_by_the_length_of_values():
     assert (scores.diff(dim=1) >= 0).all()
 
 
-def test_dropping_keeps_the_rows_that_masking_keeps():
+@pytest.mark.parametrize("padding", ["seen", "masked"])
+def test_dropping_keeps_the_rows_that_masking_keeps(padding):
     """Out of one layer the shortened sequence is the beginning of the masked one, whose rest is zero."""
-    x = draw("x", 37, 3, 16)
-    options = {**BLOCK, "n_ref_tokens": 37}
-    masked, policy = build(ATSBlock, 2, **options)(x)
-    dropped, short = build(ATSBlock, 2, **options, drop_tokens=True)(x)
-    survivors = policy[:, :, 0].sum(1).long()
-    assert len(dropped) == survivors.max() < 37
-    torch.testing.assert_close(masked[: len(dropped)], dropped)
-    assert not masked[len(dropped) :].any()
-    for i, number in enumerate(survivors):
-        assert not dropped[number:, i].any()
-    if short is not None:
-        assert torch.equal(short.sum((1, 2)).long(), survivors)
+    x = draw("x", 3, 37, 16)
+    masked, dropped = (run_block(x, drop=drop, padding=padding) for drop in (False, True))
+    survivors = masked.mask.sum((1, 2)).long()  # pyright: ignore[reportOptionalMemberAccess]
+    number = dropped.x.shape[1]
+    assert masked.x.shape[1] == 37
+    assert number == survivors.max() < 37
+    torch.testing.assert_close(masked.x[:, :number], dropped.x)
+    assert not masked.x[:, number:].any()
+    for i, left in enumerate(survivors):
+        assert not dropped.x[i, left:].any()
+    if dropped.mask is not None:
+        assert torch.equal(dropped.mask.sum((1, 2)).long(), survivors)
 
 
 def test_a_layer_drops_the_lowest_token_at_least():
@@ -101,30 +138,35 @@ def test_a_layer_drops_the_lowest_token_at_least():
     assert 37 > tokens[2] > tokens[3] > 1
 
 
+@pytest.mark.parametrize("padding", ["seen", "masked"])
 @pytest.mark.parametrize("tokens", [1, 2, 3])
-def test_few_tokens_may_leave_the_class_token_alone(tokens):
+def test_few_tokens_may_leave_the_class_token_alone(tokens, padding):
     """Of two patches the published code drops both; a layer that gets no patch has nothing to choose."""
-    block = build(ATSBlock, 3, **BLOCK, n_ref_tokens=37, drop_tokens=True)
-    x, policy = block(draw("x", tokens, 2, 16))
-    assert policy is None
-    assert len(x) == (2 if tokens == 2 else 1)
-    assert x.isfinite().all()
+    left = run_block(draw("x", 2, tokens, 16), 3, padding=padding)
+    assert left.mask is None
+    assert left.x.shape[1] == (2 if tokens == 2 else 1)
+    assert left.x.isfinite().all()
+
+
+@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 8])
+def test_few_tokens_before_masked_padding_are_those_of_the_image_alone(number, drop):
+    x, mask = draw("x", 2, 9, 16), torch.ones(2, 9, 1, dtype=torch.float64)
+    mask[1, number:] = 0
+    together = run_block(x, 3, mask, padding="masked", drop=drop)
+    alone = run_block(x[1:, :number], 3, padding="masked")
+    left = alone.x.shape[1]
+    assert together.mask[1].sum() == left  # pyright: ignore[reportOptionalSubscript]
+    torch.testing.assert_close(together.x[1, :left], alone.x[0], rtol=0, atol=1e-14)
+    assert not together.x[1, left:].any()
 
 
 def test_the_paper_s_residual_is_the_input():
-    x = draw("x", 37, 1, 16)
-    blocks = {
-        residual: build(ATSBlock, 2, **BLOCK, n_ref_tokens=37, drop_tokens=True, residual=residual)
-        for residual in ("normalized", "input")
-    }
-    for block in blocks.values():  # without the attention's and the MLP's output only the residual is left
-        for name in ("self_attention.out_proj", "mlp.linear_2"):
-            torch.nn.init.zeros_(block.get_submodule(name).weight)  # pyright: ignore[reportArgumentType]
-            torch.nn.init.zeros_(block.get_submodule(name).bias)  # pyright: ignore[reportArgumentType]
-    with torch.no_grad():
-        normalized = blocks["input"].get_submodule("ln_1")(x)
-        assert torch.equal(blocks["input"](x)[0][0], x[0])
-        assert torch.equal(blocks["normalized"](x)[0][0], normalized[0])
+    """Without the attention's and the MLP's output only the residual is left."""
+    x, zeroed = draw("x", 1, 37, 16), ("self_attention.out_proj", "mlp.linear_2")
+    normalized = build(EncoderBlock, 2, **BLOCK).get_submodule("ln_1")(x)
+    assert torch.equal(run_block(x, zeroed=zeroed, residual="input").x[:, 0], x[:, 0])
+    assert torch.equal(run_block(x, zeroed=zeroed, residual="normalized").x[:, 0], normalized[:, 0])
 
 
 def test_without_sampling_layers_it_is_the_dense_model():
@@ -143,7 +185,7 @@ def test_costs_are_stated_for_the_tokens_that_survive(drop):
     counted = count(model, images)
     assert round(1e9 * sum(flop_count(model, (images,)).values())) == CONVENTIONS["swag"].total(counted.published)
     tokens, width, saved = tokens_per_layer(model, images), model.hidden_dim, 0
-    for layer in model.ats_blocks:  # an N x N map there; the survivors' rows and the class row here
+    for layer in model.methods[0].layers:  # an N x N map there; the survivors' rows and the class row here
         saved += (2 * (tokens[layer] - tokens[layer + 1]) - 1) * tokens[layer] * width
     assert counted.published.macs - counted.executed.macs == saved
     assert (saved > 0) == drop
@@ -201,21 +243,127 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r"--ats_num_tokens\) must be at least 37.* got 0.5"):
         tiny(num_tokens=0.5)
     tiny(num_tokens=1)  # a share: all of them
-    with pytest.raises(ValueError, match=r"--ats_blocks_indexes\) must hold layers 0 to 2, got \[-1, 3\]"):
+    with pytest.raises(PlanError, match=r"layers \(--ats_blocks_indexes\) must be a layer, 0 to 2, got -1"):
         tiny(ats_blocks=(3, 0, -1))
-    with pytest.raises(ValueError, match="residual must be 'normalized' or 'input', got 'none'"):
+    with pytest.raises(PlanError, match="residual must be one of normalized, input, got 'none'"):
         tiny(residual="none")
     with pytest.raises(TypeError, match="ats_block"):
-        ATSViTB16(ats_block=(1,))
+        tiny(ats_block=(1,))
+    with pytest.raises(PlanError, match="ats needs a class token, which VisionTransformer has not"):
+        tiny(classifier="gap")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": (1, 4)}, "layers .* must be a layer, 0 to 3, got 4"),
+        ({"layers": (1, 1)}, r"layers .* must differ, got \(1, 1\)"),
+        ({"layers": 2}, "'int' object is not iterable"),
+        ({"tokens": 1}, "tokens must be a whole number of at least 2, got 1"),
+        ({"tokens": 36.0}, "tokens must be a whole number of at least 2, got 36.0"),
+        ({"residual": "none"}, "residual must be one of normalized, input, got 'none'"),
+        ({"padding": "zero"}, "padding must be one of masked, seen, got 'zero'"),
+        ({"restore": "zero"}, "restore must be one of nearest, frozen, got 'zero'"),
+        ({"layer": 2}, "ats has no setting 'layer', did you mean 'layers'"),
+    ],
+)
+def test_settings_that_are_refused(settings, message):
+    with pytest.raises(PlanError, match=message):
+        lean(timm(), "ats", **settings)
 
 
 def test_names_and_defaults():
-    assert ats_vision_trainsformer.ATSVisionTransformer is ATSVisionTransformer
     with torch.device("meta"):
         model = models.create("ats_vit_l16_in1k", image_size=512, ats_blocks=[20, 23], num_tokens=1025)
-        assert isinstance(model, ATSVisionTransformer)
-        assert [i for i, layer in enumerate(model.encoder.layers) if isinstance(layer, ATSBlock)] == [20, 23]
+        assert model.methods == (ATS((20, 23), 1025, drop=False, **ATS.swag),)
+        assert [step.layer for step in model.plan.steps if step.hook == "attend"] == [20, 23]  # pyright: ignore
         assert published_ops(models.create("ats_vit_h14_in1k", image_size=518))["linear"] > 0
+    assert lean(timm(), "ats").methods == (ATS((2, 3), 37, "input", padding="masked"),)
+    assert lean(timm(), "ats", preset="swag").methods == (ATS((2, 3), 37, "normalized", padding="seen"),)
+
+
+NETWORKS = {"plain": timm, "registers": partial(timm, reg_tokens=2), "rotating": rotating}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, {"layers": (0, 1, 2, 3)}, {"layers": (0, 2), "restore": "frozen"}], ids=str)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_with_masked_padding_no_image_sees_another(network, settings):
+    """Neither those with more tokens, to whose number it is padded, nor the padding."""
+    fast, images = lean(NETWORKS[network](), "ats", **settings), varied()
+    features, alone = fast.features(images), [fast.features(images[i : i + 1]) for i in range(4)]
+    numbers = [fast.tokens_per_layer(images[i : i + 1]) for i in range(4)]
+    assert len({tuple(tokens) for tokens in numbers}) > 1, "some images are padded"
+    assert fast.tokens_per_layer(images) == [max(tokens) for tokens in zip(*numbers, strict=True)]
+    assert features.shape == (4, 16, 6, 6)
+    assert features.isfinite().all()
+    torch.testing.assert_close(features, torch.cat(alone), rtol=0, atol=1e-12)
+    logits = torch.cat([fast(images[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(fast(images), logits, rtol=0, atol=1e-12)
+
+
+def test_masked_padding_trains_compiles_and_is_finite_in_half_precision():
+    fast, images = lean(timm(depth=2), "ats", layers=(0, 1), drop=False), varied()
+    fast(images).square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in fast.parameters())
+    with torch.no_grad():
+        compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(images), fast(images))
+        half = lean(timm().bfloat16(), "ats")
+        assert half.features(images.bfloat16()).isfinite().all()
+        with torch.autocast("cpu", torch.float16):
+            assert lean(timm().float(), "ats").features(images.float()).isfinite().all()
+
+
+@torch.no_grad()
+def test_padding_that_is_seen_couples_images():
+    fast, images = lean(timm(), "ats", padding="seen", layers=(0, 2)), varied()
+    assert fast.features(images).isfinite().all()
+    assert not torch.allclose(fast.features(images)[1], fast.features(images[1:2])[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("network", NETWORKS)
+def test_masking_all_tokens_is_dropping(network):
+    net, images = NETWORKS[network](), varied()
+    kept = lean(net, "ats", layers=(0, 1, 3), drop=False)
+    assert not kept.depends_on_data
+    assert set(kept.tokens_per_layer()) == {kept.plan.host.facts.tokens}
+    dropped = lean(net, "ats", layers=(0, 1, 3))
+    torch.testing.assert_close(kept.features(images), dropped.features(images), rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", ["masked", "seen"])
+def test_all_prefix_tokens_stay_in_front(padding):
+    fast, images = lean(timm(reg_tokens=2), "ats", layers=(0, 2), padding=padding), varied()
+    with steps(fast) as seen:
+        fast.features(images)
+    undone = [result[1].undo[-1] for step, _, result in seen if step.hook == "attend"]
+    assert len(undone) == 2
+    for undo in undone:
+        assert undo.index[:, :3].tolist() == [[0, 1, 2]] * 4
+        assert (undo.index[:, 3:] >= 3).all()
+        assert undo.mask is None or undo.mask[:, :3].all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefix", [{}, {"reg_tokens": 2}], ids=str)
+def test_nothing_sampled_is_the_network(prefix):
+    net = timm(**prefix)
+    torch.testing.assert_close(lean(net, "ats", layers=())(varied()), net(varied()), rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_survivors_have_their_own_features_and_the_others_those_of_the_nearest():
+    net, images = timm(depth=1), varied()
+    dense, fast = net.forward_features(images)[:, 1:], lean(net, "ats", layers=(0,))
+    restored, tokens = fast.forward_features(images)[:, 1:], fast.run(images)
+    survived = (restored - dense).abs().amax(2) < 1e-12
+    assert torch.equal(survived.sum(1) + 1, tokens.mask.sum((1, 2)).long())
+    for i in range(4):
+        rows = {tuple(row) for row in restored[i, survived[i]].tolist()}
+        assert {tuple(row) for row in restored[i].tolist()} == rows
 
 
 def ats_table():
@@ -238,15 +386,16 @@ def test_the_ledger_asks_for_the_checkpoint(monkeypatch, tmp_path):
 def test_the_ledger_and_the_tool_count_with_the_checkpoint(monkeypatch, tmp_path):
     """A small network under the published name: one pass over one image, always the same."""
 
-    def small(image_size, ats_blocks, num_tokens, **options):
-        return ATSVisionTransformer(**(TINY | {"image_size": 32}), ats_blocks=(1, 2), num_tokens=1, **options)
-
+    shape = {key: value for key, value in TINY.items() if key != "image_size"}
+    small = replace(models.REGISTRY["ats_vit_l16_in1k"], num_classes=5)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setitem(models.REGISTRY, "ats_vit_l16_in1k", models.Entry(small, "vit_l16_in1k.torch", 5))  # pyright: ignore[reportArgumentType]
-    row = replace(published_row(), arguments="-m ats_vit_l16_in1k -r 32 --ats_drop_tokens")
+    monkeypatch.setitem(models.REGISTRY, "ats_vit_l16_in1k", small)
+    monkeypatch.setitem(vision_transformer.SIZES, "l16", vision_transformer.Size(**shape))
+    flags = "--ats_blocks_indexes 1 2 --ats_num_tokens 1 --ats_drop_tokens"
+    row = replace(published_row(), arguments=f"-m ats_vit_l16_in1k -r 32 {flags}")
     checkpoint = tmp_path / "hub" / "checkpoints" / "vit_l16_in1k.torch"
     checkpoint.parent.mkdir(parents=True)
-    model = build(ATSVisionTransformer, 3, dtype=torch.float32, **(TINY | {"image_size": 32}), num_classes=5)
+    model = build(VisionTransformer, 3, dtype=torch.float32, **(TINY | {"image_size": 32}), num_classes=5)
     torch.save(model.state_dict(), checkpoint)
     found = ledger.costs(row)
     assert found == ledger.costs(row)
@@ -264,7 +413,7 @@ def test_the_ledger_and_the_tool_count_with_the_checkpoint(monkeypatch, tmp_path
 def test_random_weights_with_a_wanted_number_of_survivors():
     torch.manual_seed(0)
     options = TINY | {"image_size": 64, "num_layers": 5}
-    model = ATSVisionTransformer(**options, ats_blocks=(1, 2, 4), num_tokens=1, drop_tokens=True).eval()
+    model = make("ats_vision_transformer", **options, ats_blocks=(1, 2, 4), num_tokens=1, drop_tokens=True).eval()
     images = torch.rand(1, 3, 64, 64)
     assert sum(tokens_per_layer(model, images)[i] for i in (2, 3, 5)) / 3 > 200
     found = sharpen_(model, 120, images)

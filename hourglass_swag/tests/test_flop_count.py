@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.measure.flops import CONVENTIONS, count_operations
-from hourglass_swag.models.hourglass_vit import HourglassViT, HourglassViTL16
 from hourglass_swag.models.ops.cluster import TokenClusteringBlock
-from hourglass_swag.models.vision_transformer import VisionTransformer, ViTL16
+from hourglass_swag.models.vision_transformer import VisionTransformer, make_vit
+from hourglass_swag.tests.counting import networks
 from hourglass_swag.tools import flop_count as tool
 from hourglass_swag.tools import jit_handles
 from hourglass_swag.tools.flop_count import flop_count
@@ -26,13 +27,14 @@ SMALL: dict[str, Any] = {
     "mlp_dim": 64,
     "num_classes": 10,
 }
+HOURGLASS = networks("HourglassViT", "hourglass_vit")
 CLUSTERED = SMALL | {"cluster_after_output": False, "clustering_location": 2, "num_cluster": 9}
 
 PUBLISHED_TOOL = {
     "vit": (VisionTransformer, SMALL, 2_014_701),
     "vit_gap": (VisionTransformer, SMALL | {"classifier": "gap"}, 1_954_141),
-    "hourglass": (HourglassViT, CLUSTERED, 1_445_578),
-    "hourglass_1_iteration": (HourglassViT, CLUSTERED | {"cluster_iters": 1}, 1_342_762),
+    "hourglass": (HOURGLASS["HourglassViT"], CLUSTERED, 1_445_578),
+    "hourglass_1_iteration": (HOURGLASS["HourglassViT"], CLUSTERED | {"cluster_iters": 1}, 1_342_762),
 }
 """Total operations of one image. The published tool counts arithmetic on shapes too: tens of operations."""
 
@@ -113,8 +115,12 @@ def test_every_key_of_a_dense_model() -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "printed"),
     [
-        (ViTL16, {}, "364.77"),
-        (HourglassViTL16, {"clustering_location": 8, "num_cluster": 256, "cluster_after_output": False}, "178.96"),
+        (partial(make_vit, "l16"), {}, "364.77"),
+        (
+            HOURGLASS["HourglassViTL16"],
+            {"clustering_location": 8, "num_cluster": 256, "cluster_after_output": False},
+            "178.96",
+        ),
     ],
 )
 def test_published_sizes(kind: type[nn.Module], options: dict[str, Any], printed: str) -> None:

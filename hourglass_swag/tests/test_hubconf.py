@@ -27,7 +27,7 @@ import torch
 with torch.device("meta"):
     model = torch.hub.load({str(FOLDER)!r}, "hourglass_vit_l16_in1k", source="local", pretrained=False,
                            image_size=512, clustering_location=12, num_cluster=529)
-print(type(model).__name__, model.clustering_location, model.token_clustering_layer.grid)
+print(type(model).__name__, model.methods[0].layer, model.methods[0].clusters)
 """
 
 
@@ -36,7 +36,7 @@ def test_a_checkout_that_is_not_installed(tmp_path):
         [sys.executable, "-c", NOT_INSTALLED], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[0] == "HourglassViTL16 12 (23, 23)"
+    assert done.stdout.split("\n")[0] == "LeanVisionTransformer 12 (23, 23)"
 
 
 def test_every_name_is_an_entry_point_with_a_description():

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from common.tests.reference import build
 from hourglass_swag import imagenet_1k_eval
 from hourglass_swag.evaluation import AverageMeter, ProgressMeter, accuracy, make_meters, swag_eval_transform
-from hourglass_swag.models.vision_transformer import ViTDesk
+from hourglass_swag.models import create
 from hourglass_swag.tools import processes
 
 SCRIPT = Path(imagenet_1k_eval.__file__)
@@ -38,7 +39,7 @@ def write_pictures(folder: Path, number: int) -> None:
 def material(tmp_path_factory):
     """Weights that tell pictures apart, and 7 pictures under val/, the same under img_val/ elsewhere."""
     root = tmp_path_factory.mktemp("material")
-    torch.save(build(ViTDesk, 1, dtype=torch.float32, num_classes=10).state_dict(), root / "desk.pth")
+    torch.save(build(partial(create, "vit_desk"), 1, dtype=torch.float32).state_dict(), root / "desk.pth")
     write_pictures(root / "data" / "val", 7)
     write_pictures(root / "swag" / "img_val", 7)
     return root
@@ -98,7 +99,7 @@ def test_the_published_folder_layout_is_the_same_data(material):
 
 def test_accuracy_is_that_of_the_network_on_the_transformed_pictures(material, capsys):
     result = evaluate(material)
-    model = build(ViTDesk, 1, dtype=torch.float32, num_classes=10)
+    model = build(partial(create, "vit_desk"), 1, dtype=torch.float32)
     right = 0
     for path in sorted((material / "data" / "val").glob("*/*.png")):
         with Image.open(path) as picture, torch.no_grad():
@@ -179,7 +180,7 @@ def test_wrong_inputs_are_named_in_one_line(material, words, message):
     words = [str(material / "data") if word == "DATA" else word for word in words]
     with pytest.raises(SystemExit, match=re.escape(message)) as caught:
         imagenet_1k_eval.main([*words, *resolution, "-j", "0"])
-    assert str(caught.value.code).startswith("error: ")
+    assert str(caught.value).startswith("error: ")
 
 
 def test_flags_are_not_abbreviated(capsys):

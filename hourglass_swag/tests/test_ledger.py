@@ -14,7 +14,7 @@ from common.measure.flops import count_executed_macs
 from common.run.files import ROOT
 from hourglass_swag import ledger
 from hourglass_swag.models import REGISTRY, Entry
-from hourglass_swag.models.vision_transformer import VisionTransformer
+from hourglass_swag.models.vision_transformer import SIZES, Size, VisionTransformer
 from hourglass_swag.tools.flop_count import flop_count
 
 TABLES = {table.name: table for table in load_tables("hourglass_swag", root=ROOT)}
@@ -42,12 +42,10 @@ def test_accuracy_names_the_missing_checkpoint(tmp_path: Path) -> None:
 def test_accuracy_through_the_row_s_own_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small network under a name of the registry, its published file in --weights, pictures in --data."""
 
-    def small(**options) -> VisionTransformer:
-        options["image_size"] = 32
-        return VisionTransformer(patch_size=16, num_layers=1, num_heads=1, hidden_dim=8, mlp_dim=8, **options)
-
-    monkeypatch.setitem(REGISTRY, "vit_l16_in1k", Entry(small, "vit_l16_in1k.torch", 2))  # type: ignore[arg-type]
-    model = small(num_classes=2)
+    small = Size(patch_size=16, num_layers=1, num_heads=1, hidden_dim=8, mlp_dim=8)
+    monkeypatch.setitem(SIZES, "l16", small)
+    monkeypatch.setitem(REGISTRY, "vit_l16_in1k", Entry("l16", "vit_l16_in1k.torch", 2))
+    model = VisionTransformer(32, **small.kwargs(), num_classes=2)
     torch.nn.init.normal_(model.head.layers.head.weight)
     torch.save(model.state_dict(), tmp_path / "vit_l16_in1k.torch")
     rng = np.random.default_rng(0)

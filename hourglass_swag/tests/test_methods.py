@@ -9,11 +9,12 @@ from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor
 
 from common.hosts import NotAHost, PlanError, lean
-from hourglass_swag.methods import EViT, Hourglass, ToMe, cluster_free_of_scale, weights_free_of_scale
-from hourglass_swag.models.evit import EViTDesk
-from hourglass_swag.models.hourglass_vit import HourglassViTDesk
-from hourglass_swag.models.tome_vit import ToMeViTDesk
-from hourglass_swag.models.vision_transformer import ViTDesk
+from hourglass_swag.models import create
+from hourglass_swag.models.evit import EViT
+from hourglass_swag.models.hourglass_vit import Hourglass
+from hourglass_swag.models.ops.cluster import cluster_free_of_scale
+from hourglass_swag.models.ops.reconstruction import weights_free_of_scale
+from hourglass_swag.models.tome_vit import ToMe
 
 METHODS = {
     "tome": ToMe(r=3),
@@ -24,9 +25,9 @@ METHODS = {
 }
 
 
-def swag(**options: Any) -> ViTDesk:
+def swag() -> Any:
     torch.manual_seed(0)
-    net = ViTDesk(num_classes=10, **options).double().eval()
+    net: Any = create("vit_desk").double().eval()
     torch.nn.init.normal_(net.head.layers.head.weight)
     return net
 
@@ -45,37 +46,30 @@ def images(side: int = 32, batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, side, side, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("classifier", ["token", "gap"])
 @pytest.mark.parametrize(
-    ("published", "options", "method", "settings"),
+    ("name", "options", "method", "settings"),
     [
-        (
-            HourglassViTDesk,
-            {"clustering_location": 3, "num_cluster": 25, "cluster_temperture": 0.5, "cluster_after_output": False},
-            "hourglass",
-            {"layer": 3, "clusters": 25, "temperature": 0.5},
-        ),
-        (ToMeViTDesk, {"tome_r": 5}, "tome", {"r": 5}),
-        (ToMeViTDesk, {"tome_r": (6, -1.0)}, "tome", {"r": (6, -1.0)}),
-        (EViTDesk, {"base_keep_rate": 0.6, "drop_loc": (2, 5), "fuse_token": True}, "evit",
-         {"keep": 0.6, "layers": (2, 5), "fuse": True, "score": "mean"}),
-        (EViTDesk, {"base_keep_rate": 0.7, "score": "cls"}, "evit", {"layers": (2, 4, 6)}),
+        ("hourglass_vit", {"clustering_location": 3, "num_cluster": 25}, "hourglass", {"layer": 3, "clusters": 25}),
+        ("tome_vit", {"tome_r": (6, -1.0)}, "tome", {"r": (6, -1.0)}),
+        ("e_vit", {"base_keep_rate": 0.6, "drop_loc": (2, 5), "fuse_token": True}, "evit",
+         {"keep": 0.6, "layers": (2, 5), "fuse": True}),
+        ("evo_vit", {"prune_ratio": 0.5, "prune_location": 3}, "evo_vit", {"keep": 0.5, "layer": 3}),
+        ("ats_vit", {"ats_blocks": (5, 7), "drop_tokens": True}, "ats", {"layers": (5, 7)}),
     ],
 )  # fmt: skip
-def test_published_forms_on_swag(
-    classifier: str, published: Any, options: dict[str, Any], method: str, settings: dict[str, Any]
+def test_the_preset_is_the_published_row(
+    name: str, options: dict[str, Any], method: str, settings: dict[str, Any]
 ) -> None:
-    if classifier == "gap":
-        if published is not ToMeViTDesk:
-            pytest.skip("the published form averages what is left, the plug-in the restored grid")
-        options, settings = {**options, "tome_r": 0}, {"r": 0}
-    net = swag(classifier=classifier)
-    other = published(num_classes=10, classifier=classifier, **options).double().eval()
-    other.load_state_dict(net.state_dict())
-    fast = lean(net, method, **settings)
-    torch.testing.assert_close(fast(images()), other(images()), rtol=0, atol=1e-12)
-    if hasattr(other, "tokens_per_layer"):
-        assert fast.tokens_per_layer() == other.tokens_per_layer()
+    net = swag()
+    row = create(f"{name}_desk", **options).double().eval()
+    row.load_state_dict(net.state_dict())
+    fast = lean(net, method, preset="swag", **settings)
+    torch.testing.assert_close(fast(images()), row(images()), rtol=0, atol=1e-12)
+    assert fast.tokens_per_layer(images()) == row.tokens_per_layer(images())  # pyright: ignore[reportCallIssue]
+    if method != "tome":  # whose published form is the paper's
+        assert not torch.allclose(lean(net, method, **settings).features(images()), fast.features(images()))
+    with pytest.raises(PlanError, match="preset must be 'swag'"):
+        lean(net, method, preset="swagg")
 
 
 @pytest.mark.parametrize("prefix", [{}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}], ids=str)
@@ -165,10 +159,14 @@ def test_equal_patches_cluster_without_a_nan() -> None:
         ("tome", {"r": [1] * 9}, "r holds 9 numbers for 4 layers"),
         ("hourglass", {"layer": 4}, "layer must be a layer, 0 to 3, got 4"),
         ("hourglass", {"clusters": (6, 2)}, "clusters must be 1 to \\(5, 5\\)"),
-        ("hourglass", {"clusters": 7}, "7 clusters do not fill a grid like the patches' 5x5"),
+        (
+            "hourglass",
+            {"clusters": 7},
+            "7 clusters \\(-n, --num_cluster\\) do not fill a grid like the patches' 5x5; give .*, or 9 or 4",
+        ),
         ("hourglass", {"temperature": "automatic"}, "temperature must be 'auto' or a number"),
         ("hourglass", {"k": 0}, "k must be 1 to"),
-        ("evit", {"keep": 0}, "keep must be in \\(0, 1\\]"),
+        ("evit", {"keep": 0}, "must be in \\(0, 1\\], got 0"),
         ("evit", {"score": "cls"}, "score must be one of class, mean"),
         ("evit", {"layers": (1, 7)}, "layers must be a layer, 0 to 3, got 7"),
     ],
@@ -182,11 +180,9 @@ def test_more_pairs_than_there_are_merge_half() -> None:
     assert lean(timm(), "tome", r=1000).tokens_per_layer() == [26, 14, 8, 5, 3]
 
 
-def test_networks_that_reduce_tokens_themselves_are_no_hosts() -> None:
-    with pytest.raises(NotAHost, match=r"encoder.layers.layer_0 is not a plain EncoderBlock"):
-        lean(EViTDesk(), "tome")
-    with pytest.raises(NotAHost, match="HourglassViTDesk has a way of its own with tokens"):
-        lean(HourglassViTDesk(), "tome")
+def test_networks_that_reduce_tokens_already_are_no_hosts() -> None:
+    with pytest.raises(NotAHost, match="this network has token methods already"):
+        lean(create("e_vit_desk"), "tome")
 
 
 def test_what_cannot_share_a_layer_is_refused_before_any_image() -> None:

@@ -3,6 +3,7 @@
 import json
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,18 +13,13 @@ from torch import nn
 from common.measure.flops import CONVENTIONS, count_executed_macs, count_operations, count_parameters
 from common.tests.reference import array, build, fill_, image
 from hourglass_swag import models
-from hourglass_swag.models.hourglass_vit import (
-    HourglassViT,
-    HourglassViTL16,
-    get_aspect_ratio,
-    reshape_as_aspect_ratio,
-)
-from hourglass_swag.models.vision_transformer import EncoderBlock, SelfAttention, VisionTransformer, ViTB16
-from hourglass_swag.tests.counting import tokens_per_layer
+from hourglass_swag.models.vision_transformer import EncoderBlock, SelfAttention, VisionTransformer, make_vit
+from hourglass_swag.tests.counting import make, tokens_per_layer
 
 VECTORS = Path(__file__).parent / "vectors"
 INDEX = json.loads((VECTORS / "manifest_index.json").read_text())
 PUBLISHED = json.loads((VECTORS / "flops_published.json").read_text())
+HOURGLASS = partial(make, "hourglass_vit")
 TINY = {"image_size": 24, "patch_size": 4, "num_layers": 3, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
 
 
@@ -97,7 +93,7 @@ def test_executed_macs_by_hand(options, location):
         if location is None:
             model = VisionTransformer(**TINY, **options)
         else:
-            model = HourglassViT(
+            model = HOURGLASS(
                 **TINY, **options, clustering_location=location, num_cluster=(2, 3), cluster_after_output=after
             )
         tokens = [first] * 3
@@ -142,7 +138,7 @@ def test_a_fresh_classifier_outputs_zeros_and_starts_as_published():
 
 
 def test_an_image_alone_is_the_image_in_a_batch():
-    model = build(HourglassViT, 1, **TINY, num_classes=5, clustering_location=1, num_cluster=4)
+    model = build(HOURGLASS, 1, **TINY, num_classes=5, clustering_location=1, num_cluster=4)
     images = image(3, 24)
     with torch.no_grad():
         torch.testing.assert_close(model(images[1:2]), model(images)[1:2])
@@ -159,8 +155,8 @@ def test_sequence_first_and_batch_first_storage_agree():
 
 def test_before_a_layer_is_after_the_one_before():
     common = {**TINY, "num_classes": 5, "num_cluster": 9}
-    before = build(HourglassViT, 4, **common, clustering_location=2, cluster_after_output=False)
-    after = build(HourglassViT, 4, **common, clustering_location=1, cluster_after_output=True)
+    before = build(HOURGLASS, 4, **common, clustering_location=2, cluster_after_output=False)
+    after = build(HOURGLASS, 4, **common, clustering_location=1, cluster_after_output=True)
     with torch.no_grad():
         torch.testing.assert_close(before(image(2, 24)), after(image(2, 24)))
 
@@ -170,14 +166,8 @@ def test_off_is_the_dense_model():
     dense = build(VisionTransformer, 4, **options)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error")
-        off = build(HourglassViT, 4, **options, clustering_location=-1, num_cluster=9)
+        off = build(HOURGLASS, 4, **options, clustering_location=-1, num_cluster=9)
         torch.testing.assert_close(off(image(2, 24)), dense(image(2, 24)))
-
-
-def test_a_location_beyond_the_layers_warns_and_clusters_nothing():
-    with pytest.warns(UserWarning, match="clustering_location = 3 is not a layer .0 to 2.: nothing is clustered"):
-        model = HourglassViT(**TINY, clustering_location=3, num_cluster=9)
-    assert tokens_per_layer(model) == [37] * 4
 
 
 def test_named_sizes_refuse_a_location_beyond_the_layers():
@@ -190,7 +180,7 @@ def test_named_sizes_refuse_a_location_beyond_the_layers():
 
 def test_gap_clusters_all_tokens():
     model = build(
-        HourglassViT, 4, **TINY, classifier="gap", clustering_location=1, num_cluster=9, cluster_after_output=False
+        HOURGLASS, 4, **TINY, classifier="gap", clustering_location=1, num_cluster=9, cluster_after_output=False
     )
     assert tokens_per_layer(model) == [36, 9, 9, 9]
     with torch.no_grad():
@@ -198,20 +188,21 @@ def test_gap_clusters_all_tokens():
 
 
 def test_gradients_reach_the_first_layers_through_the_clusters():
-    model = build(HourglassViT, 4, **TINY, num_classes=5, clustering_location=1, num_cluster=9).train()
+    model = build(HOURGLASS, 4, **TINY, num_classes=5, clustering_location=1, num_cluster=9).train()
     model(image(2, 24)).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
 
 def test_wrong_arguments_are_named():
     with pytest.raises(
-        ValueError, match=r"num_clusters .-n, --num_cluster. must be a square, got 1000; nearest are 961, 1024"
+        ValueError,
+        match=r"num_clusters .-n, --num_cluster. must be a square, got 1000; nearest are 961, 1024",
     ):
         on_meta("hourglass_vit_l16_in1k", image_size=512, num_cluster=1000)
     with pytest.raises(TypeError, match="fuse_token"):
         on_meta("vit_l16_in1k", fuse_token=True)
     with pytest.raises(TypeError, match="clustering_locaton"):
-        HourglassViTL16(clustering_locaton=3)
+        on_meta("hourglass_vit_l16_in1k", clustering_locaton=3)
     with pytest.raises(TypeError, match="fixes cluster_after_output=False"):
         on_meta("hourglass_vit_l16_in1k", cluster_after_output=True)
     with pytest.raises(ValueError, match="multiple of patch_size = 16, got 500; nearest are 496, 512"):
@@ -237,7 +228,7 @@ def test_callers_image_size_wins():
     assert on_meta("vit_b16_in1k", image_size=224).image_size == 224
     assert models.vit_b16_in1k is models.FACTORIES["vit_b16_in1k"]
     with torch.device("meta"):
-        assert ViTB16().image_size == 224
+        assert make_vit("b16").image_size == 224
     with pytest.raises(AttributeError, match="vit_x"):
         models.vit_x  # noqa: B018
 
@@ -253,16 +244,8 @@ def test_published_costs_of_a_block():
 def test_the_dense_and_hourglass_models_compile_as_one_graph():
     for model in (
         build(VisionTransformer, 1, **TINY, num_classes=5),
-        build(HourglassViT, 1, **TINY, num_classes=5, clustering_location=1, num_cluster=9),
+        build(HOURGLASS, 1, **TINY, num_classes=5, clustering_location=1, num_cluster=9),
     ):
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         with torch.no_grad():
             torch.testing.assert_close(compiled(image(2, 24)), model(image(2, 24)))
-
-
-def test_grids_of_tokens():
-    assert get_aspect_ratio(48, 64) == (3, 4)
-    tokens = torch.arange(24.0).view(1, 12, 2)
-    assert torch.equal(reshape_as_aspect_ratio(tokens, (3, 4))[0, 0], torch.arange(0, 24.0, 2).view(3, 4))
-    with pytest.raises(ValueError, match="12 tokens do not fill"):
-        reshape_as_aspect_ratio(tokens, (1, 1))

@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from functools import partial
 from types import ModuleType
 
 import pytest
@@ -18,9 +19,9 @@ from sklearn.datasets import load_sample_images
 from common.data.loaders import DataError
 from common.run.files import ROOT
 from common.tests.reference import build
-from hourglass_swag import evaluation, models, predict
+from hourglass_swag import models, predict
 from hourglass_swag.evaluation import transform_image
-from hourglass_swag.models.vision_transformer import VisionTransformer, ViTDesk
+from hourglass_swag.models.vision_transformer import SIZES, Size, VisionTransformer
 
 PHOTOS = load_sample_images().filenames
 SHAPE = {"patch_size": 8, "num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 16}
@@ -30,7 +31,7 @@ SHAPE = {"patch_size": 8, "num_layers": 1, "num_heads": 2, "hidden_dim": 16, "ml
 def desk_weights(tmp_path_factory):
     """Weights of the digits' network that tell pictures apart."""
     path = tmp_path_factory.mktemp("weights") / "desk.pth"
-    torch.save(build(ViTDesk, 1, dtype=torch.float32, num_classes=10).state_dict(), path)
+    torch.save(build(partial(models.create, "vit_desk"), 1, dtype=torch.float32).state_dict(), path)
     return path
 
 
@@ -41,13 +42,9 @@ def small_classifiers(monkeypatch, tmp_path):
     cache = tmp_path / "hub" / "checkpoints"
     cache.mkdir(parents=True)
 
-    def small(image_size: int, **options) -> VisionTransformer:
-        assert image_size in (384, 512)
-        return VisionTransformer(32, **SHAPE, **options)
-
-    monkeypatch.setattr(evaluation, "transform_image", lambda picture, resolution: transform_image(picture, 32))
-    for seed, name in enumerate(("vit_b16_in1k", "vit_l16_in1k")):
-        monkeypatch.setitem(models.REGISTRY, name, models.Entry(small, f"{name}.torch", 1000))  # pyright: ignore[reportArgumentType]
+    for seed, size in enumerate(("b16", "l16")):
+        name = f"vit_{size}_in1k"
+        monkeypatch.setitem(SIZES, size, Size(**SHAPE))
         state = build(VisionTransformer, seed, dtype=torch.float32, image_size=32, **SHAPE, num_classes=1000)
         torch.save(state.state_dict(), cache / f"{name}.torch")
     return cache
@@ -77,7 +74,7 @@ def test_probabilities_are_those_of_the_network(desk_weights):
     (found,) = predict.main(words)
     assert len(found) == 10
     assert sum(share for _, share in found) == pytest.approx(1)
-    model = build(ViTDesk, 1, dtype=torch.float32, num_classes=10)
+    model = build(partial(models.create, "vit_desk"), 1, dtype=torch.float32)
     with torch.no_grad():
         expected = model(transform_image(Image.open(PHOTOS[0]), 32))[0].softmax(0)
     for name, share in found:

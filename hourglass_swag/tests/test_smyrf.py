@@ -1,21 +1,27 @@
 """SMYRF beyond the reference vectors: properties, padding, precision, cost, bad input, compilation."""
 
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor
 
+from common.hosts import PlanError, lean
 from common.measure.flops import CONVENTIONS, count_operations
-from common.tests.reference import fill_
+from common.tests.reference import build, fill_, image
 from hourglass_swag.models import create
 from hourglass_swag.models.ops import library
+from hourglass_swag.models.ops.projections import set_generator
 from hourglass_swag.models.ops.smyrf import attn
 from hourglass_swag.models.ops.smyrf.attn import SmyrfAttention, attend_in_clusters, dense
 from hourglass_swag.models.ops.smyrf.smyrf_attn import SmyrfMultiheadAttention
 from hourglass_swag.models.ops.smyrf.utils import XBOXPLUS
-from hourglass_swag.models.smyrf_vision_transformer import SmyrfVisionTransformer
+from hourglass_swag.models.smyrf_vision_transformer import SMYRF
+from hourglass_swag.tests import counting
+from hourglass_swag.tests.counting import steps
 from hourglass_swag.tools.flop_count import flop_count
 
 SMALL: dict[str, Any] = {
@@ -30,10 +36,17 @@ SMALL: dict[str, Any] = {
 CLUSTERS: dict[str, Any] = {"smyrf_n_hashes": 4, "smyrf_q_cluster_size": 4, "smyrf_k_cluster_size": 4}
 
 
-def make(**options: Any) -> SmyrfVisionTransformer:
-    model = SmyrfVisionTransformer(**SMALL, **(CLUSTERS | options))
-    fill_(model, 3)
-    return model.eval()
+TIMM = {"img_size": 24, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 5}
+
+smyrf = partial(counting.make, "smyrf_vision_transformer")
+
+
+def make(**options: Any) -> Any:
+    return fill_(smyrf(**SMALL, **(CLUSTERS | options)), 3).eval()
+
+
+def timm(**options: Any) -> Any:
+    return build(TimmViT, 1, **TIMM | options)
 
 
 def images(batch: int = 2, size: int = 32) -> Tensor:
@@ -130,7 +143,7 @@ def test_offsets_do_not_matter_and_seeds_do():
     model = make()
     assert torch.equal(run(model, images(), 1), run(model, images(), 1))
     assert not torch.equal(run(model, images(), 1), run(model, images(), 2))
-    model.set_generator(torch.Generator().manual_seed(1))
+    set_generator(model, torch.Generator().manual_seed(1))
     assert torch.equal(run(model, images(), 7), run(make(), images(), 1))
 
 
@@ -156,7 +169,7 @@ def test_training_reaches_every_parameter(padded):
 def test_cost_on_the_meta_device():
     for options in ({}, {"smyrf_padded": True}, {"smyrf_k_cluster_size": 4, "smyrf_plug_in_index": 1}):
         with torch.device("meta"):
-            model = SmyrfVisionTransformer(**SMALL, **(CLUSTERS | options)).eval()
+            model = smyrf(**SMALL, **(CLUSTERS | options)).eval()
             x = torch.empty(1, 3, 32, 32)
         counted = count_operations(model, x)
         clustered = sum(isinstance(module, SmyrfAttention) for module in model.modules())
@@ -178,7 +191,73 @@ def test_cost_on_the_meta_device():
 )
 def test_numbers_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
-        SmyrfVisionTransformer(**SMALL, **options)
+        smyrf(**SMALL, **options)
+
+
+@pytest.mark.parametrize(("out", "layers"), [(-1, [1, 2]), (2, [1]), (1, [1, 2]), (0, [1, 2]), (3, [1, 2])])
+def test_plug_in_and_out(out, layers):
+    model = make(smyrf_plug_in_index=1, smyrf_plug_out_index=out)
+    with steps(model) as seen:
+        run(model, images(1))
+    assert [step.layer for step, *_ in seen] == layers
+    assert all(isinstance(step.core, SmyrfAttention) for step, *_ in seen)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hashes": 0}, r"n_hashes \(--smyrf_n_hashes\) must be at least 1, got 0"),
+        ({"hashes": 2.0}, "hashes must be a whole number, got 2.0"),
+        ({"cluster_size": 0}, r"q_cluster_size \(--smyrf_q_cluster_size\) must be at least 1"),
+        ({"cluster_size": (4, 0)}, r"k_cluster_size \(--smyrf_k_cluster_size\) must be at least 1"),
+        ({"cluster_size": (4, 9)}, "37 queries in clusters of 4 and 37 keys in clusters of 9 .* 10 and 5"),
+        ({"cluster_size": 4.0}, "cluster_size must be a whole number, got 4.0"),
+        ({"layer": 4}, "layer must be a layer, 0 to 3, got 4"),
+        ({"layer": 2, "stop": 2}, "stop, the first layer without, must be 3 to 4, got 2"),
+        ({"stop": 5}, "stop, the first layer without, must be 3 to 4, got 5"),
+        ({"rounds": 3}, "smyrf has no setting 'rounds'.* it has .*hashes, cluster_size"),
+    ],
+)
+def test_settings_that_are_refused(settings, message):
+    with pytest.raises(PlanError, match=message):
+        lean(timm(), "smyrf", **settings)
+
+
+def test_defaults_and_the_published_settings():
+    net = timm(img_size=28)
+    assert lean(net, "smyrf").methods == (SMYRF(8, (16, 16), 2, 4, padded=True),)
+    with pytest.warns(UserWarning, match="in batches of a multiple of"):
+        assert lean(net, "smyrf", preset="swag", cluster_size=24).methods == (SMYRF(8, (24, 24), 2, 4, padded=False),)
+    with torch.device("meta"):
+        published = create("smyrf_vit_l16_in1k", smyrf_plug_in_index=3)
+    assert published.methods == (SMYRF(32, (64, 64), 3, 24, padded=False),)
+
+
+@pytest.mark.parametrize("prefix", [{}, {"reg_tokens": 2}, {"class_token": False, "global_pool": "avg"}], ids=str)
+def test_features_have_the_full_grid_and_no_image_sees_another(prefix):
+    """With the same projections: they are drawn for all images of a batch."""
+    fast, x = lean(timm(**prefix), "smyrf", layer=0, cluster_size=8), image(3, 24)
+    assert not fast.depends_on_data
+
+    def features(x: Tensor) -> Tensor:
+        set_generator(fast, torch.Generator().manual_seed(2))
+        with torch.inference_mode():
+            return fast.features(x)
+
+    together = features(x)
+    assert together.shape == (3, 16, 6, 6)
+    assert together.isfinite().all()
+    torch.testing.assert_close(features(x[1:2]), together[1:2], rtol=0, atol=1e-12)
+    assert torch.equal(features(x), together)
+    assert fast.tokens_per_layer() == [fast.plan.host.facts.tokens] * 5
+
+
+@pytest.mark.parametrize("prefix", [{}, {"reg_tokens": 2}], ids=str)
+def test_one_cluster_is_the_network(prefix):
+    net, x = timm(**prefix), image(2, 24)
+    fast = lean(net, "smyrf", layer=0, cluster_size=64)
+    torch.testing.assert_close(run(fast, x), run(net, x), rtol=0, atol=1e-12)
+    assert not torch.allclose(run(lean(net, "smyrf", layer=0, cluster_size=8), x), run(net, x))
 
 
 def test_clusters_that_do_not_fit():
@@ -200,7 +279,7 @@ def test_masks_algorithms_and_keywords_are_refused():
         attention.attention(x, x, x, attn_mask=torch.zeros(3, 3))
     with pytest.raises(NotImplementedError, match="'lsh'"):
         SmyrfAttention(1, 1, 1, clustering_algo="kmeans")
-    with pytest.raises(TypeError, match="act_q_hashes"):
+    with torch.device("meta"), pytest.raises(TypeError, match="act_q_hashes"):
         create("smyrf_vit_l16_in1k", act_q_hashes=3)
 
 
@@ -234,7 +313,7 @@ def test_cluster_sizes_that_fit_no_batch_or_only_some_are_told_at_once():
     with torch.device("meta"):
         with pytest.raises(ValueError, match=r"65 queries in clusters of 8 and 65 keys in clusters of 4 .--smyrf_q_"):
             create("smyrf_vit_desk", **sizes, smyrf_k_cluster_size=4)
-        with pytest.warns(UserWarning, match="fit 65 tokens in batches of a multiple of 3 pictures only"):
+        with pytest.warns(UserWarning, match="fit 65 tokens in batches of a multiple of 3 images only"):
             create("smyrf_vit_desk", smyrf_n_hashes=8, smyrf_q_cluster_size=12, smyrf_k_cluster_size=12)
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -17,6 +17,8 @@ from common.run.errors import DataError
 from hourglass_swag import visualize
 from hourglass_swag.evaluation import read_picture
 from hourglass_swag.models import create
+from hourglass_swag.models.act_vision_transformer import attentions
+from hourglass_swag.models.ops.cluster import TokenClusteringBlock
 from hourglass_swag.tests.counting import tokens_per_layer
 from hourglass_swag.tools.drawing import count_columns, draw_groups, draw_selection, draw_sheet, patch_side
 from hourglass_swag.tools.tracing import DROPPED, GONE, KEPT, Grouping, NothingToShowError, Selection, trace
@@ -141,7 +143,8 @@ def test_tome_shows_groups_whose_mean_is_the_token(image):
 def test_hourglass_shows_the_nearest_centroids(image):
     model = build("hourglass_vit_desk", clustering_location=3, num_cluster=16)
     seen = {}
-    handle = model.token_clustering_layer.register_forward_hook(
+    block = next(module for module in model.modules() if isinstance(module, TokenClusteringBlock))
+    handle = block.register_forward_hook(
         lambda _, inputs, output: seen.update(tokens=inputs[0].flatten(2)[0].T, centroids=output[0][0])
     )
     (stage,) = trace(model, image)
@@ -153,9 +156,9 @@ def test_hourglass_shows_the_nearest_centroids(image):
 
 @pytest.mark.parametrize("head", [0, 3])
 def test_act_shows_queries_that_get_one_result(image, head):
-    model = build("act_vit_desk", act_plug_in_index=2, act_plug_out_index=5, act_q_hashes=4)
+    model = build("act_vit_desk", act_plug_in_index=2, act_plug_out_index=5, act_q_hashes=8)
     results = []
-    handles = [a.register_forward_hook(lambda _, i, out: results.append(out[0, head])) for a in model.attentions()]
+    handles = [a.register_forward_hook(lambda _, i, out: results.append(out[0, head])) for a in attentions(model)]
     stages = trace(model, image, head=head)
     for handle in handles:
         handle.remove()
@@ -167,7 +170,7 @@ def test_act_shows_queries_that_get_one_result(image, head):
         same = (result[1:, None] == result[1:]).all(2)
         assert torch.equal(same, together)
         assert re.fullmatch(rf"head {head}: 65 queries in \d+ groups", stage.caption)
-    assert not any("cluster" in vars(attention) for attention in model.attentions())
+    assert not any("cluster" in vars(attention) for attention in attentions(model))
 
 
 def test_act_with_clustered_keys_alone(image):

@@ -13,8 +13,8 @@ from common.run.checkpoint import CheckpointError
 from common.tests.reference import array, build, fill_, image
 from hourglass_swag import models
 from hourglass_swag.models import weights
-from hourglass_swag.models.hourglass_vit import HourglassViT
-from hourglass_swag.models.vision_transformer import SIZES, VisionTransformer
+from hourglass_swag.models.vision_transformer import SIZES, Size, VisionTransformer
+from hourglass_swag.tests.counting import make
 
 VECTORS = Path(__file__).parent / "vectors"
 TINY = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
@@ -27,14 +27,10 @@ def tiny(seed: int = 1, **options) -> VisionTransformer:
 @pytest.fixture
 def tiny_registry(monkeypatch, tmp_path):
     """A registered network small enough to have its weights in a temporary torch.hub cache, and nothing to download."""
-    options = {key: value for key, value in TINY.items() if key != "image_size"}
-    monkeypatch.setitem(
-        models.REGISTRY,
-        "vit_l16_in1k",
-        models.Entry(
-            lambda image_size=32, **more: VisionTransformer(image_size, **options, **more), "vit_l16_in1k.torch", 4
-        ),  # pyright: ignore[reportArgumentType]
-    )
+    shape = {key: value for key, value in TINY.items() if key != "image_size"}
+    monkeypatch.setitem(SIZES, "l16", Size(**shape))
+    small = models.Entry("l16", "vit_l16_in1k.torch", 4, defaults={"image_size": 32})
+    monkeypatch.setitem(models.REGISTRY, "vit_l16_in1k", small)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(weights, "SWAG_FOLDER", f"file://{tmp_path}/server/")
     (tmp_path / "server").mkdir()
@@ -114,7 +110,7 @@ def test_a_file_of_any_layout(tmp_path, wrapped):
         state["encoder.pos_embedding"] = state["encoder.pos_embedding"].transpose(0, 1)
     torch.save({"model": state, "epoch": 3} if wrapped == "model" else state, tmp_path / "file.torch")
     with torch.device("meta"):
-        model = HourglassViT(**TINY, num_classes=4, clustering_location=-1).eval()
+        model = make("hourglass_vit", **TINY, num_classes=4, clustering_location=-1).eval()
     weights.load_weights(model, tmp_path / "file.torch")
     with torch.no_grad():
         torch.testing.assert_close(model(image(2, 32).float()), source(image(2, 32).float()))

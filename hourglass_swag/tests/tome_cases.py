@@ -101,10 +101,7 @@ def run_patched(case: Case, checks: Checks) -> None:
         run_cost(case, checks)
         return
     model = build_patched(case)
-    tokens: list[int] = []
-    layers = model.get_submodule("encoder.layers" if hasattr(model, "encoder") else "blocks").children()
-    for layer in layers:
-        layer.register_forward_hook(lambda _, args, out: tokens.append(out.shape[1]))
+    tokens = cast(Any, model).tokens_per_layer()[1:]
     gradients = [name for name in case.outputs if name.startswith("grad:")]
     with torch.set_grad_enabled(bool(gradients)):
         logits = model(case.read())

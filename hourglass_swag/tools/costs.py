@@ -10,9 +10,8 @@ from torch import nn
 from common.ledger.tables import Row, load_tables
 from common.measure.flops import Counted, count_operations, count_parameters, gmacs
 from hourglass_swag.models import create
-from hourglass_swag.models.hourglass_vit import HourglassViT
-from hourglass_swag.models.ops.ACT.ada_clustering_attention import AdaClusteringAttention
 from hourglass_swag.models.ops.cluster import TokenClusteringBlock
+from hourglass_swag.models.ops.projections import set_generator
 from hourglass_swag.tools.parser import check_method_flags, get_model_args, parse_network
 
 
@@ -63,16 +62,14 @@ def count(model: nn.Module, images: torch.Tensor) -> Counted:
     """
     if not depends_on_data(model):
         return count_operations(model, images.to("meta"))
-    attentions = [module for module in model.modules() if isinstance(module, AdaClusteringAttention)]
-    before = [attention.generator for attention in attentions]
-    generator = torch.Generator(images.device).manual_seed(0)
+    cores = [module for module in model.modules() if hasattr(module, "generator")]
+    before = [core.generator for core in cores]
     try:
-        for attention in attentions:
-            attention.generator = generator
+        set_generator(model, torch.Generator(images.device).manual_seed(0))
         return count_operations(model, images)
     finally:
-        for attention, own in zip(attentions, before, strict=True):
-            attention.generator = own
+        for core, own in zip(cores, before, strict=True):
+            core.generator = own
 
 
 def count_costs(args: argparse.Namespace, *, pretrained: bool = False, weights: str | None = None) -> Costs:
@@ -101,17 +98,15 @@ def count_costs(args: argparse.Namespace, *, pretrained: bool = False, weights: 
     counted = count(model, images)
     macs, share = gmacs(counted.executed), None
     if (clustering := clustering_layer(model)) is not None:
-        assert isinstance(model, HourglassViT)
-        tokens = torch.empty(1, model.hidden_dim, model.grid_size, model.grid_size, device="meta")
+        width, side = (int(getattr(model, name)) for name in ("hidden_dim", "grid_size"))
+        tokens = torch.empty(1, width, side, side, device="meta")
         share = 100 * gmacs(count_operations(clustering, tokens, None, False).executed) / macs
     return Costs(gmacs(counted.published, "swag"), macs, params_m, share, source)
 
 
 def clustering_layer(model: nn.Module) -> TokenClusteringBlock | None:
     """The token clustering step of a Hourglass network that clusters at all."""
-    if isinstance(model, HourglassViT) and 0 <= model.clustering_location < model.num_layers:
-        return model.token_clustering_layer
-    return None
+    return next((module for module in model.modules() if isinstance(module, TokenClusteringBlock)), None)
 
 
 @cache

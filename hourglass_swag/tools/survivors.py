@@ -5,11 +5,12 @@ nearly flat, so that almost every token survives; larger queries in the sampling
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hourglass_swag.models.ats_vision_transformer import ATSBlock, ATSVisionTransformer
+from common.hosts import Tokens
 
 TOLERANCE = 0.02  # of the number of tokens
 STEPS = 24
@@ -17,11 +18,11 @@ LARGEST = 1e4  # factor of the queries
 
 
 @torch.inference_mode()
-def sharpen_(model: ATSVisionTransformer, tokens: float, images: Tensor) -> float:
+def sharpen_(model: Any, tokens: float, images: Tensor) -> float:
     """Scale the query projections of the sampling layers, in place.
 
     Args:
-        model: a network that drops tokens, in evaluation mode.
+        model: a network of the registry that drops tokens by ATS, in evaluation mode.
         tokens: wanted on average after its sampling layers, the class token included.
         images: on which they are counted, (B, 3, S, S).
 
@@ -31,25 +32,17 @@ def sharpen_(model: ATSVisionTransformer, tokens: float, images: Tensor) -> floa
     Raises:
         ValueError: if the number wanted is out of reach.
     """
-    first, layers = model.ats_blocks[0], list(model.encoder.layers)
-    x = model.encoder.embed(model.embed(images))
-    for layer in layers[:first]:
-        x = layer(x)
-    sampling = [layer for layer in layers if isinstance(layer, ATSBlock)]
-    queries = [layer.self_attention.in_proj_weight[: model.hidden_dim] for layer in sampling]
+    (method,), layers = model.methods, model.encoder.layers
+    start = model.plan.host.embed(model, images)
+    queries = [layers[layer].self_attention.in_proj_weight[: model.hidden_dim] for layer in method.layers]
     plain = [query.clone() for query in queries]
 
     def survivors(factor: float) -> float:
-        for query, start in zip(queries, plain, strict=True):
-            torch.mul(start, factor, out=query)
-        y, policy, left = x, None, []
-        for layer in layers[first:]:
-            if isinstance(layer, ATSBlock):
-                y, policy = layer(y, policy)
-                left.append(len(y))
-            else:
-                y = layer(y)
-        return sum(left) / len(left)
+        for query, own in zip(queries, plain, strict=True):
+            torch.mul(own, factor, out=query)
+        seen: list[Tokens] = []
+        model.plan.run(start.update(undo=None), seen=seen)
+        return sum(seen[layer + 1].x.shape[1] for layer in method.layers) / len(method.layers)
 
     low, high = 0.0, math.log(LARGEST)
     found = math.nan

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.hosts.host import take_tokens
 from hourglass_swag.models.ops.class_row import class_row_logits
-from hourglass_swag.models.ops.tokens import take_tokens
 
 EPS = 1e-6
 
@@ -44,21 +44,45 @@ def softmax_with_policy(logits: Tensor, policy: Tensor, eps: float = EPS) -> Ten
     return (weights + eps / tokens) / (weights.sum(3, keepdim=True) + eps)
 
 
-def score_assignment_step(attention: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def score_assignment_step(attention: Tensor, values: Tensor, prefix: int = 1) -> tuple[Tensor, Tensor]:
     """Scores s of the patches, ascending.
 
     Args:
         attention: A, (B, h, Q, N), of which the first row counts.
         values: v, (B, h, N, d), zero for padding.
+        prefix: tokens in front that are no patches.
 
     Returns:
-        Sorted scores (B, N - 1), and the patches they belong to, 0 ... N - 2, (B, N - 1).
+        Sorted scores (B, P) of P patches, and which they belong to, 0 ... P - 1, (B, P).
 
     Source: ATS, arXiv:2111.15667, Section 3, Adaptive Token Sampler: S_j = A_1j |V_j| / sum_i A_1i |V_i|.
     """
     length = torch.linalg.vector_norm(values, dim=(1, 3), dtype=attention.dtype)  # |v| over all C channels, (B, N)
-    scores = (attention[:, :, 0].sum(1) * length)[:, 1:]
+    scores = (attention[:, :, 0].sum(1) * length)[:, prefix:]
     return tuple((scores / scores.sum(1, keepdim=True)).sort(dim=1))  # pyright: ignore[reportReturnType]
+
+
+def score_patches(logits: Tensor, values: Tensor, policy: Tensor, prefix: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """``score_assignment_step`` without smoothing, and with padding that scores 0, before all patches.
+
+    Args:
+        logits: of the class token, (B, h, 1, N).
+        values: v, (B, h, N, d).
+        policy: m, (B, N, 1).
+        prefix: tokens in front that are no patches.
+
+    Returns:
+        Sorted scores, and which they belong to, (B, P) each; how many of them are padding, (B, 1).
+    """
+    absent = policy[..., 0] == 0  # (B, N)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    row = logits.masked_fill(absent[:, None, None], -torch.inf).softmax(3)
+    length = torch.linalg.vector_norm(values, dim=(1, 3), dtype=row.dtype)
+    scores = (row[:, :, 0].sum(1) * length)[:, prefix:].masked_fill(absent[:, prefix:], -1)
+    scores, order = scores.sort(dim=1)
+    scores = scores.clamp_min(0)
+    total = scores.sum(1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+    return (scores / total, order), absent[:, prefix:].sum(1, keepdim=True)
 
 
 def normalized_cdf(sorted_scores: Tensor) -> Tensor:
@@ -106,26 +130,39 @@ def get_unique_indices(indices: Tensor, max_value: int) -> Tensor:
 
 
 def inverse_transform_sampling(
-    sorted_scores: Tensor, sorted_indices: Tensor, n_ref_tokens: int
+    sorted_scores: Tensor,
+    sorted_indices: Tensor,
+    n_ref_tokens: int,
+    prefix: int = 1,
+    padding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Tokens that survive.
 
     Args:
-        sorted_scores, sorted_indices: of ``score_assignment_step``, (B, N - 1).
+        sorted_scores, sorted_indices: of ``score_assignment_step``, (B, P).
         n_ref_tokens: R.
+        prefix: tokens in front that are no patches.
+        padding: how many of the lowest scores are those of padding, (B, 1), which is 0 and not sampled among; None for
+            the published sampling, where it takes the place of the lowest patch.
 
     Returns:
-        Positions among the N tokens, (B, N): the class token, then survivors by ascending score, then zeros; and how
-        many survive, class token included, (B,).
+        Positions among the N tokens, (B, N): the prefix, then survivors by ascending score, then zeros; and how many
+        survive, prefix included, (B,).
 
     Source: ATS, arXiv:2111.15667, Section 3, Adaptive Token Sampler: inverse transform sampling of the cumulative sum.
     """
     patches = sorted_scores.shape[1]
+    if padding is not None:  # the lowest patch counts for nothing, as it does without padding
+        sorted_scores = sorted_scores.scatter(1, padding.clamp_max(patches - 1), 0)
     cdf = normalized_cdf(sorted_scores)
-    ranks = get_unique_indices(nearest_ranks(cdf, create_ys(cdf, n_ref_tokens)), patches)[:, :patches]
+    ranks = nearest_ranks(cdf, create_ys(cdf, n_ref_tokens))
+    ranks = ranks if padding is None else (ranks - padding).clamp_min(0)
+    ranks = get_unique_indices(ranks, patches)[:, :patches]
     ranks = F.pad(ranks, (0, patches - ranks.shape[1]), value=patches)
-    positions = F.pad(sorted_indices + 1, (0, 1)).gather(1, ranks)  # rank N - 1 is no token
-    return F.pad(positions, (1, 0)), 1 + (ranks < patches).sum(1)
+    ranks = ranks if padding is None else (ranks + padding).clamp_max(patches)
+    positions = F.pad(sorted_indices + prefix, (0, 1)).gather(1, ranks)  # rank P is no token
+    first = torch.arange(prefix, device=positions.device).expand(positions.shape[0], -1)
+    return torch.cat([first, positions], dim=1), prefix + (ranks < patches).sum(1)
 
 
 def gather_tokens(x: Tensor, positions: Tensor, policy: Tensor | None) -> Tensor:
@@ -135,7 +172,14 @@ def gather_tokens(x: Tensor, positions: Tensor, policy: Tensor | None) -> Tensor
 
 
 def attend_with_policy(
-    q: Tensor, k: Tensor, v: Tensor, policy: Tensor | None, *, dropout: float = 0.0, eps: float = EPS
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor | None,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    eps: float = EPS,
 ) -> Tensor:
     """Rows of A times v, for some tokens' queries.
 
@@ -151,6 +195,7 @@ def attend_with_policy(
         q: (B, h, U, d).
         k, v: (B, h, N, d), v zero for padding.
         policy: m, (B, N, 1); None without padding.
+        scale: of the logits; None for d^-0.5.
         dropout: rate at the weights.
         eps: smoothing.
 
@@ -158,8 +203,8 @@ def attend_with_policy(
         (B, h, U, d).
     """
     if policy is None and q.dtype != torch.float64:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-    logits = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # (B, h, U, N)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+    logits = (q * (q.shape[3] ** -0.5 if scale is None else scale)) @ k.transpose(2, 3)  # (B, h, U, N)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     shift: Tensor | float = 1.0  # z max_j p[i,j]
     if policy is not None:
@@ -177,25 +222,42 @@ def attend_with_policy(
 
 @torch.no_grad()
 def sample_tokens(
-    q: Tensor, k: Tensor, v: Tensor, policy: Tensor | None, *, n_ref_tokens: int, drop_tokens: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor | None,
+    *,
+    n_ref_tokens: int,
+    drop_tokens: bool,
+    prefix: int = 1,
+    scale: float | None = None,
+    see_padding: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Sample among N tokens.
 
     Args:
-        q, k, v: queries, keys, values, (B, h, N, d), keys and values zero for padding.
+        q, k, v: queries, keys, values, (B, h, N, d), keys and values zero for padding that is seen.
         policy: m, (B, N, 1); None without padding.
         n_ref_tokens: R, tokens that enter the network.
         drop_tokens: return only as many rows as the image with most survivors needs, instead of N. Their number is
             read back from the device, which is the only wait for it.
+        prefix: tokens in front that are no patches; all of them stay.
+        scale: of the logits; None for d^-0.5.
+        see_padding: smooth the softmax and sample as published; else an image's tokens do not depend on its padding.
 
     Returns:
         Where the sampled tokens are among the N, (B, U), and their policy (B, U, 1), or None if there is no padding.
     """
     number, fewest = q.shape[2], 0
-    if number == 1:  # the class token alone is left
-        return torch.zeros(len(q), 1, dtype=torch.long, device=q.device), None
-    row = softmax_with_policy(class_row_logits(q, k), v.new_ones(len(v), number, 1) if policy is None else policy)
-    positions, counts = inverse_transform_sampling(*score_assignment_step(row, v), n_ref_tokens)
+    if number == prefix:  # no patch is left
+        return torch.arange(prefix, device=q.device).expand(q.shape[0], -1), None
+    logits = class_row_logits(q, k, scale)
+    policy = v.new_ones(len(v), number, 1) if policy is None else policy
+    if see_padding:
+        scored, padding = score_assignment_step(softmax_with_policy(logits, policy), v, prefix), None
+    else:
+        scored, padding = score_patches(logits, v, policy, prefix)
+    positions, counts = inverse_transform_sampling(*scored, n_ref_tokens, prefix, padding)
     if drop_tokens:
         fewest, number = torch.stack(torch.aminmax(counts)).tolist()
     if fewest == number:

@@ -28,6 +28,7 @@ from common.run.precision import without_autocast
 
 MASK_DISTANCE = 1e16  # added to the squared distance outside the window
 MIN_WEIGHT = 1e-16  # smallest divisor of a weighted average
+AUTO_TEMPERATURE = 5.0  # tau times the median squared distance to the nearest centroid
 
 Grid = tuple[int, int]
 
@@ -96,6 +97,46 @@ def average_tokens(tokens: Tensor, weights: Tensor) -> Tensor:
     """
     total = weights.sum(1).clamp_min(MIN_WEIGHT)  # (B, K)
     return weights.transpose(1, 2) @ tokens / total[..., None]
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Squared distances (B, P, K) of a (B, P, C) and b (B, K, C), in float32 at least."""
+    a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
+    return torch.baddbmm(a.square().sum(2)[..., None] + b.square().sum(2)[:, None], a, b.mT, alpha=-2).clamp_min(0)
+
+
+def median_nearest(distances: Tensor) -> Tensor:
+    """m: the median over an image's patches of the squared distance to the nearest centroid, (B, 1, 1)."""
+    nearest = distances.amin(2)
+    median = nearest.sort(dim=1).values[:, (nearest.shape[1] - 1) // 2]  # ONNX has no median
+    return median[:, None, None].clamp_min(torch.finfo(nearest.dtype).tiny ** 0.5)
+
+
+@torch.no_grad()
+def cluster_free_of_scale(features: Tensor, grid: tuple[int, int], iters: int, radius: int) -> tuple[Tensor, Tensor]:
+    """Token clustering whose temperature is 5 / m, m per image from the initial centroids.
+
+    Args:
+        features: (B, C, H, W).
+        grid: rows and columns of clusters.
+        iters, radius: iterations; cells that a patch may move in either direction.
+
+    Returns:
+        Clusters (B, rows x columns, C), and the weights of the patches in them, (B, H x W, rows x columns).
+    """
+    tokens = features.flatten(2).transpose(1, 2)
+    z = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    centroids = F.adaptive_avg_pool2d(features, grid).flatten(2).transpose(1, 2).to(z.dtype)
+    size = (features.shape[2], features.shape[3])
+    far = ~allowed_clusters(size, grid, radius, device=z.device, dtype=z.dtype)  # (P, K)
+    weights = (~far).to(z.dtype).expand(z.shape[0], -1, -1)
+    tau = None
+    for _ in range(iters):
+        distances = squared_distances(z, centroids)
+        tau = AUTO_TEMPERATURE / median_nearest(distances) if tau is None else tau
+        weights = (-tau * distances).masked_fill(far, -torch.inf).softmax(2)
+        centroids = average_tokens(z, weights)
+    return centroids.to(tokens.dtype), weights
 
 
 class TokenClusteringBlock(nn.Module):

@@ -3,7 +3,14 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def set_generator(model: nn.Module, generator: torch.Generator | None) -> None:
+    """Draw the random projections of all layers of ``model`` from ``generator``; None: torch's default one."""
+    for module in model.modules():
+        if hasattr(module, "generator"):
+            vars(module)["generator"] = generator
 
 
 def draw_projections(

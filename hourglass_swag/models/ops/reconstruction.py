@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hourglass_swag.models.ops.tokens import take_tokens
+from common.hosts.host import take_tokens
+from hourglass_swag.models.ops.cluster import median_nearest, squared_distances
 
 Normalize = Literal["l2", "l1"]
 MIN_NORM = 1e-12  # smallest divisor of a row of weights
+AUTO_TEMPERATURE = 1.0  # tau times the median squared distance to the nearest centroid
 
 
 def naive_unpool(x: Tensor, hard_labels: Tensor) -> Tensor:
@@ -65,6 +67,19 @@ def reconstruction_weights(before: Tensor, after: Tensor, k: int, temperature: f
         smallest = weights.detach().topk(k, dim=2).values[..., -1:]
         weights = weights.masked_fill(weights < smallest, 0)
     return F.normalize(weights, p=2 if normalize == "l2" else 1, dim=2, eps=MIN_NORM)
+
+
+def weights_free_of_scale(before: Tensor, after: Tensor, k: int, norm: Normalize) -> Tensor:
+    """Reconstruction weights (B, P, K) with temperature 1 / m, m per image from the final centroids.
+
+    Distances are shifted by each row's smallest, which the norm cancels, so that no row underflows.
+    """
+    distances = squared_distances(before, after)
+    tau = AUTO_TEMPERATURE / median_nearest(distances)
+    weights = torch.exp(-tau * (distances - distances.amin(2, keepdim=True)))
+    if 0 < k < after.shape[1]:
+        weights = weights.masked_fill(weights < weights.topk(k, dim=2).values[..., -1:], 0)
+    return F.normalize(weights, p=1 if norm == "l1" else 2, dim=2).to(before.dtype)
 
 
 class State:

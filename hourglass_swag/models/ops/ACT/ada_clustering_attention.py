@@ -258,7 +258,14 @@ class AdaClusteringAttention(nn.Module):
             alpha, beta = self.draw(vectors.shape[-1], n_hashes, vectors.device, vectors.dtype)
             return hash_codes(vectors, alpha, beta, self.bucket_width)
 
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        key_padding_mask: Tensor | None = None,
+        dropout: float | None = None,
+    ) -> Tensor:
         """Attend. Rows may be (R, ...) or, without any copying, (B, h, ...).
 
         A compiled model without gradients runs all that depends on the number of clusters as one operator.
@@ -267,6 +274,7 @@ class AdaClusteringAttention(nn.Module):
             queries: multiplied by d^-0.5 already, (R, N, d).
             keys, values: (R, M, d) and (R, M, e).
             key_padding_mask: keys to ignore, (R, M), True = ignore; not with clustered keys.
+            dropout: rate at the weights; None for the one of the constructor, in training.
 
         Returns:
             (R, N, e).
@@ -285,7 +293,8 @@ class AdaClusteringAttention(nn.Module):
         flat = queries.dim() == 3
         if flat:  # the fused kernels want two leading dimensions
             operands = tuple(None if x is None else x[None] for x in operands)
-        dropout = self.attention_dropout if self.training else 0.0
+        if dropout is None:
+            dropout = self.attention_dropout if self.training else 0.0
         unknown_sizes = torch.compiler.is_compiling() and not torch.is_grad_enabled() and not dropout
         attend: Any = torch.ops.leanvit_act.attend_clusters if unknown_sizes else attend_clusters
         out, formed = attend(*operands, self.softmax_temp, dropout)

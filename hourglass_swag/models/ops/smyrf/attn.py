@@ -275,6 +275,7 @@ class SmyrfAttention(nn.Module):
         attn_mask: Tensor | None = None,
         norm_factor: float = 1.0,
         return_attn_map: bool = False,
+        dropout: float | None = None,
     ) -> Any:
         """Attend.
 
@@ -283,6 +284,7 @@ class SmyrfAttention(nn.Module):
             attn_mask: must be None.
             norm_factor: divisor of the logits.
             return_attn_map: return ``(out, (order_q, order_k))``, the orders (T, R, N) and (T, R, M).
+            dropout: rate at the weights; None for the one of the constructor, in training.
 
         Returns:
             (R, N, e).
@@ -296,6 +298,8 @@ class SmyrfAttention(nn.Module):
         lists = self.n_hashes * queries.shape[0]
         cluster_lengths((queries.shape[1], keys.shape[1]), sizes, lists, padded=self.padded)
         order_q, order_k = self.orders(queries, keys)
+        if dropout is None:
+            dropout = self.dropout if self.training else 0.0
         out = attend(
             queries,
             keys,
@@ -304,7 +308,7 @@ class SmyrfAttention(nn.Module):
             order_k,
             sizes,
             norm_factor=norm_factor,
-            dropout=self.dropout if self.training else 0.0,
+            dropout=dropout,
             padded=self.padded,
         )
         return (out, (order_q, order_k)) if return_attn_map else out

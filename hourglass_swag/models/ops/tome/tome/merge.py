@@ -352,21 +352,6 @@ def merge_source(merge: Merge, x: Tensor, source: Tensor | None = None) -> Tenso
     return merge(source, mode="amax")
 
 
-def key_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
-    """Proportional attention: log of the size as an additive key bias that broadcasts over heads and queries.
-
-    Args:
-        size: patches that each token stands for, (B, N, 1).
-        dtype: type of the queries.
-
-    Returns:
-        Mask for ``scaled_dot_product_attention``, (B, 1, 1, N); it is never expanded to N x N here.
-
-    Source: ToMe, arXiv:2210.09461, Eq. 1.
-    """
-    return size.log().to(dtype).transpose(1, 2)[:, None]
-
-
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Computation in the tensors' own types, on devices that have automatic mixed precision at all."""
     if not torch.amp.is_autocast_available(device_type):
