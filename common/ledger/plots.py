@@ -9,7 +9,7 @@ import itertools
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -73,38 +73,36 @@ MARKERS = "osD^vPXh"
 def figures(views: Sequence[TableView], desks: Iterable[tuple[str, DeskTable]] = ()) -> list[Figure]:
     """Every figure: one per overview, one per table with a ``plot``, one per desk table with a ``plot``."""
     drawn = [view for view in views if view.table.plot]
-    rows = {(view.table.paper, row.key): row for view in views for row in view.rows}
-    entries = {(e.paper, f"{e.table}/{e.row}", e.column): e for view in views for e in view.entries}
-    plots = {(view.table.paper, view.table.name): view.table.plot for view in drawn}
-
-    def points(row: Row) -> dict[Kind, tuple[float, float]]:
-        """A row as published and, if both coordinates came out here, what they are; never one for the other."""
-        plot = plots.get((row.paper, row.table), {})
-        names = [plot[axis] for axis in ("x", "y") if plot.get(axis) in row.published]
-        if len(names) < 2:
-            return {}
-        found: dict[Kind, tuple[float, float]] = {"published": _pair(row.published[name] for name in names)}
-        here = [entries.get((row.paper, row.key, name)) for name in names]
-        values = [entry.reproduced for entry in here if entry and entry.reproduced is not None and not entry.is_ratio]
-        if len(values) == 2:
-            kind: Kind = "differs" if any(entry and entry.status == "differs" for entry in here) else "here"
-            found[kind] = _pair(values)
-        return found
-
+    places = {(view.table.paper, row.key): (view, row) for view in views for row in view.rows}
     found: list[Figure] = []
     for key in dict.fromkeys(view.overview for view in drawn if view.overview):
         sharing = [view for view in drawn if view.overview == key]
         table = sharing[0].table
         title = f"{table.paper}: {axis_label(table.plot['y'])} against {axis_label(table.plot['x'])}"
-        panels = _panels([row for view in sharing for row in view.rows], points, table.plot.get("panels") == "series")
+        rows = [(view, row) for view in sharing for row in view.rows]
+        panels = _panels(rows, apart=table.plot.get("panels") == "series")
         found.append(_figure(key, title, table.plot, panels, clip=True))
     for view in drawn:
         if len(view.rows) > 2 or not view.overview:
             keys = dict.fromkeys((row.paper, row.dense) for row in view.rows)
-            dense = [rows[key] for key in keys if key in rows and rows[key].table != view.table.name]
-            found.append(_figure(view.key, view.table.title, view.table.plot, _panels([*dense, *view.rows], points)))
+            rows = [places[key] for key in keys if key in places and places[key][0] is not view]
+            panels = _panels([*rows, *((view, row) for row in view.rows)])
+            found.append(_figure(view.key, view.table.title, view.table.plot, panels))
     found += [_desk(paper, desk) for paper, desk in desks if desk.plot]
     return [figure for figure in found if any(figure.panels.values())]
+
+
+def _points(view: TableView, row: Row) -> dict[Kind, tuple[float, float]]:
+    """A row as published and, if both coordinates came out here, what they are; never one for the other."""
+    names = [view.table.plot[axis] for axis in ("x", "y") if view.table.plot.get(axis) in row.published]
+    if len(names) < 2:
+        return {}
+    found: dict[Kind, tuple[float, float]] = {"published": _pair(row.published[name] for name in names)}
+    here = [entry for name in names for entry in view.entries if (entry.row, entry.column) == (row.id, name)]
+    values = [entry.reproduced for entry in here if entry.reproduced is not None and not entry.is_ratio]
+    if len(values) == 2:
+        found["differs" if any(entry.status == "differs" for entry in here) else "here"] = _pair(values)
+    return found
 
 
 def _pair(values: Iterable[Any]) -> tuple[float, float]:
@@ -118,15 +116,14 @@ def _figure(
     return Figure(key, title, axis_label(plot["x"]), axis_label(plot["y"]), panels, clip)
 
 
-def _panels(
-    rows: Sequence[Row], points: Callable[[Row], Mapping[Kind, tuple[float, float]]], apart: bool | None = None
-) -> dict[str, list[Series]]:
+def _panels(shown: Sequence[tuple[TableView, Row]], *, apart: bool | None = None) -> dict[str, list[Series]]:
     """Rows as series, in panels. ``apart``: whether each backbone has a panel and each method a line.
 
     In an overview (``apart`` is not None) the dense rows are stars, and a line begins at the dense row if all of its
     rows are compared with that one.
     """
-    known = {row.key: row for row in rows}
+    rows = [row for _, row in shown]
+    points = {row.key: _points(view, row) for view, row in shown}
     baselines = set() if apart is None else {row.dense for row in rows}
     places = {row.key: (row.series, row.method) if apart else ("", row.series or row.method) for row in rows}
     stars = Counter(places[row.key][0] for row in rows if row.key in baselines)
@@ -136,12 +133,12 @@ def _panels(
         panel, name = places[row.key]
         baseline = row.key in baselines
         label = "dense" if baseline and stars[panel] == 1 else "" if apart else row.label
-        for kind, point in points(row).items():
+        for kind, point in points[row.key].items():
             joined = kind == "published" and not baseline and name != "cited baselines"
             lines = panels.setdefault(panel, {})
             line = lines.setdefault((name, kind), Series(name, joined=joined, kind=kind, baseline=baseline))
-            if apart is not None and joined and not line.x and len(dense[panel, name]) == 1 and row.dense in known:
-                line.add(points(known[row.dense])[kind], "")
+            if apart is not None and joined and not line.x and len(dense[panel, name]) == 1 and row.dense in points:
+                line.add(points[row.dense][kind], "")
             line.add(point, label if kind == "published" else "")
     return {panel: list(lines.values()) for panel, lines in panels.items()}
 

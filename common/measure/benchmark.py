@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -244,17 +244,8 @@ def measure_paper_protocol(
         seconds = clock() - start
         peak = torch.cuda.max_memory_allocated(device) / MIB if device.type == "cuda" else None
     timed = runs - warmup
-    return Speed(
-        batch_size=batch_size,
-        latency_ms=1e3 * seconds / timed,
-        throughput_ips=timed * batch_size / seconds,
-        spread_percent=None,
-        peak_memory_mb=peak,
-        dtype="float32",
-        device=device_name(device),
-        compiled=hasattr(model, "_orig_mod"),
-        rounds=timed,
-    )
+    speed = _summarise([seconds / timed], images, peak_memory_mb=peak, compiled=hasattr(model, "_orig_mod"))
+    return replace(speed, rounds=timed)
 
 
 def measure_share(

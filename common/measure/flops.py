@@ -99,8 +99,7 @@ class Convention:
         Raises:
             ValueError: if a kind is not one of ``KINDS``.
         """
-        _check_kinds(counts, "operation counts")
-        return sum(count * self.weights.get(kind, 0) for kind, count in counts.items())
+        return sum(self.by_kind(counts).values())
 
     def by_kind(self, counts: Mapping[str, int]) -> dict[str, int]:
         """The terms of ``total`` that are not zero."""
@@ -128,7 +127,7 @@ CONVENTIONS: dict[str, Convention] = {
             "swag",
             "the tool of the Hourglass repository: multiply-accumulate 1, bias of linear layers 1 (of convolutions 0), "
             "normalisation 4, softmax 5, dropout 1 (in evaluation too), rsqrt 2, element-wise arithmetic 1",
-            dict.fromkeys(("linear", "head", "conv", "matmul"), 1)
+            _MACS
             | {"linear_bias": 1, "head_bias": 1, "layer_norm": 4, "batch_norm": 4, "softmax": 5, "rsqrt": 2}
             | dict.fromkeys(("dropout", "add", "sub", "mul", "div", "exp", "gelu", "relu", "norm", "cumsum"), 1),
         ),
