@@ -10,6 +10,7 @@ random projection keeps distances, so clusters and merged groups follow colour a
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -23,7 +24,7 @@ from hourglass_swag.tools.tracing import GONE, KEPT, Grouping, trace
 RESOLUTION, PATCHES = 384, 24  # of the networks: side in pixels, patches along it
 PANEL = 12 * PATCHES  # pixels of a panel's side
 GAP, LABEL = 12, 58  # pixels between panels, and of the two lines below them
-METHODS = (
+METHODS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("Hourglass", "hourglass_vit_l16_in1k", {"clustering_location": 8, "num_cluster": 144}, "{num_cluster} clusters"),
     ("ToMe", "tome_vit_l16_in1k", {"tome_r": 20}, "{left} tokens"),
     ("EViT", "e_vit_l16_in1k", {"base_keep_rate": 0.7, "drop_loc": (6, 12, 18), "score": "cls"}, "{left} patches kept"),
