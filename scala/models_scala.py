@@ -36,7 +36,7 @@ Layer = Callable[..., nn.Module]
 
 
 def _check_norm_layer(norm_layer: Layer | None) -> None:
-    """Only layer normalisation can be sliced; its own eps has no effect (``slicing.NORM_EPS``)."""
+    """Only layer normalisation can be sliced; its own eps has no effect (``layers.NORM_EPS``)."""
     base = norm_layer.func if isinstance(norm_layer, partial) else norm_layer
     if base is not None and not (isinstance(base, type) and issubclass(base, nn.LayerNorm)):
         raise ValueError(f"norm_layer must be a layer normalisation, got {norm_layer!r}")
