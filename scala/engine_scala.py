@@ -120,14 +120,11 @@ class ScaleCoordination:
         if self.augment is not None:
             images, targets = self.augment(images, targets)
         if self.multi_hot:
-            targets = to_multi_hot(targets, self._classes)
+            classes: Any = unwrap(self.network).num_classes
+            targets = to_multi_hot(targets, classes)
         if self.twice:
             images, targets = images.repeat(2, 1, 1, 1), targets.repeat(2, *[1] * (targets.ndim - 1))
         return images, targets
-
-    @property
-    def _classes(self) -> int:
-        return int(unwrap(self.network).num_classes)  # pyright: ignore[reportArgumentType] - a number
 
 
 def to_multi_hot(targets: Tensor, classes: int) -> Tensor:
@@ -186,16 +183,13 @@ class CosineCurve(Settings):
             rate = self.min_lr
         if t < self.early_epochs:
             rate /= self.early_divisor
-        return rate * (1 + self._noise(t)) if self._is_noisy(t) else rate
-
-    def _is_noisy(self, t: int) -> bool:
-        if self.noise is None:
-            return False
-        first, *last = (fraction * self.epochs for fraction in self.noise)
-        return t >= first and (not last or t < last[0])
+        return rate * (1 + self._noise(t))
 
     def _noise(self, t: int) -> float:
-        """The first of an endless row of normal numbers that lies within the bound."""
+        """0 in most epochs; in others the first of an endless row of normal numbers that lies within the bound."""
+        first, *last = (fraction * self.epochs for fraction in self.noise or [math.inf])
+        if t < first or (last and t >= last[0]):
+            return 0.0
         if not self.noise_pct > 0:
             raise ValueError(f"--lr-noise-pct must be positive, got {self.noise_pct}")
         generator = torch.Generator().manual_seed(self.seed + t)

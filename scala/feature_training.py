@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,21 +81,17 @@ def train_features(
     losses = FeatureLosses(teacher.to(world.device), weights)
     loading: dict[str, Any] = {"batch_size": data.batch_size, "workers": data.workers, "pin_memory": data.pin_mem}
     held_out = open_split(data, "val", eval_transform(data.input_size, crop_ratio=data.eval_crop_ratio))
-    test = partial(
-        held_out_losses,
-        student,
-        losses,
-        eval_loader(held_out, **loading),
-        [grid.smallest, grid.largest],
-        world,
-        run.amp,
-    )
+    bounds, kept = [grid.smallest, grid.largest], eval_loader(held_out, **loading)
     if run.compile:
         allow_widths(len(ratios))
     trainer = build_run(
         student, world, run, optimizer=optimizer, schedule=schedule, arguments=arguments, metric="loss",
         higher_is_better=False, find_unused_parameters=not weights.feature, own_backward=True,
     )  # fmt: skip
+
+    def test() -> dict[str, float]:
+        return held_out_losses(student, losses, kept, bounds, world, run.amp)
+
     if run.eval:
         return test()
     images = open_split(data, "train", build_train_transform(data.input_size, augmentation))
