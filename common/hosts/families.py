@@ -121,7 +121,8 @@ prints one row for the dense network, for each method, and for the dense network
 cost (position embedding resampled, features enlarged again): tokens that are left, GMACs and of them the method's own,
 paired speed-up and how much of the promised one it is, cosines of the restored patch features and of the class feature
 with the dense network's, and whether the method beats resizing. `--data` adds top-1; `--output` takes `trade.json` and
-a PNG of the tokens of every image.
+a PNG of the tokens of every image. With `--budget-gmacs 20` or `--budget-ms 5`, and alternatives such as
+`"tome:r=4|8|12|16"`, it names the settings of each kind that keep most within the budget.
 
 Rendered by `python -m common.hosts.families`.
 """

@@ -215,7 +215,10 @@ class HuggingFaceBlock(BlockView):
 
 
 class LeanHuggingFace(Lean):
-    """Mixin of a lean network of transformers; its ``forward`` has the signature of the host's, which Trainer reads."""
+    """Mixin of a lean network of transformers.
+
+    Its class has the name of the host's, by which pipelines know it; its ``forward`` the signature that Trainer reads.
+    """
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
@@ -225,6 +228,7 @@ class LeanHuggingFace(Lean):
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             return self.plan.host.call(self, *args, **kwargs)
 
+        cls.__name__ = cls.__bases__[-1].__name__  # by which transformers knows what a network is for
         cls.forward = forward  # pyright: ignore[reportAttributeAccessIssue]
 
     def activation_checkpointing_enable(self, *_: Any, **__: Any) -> Any:

@@ -3,6 +3,7 @@
 import copy
 import difflib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -46,6 +47,7 @@ class Row:
     """over the dense network, paired"""
     realised: float = 1.0
     """of the speed-up that the multiply-accumulates promise"""
+    ms_per_image: float = 0.0
     top1_percent: float | None = None
     against_resizing: float | None = None
     """patch cosine less that of the dense network on smaller images at about the same cost"""
@@ -242,6 +244,7 @@ class Trade:
                 row,
                 speedup=speeds[name].speedup,
                 realised=speeds[name].speedup * row.gmacs / cost,
+                ms_per_image=speeds[name].speed.latency_ms / speeds[name].speed.batch_size,
                 top1_percent=accuracies.get(name),
                 against_resizing=row.patch_cosine - rows[beside[name]].patch_cosine if name in beside else None,
             )
@@ -292,6 +295,32 @@ class Trade:
         for file, image in zip(self.files, self.images(), strict=True):
             labels = {name: token_of_patch(fast, image[None].to(self.device)) for name, fast in drawn.items()}
             draw_tokens(image * std + mean, labels).save(folder / f"{file.stem}.png")
+
+
+def best_within(rows: Sequence[Row], *, gmacs: float | None = None, ms: float | None = None) -> str:
+    """The networks within a budget that keep most: the best of all, and of each method.
+
+    Most is the top-1 accuracy where it was measured, and the cosine of the patch features where not.
+    """
+    budget = f"{gmacs} GMACs" if ms is None else f"{ms} ms per image"
+    inside = [row for row in rows if (row.gmacs <= gmacs if gmacs is not None else row.ms_per_image <= (ms or 0))]
+    best: dict[str, Row] = {}
+    for row in sorted(inside, key=_kept, reverse=True):
+        kind = "dense" if row.against_resizing is None else re.sub(r":.*?(?=\+[a-z]|$)", "", row.name)
+        best.setdefault(kind, row)
+    if not best:
+        least = min(row.gmacs for row in rows), min(row.ms_per_image for row in rows)
+        return f"Nothing is within {budget}: the least is {least[0]:.3f} GMACs, {least[1]:.3f} ms per image"
+    lines = [
+        f"  {row.name}: {row.gmacs:.3f} GMACs, {row.ms_per_image:.2f} ms per image, "
+        + (f"top-1 {row.top1_percent:.2f}" if row.top1_percent is not None else f"patches {row.patch_cosine:.4f}")
+        for row in best.values()
+    ]
+    return "\n".join([f"Within {budget}, the best of each kind, best first:", *lines])
+
+
+def _kept(row: Row) -> float:
+    return row.patch_cosine if row.top1_percent is None else row.top1_percent
 
 
 @torch.no_grad()

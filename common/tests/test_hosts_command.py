@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from common.hosts import lean
-from common.hosts.__main__ import main, method, parse_args
+from common.hosts.__main__ import main, methods, parse_args
 from common.hosts.draw import mosaic
-from common.hosts.trade import own_gmacs, token_of_patch
+from common.hosts.trade import Row, best_within, own_gmacs, token_of_patch
 from common.run.errors import CheckpointError, UsageError
 from common.run.files import ROOT
 from common.tests.small_methods import Drop, Halve, Replace
@@ -50,23 +51,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )  # fmt: skip
 def test_methods_as_words(text: str, expected: Any) -> None:
-    assert (method(text).text, method(text).methods) == (text, expected)
+    (wanted,) = methods(text)
+    assert (wanted.text, wanted.methods) == (text, expected)
+
+
+def test_alternatives_are_combined() -> None:
+    found = methods("tome:r=4|8+evit:layers=(1,)|(2,3),keep=0.5")
+    assert [wanted.text for wanted in found] == [
+        "tome:r=4+evit:layers=(1,),keep=0.5",
+        "tome:r=4+evit:layers=(2,3),keep=0.5",
+        "tome:r=8+evit:layers=(1,),keep=0.5",
+        "tome:r=8+evit:layers=(2,3),keep=0.5",
+    ]
+    assert found[3].methods == [("tome", {"r": 8}), ("evit", {"layers": (2, 3), "keep": 0.5})]
 
 
 @pytest.mark.parametrize("text", ["tome:16", "tome:=3", "tome:r=3,16"])
 def test_words_that_are_no_settings(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="expected name:key=value"):
-        method(text)
+        methods(text)
 
 
 def test_the_table_and_the_files(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["tome:r=9", "hourglass:layer=1,clusters=(4,4)+evit:layers=(3,)", "evit:restore=frozen"]
     rows = {row.name: row for row in main(
         [NAME, "--images", str(folder), "--methods", *words, "--rounds", "1", "--output", str(tmp_path), "--data",
-         str(folder / "classes"), "--device", "cpu"]
+         str(folder / "classes"), "--device", "cpu", "--budget-gmacs", "1"]
     )}  # fmt: skip
     output = capsys.readouterr().out
     assert "The weights are random" in output
+    assert "Within 1.0 GMACs, the best of each kind, best first:\n  " in output
     assert all(name in output for name in rows)
     net = timm.create_model(NAME)
     dense = rows["dense"]
@@ -90,6 +104,29 @@ def test_the_table_and_the_files(folder: Path, tmp_path: Path, capsys: pytest.Ca
     for name in written["images"]:
         width, height = Image.open(tmp_path / name).size
         assert (width, height) == (3 * 160 + 2 * 4, 160 + 16)  # the image, and the two that can be drawn
+
+
+def test_budgets_name_the_best_of_each_kind() -> None:
+    rows = [
+        Row("dense", 101, 10.0, 0.0, 1.0, 1.0, ms_per_image=5.0),
+        Row("dense at 128 pixels", 65, 6.0, 0.0, 0.9, 0.9, ms_per_image=3.0),
+        Row("tome:r=4", 80, 8.0, 0.1, 0.99, 0.9, ms_per_image=4.5, against_resizing=0.05),
+        Row("tome:r=9", 60, 6.0, 0.1, 0.95, 0.9, ms_per_image=4.0, against_resizing=0.05),
+        Row("tome:r=12", 50, 5.0, 0.1, 0.85, 0.9, ms_per_image=3.5, against_resizing=-0.05),
+        Row("tome:r=9+evit:keep=0.5", 30, 4.0, 0.1, 0.8, 0.9, ms_per_image=6.0, against_resizing=-0.05),
+    ]
+    lines = best_within(rows, gmacs=6.0).splitlines()
+    assert lines[0].startswith("Within 6.0 GMACs")
+    assert [line.split(": ")[0].strip() for line in lines[1:]] == [
+        "tome:r=9", "dense at 128 pixels", "tome:r=9+evit:keep=0.5"
+    ]  # fmt: skip
+    assert "tome:r=9: 6.000" in best_within(rows, ms=4.2).splitlines()[1]
+    assert "the least is 4.000 GMACs, 3.000 ms" in best_within(rows, gmacs=1.0)
+    rows = [replace(row, top1_percent=80 - row.gmacs) for row in rows]
+    assert (
+        "tome:r=9+evit:keep=0.5: 4.000 GMACs, 6.00 ms per image, top-1 76.00"
+        in best_within(rows, gmacs=9.0).splitlines()[1]
+    )
 
 
 def test_weights_at_another_size(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -300,6 +300,7 @@ def test_what_code_for_the_host_asks_of_it() -> None:
     fast = lean(net, Halve())
     assert isinstance(fast, transformers.ViTForImageClassification)
     assert isinstance(fast.vit, Lean)
+    assert type(fast).__name__ == "ViTForImageClassification"  # pipelines know networks by it
     assert inspect.signature(fast.forward) == inspect.signature(net.forward)  # Trainer picks columns by it
     assert fast.vit(images()).last_hidden_state.shape == (2, 17, 32)
     assert fast.base_model is fast.vit
