@@ -20,6 +20,7 @@ from common.data.datasets import load_image
 from common.data.loaders import eval_loader
 from common.data.transforms import eval_transform
 from common.hosts.draw import draw_tokens
+from common.hosts.host import Tokens
 from common.hosts.network import Lean, lean, make_lean, make_method
 from common.measure.benchmark import compare, describe_device
 from common.measure.flops import count_operations, gmacs
@@ -103,34 +104,26 @@ class Smaller(nn.Module):
 
 
 class Unseen:
-    """A method whose operations a counter does not see, nor those with which it restores the grid."""
+    """A step of a method whose operations a counter does not see, nor those with which it restores the grid."""
 
-    def __init__(self, method: Any) -> None:
-        self.method = method
+    def __init__(self, step: Callable[..., Any]) -> None:
+        self.step = step
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.method, name)
-
-    def _hidden(self, hook: Callable[..., Any], *args: Any) -> Any:
+    def __call__(self, tokens: Tokens, *parts: Any) -> Any:
         with _disable_current_modes():
-            result = hook(*args)
-        if getattr(result, "undo", None):
-            before = len(args[1].undo)
-            steps = [_unseen(step) for step in result.undo[before:]]
-            result = replace(result, undo=(*result.undo[:before], *steps))
-        return result
+            result = self.step(tokens, *parts)
+        if isinstance(result, Tokens):
+            return _hide(result, tokens)
+        heads, after, parts_after = result
+        return heads, _hide(after, tokens), parts_after
 
-    def before(self, *args: Any) -> Any:
-        return self._hidden(self.method.before, *args)
 
-    def attend(self, *args: Any) -> Any:
-        return self._hidden(self.method.attend, *args)
-
-    def between(self, *args: Any) -> Any:
-        return self._hidden(self.method.between, *args)
-
-    def after(self, *args: Any) -> Any:
-        return self._hidden(self.method.after, *args)
+def _hide(after: Tokens, before: Tokens) -> Tokens:
+    """The same tokens; what the step put on their way back runs unseen."""
+    if after.undo is None or before.undo is None:
+        return after
+    known = len(before.undo)
+    return replace(after, undo=(*after.undo[:known], *map(_unseen, after.undo[known:])))
 
 
 def _unseen(step: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -144,9 +137,7 @@ def _unseen(step: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 def own_gmacs(net: nn.Module, fast: Any) -> float:
     """Of a lean network's multiply-accumulates those that are no module's of the host."""
     plan = copy.copy(fast.plan)
-    plan.acting = [
-        {hook: [Unseen(method) for method in methods] for hook, methods in acting.items()} for acting in plan.acting
-    ]
+    plan.acting = [{hook: [Unseen(step) for step in steps] for hook, steps in acting.items()} for acting in plan.acting]
     return fast.gmacs() - make_lean(net, plan).gmacs()
 
 
