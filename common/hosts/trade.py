@@ -134,11 +134,11 @@ def _unseen(step: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return undo
 
 
-def own_gmacs(net: nn.Module, fast: Any) -> float:
+def own_gmacs(net: nn.Module, fast: Any, images: Tensor | None = None) -> float:
     """Of a lean network's multiply-accumulates those that are no module's of the host."""
     plan = copy.copy(fast.plan)
     plan.acting = [{hook: [Unseen(step) for step in steps] for hook, steps in acting.items()} for acting in plan.acting]
-    return fast.gmacs() - make_lean(net, plan).gmacs()
+    return fast.gmacs(images) - make_lean(net, plan).gmacs(images)
 
 
 class Trade:
@@ -212,10 +212,11 @@ class Trade:
     def measure(self, *, rounds: int = 10, data: Path | None = None) -> list[Row]:
         """Every row: the dense network, then each method and, once for each size, smaller images of its cost."""
         images = self.images()
+        some = images[: self.batch_size].to(self.device)  # on which the costs of some methods depend
         networks: dict[str, Any] = {"dense": self.net}
         beside: dict[str, str] = {}
         for name, fast in self.lean.items():
-            resized, smaller = self.resized(fast.gmacs())
+            resized, smaller = self.resized(fast.gmacs(some))
             networks[name], beside[name] = fast, resized
             networks.setdefault(resized, smaller)
         dense = self.features(self.dense, images)
@@ -225,9 +226,10 @@ class Trade:
             found = self.features(seen, images)
             cosines = [float(F.cosine_similarity(a, b, dim=1).mean()) for a, b in zip(found, dense, strict=True)]
             fast: Any = seen if isinstance(seen, Lean) else lean(seen.net, verify=False)
-            own = own_gmacs(self.net, fast) if name in self.lean else 0.0
-            rows[name] = Row(name, fast.tokens_per_layer()[-1], fast.gmacs(), own, *cosines)
-        speeds = compare(networks, images[: self.batch_size].to(self.device), baseline="dense", rounds=rounds)
+            own = own_gmacs(self.net, fast, some) if name in self.lean else 0.0
+            seen = some if name in self.lean else None
+            rows[name] = Row(name, fast.tokens_per_layer(seen)[-1], fast.gmacs(seen), own, *cosines)
+        speeds = compare(networks, some, baseline="dense", rounds=rounds)
         accuracies = {} if data is None else self.accuracies(networks, data)
         cost = rows["dense"].gmacs
         return [
