@@ -63,7 +63,7 @@ class Hourglass(Method):
         if not isinstance(clusters, tuple):
             share = 0.5 if clusters is None else clusters / facts.patches
             clusters = _grid_of(share, facts.grid, clusters)
-        if any(not 1 <= side <= most for side, most in zip(clusters, facts.grid, strict=True)):
+        if any(type(side) is not int or not 1 <= side <= most for side, most in zip(clusters, facts.grid, strict=True)):
             raise PlanError(f"hourglass: clusters must be 1 to {facts.grid} (rows, columns), got {clusters}")
         number = clusters[0] * clusters[1]
         k = min(3, number) if self.k is None else self.k
