@@ -1,7 +1,7 @@
 """The paper's tables at desk size: a small SWAG-style ViT on real handwritten digits, dense and with seven methods.
 
 The network is trained once by ``train.py``; every row is then evaluated without fine-tuning by ``imagenet_1k_eval.py``,
-both through their ordinary flags, on the 360 held-out pictures of the 1,797 that ship inside scikit-learn. Speeds are
+both through their ordinary flags, on the 360 held-out images of the 1,797 that ship inside scikit-learn. Speeds are
 measured in turns, so that the ratios of one run are comparable.
 """
 
@@ -105,8 +105,8 @@ def run(folder: Path, *, device: torch.device | str, force: bool, progress: bool
         columns=COLUMNS,
         rows=lines,
         notes=(
-            "vit_desk: 8 layers, width 64, 8x8 tokens of 32x32 pictures; trained once on 1,437 digits and evaluated on "
-            "the 360 others. One picture is 0.28 points.",
+            "vit_desk: 8 layers, width 64, 8x8 tokens of 32x32 images; trained once on 1,437 digits and evaluated on "
+            "the 360 others. One image is 0.28 points.",
             f"Throughput on {device_name(device)}{threads}, float32, batch {BATCH[device.type]}, median of {ROUNDS} "
             "rounds in turns, on held-out digits. speedup: paired, over dense; flops_ratio: what the counted cost "
             "promises; realised: the first over the second. mmacs by the convention 'swag', in millions per image; of "

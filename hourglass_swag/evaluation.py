@@ -25,7 +25,7 @@ def swag_eval_transform(resolution: int) -> Compose:
     return eval_transform(resolution, crop_ratio=1.0, interpolation="bicubic")
 
 
-def read_picture(path: str | os.PathLike[str]) -> Image.Image:
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """An image in RGB.
 
     Raises:
@@ -36,17 +36,17 @@ def read_picture(path: str | os.PathLike[str]) -> Image.Image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if getattr(error, "errno", None) is None and not isinstance(error, Image.DecompressionBombError):
-            raise DataError(f"{path} is not a picture that Pillow can read") from error
-        raise DataError(f"cannot read the picture {path}: {error}") from error
+            raise DataError(f"{path} is not an image that Pillow can read") from error
+        raise DataError(f"cannot read the image {path}: {error}") from error
 
 
 def transform_image(image: Image.Image, resolution: int) -> Tensor:
-    """One picture as a batch, (1, 3, resolution, resolution)."""
+    """One image as a batch, (1, 3, resolution, resolution)."""
     return torch.stack([swag_eval_transform(resolution)(image.convert("RGB"))])  # pyright: ignore[reportArgumentType]
 
 
 def accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list[Tensor]:
-    """Percent of pictures whose label is among the k highest outputs, for each k, as one-element tensors.
+    """Percent of images whose label is among the k highest outputs, for each k, as one-element tensors.
 
     Args:
         output: logits, (B, C). A k above C counts as C.
@@ -84,7 +84,7 @@ class AverageMeter:
         self.count = 0
 
     def update(self, val: float | Tensor, n: int = 1) -> None:
-        """Add a mean over ``n`` pictures."""
+        """Add a mean over ``n`` images."""
         self.val = float(val)
         self.sum += self.val * n
         self.count += n
@@ -137,13 +137,13 @@ def make_meters() -> list[AverageMeter]:
 def evaluate(
     model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], world: World, *, amp: str = "none", print_freq: int = 10
 ) -> dict[str, float | int]:
-    """Loss and accuracy over the pictures of all processes, each counted once.
+    """Loss and accuracy over the images of all processes, each counted once.
 
     Rank 0 prints a line of its own share every ``print_freq`` batches and, last, the result.
 
     Args:
         model: on ``world.device``, in evaluation mode.
-        loader: (images, targets) of this process; its attribute ``skipped`` counts undecodable pictures.
+        loader: (images, targets) of this process; its attribute ``skipped`` counts undecodable images.
         amp: none, fp16 or bf16.
 
     Returns:
@@ -151,7 +151,7 @@ def evaluate(
         ``images``, ``skipped`` and ``seconds`` (of rank 0), the same on every process but for the last.
 
     Raises:
-        DataError: if there is no picture, a label beyond the model's classes, or a logit that is not a number.
+        DataError: if there is no image, a label beyond the model's classes, or a logit that is not a number.
     """
     meters = batch_time, losses, top1, top5 = make_meters()
     progress = ProgressMeter(len(loader), meters, prefix="Test: ")  # pyright: ignore[reportArgumentType]
@@ -162,7 +162,7 @@ def evaluate(
             logits = model(images.to(world.device, non_blocking=True)).float()
         if int(targets.max()) >= logits.shape[1]:
             raise DataError(
-                f"a picture is of class {int(targets.max())}, but the model knows classes 0 to {logits.shape[1] - 1}; "
+                f"an image is of class {int(targets.max())}, but the model knows classes 0 to {logits.shape[1] - 1}; "
                 "is this the data set that it was trained for?"
             )
         targets = targets.to(world.device, non_blocking=True)
@@ -181,13 +181,13 @@ def evaluate(
     total = reduce_sums({"loss": losses.sum, "top1": hits1, "top5": hits5, "images": losses.count, "skipped": skipped})
     images = int(total["images"])
     if images == 0:
-        raise DataError(f"no picture to evaluate ({total['skipped']:.0f} skipped as undecodable)")
+        raise DataError(f"no image to evaluate ({total['skipped']:.0f} skipped as undecodable)")
     if math.isnan(total["loss"]):
         raise DataError("the network gives logits that are not numbers: damaged weights, or an overflow under --amp")
     losses.avg, top1.avg, top5.avg = (total["loss"] / images, *(100 * total[k] / images for k in ("top1", "top5")))
     if world.is_main:
         if total["skipped"]:
-            print(f"skipped {total['skipped']:.0f} pictures that cannot be decoded")
+            print(f"skipped {total['skipped']:.0f} images that cannot be decoded")
         progress.display_summary()
     return {
         "top1_percent": top1.avg,

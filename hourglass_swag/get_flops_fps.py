@@ -5,7 +5,7 @@
     python hourglass_swag/get_flops_fps.py -m vit_h14_in1k -r 518 --no-speed
 
 Costs come first and need no weights, but for ATS with dropped tokens; "Flops" counts as the published tool does (a
-multiply-accumulate is 1). Then passes are timed: the median, each pass synchronised, on image-like random pictures;
+multiply-accumulate is 1). Then passes are timed: the median, each pass synchronised, on image-like random images;
 --paper follows the published tool instead. The last line is the throughput of the table; --fps also measures batch 1,
 the table's FPS.
 """
@@ -94,7 +94,7 @@ def parse_networks(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
     if args.against:
         other = parse_network(f"-r {args.resolution} -m {args.against}")
         if other.resolution != args.resolution:
-            raise ValueError(f"both networks see the same pictures, so -r {other.resolution} cannot differ from -r")
+            raise ValueError(f"both networks see the same images, so -r {other.resolution} cannot differ from -r")
         networks[args.against if args.against != args.model else f"-m {args.against}"] = other
     return networks
 

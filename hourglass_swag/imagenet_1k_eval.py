@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from common.run.errors import DataError
 from common.run.program import get_logger, run
 from hourglass_swag.tools.parser import check_method_flags, get_default_parser, get_model_args, positionals_first
-from hourglass_swag.tools.processes import device_name, pictures_per_process, set_environment, start_one_per_gpu
+from hourglass_swag.tools.processes import device_name, images_per_process, set_environment, start_one_per_gpu
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +43,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--dataset", "--data-set", default="imagenet", help="data set by name: imagenet, digits, inat18, hfds/NAME ..."
     )
     group.add_argument("--split", default="val", help="part of the data set")
-    group.add_argument("--limit", type=int, metavar="N", help="only the first N pictures")
-    group.add_argument("--skip-bad-images", action="store_true", help="leave out and count undecodable pictures")
+    group.add_argument("--limit", type=int, metavar="N", help="only the first N images")
+    group.add_argument("--skip-bad-images", action="store_true", help="leave out and count undecodable images")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--amp", default="none", choices=("none", "fp16", "bf16"), help="mixed precision")
     group.add_argument("--compile", action="store_true", help="compile the network first")
@@ -95,7 +95,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
 
 
 def build_data(args: argparse.Namespace) -> Dataset[Any]:
-    """The pictures to evaluate on."""
+    """The images to evaluate on."""
     from torch.utils.data import IterableDataset, Subset
 
     from common.data.loaders import build_dataset
@@ -147,7 +147,7 @@ def evaluate_network(args: argparse.Namespace) -> dict[str, Any]:
     dataset = build_data(args)
     model = build_model(args, world.device)
     warn_of_classes(dataset, model)
-    loader = eval_loader(dataset, batch_size=pictures_per_process(args.batch_size, world.size), workers=args.workers)
+    loader = eval_loader(dataset, batch_size=images_per_process(args.batch_size, world.size), workers=args.workers)
     measured = evaluate(model, loader, world, amp=args.amp, print_freq=args.print_freq)
     result = measured | {"arguments": vars(args) | {"output": str(args.output)}, "processes": world.size}
     if args.output and world.is_main:

@@ -1,10 +1,10 @@
-"""Classify pictures with any classifier of hubconf.py.
+"""Classify images with any classifier of hubconf.py.
 
     python hourglass_swag/predict.py photo.jpg -m vit_l16_in1k
     python hourglass_swag/predict.py a.jpg b.png -m hourglass_vit_l16_in1k -l 8 -n 256 --topk 3 --weights FILE
     cog predict -f hourglass_swag/cog.yaml -i image=@photo.jpg -i model_name=regnety_16gf_in1k
 
-Prints the most probable classes of every picture, best first. ``Predictor`` is the same for Cog, with the interface of
+Prints the most probable classes of every image, best first. ``Predictor`` is the same for Cog, with the interface of
 the published one: the six plain classifiers, class names as the result. Networks are loaded when first asked for.
 """
 
@@ -72,7 +72,7 @@ def class_names(number: int) -> list[str]:
     return [info.index_to_description(index) for index in range(number)]
 
 
-def classify(model: "nn.Module", picture: "Image.Image", resolution: int, topk: int) -> list[Guess]:
+def classify(model: "nn.Module", image: "Image.Image", resolution: int, topk: int) -> list[Guess]:
     """The most probable classes of an image, best first; all of them if there are fewer than ``topk``.
 
     Raises:
@@ -84,7 +84,7 @@ def classify(model: "nn.Module", picture: "Image.Image", resolution: int, topk: 
 
     parameter = next(model.parameters())
     with torch.inference_mode():
-        logits = model(transform_image(picture, resolution).to(parameter.device, parameter.dtype))[0].float()
+        logits = model(transform_image(image, resolution).to(parameter.device, parameter.dtype))[0].float()
     if not logits.isfinite().all():
         raise DataError("the network gives outputs that are not finite numbers: the weights are damaged")
     best = logits.softmax(0).topk(min(topk, len(logits)))
@@ -115,7 +115,7 @@ class Predictor(BasePredictor):  # pyright: ignore[reportGeneralTypeIssues, repo
 
     def predict(
         self,
-        image: Path = Input(description="picture to classify"),  # noqa: B008 - Cog reads it # pyright: ignore[reportInvalidTypeForm]
+        image: Path = Input(description="image to classify"),  # noqa: B008 - Cog reads it # pyright: ignore[reportInvalidTypeForm]
         model_name: str = Input(description="classifier", default="vit_h14_in1k", choices=PLAIN),
         topk: int = Input(description="number of classes to name", default=5, ge=1, le=10),
     ) -> list[str]:
@@ -128,16 +128,16 @@ class Predictor(BasePredictor):  # pyright: ignore[reportGeneralTypeIssues, repo
             raise ValueError(f"model_name must be one of {', '.join(PLAIN)}, got {model_name!r}")
         if not 1 <= topk <= 10:
             raise ValueError(f"topk must be 1 to 10, got {topk}")
-        from hourglass_swag.evaluation import read_picture
+        from hourglass_swag.evaluation import read_image
 
-        guesses = classify(self.load(model_name), read_picture(image), trained_resolution(model_name), topk)
+        guesses = classify(self.load(model_name), read_image(image), trained_resolution(model_name), topk)
         return [name for name, _ in guesses]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Pictures, network, and the flags of its method."""
+    """Images, network, and the flags of its method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="pictures, in any format that Pillow reads")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="images, in any format that Pillow reads")
     choices = model_choices()
     parser.add_argument(
         "-m",
@@ -161,13 +161,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> list[list[Guess]]:
-    """Classify the pictures of a command line; returns what it prints."""
+    """Classify the images of a command line; returns what it prints."""
     args = parse_args(argv)
     check_method_flags(args)
     from common.run.launch import choose_device
-    from hourglass_swag.evaluation import read_picture
+    from hourglass_swag.evaluation import read_image
 
-    pictures = [read_picture(path) for path in args.images]
+    images = [read_image(path) for path in args.images]
     device = choose_device(args.device)
     model = create(
         args.model,
@@ -180,9 +180,9 @@ def main(argv: Sequence[str] | None = None) -> list[list[Guess]]:
     if args.no_pretrained and not args.weights:
         print("warning: the weights are random, so the classes mean nothing", file=sys.stderr)
     found = []
-    for path, picture in zip(args.images, pictures, strict=True):
+    for path, image in zip(args.images, images, strict=True):
         print(f"{path}:")
-        found.append(classify(model, picture, args.resolution, args.topk))
+        found.append(classify(model, image, args.resolution, args.topk))
         for name, share in found[-1]:
             print(f"{100 * share:7.2f} %  {name}")
     return found

@@ -50,7 +50,7 @@ def build_parser(recipe: dict[str, Any] | None = None) -> argparse.ArgumentParse
         "--hflip", type=cli.fraction, default=0.5, help="probability of a horizontal flip (default: 0.5; digits: 0)"
     )
     network.add_argument(
-        "--scale-lr", action=cli.Switch, default=True, help="--lr is for 512 pictures per step (default: on)"
+        "--scale-lr", action=cli.Switch, default=True, help="--lr is for 512 images per step (default: on)"
     )
     cli.add_data_args(parser)
     cli.add_augmentation_args(parser)

@@ -1,4 +1,4 @@
-"""What a method does to the tokens of pictures: one PNG per picture, the picture and its merged or dropped patches.
+"""What a method does to the tokens of images: one PNG per image, the image and its merged or dropped patches.
 
     python hourglass_swag/visualize.py -m hourglass_vit_l16_in1k -l 12 -n 529 photo.jpg
     python hourglass_swag/visualize.py -m e_vit_l16_in1k --base_keep_rate 0.7 --drop_loc 6 12 18 a.jpg b.png
@@ -50,9 +50,9 @@ LEGENDS = {
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Pictures, network, and the flags of its method."""
+    """Images, network, and the flags of its method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="pictures, in any format Pillow reads")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="images, in any format Pillow reads")
     choices = model_choices()
     group = parser.add_argument_group("network")
     group.add_argument(
@@ -118,37 +118,37 @@ def choose_stages(stages: Sequence[Stage], layers: Sequence[int] | None) -> list
     return [stages[(i + 1) * len(stages) // FEW - 1] for i in range(FEW)]
 
 
-def draw(picture: Image.Image, stages: Sequence[Stage], title: str, notes: Sequence[str]) -> Image.Image:
+def draw(image: Image.Image, stages: Sequence[Stage], title: str, notes: Sequence[str]) -> Image.Image:
     """The image, then a panel per stage."""
     from hourglass_swag.tools import drawing
     from hourglass_swag.tools.tracing import Grouping
 
     patches = [stage.labels if isinstance(stage, Grouping) else stage.states for stage in stages]
     grid = round(len(patches[0]) ** 0.5)
-    picture = drawing.cut_picture(picture, grid * drawing.patch_side(grid))
-    panels: list[drawing.Panel] = [(picture, "picture", f"{grid} x {grid} patches")]
+    image = drawing.cut_image(image, grid * drawing.patch_side(grid))
+    panels: list[drawing.Panel] = [(image, "image", f"{grid} x {grid} patches")]
     for stage, shown in zip(stages, patches, strict=True):
         paint = drawing.draw_groups if isinstance(stage, Grouping) else drawing.draw_selection
-        panels.append((paint(picture, shown), f"layer {stage.layer}", stage.caption))
+        panels.append((paint(image, shown), f"layer {stage.layer}", stage.caption))
     return drawing.draw_sheet(title, notes, panels)
 
 
 def output_files(paths: Sequence[Path], model: str, folder: Path) -> list[Path]:
-    """A file in ``folder`` for each picture, numbered where names are equal."""
+    """A file in ``folder`` for each image, numbered where names are equal."""
     stems = [path.stem for path in paths]
     numbers = [stems[:i].count(stem) for i, stem in enumerate(stems)]
     return [folder / f"{s}_{model}{f'_{n + 1}' if n else ''}.png" for s, n in zip(stems, numbers, strict=True)]
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:
-    """Draw the pictures of a command line; returns the files written."""
+    """Draw the images of a command line; returns the files written."""
     args = parse_args(argv)
     import torch
 
-    from hourglass_swag.evaluation import read_picture, transform_image
+    from hourglass_swag.evaluation import read_image, transform_image
     from hourglass_swag.tools.tracing import trace
 
-    pictures = [read_picture(path) for path in args.images]
+    images = [read_image(path) for path in args.images]
     model = build_model(args)
     notes = [legend for part, legend in LEGENDS.items() if part in args.model][:1]
     if args.no_pretrained and not args.weights:
@@ -157,14 +157,14 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     args.output.mkdir(parents=True, exist_ok=True)
     files = output_files(args.images, args.model, args.output)
     device = next(model.parameters()).device
-    for path, picture, file in zip(args.images, pictures, files, strict=True):
+    for path, image, file in zip(args.images, images, files, strict=True):
         torch.manual_seed(args.seed)
-        stages = trace(model, transform_image(picture, args.resolution).to(device), head=args.head)
+        stages = trace(model, transform_image(image, args.resolution).to(device), head=args.head)
         stages = choose_stages(stages, args.layers)
         for stage in stages:
             print(f"{path}: layer {stage.layer}: {stage.caption}")
         title = f"{path.name} in {args.model} at {args.resolution} x {args.resolution}"
-        draw(picture, stages, title, notes).save(file)
+        draw(image, stages, title, notes).save(file)
         print(f"written to {file}")
     return files
 

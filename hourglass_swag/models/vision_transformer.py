@@ -54,8 +54,8 @@ SIZES: dict[str, Size] = {
     "b16": Size(patch_size=16, num_layers=12, num_heads=12, hidden_dim=768, mlp_dim=3072),
     "l16": Size(patch_size=16, num_layers=24, num_heads=16, hidden_dim=1024, mlp_dim=4096),
     "h14": Size(patch_size=14, num_layers=32, num_heads=16, hidden_dim=1280, mlp_dim=5120),
-    # Not published: the network of the embedded experiment on 32 x 32 pictures of digits. A convolutional stem, because
-    # 1,437 pictures are too few to learn patches from in two minutes.
+    # Not published: the network of the embedded experiment on 32 x 32 images of digits. A convolutional stem, because
+    # 1,437 images are too few to learn patches from in two minutes.
     "desk": Size(
         patch_size=4,
         num_layers=8,

@@ -329,14 +329,14 @@ def run_lines(case: Case, checks: Checks) -> None:
 
 
 def run_transform(case: Case, checks: Checks) -> None:
-    """The evaluation transform of one picture; Pillow's versions differ by a grey level here and there."""
+    """The evaluation transform of one image; Pillow's versions differ by a grey level here and there."""
     start = case.text.find("clip(")
     if start < 0:
-        raise NotCovered("a picture that is not made with clip()")
+        raise NotCovered("an image that is not made with clip()")
     names = case.names()
     pixels = reference.evaluate_text(reference.leading_expression(case.text[start:], names), names)
-    picture = Image.fromarray(pixels.astype(np.uint8))
-    tensor = evaluation.transform_image(picture, **case.build["kwargs"])
+    image = Image.fromarray(pixels.astype(np.uint8))
+    tensor = evaluation.transform_image(image, **case.build["kwargs"])
     checks.output("tensor", tensor, absolute=True)
     if found := re.search(r"mean abs error < ([\d.e-]+)", str(case.raw.get("tolerance", ""))):
         want = checks.stored.get(f"{case.name}/tensor")

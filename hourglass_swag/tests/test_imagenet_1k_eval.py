@@ -1,4 +1,4 @@
-"""The accuracy script end to end: generated pictures, one process and two, both folder layouts, wrong inputs."""
+"""The accuracy script end to end: generated images, one process and two, both folder layouts, wrong inputs."""
 
 import json
 import os
@@ -25,8 +25,8 @@ LAST_LINE = re.compile(r"^ \*   Acc@1 (\d+\.\d{3}) Acc@5 (\d+\.\d{3})$")
 NETWORK = ["-r", "32", "-j", "0", "-b", "4"]
 
 
-def write_pictures(folder: Path, number: int) -> None:
-    """Pictures of two classes, which share them unevenly and come in several shapes."""
+def write_images(folder: Path, number: int) -> None:
+    """Images of two classes, which share them unevenly and come in several shapes."""
     draw = np.random.default_rng(0)
     for i in range(number):
         target = folder / ("n01" if i % 3 else "n02") / f"{i}.png"
@@ -37,11 +37,11 @@ def write_pictures(folder: Path, number: int) -> None:
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
-    """Weights that tell pictures apart, and 7 pictures under val/, the same under img_val/ elsewhere."""
+    """Weights that tell images apart, and 7 images under val/, the same under img_val/ elsewhere."""
     root = tmp_path_factory.mktemp("material")
     torch.save(build(partial(create, "vit_desk"), 1, dtype=torch.float32).state_dict(), root / "desk.pth")
-    write_pictures(root / "data" / "val", 7)
-    write_pictures(root / "swag" / "img_val", 7)
+    write_images(root / "data" / "val", 7)
+    write_images(root / "swag" / "img_val", 7)
     return root
 
 
@@ -88,7 +88,7 @@ def test_the_script_and_two_processes_give_the_same_accuracy(material, tmp_path)
     printed = LAST_LINE.match(lines[0][-1])
     assert printed
     assert float(printed[1]) == pytest.approx(results[0]["top1_percent"], abs=1e-3)
-    assert sum(line.startswith("Test: [") for line in lines[0]) == 2  # 4 + 3 pictures
+    assert sum(line.startswith("Test: [") for line in lines[0]) == 2  # 4 + 3 images
     assert sum(line.startswith("Test: [") for line in lines[1]) == 2  # rank 0 has 4, two at a time
     assert lines[0][1] == "using CPU, this will be slow"
 
@@ -97,13 +97,13 @@ def test_the_published_folder_layout_is_the_same_data(material):
     assert evaluate(material)["loss"] == evaluate(material, data="swag")["loss"]
 
 
-def test_accuracy_is_that_of_the_network_on_the_transformed_pictures(material, capsys):
+def test_accuracy_is_that_of_the_network_on_the_transformed_images(material, capsys):
     result = evaluate(material)
     model = build(partial(create, "vit_desk"), 1, dtype=torch.float32)
     right = 0
     for path in sorted((material / "data" / "val").glob("*/*.png")):
-        with Image.open(path) as picture, torch.no_grad():
-            right += int(model(swag_eval_transform(32)(picture)[None]).argmax()) == (path.parent.name == "n02")
+        with Image.open(path) as image, torch.no_grad():
+            right += int(model(swag_eval_transform(32)(image)[None]).argmax()) == (path.parent.name == "n02")
     assert result["top1_percent"] == pytest.approx(100 * right / 7)
     assert capsys.readouterr().out.splitlines()[-1].startswith(f" *   Acc@1 {100 * right / 7:.3f} Acc@5 ")
 
@@ -123,16 +123,16 @@ def test_one_process_per_gpu_or_one_on_the_cpu(material, capfd):
     assert LAST_LINE.match(capfd.readouterr().out.splitlines()[-1])
 
 
-def test_bad_pictures_stop_the_run_or_are_counted(material, tmp_path, capsys):
-    write_pictures(tmp_path / "val", 5)
-    (tmp_path / "val" / "n01" / "broken.png").write_bytes(b"no picture")
+def test_bad_images_stop_the_run_or_are_counted(material, tmp_path, capsys):
+    write_images(tmp_path / "val", 5)
+    (tmp_path / "val" / "n01" / "broken.png").write_bytes(b"no image")
     words = ["-m", "vit_desk", *NETWORK, "--weights", str(material / "desk.pth"), str(tmp_path)]
     with pytest.raises(SystemExit, match=r"cannot decode image .*broken\.png"):
         imagenet_1k_eval.main(words)
     result = imagenet_1k_eval.main([*words, "--skip-bad-images"])
     assert (result["images"], result["skipped"]) == (5, 1)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2] == "skipped 1 pictures that cannot be decoded"
+    assert lines[-2] == "skipped 1 images that cannot be decoded"
     assert LAST_LINE.match(lines[-1])
 
 
@@ -217,7 +217,7 @@ def test_accuracy_with_few_classes_and_ties_of_batches():
     assert acc1.shape == (1,)
 
 
-def test_meters_average_over_pictures(capsys):
+def test_meters_average_over_images(capsys):
     meter = AverageMeter("Acc@1", ":6.2f")
     meter.update(100.0, 1)
     meter.update(torch.tensor([50.0]), 3)
@@ -230,9 +230,9 @@ def test_meters_average_over_pictures(capsys):
 
 def test_shares_of_a_machines_batch(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert [processes.pictures_per_process(200, size) for size in (1, 3, 400)] == [200, 66, 1]
+    assert [processes.images_per_process(200, size) for size in (1, 3, 400)] == [200, 66, 1]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert processes.pictures_per_process(200, 8) == 100
+    assert processes.images_per_process(200, 8) == 100
 
 
 def test_where_processes_meet(monkeypatch):

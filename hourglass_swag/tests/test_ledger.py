@@ -40,7 +40,7 @@ def test_accuracy_names_the_missing_checkpoint(tmp_path: Path) -> None:
 
 
 def test_accuracy_through_the_row_s_own_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small network under a name of the registry, its published file in --weights, pictures in --data."""
+    """A small network under a name of the registry, its published file in --weights, images in --data."""
 
     small = Size(patch_size=16, num_layers=1, num_heads=1, hidden_dim=8, mlp_dim=8)
     monkeypatch.setitem(SIZES, "l16", small)

@@ -1,4 +1,4 @@
-"""The classifier of pictures: its command line, Cog's interface with and without Cog, class names, wrong inputs."""
+"""The classifier of images: its command line, Cog's interface with and without Cog, class names, wrong inputs."""
 
 import importlib.util
 import inspect
@@ -29,7 +29,7 @@ SHAPE = {"patch_size": 8, "num_layers": 1, "num_heads": 2, "hidden_dim": 16, "ml
 
 @pytest.fixture(scope="module")
 def desk_weights(tmp_path_factory):
-    """Weights of the digits' network that tell pictures apart."""
+    """Weights of the digits' network that tell images apart."""
     path = tmp_path_factory.mktemp("weights") / "desk.pth"
     torch.save(build(partial(models.create, "vit_desk"), 1, dtype=torch.float32).state_dict(), path)
     return path
@@ -50,7 +50,7 @@ def small_classifiers(monkeypatch, tmp_path):
     return cache
 
 
-def test_the_command_names_the_best_classes_of_every_picture(desk_weights):
+def test_the_command_names_the_best_classes_of_every_image(desk_weights):
     command = [sys.executable, "hourglass_swag/predict.py", *PHOTOS, "-m", "hourglass_vit_desk", "-l", "2", "-n", "16"]
     done = subprocess.run(
         [*command, "--topk", "3", "--weights", str(desk_weights), "--device", "cpu"],
@@ -155,11 +155,11 @@ def test_cog_yaml_names_this_class_and_the_tested_versions():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere.jpg"], r"cannot read the picture nowhere\.jpg: .*No such file"),
-        ([__file__], r"test_predict\.py is not a picture"),
+        (["nowhere.jpg"], r"cannot read the image nowhere\.jpg: .*No such file"),
+        ([__file__], r"test_predict\.py is not an image"),
     ],
 )
-def test_pictures_that_cannot_be_read(words, message):
+def test_images_that_cannot_be_read(words, message):
     with pytest.raises(DataError, match=message):
         predict.main([*words, "-m", "vit_desk"])
 
@@ -174,7 +174,7 @@ def test_wrong_flags_and_missing_weights(capsys):
         [sys.executable, predict.__file__, "nowhere.jpg"], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: cannot read the picture nowhere.jpg")
+    assert done.stderr.splitlines()[-1].startswith("error: cannot read the image nowhere.jpg")
 
 
 def test_outputs_that_are_not_finite_are_an_error(tmp_path):

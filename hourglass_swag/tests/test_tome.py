@@ -471,18 +471,18 @@ def test_counts_agree(options, r):
     assert round(total) == CONVENTIONS["swag"].total(counted.published)
 
 
-# Pictures
+# Images
 
 
 def test_visualization_by_its_definition():
     generator = np.random.default_rng(0)
-    picture = Image.fromarray(generator.integers(0, 256, (12, 20, 3), dtype=np.uint8))
+    image = Image.fromarray(generator.integers(0, 256, (12, 20, 3), dtype=np.uint8))
     labels = generator.integers(0, 4, (3, 5))
     source = F.one_hot(torch.from_numpy(labels).flatten(), 6).T[None].float()
-    drawn = np.asarray(make_visualization(picture, source, patch_size=4, class_token=False)) / 255
+    drawn = np.asarray(make_visualization(image, source, patch_size=4, class_token=False)) / 255
     assert drawn.shape == (12, 20, 3)
     groups = labels.repeat(4, 0).repeat(4, 1)
-    pixels, colours = np.asarray(picture) / 255, generate_colormap(6)
+    pixels, colours = np.asarray(image) / 255, generate_colormap(6)
     for y in range(12):
         for x in range(20):
             group = groups[y, x]
@@ -493,15 +493,15 @@ def test_visualization_by_its_definition():
 
 
 def test_visualization_of_a_network_with_prefix_tokens():
-    picture = Image.new("RGB", (24, 24))
+    image = Image.new("RGB", (24, 24))
     model = patched(trace_source=True)
     with torch.no_grad():
         model(image(1, 24))
-    assert make_visualization(picture, model._tome_info["source"], patch_size=4).size == (24, 24)
-    with pytest.raises(ValueError, match="37 patches do not fill a picture of 24 x 24 pixels in patches of 4"):
-        make_visualization(picture, model._tome_info["source"], patch_size=4, class_token=False)
-    with pytest.raises(ValueError, match=r"one picture, \(1, groups, tokens\), got \(2, 3, 4\)"):
-        make_visualization(picture, torch.zeros(2, 3, 4))
+    assert make_visualization(image, model._tome_info["source"], patch_size=4).size == (24, 24)
+    with pytest.raises(ValueError, match="37 patches do not fill an image of 24 x 24 pixels in patches of 4"):
+        make_visualization(image, model._tome_info["source"], patch_size=4, class_token=False)
+    with pytest.raises(ValueError, match=r"one image, \(1, groups, tokens\), got \(2, 3, 4\)"):
+        make_visualization(image, torch.zeros(2, 3, 4))
     assert generate_colormap(3) == generate_colormap(4)[:3]
 
 

@@ -248,8 +248,8 @@ def test_an_nvcc_of_another_cuda_is_not_used(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def pictures(tmp_path) -> Path:
-    """Two classes of two pictures of noise."""
+def images(tmp_path) -> Path:
+    """Two classes of two images of noise."""
     generator = np.random.default_rng(0)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -274,12 +274,12 @@ def pictures(tmp_path) -> Path:
                          "2"], "loss "),
     ],
 )  # fmt: skip
-def test_examples_run(example, words, last, pictures, monkeypatch, capsys):
+def test_examples_run(example, words, last, images, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(SOURCE))
-    words = [word.format(data=pictures) for word in words]
+    words = [word.format(data=images) for word in words]
     device = [] if example.startswith("2") else ["--device", "cpu"]
     monkeypatch.setattr(sys, "argv", [example, *words, *device])
     runpy.run_path(str(SOURCE / "examples" / f"{example}.py"), run_name="__main__")
     assert capsys.readouterr().out.splitlines()[-1].startswith(last)
     if example.startswith("2"):
-        assert Image.open(pictures / "out.png").size == (448, 224)
+        assert Image.open(images / "out.png").size == (448, 224)

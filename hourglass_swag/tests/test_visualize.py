@@ -15,7 +15,7 @@ from PIL import Image
 
 from common.run.errors import DataError
 from hourglass_swag import visualize
-from hourglass_swag.evaluation import read_picture
+from hourglass_swag.evaluation import read_image
 from hourglass_swag.models import create
 from hourglass_swag.models.act_vision_transformer import attentions
 from hourglass_swag.models.ops.cluster import TokenClusteringBlock
@@ -235,7 +235,7 @@ def test_groups_have_their_mean_colour_inside():
     drawn = np.asarray(draw_groups(Image.fromarray(pixels), torch.tensor([1, 1, 0, 2])))
     assert (drawn[5:15, 5:35] == 150).all()
     assert (drawn[25:35, 5:15] == 0).all()
-    with pytest.raises(ValueError, match="9 patches do not fill a picture of 40 x 40 pixels"):
+    with pytest.raises(ValueError, match="9 patches do not fill an image of 40 x 40 pixels"):
         draw_groups(Image.fromarray(pixels), torch.zeros(9, dtype=torch.long))
 
 
@@ -257,7 +257,7 @@ def photo(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", DESK)
-def test_one_file_per_picture(name, photo, tmp_path, capsys):
+def test_one_file_per_image(name, photo, tmp_path, capsys):
     words = ["-m", name, *DESK[name], str(photo), str(photo), "--no-pretrained", "--output", str(tmp_path)]
     files = visualize.main([*words, "--device", "cpu"])
     assert [file.name for file in files] == [f"photo_{name}.png", f"photo_{name}_2.png"]
@@ -300,18 +300,18 @@ def test_wrong_flags_are_named(photo, tmp_path, words, message):
         visualize.main([str(photo), *words, "--no-pretrained", "--device", "cpu", "--output", str(tmp_path)])
 
 
-def test_wrong_pictures_end_with_one_line(photo, tmp_path, monkeypatch, capsys):
-    (tmp_path / "text.jpg").write_text("no picture")
+def test_wrong_images_end_with_one_line(photo, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "cut.jpg").write_bytes(photo.read_bytes()[:700])
     for name, message in (
-        ("text.jpg", "is not a picture that Pillow can read"),
-        ("cut.jpg", "is not a picture that Pillow can read"),
+        ("text.jpg", "is not an image that Pillow can read"),
+        ("cut.jpg", "is not an image that Pillow can read"),
         ("missing.jpg", "No such file"),
     ):
         with pytest.raises(DataError, match=rf"{name}.*{message}"):
-            read_picture(tmp_path / name)
+            read_image(tmp_path / name)
     monkeypatch.setattr(sys, "argv", ["visualize.py", "-m", "e_vit_desk", str(tmp_path / "text.jpg")])
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(visualize.__file__, run_name="__main__")
     assert caught.value.code == 2
-    assert capsys.readouterr().err == f"error: {tmp_path / 'text.jpg'} is not a picture that Pillow can read\n"
+    assert capsys.readouterr().err == f"error: {tmp_path / 'text.jpg'} is not an image that Pillow can read\n"

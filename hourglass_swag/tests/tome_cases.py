@@ -66,15 +66,15 @@ def run_schedules(case: Case, checks: Checks) -> None:
 
 
 def run_visualization(case: Case, checks: Checks) -> None:
-    """The picture of merged groups; a grey level is allowed, as colours are rounded."""
+    """The image of merged groups; a grey level is allowed, as colours are rounded."""
     names = case.names()
     start = case.text.find("clip(")
     if start < 0:
-        raise NotCovered("a picture that is not made with clip()")
+        raise NotCovered("an image that is not made with clip()")
     pixels = reference.evaluate_text(reference.leading_expression(case.text[start:], names), names)
     source = torch.from_numpy(case.read("source"))
-    picture = make_visualization(Image.fromarray(pixels.astype(np.uint8)), source, **case.build["kwargs"])
-    checks.output("image", np.asarray(picture), tolerance=1)
+    image = make_visualization(Image.fromarray(pixels.astype(np.uint8)), source, **case.build["kwargs"])
+    checks.output("image", np.asarray(image), tolerance=1)
 
 
 def build_patched(case: Case, *, device: str = "cpu") -> nn.Module:

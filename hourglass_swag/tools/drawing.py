@@ -1,8 +1,8 @@
-"""Pictures of what a method did to patches: groups and selections drawn onto the picture, panels side by side.
+"""Images of what a method did to patches: groups and selections drawn onto the image, panels side by side.
 
 Plain functions on Pillow images and arrays; nothing here knows a network.
 
-Letters: P = G x G patches, in a picture of S x S pixels.
+Letters: P = G x G patches, in an image of S x S pixels.
 """
 
 import math
@@ -30,7 +30,7 @@ TINT_SHARE = {DROPPED: 0.62, GONE: 0.9}
 LUMINANCE = np.array([0.299, 0.587, 0.114])
 
 Panel = tuple[Image.Image, str, str]
-"""A picture, its label, and a second line."""
+"""An image, its label, and a second line."""
 
 
 def patch_side(grid: int) -> int:
@@ -38,32 +38,32 @@ def patch_side(grid: int) -> int:
     return max(round(PANEL / grid), SMALLEST_PATCH)
 
 
-def cut_picture(picture: Image.Image, side: int) -> Image.Image:
-    """What the network sees of a picture, at another size: shorter side to ``side`` pixels, centre square."""
+def cut_image(image: Image.Image, side: int) -> Image.Image:
+    """What the network sees of an image, at another size: shorter side to ``side`` pixels, centre square."""
     cut = Compose([Resize(side, interpolation=InterpolationMode.BICUBIC), CenterCrop(side)])
-    return cut(picture)  # pyright: ignore[reportReturnType]
+    return cut(image)  # pyright: ignore[reportReturnType]
 
 
-def draw_groups(picture: Image.Image, labels: Tensor) -> Image.Image:
+def draw_groups(image: Image.Image, labels: Tensor) -> Image.Image:
     """Every group of patches in its mean colour, with a rim in a colour of its own.
 
     Args:
-        picture: S x S pixels, S a multiple of G.
+        image: S x S pixels, S a multiple of G.
         labels: group of each patch, (P,), row by row.
     """
     source = torch.nn.functional.one_hot(labels).T[None]  # (1, K, P)
-    return make_visualization(picture, source, patch_side_of(picture, labels), class_token=False)
+    return make_visualization(image, source, patch_side_of(image, labels), class_token=False)
 
 
-def draw_selection(picture: Image.Image, states: Tensor) -> Image.Image:
+def draw_selection(image: Image.Image, states: Tensor) -> Image.Image:
     """The patches that go on as they are, the others without colour under a tint, see ``TINT``.
 
     Args:
-        picture: S x S pixels, S a multiple of G.
+        image: S x S pixels, S a multiple of G.
         states: of each patch, (P,), row by row; see ``tracing.Selection``.
     """
-    pixels = np.asarray(picture.convert("RGB")) / 255.0
-    side = patch_side_of(picture, states)
+    pixels = np.asarray(image.convert("RGB")) / 255.0
+    side = patch_side_of(image, states)
     grid = math.isqrt(len(states))
     map_of_states = np.kron(states.numpy().reshape(grid, grid), np.ones((side, side), dtype=np.int64))
     grey = (pixels @ LUMINANCE)[..., None]
@@ -74,16 +74,16 @@ def draw_selection(picture: Image.Image, states: Tensor) -> Image.Image:
     return Image.fromarray(np.uint8(np.rint(pixels * 255)))
 
 
-def patch_side_of(picture: Image.Image, patches: Tensor) -> int:
-    """Pixels of a patch in a square picture of P patches.
+def patch_side_of(image: Image.Image, patches: Tensor) -> int:
+    """Pixels of a patch in a square image of P patches.
 
     Raises:
-        ValueError: if the patches do not fill the picture.
+        ValueError: if the patches do not fill the image.
     """
     grid = math.isqrt(len(patches))
-    if grid * grid != len(patches) or picture.width != picture.height or picture.width % grid:
-        raise ValueError(f"{len(patches)} patches do not fill a picture of {picture.width} x {picture.height} pixels")
-    return picture.width // grid
+    if grid * grid != len(patches) or image.width != image.height or image.width % grid:
+        raise ValueError(f"{len(patches)} patches do not fill an image of {image.width} x {image.height} pixels")
+    return image.width // grid
 
 
 def draw_sheet(title: str, notes: Sequence[str], panels: Sequence[Panel]) -> Image.Image:
@@ -111,9 +111,9 @@ def draw_sheet(title: str, notes: Sequence[str], panels: Sequence[Panel]) -> Ima
     draw.text((MARGIN, MARGIN), title, INK, title_font)
     for i, note in enumerate(notes):
         draw.text((MARGIN, MARGIN + title_line + i * small_line), note, FAINT, small_font)
-    for i, (picture, label, caption) in enumerate(panels):
+    for i, (image, label, caption) in enumerate(panels):
         x, y = MARGIN + i % columns * step[0], round(head + i // columns * step[1])
-        sheet.paste(picture, (x, y))
+        sheet.paste(image, (x, y))
         draw.text((x, y + height + 8), label, INK, label_font)
         draw.text((x, y + height + 8 + label_line), caption, FAINT, small_font)
     return sheet

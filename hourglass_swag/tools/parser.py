@@ -44,7 +44,7 @@ LAYER_LISTS = ("--drop_loc", "--ats_blocks_indexes", "--layers")  # flags that t
 
 
 def positionals_first(words: Sequence[str]) -> list[str]:
-    """Move what follows a list of layers (a data set, pictures) to the front: argparse would take it for a layer."""
+    """Move what follows a list of layers (a data set, images) to the front: argparse would take it for a layer."""
     front: list[str] = []
     rest: list[str] = []
     flag = ""
@@ -234,9 +234,9 @@ def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
         help="root of the data set: DIR/val/<class>/ or DIR/img_val/<class>/ for ImageNet",
     )
     group = parser.add_argument_group("data and output")
-    group.add_argument("-j", "--workers", type=not_negative, default=4, help="processes that load pictures, per rank")
+    group.add_argument("-j", "--workers", type=not_negative, default=4, help="processes that load images, per rank")
     group.add_argument(
-        "-b", "--batch-size", type=int, default=200, help="pictures per batch, of all processes of a machine together"
+        "-b", "--batch-size", type=int, default=200, help="images per batch, of all processes of a machine together"
     )
     group.add_argument("-p", "--print-freq", type=int, default=10, help="batches between two progress lines")
     group = parser.add_argument_group(

@@ -106,7 +106,7 @@ def meeting_point(url: str) -> tuple[str, int]:
     return host, port
 
 
-def pictures_per_process(batch_size: int, world_size: int) -> int:
-    """Share of a machine's batch that one of its processes takes, at least one picture."""
+def images_per_process(batch_size: int, world_size: int) -> int:
+    """Share of a machine's batch that one of its processes takes, at least one image."""
     on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
     return max(batch_size // max(on_this_machine, 1), 1)

@@ -21,10 +21,10 @@ from torchvision.datasets import ImageFolder
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", metavar="DIR", help="folder with one folder of pictures per class")
+    parser.add_argument("data", metavar="DIR", help="folder with one folder of images per class")
     parser.add_argument("--model", default="vit_base_patch16_224", help="name of a timm VisionTransformer")
     parser.add_argument("-r", type=int, nargs="+", default=[0, 8, 16], help="tokens merged in every layer")
-    parser.add_argument("--batch-size", type=int, default=128, help="pictures per batch")
+    parser.add_argument("--batch-size", type=int, default=128, help="images per batch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     parser.add_argument("--no-pretrained", action="store_true", help="random weights, to try the script out")
     return parser.parse_args()
@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> None:
         for images, targets in loader:
             with torch.inference_mode():
                 correct += int((model(images.to(args.device)).argmax(1).cpu() == targets).sum())
-        print(f"r = {r}: {100 * correct / len(dataset):.2f} % of {len(dataset)} pictures")
+        print(f"r = {r}: {100 * correct / len(dataset):.2f} % of {len(dataset)} images")
 
 
 if __name__ == "__main__":

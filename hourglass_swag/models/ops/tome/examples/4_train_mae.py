@@ -3,7 +3,7 @@ attention.
 
     python 4_train_mae.py DIR --model vit_base_patch16_224.mae -r 13
 
-DIR holds one folder of pictures per class. A sketch of one epoch, not a recipe.
+DIR holds one folder of images per class. A sketch of one epoch, not a recipe.
 """
 
 # pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false
@@ -23,10 +23,10 @@ from torchvision.datasets import ImageFolder
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", metavar="DIR", help="folder with one folder of pictures per class")
+    parser.add_argument("data", metavar="DIR", help="folder with one folder of images per class")
     parser.add_argument("--model", default="vit_base_patch16_224.mae", help="name of a timm VisionTransformer")
     parser.add_argument("-r", type=int, default=13, help="tokens merged in every layer")
-    parser.add_argument("--batch-size", type=int, default=64, help="pictures per step")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per step")
     parser.add_argument("--lr", type=float, default=5e-4, help="learning rate")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     parser.add_argument("--no-pretrained", action="store_true", help="random weights, to try the script out")

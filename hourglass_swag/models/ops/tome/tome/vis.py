@@ -1,4 +1,4 @@
-"""Pictures of what was merged: every group of patches in its mean colour, with a rim in a colour of its own."""
+"""Images of what was merged: every group of patches in its mean colour, with a rim in a colour of its own."""
 
 import random
 
@@ -16,9 +16,9 @@ def generate_colormap(number: int, seed: int = 0) -> list[tuple[float, float, fl
 
 
 def group_of_patches(source: Tensor, prefix_tokens: int) -> np.ndarray:
-    """The token that each patch ended in, (patches,), from the membership of one picture (1, groups, tokens)."""
+    """The token that each patch ended in, (patches,), from the membership of one image (1, groups, tokens)."""
     if source.dim() != 3 or source.shape[0] != 1:
-        raise ValueError(f"source must be that of one picture, (1, groups, tokens), got {tuple(source.shape)}")
+        raise ValueError(f"source must be that of one image, (1, groups, tokens), got {tuple(source.shape)}")
     return source[0, :, prefix_tokens:].argmax(dim=0).cpu().numpy()
 
 
@@ -30,10 +30,10 @@ def make_visualization(
     *,
     prefix_tokens: int | None = None,
 ) -> Image.Image:
-    """Draw the groups that a picture's patches were merged to.
+    """Draw the groups that an image's patches were merged to.
 
     Args:
-        img: the picture, cut to what the network saw (resized to its input, not normalised).
+        img: the image, cut to what the network saw (resized to its input, not normalised).
         source: which patch is in which token, (1, groups, tokens): ``model._tome_info["source"]`` of a model patched
             with ``trace_source=True``.
         patch_size: side of a patch in pixels of ``img``.
@@ -42,10 +42,10 @@ def make_visualization(
             are more than one.
 
     Returns:
-        A picture of the same size.
+        An image of the same size.
 
     Raises:
-        ValueError: if the tokens do not fill the picture.
+        ValueError: if the tokens do not fill the image.
     """
     pixels = np.asarray(img.convert("RGB")) / 255.0  # (height, width, 3)
     height, width, _ = pixels.shape
@@ -53,8 +53,8 @@ def make_visualization(
     patches = group_of_patches(source, int(class_token) if prefix_tokens is None else prefix_tokens)
     if len(patches) != grid[0] * grid[1]:
         raise ValueError(
-            f"{len(patches)} patches do not fill a picture of {height} x {width} pixels in patches of {patch_size}: "
-            f"that takes {grid[0]} x {grid[1]}. Give the picture at the network's resolution"
+            f"{len(patches)} patches do not fill an image of {height} x {width} pixels in patches of {patch_size}: "
+            f"that takes {grid[0]} x {grid[1]}. Give the image at the network's resolution"
         )
     labels = enlarge(patches.reshape(grid), (height, width))
     number = int(patches.max()) + 1
@@ -67,7 +67,7 @@ def make_visualization(
 
 
 def enlarge(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A map of group numbers at the size of the picture, by the nearest patch."""
+    """A map of group numbers at the size of the image, by the nearest patch."""
     grid = torch.from_numpy(labels).double()[None, None]
     return F.interpolate(grid, size=size, mode="nearest")[0, 0].numpy().astype(np.int64)
 
