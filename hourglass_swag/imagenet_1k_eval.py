@@ -18,7 +18,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from common.run.cli import default_workers
 from common.run.errors import DataError
+from common.run.files import check_files
 from common.run.program import get_logger, run
 from hourglass_swag.tools.parser import check_method_flags, get_default_parser, get_model_args, positionals_first
 from hourglass_swag.tools.processes import device_name, images_per_process, set_environment, start_one_per_gpu
@@ -38,6 +40,7 @@ WITHOUT_DIRECTORY = ("digits", "hfds/", "hfids/", "tfds/", "wds/")
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """All published flags, and those of this script."""
     parser = get_default_parser(__doc__)
+    parser.set_defaults(workers=default_workers(4))
     group = parser.add_argument_group("beyond the published script")
     group.add_argument(
         "--dataset", "--data-set", default="imagenet", help="data set by name: imagenet, digits, inat18, hfds/NAME ..."
@@ -131,6 +134,7 @@ def warn_of_classes(dataset: Dataset[Any], model: nn.Module) -> None:
 
 def evaluate_network(args: argparse.Namespace) -> dict[str, Any]:
     """What one process does."""
+    check_files(args.weights)
     import torch
 
     from common.data.loaders import eval_loader

@@ -20,6 +20,7 @@ if _CHECKOUT not in sys.path:
     sys.path.insert(0, _CHECKOUT)  # Cog's image holds the files alone, nothing is installed
 
 from common.run.errors import EXPECTED, DataError  # noqa: E402 - from here on, modules found through the line above
+from common.run.files import check_files  # noqa: E402
 from hourglass_swag.models import IMAGENET_CLASSES, create  # noqa: E402
 from hourglass_swag.tools.parser import (  # noqa: E402
     HelpFormatter,
@@ -164,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> list[list[Guess]]:
     """Classify the images of a command line; returns what it prints."""
     args = parse_args(argv)
     check_method_flags(args)
+    check_files(args.weights)
     from common.run.launch import choose_device
     from hourglass_swag.evaluation import read_image
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.run import cli
+from common.run.files import check_files
 from common.run.program import get_logger, is_main, run
 from common.run.settings import AugmentationSettings, DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
 from hourglass_swag.tools.parser import model_choices
@@ -87,6 +88,7 @@ def classification_step(
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train, or with ``--eval`` only evaluate; returns the last epoch's numbers."""
     args = parse_args(argv)
+    check_files(args.resume)
     from common.data.build import build_loaders, build_mixup
     from common.run.build import build_run, scaled_lr
     from common.run.checkpoint import save_atomic

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.run.errors import EXPECTED
+from common.run.files import check_files
 from hourglass_swag.models import create
 from hourglass_swag.tools.parser import (
     HelpFormatter,
@@ -143,6 +144,7 @@ def output_files(paths: Sequence[Path], model: str, folder: Path) -> list[Path]:
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Draw the images of a command line; returns the files written."""
     args = parse_args(argv)
+    check_files(args.weights)
     import torch
 
     from hourglass_swag.evaluation import read_image, transform_image

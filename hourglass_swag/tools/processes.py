@@ -33,7 +33,7 @@ def start_one_per_gpu(args: argparse.Namespace, script: str, argv: Sequence[str]
     import torch
 
     machines = max(args.world_size, 1)
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={max(torch.cuda.device_count(), 1)}"]
+    command = [sys.executable, "-m", "common.run.torchrun", f"--nproc-per-node={max(torch.cuda.device_count(), 1)}"]
     if machines == 1:
         command += ["--standalone"]
     else:
