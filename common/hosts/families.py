@@ -26,6 +26,25 @@ SIZES = re.compile(
 PAGE = ROOT / "docs" / "hosts.md"
 
 
+PAIRS = (
+    ("Scala: a slice as a network of its own (`scala/export.py`)", "yes", "it is timm's, of that width"),
+    ("Scala: the sliced network itself", "no", "its `forward` takes a width: export the width first"),
+    (
+        "UVC: removed heads, neurons, blocks (`uvc.compact_files.to_timm`)",
+        "yes",
+        "blocks may differ in heads and neurons",
+    ),
+    (
+        "UVC: removed patches, soft patch gates, T2T-ViT, `CompactViT` itself",
+        "no",
+        "timm's class has no place for them",
+    ),
+    ("DVT: a cascade, or one of its stages", "no", "a stage reuses the grid before it, patch by patch"),
+    ("SiT: LV-ViT, slimmed or not", "no", "its blocks are its own, and slimming changes tokens already"),
+    ("a network with token methods", "no", "give all methods in one call of `lean`, which checks them together"),
+)
+
+
 def module_of(name: str) -> str:
     """timm's module that a name is registered in."""
     from timm.models._registry import _model_to_module
@@ -95,6 +114,9 @@ def page(verdicts: Mapping[str, tuple[bool, str]]) -> str:
 
     trunks = ", ".join(f"`{name}`" for name in FAMILIES)
     hosts = sum(good for good, _ in verdicts.values())
+    rows = "\n".join(
+        f"| {' | '.join(row)} |" for row in (("first", "then a token method", "why"), (":--",) * 3, *PAIRS)
+    )
     return f"""# Which networks can have token methods
 
 `leanvit.explain(net)` answers for a network at hand. Of the {len(verdicts)} names of Vision Transformers in timm
@@ -123,6 +145,15 @@ paired speed-up and how much of the promised one it is, cosines of the restored 
 with the dense network's, and whether the method beats resizing. `--data` adds top-1; `--output` takes `trade.json` and
 a PNG of the tokens of every image. With `--budget-gmacs 20` or `--budget-ms 5`, and alternatives such as
 `"tome:r=4|8|12|16"`, it names the settings of each kind that keep most within the budget.
+
+## Slice or prune first
+
+{rows}
+
+Two methods at once: `lean` refuses a plan in which one breaks what another needs, and names both: the grid that
+Hourglass clusters on, plain attention (weights without a bias for merged tokens) that ATS, ACT, SMYRF, Evo-ViT and EViT
+without a class token look at, the number of tokens that Evo-ViT keeps scores for, and equal lengths of all images,
+which ATS ends.
 
 Rendered by `python -m common.hosts.families`.
 """
