@@ -16,9 +16,9 @@ from common.hosts import Effect, Facts, Lean, Method, NotAHost, Parts, Plan, Pla
 from common.hosts.network import check, find_host, lean_class
 from common.measure.flops import CUSTOM_OPERATORS
 from hourglass_swag.methods import EQUAL, REDUCES
-from hourglass_swag.models.ops.tome import ops, parse_r
 from hourglass_swag.models.ops.tome.tome.merge import Matching, bipartite_soft_matching, merge_limit, merge_wavg
-from hourglass_swag.models.ops.tome.tome.utils import R
+from hourglass_swag.models.ops.tome.tome.ops import check_form
+from hourglass_swag.models.ops.tome.tome.utils import R, parse_r
 from hourglass_swag.models.vision_transformer import VisionTransformer
 
 CUSTOM_OPERATORS["tome::merge_wavg"] = lambda args, result: {  # tokens times their sizes, rows divided by theirs
@@ -48,7 +48,7 @@ class ToMe(Method):
         r = facts.tokens // (2 * facts.depth) if self.r is None else self.r
         try:
             schedule = parse_r(facts.depth, r)
-            ops.check_form(self.scatter)
+            check_form(self.scatter)
         except (TypeError, ValueError, ImportError) as error:
             raise PlanError(f"tome: {error}") from error
         if len(schedule) > facts.depth:
@@ -145,7 +145,7 @@ def patch(
         TypeError: if the model has modules that are not known, naming them; nothing is changed then.
         ValueError, ImportError: if ``scatter`` cannot be used here.
     """
-    settings = {"trace_source": trace_source, "prop_attn": prop_attn, "scatter": ops.check_form(scatter)}
+    settings = {"trace_source": trace_source, "prop_attn": prop_attn, "scatter": check_form(scatter)}
     if not isinstance(model, Patched):
         try:
             host = find_host(model)
