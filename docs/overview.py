@@ -18,7 +18,7 @@ from sklearn.datasets import load_sample_image
 
 from hourglass_swag.evaluation import transform_image
 from hourglass_swag.models import create
-from hourglass_swag.tools.drawing import cut_picture, draw_groups, draw_selection
+from hourglass_swag.tools.drawing import cut_image, draw_groups, draw_selection
 from hourglass_swag.tools.tracing import GONE, KEPT, Grouping, trace
 
 RESOLUTION, PATCHES = 384, 24  # of the networks: side in pixels, patches along it
@@ -34,7 +34,7 @@ METHODS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
 
 def panels(photograph: Image.Image, weights: str | None, seed: int) -> list[tuple[Image.Image, str, str]]:
     """The input and one panel per method: image, name, number of tokens that are left."""
-    image = cut_picture(photograph, PANEL)
+    image = cut_image(photograph, PANEL)
     drawn = [(image, "input", f"{PATCHES**2} patches")]
     for name, network, options, caption in METHODS:
         torch.manual_seed(seed)

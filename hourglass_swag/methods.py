@@ -8,6 +8,7 @@ from torch import Tensor
 
 from common.hosts import Facts, PlanError, Tokens
 from common.hosts.host import take_tokens
+from common.run.precision import without_autocast
 
 GRID = frozenset({"grid"})
 REDUCES = frozenset({"grid", "number of tokens"})
@@ -74,11 +75,12 @@ class Undrop:
         index = self.index if self.mask is None else torch.where(self.mask[..., 0] > 0, self.index, number)
         ranks = torch.arange(index.shape[1], device=x.device).expand_as(index)
         row = ranks.new_full((batch, number + 1), -1).scatter(1, index, ranks)[:, :number]  # -1: dropped
-        if self.restore == "frozen":
-            kept = take_tokens(x, row.clamp_min(0))
-            return torch.where(row[..., None] < 0, self.before.to(x.dtype), kept)
-        features = F.normalize(self.before.to(torch.promote_types(self.before.dtype, torch.float32)), dim=2)
-        likeness = features @ take_tokens(features, self.index).mT  # (B, N, U)
+        if self.restore == "frozen" or self.index.shape[1] == self.prefix:  # or no patch was kept
+            before = self.before.to(x.dtype) if x.shape[2] == self.before.shape[2] else x.new_zeros(())  # a membership
+            return torch.where(row[..., None] < 0, before, take_tokens(x, row.clamp_min(0)))
+        with without_autocast(self.before):
+            features = F.normalize(self.before.to(torch.promote_types(self.before.dtype, torch.float32)), dim=2)
+            likeness = features @ take_tokens(features, self.index).mT  # (B, N, U)
         likeness[..., : self.prefix] = -torch.inf
         if self.mask is not None:
             likeness = likeness.masked_fill(self.mask.mT == 0, -torch.inf)

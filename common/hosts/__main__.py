@@ -1,7 +1,7 @@
 """What token methods cost and keep on a network of timm, beside the network itself and beside smaller images.
 
     python -m common.hosts vit_small_patch14_dinov2 --img-size 448 --weights FILE --images DIR --output DIR \\
-        --methods tome:r=16 "hourglass:layer=6,clusters=(16,16)" tome:r=8+evit:keep=0.7
+        --methods tome:r=16 "hourglass:layer=6,clusters=(16,16)" "hourglass:layer=3+evit:layers=(6,9)"
 
 A method is a name and its settings; a plus sign joins several in one network, and a bar lists values that are tried,
 "tome:r=4|8|12". Every method stands beside the dense network at a smaller image size of about the same cost: what does
@@ -50,7 +50,8 @@ def _one(text: str) -> Wanted:
             if not equals or not key.strip():
                 raise argparse.ArgumentTypeError(f"expected name:key=value,..., got {setting!r} in {text!r}")
             try:
-                settings[key.strip()] = ast.literal_eval(value.strip())
+                word = value.strip()
+                settings[key.strip()] = ast.literal_eval(word.capitalize() if word in ("true", "false") else word)
             except (ValueError, SyntaxError):
                 settings[key.strip()] = value.strip()
         found.append((name, settings))

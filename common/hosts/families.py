@@ -136,7 +136,7 @@ A network that takes text as well gets a lean part: `net.vision_model = leanvit.
 
 ```bash
 python -m common.hosts vit_small_patch14_reg4_dinov2 --img-size 448 --weights FILE --images DIR --output DIR \\
-    --methods tome:r=16 "hourglass:layer=6,clusters=(16,16)" tome:r=8+evit:keep=0.7
+    --methods tome:r=16 "hourglass:layer=6,clusters=(16,16)" "hourglass:layer=3+evit:layers=(6,9)"
 ```
 
 prints one row for the dense network, for each method, and for the dense network on smaller images of about the method's

@@ -79,7 +79,8 @@ class Tokens:
         """
         rotation = self.rotation
         if rotation is not None and members is not None:
-            share = weights[..., None] / weights[..., None].sum(1, keepdim=True)
+            total = weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+            share = (weights / total)[..., None]
             place = (members.coordinates * share).sum(1, keepdim=True)
             rotation = rotation.at(torch.cat([rotation.coordinates, place], dim=1))
         size, mask, bias = self.size, self.mask, self.key_bias
@@ -259,7 +260,8 @@ def refuse_hooks(named: Sequence[tuple[str, nn.Module]]) -> None:
         NotAHost: naming the module.
     """
     for name, module in named:
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values())
+        kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        hooks = [hook for kind in kinds for hook in kind.values()]
         if any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks):
             raise NotAHost(f"{name} has hooks, which would not be called: remove them first")
         if "forward" in vars(module):

@@ -1,5 +1,6 @@
 """``lean``: a network that runs through a plan, of the host's own class, with its modules, which stay as they are."""
 
+import copy
 import dataclasses
 import difflib
 import importlib
@@ -104,25 +105,28 @@ class Lean:
         """
         seen: list[Tokens] = []
         with torch.no_grad(), evaluating(self):  # pyright: ignore[reportArgumentType] - a mixin of modules
-            self.plan.run(self.plan.host.embed(self, self._probe(images)), seen=seen)
+            self.plan.run(self.plan.host.embed(self, self._probe(images, "drops_by_data")), seen=seen)
         return [tokens.x.shape[1] for tokens in seen]
 
     def gmacs(self, images: Tensor | None = None) -> float:
         """Multiply-accumulates per image in 1e9, those of the methods included; arguments as ``tokens_per_layer``."""
-        probe = self._probe(images)
+        probe = self._probe(images, "depends_on_data")
         counted = count_operations(self, probe if self.depends_on_data else probe.to("meta"))  # pyright: ignore[reportArgumentType] - a mixin
         return gmacs(counted.executed) / len(probe)
 
     def restore(self) -> nn.Module:
         """The network that this was made of; its modules, parameters and state dict are untouched."""
-        return self.plan.host.net
+        net = self.plan.host.net
+        net.training = self.training  # pyright: ignore[reportAttributeAccessIssue] - as its modules, which both share
+        return net
 
-    def _probe(self, images: Tensor | None) -> Tensor:
+    def _probe(self, images: Tensor | None, needs: str) -> Tensor:
+        """The images given, or an empty one; ``needs`` is the property of methods for which that says nothing."""
         if images is not None:
+            check_images(images)
             return images
-        if self.depends_on_data:
-            names = ", ".join(method.name for method in self.plan.methods if method.depends_on_data)
-            raise UsageError(f"what {names} leaves depends on weights and images: give some, (B, C, H, W)")
+        if names := ", ".join(method.name for method in self.plan.methods if getattr(method, needs)):
+            raise UsageError(f"what {names} does depends on weights and images: give some, (B, C, H, W)")
         parameter = _floating(self)
         facts = self.plan.host.facts
         return torch.zeros(1, facts.channels, *facts.image_size, device=parameter.device, dtype=parameter.dtype)
@@ -215,6 +219,9 @@ def check(host: Host) -> None:
             raise NotAHost(
                 f"{host.facts.name} fails on an image of its own size, {shape[2]}x{shape[3]}: {error}"
             ) from error
+        if not any(leaf.any() for leaf in dense) and (probe := _with_a_head(host.net)) is not None:
+            check(type(host)(probe))  # zeros would equal zeros
+            return
         opened = tree_leaves(make_lean(host.net, Plan(host, (), opened=True))(images))
     for found, expected in zip(opened, dense, strict=True):
         difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
@@ -223,6 +230,16 @@ def check(host: Host) -> None:
                 f"{host.facts.name} computes something else than its blocks say: the outputs differ by "
                 f"{float(difference):.1e} of the largest value in {parameter.dtype}"
             )
+
+
+def _with_a_head(net: nn.Module) -> nn.Module | None:
+    """A copy whose matrices of zeros, such as those of a fresh head, are random; None if there are none."""
+    probe, generator = copy.deepcopy(net), torch.Generator().manual_seed(0)
+    empty = [parameter for parameter in probe.parameters() if parameter.dim() > 1 and not parameter.any()]
+    for parameter in empty:
+        values = torch.randn(parameter.shape, generator=generator, device="cpu")
+        parameter.data.copy_(values * parameter.shape[1] ** -0.5)
+    return probe if empty else None
 
 
 def _floating(net: Any) -> Tensor:
@@ -258,7 +275,8 @@ def lean(net: nn.Module, *methods: str | Method, verify: bool = True, **settings
 def make_lean(net: nn.Module, plan: Plan) -> Any:
     """The lean network of a checked plan: a shallow copy of the host with a class of its own."""
     fast = _empty(plan.host.lean_class, type(net))
-    fast.__dict__ |= {**net.__dict__, "_modules": {**net._modules, "plan": plan}}
+    own = {key: copy.copy(value) for key, value in net.__dict__.items() if "_hooks" in key}
+    fast.__dict__ |= {**net.__dict__, **own, "_modules": {**net._modules, "plan": plan}}
     plan.host.graft(fast)
     return fast
 

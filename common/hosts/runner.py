@@ -10,8 +10,8 @@ Letters: B images, N tokens (prefix first: class, distillation, registers), C wi
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self, cast
 
 from torch import Tensor, nn
 
@@ -81,7 +81,12 @@ class Method:
 
     @property
     def depends_on_data(self) -> bool:
-        """Whether the number of tokens or the cost depends on weights and images."""
+        """Whether the cost depends on weights and images."""
+        return False
+
+    @property
+    def drops_by_data(self) -> bool:
+        """Whether the number of tokens does."""
         return False
 
     def published_ops(self, hook: str, inside: OpCounts, args: Sequence[Any], result: Any) -> OpCounts:
@@ -205,9 +210,12 @@ def _resolve(method: Any, facts: Facts) -> Method:
     """A method with every setting filled in; whatever a setting of a wrong kind raises is said as its mistake."""
     if not isinstance(method, Method):
         raise PlanError(f"expected a method with its settings, such as leanvit.ToMe(r=16), or a name, got {method!r}")
+    for setting in fields(cast(Any, method)):
+        if setting.type is bool and not isinstance(value := getattr(method, setting.name), bool):
+            raise PlanError(f"{method.name}: {setting.name} must be True or False, got {value!r}")
     try:
         return method.resolve(facts)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         if isinstance(error, PlanError):
             raise
         raise PlanError(f"{method}: {error}") from error

@@ -468,3 +468,26 @@ def test_other_channels_and_a_host_that_changes() -> None:
     for call in ("set_input_size", "prune_intermediate_layers", "set_grad_checkpointing"):
         with pytest.raises(ValueError, match="call lean on it again"):
             getattr(lean(net, Halve()), call)(1)
+
+
+def test_a_lean_network_has_hooks_of_its_own() -> None:
+    net = build()
+    fast = lean(net, Halve())
+    fast.register_forward_hook(lambda *_: None)
+    assert not net._forward_hooks
+    fast.train()
+    assert fast.restore() is net
+    assert net.training
+
+
+def test_a_head_of_zeros_does_not_hide_what_the_blocks_compute() -> None:
+    class Twice(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return super().forward(super().forward(x))
+
+    net = TorchvisionViT(32, 8, 2, 2, 32, 64, num_classes=5).eval()
+    assert not net.heads.head.weight.any()
+    assert lean(net)(torch.rand(1, 3, 32, 32)).shape == (1, 5)
+    net.encoder.layers.__class__ = Twice
+    with pytest.raises(NotAHost, match="computes something else than its blocks say"):
+        lean(net)

@@ -39,7 +39,7 @@ class ATS(Method):
 
     Args:
         layers: where; default: the last half.
-        tokens: sampling points, as many as tokens survive at most; default: the tokens that enter the network.
+        tokens: as many survive at most, the prefix included; default: those that enter the first of the layers.
         residual: what attention is added to: "input", or "normalized", as in the published rows.
         drop: shorten the sequence to the survivors of the image with most; else they are followed by zero tokens.
         padding: "masked", or "seen" by plain layers, as in the published rows, where images of a batch then couple.
@@ -59,13 +59,14 @@ class ATS(Method):
 
     def resolve(self, facts: Facts) -> "ATS":
         layers = range(facts.depth // 2, facts.depth) if self.layers is None else self.layers
-        tokens = facts.tokens if self.tokens is None else self.tokens
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 2:
-            raise PlanError(f"ats: tokens must be a whole number of at least 2, got {tokens!r}")
+        if self.tokens is not None and (not isinstance(self.tokens, int) or self.tokens < 2):
+            raise PlanError(
+                f"ats: tokens must be a whole number of at least 2, or None for no limit, got {self.tokens!r}"
+            )
         check_choice("ats: residual", self.residual, ("normalized", "input"))
         check_choice("ats: padding", self.padding, ("masked", "seen"))
         check_choice("ats: restore", self.restore, RESTORES)
-        return replace(self, layers=check_layers("ats: layers (--ats_blocks_indexes)", layers, facts), tokens=tokens)
+        return replace(self, layers=check_layers("ats: layers (--ats_blocks_indexes)", layers, facts))
 
     def effects(self) -> Sequence[Effect]:
         breaks = REDUCES | {"equal lengths"}
@@ -76,17 +77,22 @@ class ATS(Method):
     def depends_on_data(self) -> bool:
         return self.drop and bool(self.layers)
 
+    drops_by_data = depends_on_data
+
+    def points(self, tokens: Tokens) -> int:
+        """R: by so many points, the class token's place included, every layer samples."""
+        return self.tokens or tokens.carried.get(self.name, tokens.x.shape[1])
+
     def sample(self, tokens: Tokens, parts: Parts) -> tuple[Tensor, Tensor | None]:
         """Places (B, U) of the sampled tokens, and 1 for them and 0 for padding, (B, U, 1), None without padding."""
         seen = self.padding == "seen"
         k, v = _without_padding(tokens, parts) if seen else (parts.k, parts.v)
-        assert self.tokens is not None
         places, mask = sample_tokens(
             parts.q,
             k,
             v,
             tokens.mask,
-            n_ref_tokens=self.tokens,
+            n_ref_tokens=self.points(tokens),
             drop_tokens=self.drop,
             prefix=tokens.prefix,
             scale=parts.scale,
@@ -114,7 +120,9 @@ class ATS(Method):
         bias = None if mask is None or self.padding == "seen" else (mask[..., 0] - 1) * HIDDEN
         undo = Undrop(tokens, places, mask, self.restore)
         gate = None if parts.gate is None else take_tokens(parts.gate, places)
-        return heads, sampled.update(x=x, mask=mask, key_bias=bias, undone_by=undo), replace(parts, gate=gate)
+        carried = {**tokens.carried, self.name: self.points(tokens)}
+        sampled = sampled.update(x=x, mask=mask, key_bias=bias, carried=carried, undone_by=undo)
+        return heads, sampled, replace(parts, gate=gate)
 
     def after(self, layer: int, tokens: Tokens) -> Tokens:
         """Padding is zero again."""
@@ -129,8 +137,7 @@ class ATS(Method):
         if hook != "attend":
             return OpCounts()
         (B, N, C), U, h = args[0].x.shape, result[1].x.shape[1], args[1].k.shape[1]
-        assert self.tokens is not None
-        R = self.tokens - 1
+        R = self.points(args[0]) - 1
         return B * OpCounts(
             matmul=2 * N * N * C,
             mul=3 * N * C + N * N + h * N * N + 3 * U * C + 5 * R,

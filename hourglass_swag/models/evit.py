@@ -148,7 +148,9 @@ class EViT(Method):
 
     def rank(self, layer: int, tokens: Tokens, parts: Parts, *, all_of_them: bool = False) -> tuple[Tensor, Tensor]:
         """Scores of patches and their places among the tokens, best first: those kept, or all of them, (B, K)."""
-        scores = score_class_row(parts.q, parts.k, parts.scale) if parts.scores is None else parts.scores
+        scores = (
+            score_class_row(parts.q, parts.k, parts.scale, tokens.key_bias) if parts.scores is None else parts.scores
+        )
         scores = scores[:, tokens.prefix :]
         number = scores.shape[1] if all_of_them else count_kept(scores.shape[1], self.keep_at(layer))
         ranked = scores.topk(number, dim=1)

@@ -97,14 +97,14 @@ class Hourglass(Method):
         rotation = tokens.rotation
         if self.temperature == "auto":
             clusters, weights = cluster_free_of_scale(features, grid, self.iters, self.window // 2)
-            if rotation is not None:
-                places = rotation.coordinates.to(weights.dtype).expand(weights.shape[0], -1, -1)
-                rotation = rotation.at(average_tokens(places, weights))
         else:
-            clusters, _ = self.cores[layer](features, grid, return_labels=False)
-            if rotation is not None:  # clusters begin and stay around the cells of their grid
-                places = rotation.coordinates.mT.unflatten(2, tokens.grid)
-                rotation = rotation.at(F.adaptive_avg_pool2d(places, grid).flatten(2).mT)
+            (clusters, _), weights = self.cores[layer](features, grid, return_labels=False), None
+        if rotation is not None and weights is not None and self.iters:
+            places = rotation.coordinates.to(weights.dtype).expand(weights.shape[0], -1, -1)
+            rotation = rotation.at(average_tokens(places, weights))
+        elif rotation is not None:  # clusters begin and stay around the cells of their grid
+            places = rotation.coordinates.mT.unflatten(2, tokens.grid)
+            rotation = rotation.at(F.adaptive_avg_pool2d(places, grid).flatten(2).mT)
 
         k = min(self.k or 3, grid[0] * grid[1])
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.hosts import Effect, Facts, Method, Parts, PlanError, Tokens
 from hourglass_swag.host import publish
-from hourglass_swag.methods import ATTENTION, check_layer
+from hourglass_swag.methods import ATTENTION, FIXED, check_layer
 from hourglass_swag.models.ops.smyrf.attn import SmyrfAttention, cluster_lengths
 from hourglass_swag.models.plug_in import NEVER, plugged_in
 from hourglass_swag.models.vision_transformer import VisionTransformer
@@ -60,7 +60,8 @@ class SMYRF(Method):
         return replace(self, cluster_size=sizes, layer=first, stop=stop).with_cores(cores)
 
     def effects(self) -> Sequence[Effect]:
-        return [Effect(layer, "attend", needs=ATTENTION) for layer in self.cores]
+        needs = ATTENTION if self.padded else ATTENTION | FIXED  # clusters were cut for the network's own length
+        return [Effect(layer, "attend", needs=needs) for layer in self.cores]
 
     def attend(self, layer: int, tokens: Tokens, parts: Parts) -> tuple[Tensor, Tokens, Parts]:
         """Attention inside clusters."""

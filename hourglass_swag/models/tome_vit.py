@@ -49,7 +49,7 @@ class ToMe(Method):
         try:
             schedule = parse_r(facts.depth, r)
             check_form(self.scatter)
-        except (TypeError, ValueError, ImportError) as error:
+        except (TypeError, ValueError, ImportError, OverflowError) as error:
             raise PlanError(f"tome: {error}") from error
         if len(schedule) > facts.depth:
             raise PlanError(f"tome: r holds {len(schedule)} numbers for {facts.depth} layers")
@@ -72,7 +72,7 @@ class ToMe(Method):
         if rotation is not None:
             places = F.pad(rotation.coordinates.expand(x.shape[0], -1, -1), (0, 0, prefix, 0))
             rotation = rotation.at(merge_wavg(merge, places, tokens.size)[0][:, prefix:])
-        bias = size[..., 0].log() if self.prop_attn else None
+        bias = size[..., 0].log() if self.prop_attn or tokens.key_bias is not None else None
         matching = cast(Matching, merge)
 
         def undo(x: Tensor) -> Tensor:

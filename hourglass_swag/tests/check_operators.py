@@ -17,12 +17,11 @@ from torch.library import opcheck
 
 from common.measure.flops import count_operations
 from common.tests.reference import fill_
-from hourglass_swag.models.act_vision_transformer import ActVisionTransformer
 from hourglass_swag.models.ops import library
 from hourglass_swag.models.ops.ACT.extensions import plain
 from hourglass_swag.models.ops.smyrf.attn import SmyrfAttention, attend_in_clusters
-from hourglass_swag.models.smyrf_vision_transformer import SmyrfVisionTransformer
 from hourglass_swag.tests import cases
+from hourglass_swag.tests.counting import make
 
 VECTORS = Path(__file__).parent / "vectors" / "methods"
 SIZES = ((4, 50, 8, 7), (5, 257, 40, 64), (2, 1025, 417, 80), (1, 5, 3, 300))  # R, N, C, D
@@ -142,13 +141,13 @@ def check_models() -> None:
     size = {"image_size": 32, "patch_size": 8, "num_layers": 3, "num_heads": 2}
     size |= {"hidden_dim": 32, "mlp_dim": 64, "num_classes": 10}
     clusters = {"smyrf_n_hashes": 4, "smyrf_q_cluster_size": 4, "smyrf_k_cluster_size": 4}
-    makers: tuple[tuple[Callable[..., nn.Module], dict[str, Any]], ...] = (
-        (ActVisionTransformer, {"act_q_hashes": 3, "act_group_k": True}),
-        (SmyrfVisionTransformer, clusters),
-        (SmyrfVisionTransformer, clusters | {"smyrf_padded": True}),
+    methods: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("act_vision_transformer", {"act_q_hashes": 3, "act_group_k": True}),
+        ("smyrf_vision_transformer", clusters),
+        ("smyrf_vision_transformer", clusters | {"smyrf_padded": True}),
     )
-    for make, options in makers:
-        model, images = fill_(make(**size, **options)).eval(), torch.randn(1, 3, 32, 32)
+    for method, options in methods:
+        model, images = fill_(make(method, **size, **options)).eval(), torch.randn(1, 3, 32, 32)
         expected = seeded(model, images)
         traced: Any = torch.compile(model, fullgraph=True)
         torch.testing.assert_close(seeded(traced, images), expected, rtol=1e-5, atol=1e-5)

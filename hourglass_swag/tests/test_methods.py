@@ -10,10 +10,14 @@ from torch import Tensor
 
 from common.hosts import NotAHost, PlanError, lean
 from hourglass_swag.models import create
+from hourglass_swag.models.act_vision_transformer import ACT
+from hourglass_swag.models.ats_vision_transformer import ATS
 from hourglass_swag.models.evit import EViT
+from hourglass_swag.models.evo_vit import EvoViT
 from hourglass_swag.models.hourglass_vit import Hourglass
 from hourglass_swag.models.ops.cluster import cluster_free_of_scale
 from hourglass_swag.models.ops.reconstruction import weights_free_of_scale
+from hourglass_swag.models.smyrf_vision_transformer import SMYRF
 from hourglass_swag.models.tome_vit import ToMe
 
 METHODS = {
@@ -23,6 +27,14 @@ METHODS = {
     "evit, mean": EViT(keep=0.5, layers=(1,), score="mean", fuse=True),
     "evit, frozen": EViT(keep=0.5, layers=(1,), restore="frozen"),
 }
+ALL: dict[str, Any] = {
+    **METHODS,
+    "evo_vit": EvoViT(),
+    "ats": ATS(),
+    "ats, masked": ATS(drop=False),
+    "act": ACT(hashes=8),
+}
+ALL["smyrf"] = SMYRF(cluster_size=4)
 
 
 def swag() -> Any:
@@ -98,12 +110,113 @@ def test_networks_that_rotate(name: str) -> None:
     assert lean(net, ToMe(r=0))(images(40)).equal(net(images(40)))
 
 
-@pytest.mark.parametrize("name", METHODS)
+def seeded(fast: Any, batch: Tensor) -> Tensor:
+    torch.manual_seed(3)
+    return fast(batch)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_a_nan_stays_in_its_image(name: str) -> None:
-    fast, batch = lean(timm(), METHODS[name]), images(40, 3)
-    expected = fast(batch)
+    fast, batch = lean(timm(), ALL[name]), images(40, 3)
+    expected = seeded(fast, batch)
     batch[0, 0, 0, 0] = torch.nan
-    torch.testing.assert_close(fast(batch)[1:], expected[1:], rtol=0, atol=1e-11)
+    torch.testing.assert_close(seeded(fast, batch)[1:], expected[1:], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_gradients_reach_the_patch_embedding(name: str) -> None:
+    net = timm(class_token=False, global_pool="avg") if name in ("hourglass", "tome") else timm()
+    fast = lean(net, ALL[name])
+    fast(images(40)).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    assert net.patch_embed.proj.weight.grad.abs().sum() > 0  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_gradients_flow_through_the_clusters() -> None:
+    """Also where the clustering is the first thing that happens, and the automatic temperature is detached."""
+    net = timm(class_token=False, global_pool="avg")
+    gradients = []
+    for temperature in ("auto", 1.0):
+        net.zero_grad()
+        fast = lean(net, Hourglass(layer=0, temperature=temperature, reconstruction_temperature=0.0))
+        fast(images(40)).square().sum().backward()
+        gradients.append(net.patch_embed.proj.weight.grad.norm())  # pyright: ignore[reportOptionalMemberAccess]
+    assert gradients[0] > 0.1 * gradients[1] > 0
+
+
+@pytest.mark.parametrize("name", ["hourglass", "evit", "ats"])
+def test_under_autocast_likeness_is_measured_in_float32(name: str) -> None:
+    net, batch = timm().float(), images(40).float()
+    fast = lean(net, ALL[name])
+    with torch.no_grad():
+        expected = fast.features(batch).flatten(2)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = fast.features(batch).float().flatten(2)
+    assert torch.cosine_similarity(found, expected, dim=1).mean() > 0.97
+
+
+def test_ats_keeps_a_patch_of_few() -> None:
+    for side, patches in ((16, 2), (8, 1)):
+        net = timm(img_size=(8, side), depth=6)
+        torch.manual_seed(0)
+        left = lean(net, ATS(layers=(1, 2, 3, 4, 5))).tokens_per_layer(torch.randn(2, 3, 8, side, dtype=torch.float64))
+        assert left[0] == 1 + patches
+        assert left[-1] == 2
+
+
+def test_ats_samples_as_many_as_enter_also_of_larger_images() -> None:
+    fast = lean(timm(dynamic_img_size=True), ATS(layers=(2,)))
+    assert fast.tokens_per_layer(images(80))[-1] > 26
+
+
+def test_evit_behind_tome_ranks_by_the_attention_that_counts_sizes() -> None:
+    net = timm()
+    fast = lean(net, ToMe(r=[8, 0, 0, 0]), EViT(layers=(2,), keep=0.5))
+    seen: list[Any] = []
+    step = next(step for step in fast.plan.steps if step.method.name == "evit")
+    step.register_forward_hook(lambda step, operands, after: seen.append((operands, after)))
+    fast(images(40))
+    (tokens, parts), after = seen[0]
+    weights = (parts.q @ parts.k.mT * parts.scale + tokens.key_bias[:, None, None]).softmax(3).mean(1)[:, 0, 1:]
+    kept = weights.topk(after.x.shape[1] - 1, dim=1).indices + 1
+    torch.testing.assert_close(after.x[:, 1:], tokens.x.gather(1, kept[..., None].expand(-1, -1, 32)))
+
+
+@pytest.mark.parametrize("method", [EViT(fuse=True), EvoViT()])
+def test_patches_without_any_attention_give_no_nan_where_tokens_rotate(method: Any) -> None:
+    torch.manual_seed(0)
+    shape = {"img_size": 40, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+    net = Eva(**shape, use_rot_pos_emb=True).eval()
+    with torch.no_grad():
+        for block in net.blocks:
+            block.attn.qkv.weight.mul_(3000)
+        assert lean(net, method, verify=False)(images(40).float()).isfinite().all()
+
+
+def test_smyrf_takes_any_batch_when_exported_or_compiled() -> None:
+    fast = lean(timm(), SMYRF(cluster_size=4))
+    batch = {0: torch.export.Dim("batch", min=2, max=16)}
+    exported = torch.export.export(fast, (images(40),), dynamic_shapes=(batch,)).module()
+    assert exported(images(40, 3)).shape == (3, 5)
+    compiled = torch.compile(fast, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for number in (2, 3):
+            torch.testing.assert_close(seeded(compiled, images(40, number)), seeded(fast, images(40, number)))
+    with pytest.raises(PlanError, match="evit at layer 1 breaks the number of tokens that smyrf needs at layer 2"):
+        lean(timm(), EViT(layers=(1,)), SMYRF(layer=2, cluster_size=13, hashes=1, padded=False))
+
+
+def test_what_is_on_or_off_must_be_true_or_false() -> None:
+    for method in (EViT(fuse="no"), ToMe(prop_attn=1), ATS(drop="no"), ACT(queries=None), SMYRF(padded="false")):  # pyright: ignore
+        with pytest.raises(PlanError, match="must be True or False"):
+            lean(timm(), method)
+
+
+def test_membership_where_dropped_patches_stay_frozen() -> None:
+    fast = lean(timm(), EViT(layers=(1,), keep=0.5, restore="frozen"))
+    shares = fast.run(images(40)).membership()
+    assert shares.shape == (2, 14, 26)
+    assert shares.sum(2).eq(1).all()
 
 
 @pytest.mark.parametrize("method", [ToMe(r=0), Hourglass(layer=1, clusters=(5, 5), iters=0, k=1), EViT(keep=1.0)])

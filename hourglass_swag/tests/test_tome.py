@@ -493,15 +493,15 @@ def test_visualization_by_its_definition():
 
 
 def test_visualization_of_a_network_with_prefix_tokens():
-    image = Image.new("RGB", (24, 24))
+    photo = Image.new("RGB", (24, 24))
     model = patched(trace_source=True)
     with torch.no_grad():
         model(image(1, 24))
-    assert make_visualization(image, model._tome_info["source"], patch_size=4).size == (24, 24)
+    assert make_visualization(photo, model._tome_info["source"], patch_size=4).size == (24, 24)
     with pytest.raises(ValueError, match="37 patches do not fill an image of 24 x 24 pixels in patches of 4"):
-        make_visualization(image, model._tome_info["source"], patch_size=4, class_token=False)
+        make_visualization(photo, model._tome_info["source"], patch_size=4, class_token=False)
     with pytest.raises(ValueError, match=r"one image, \(1, groups, tokens\), got \(2, 3, 4\)"):
-        make_visualization(image, torch.zeros(2, 3, 4))
+        make_visualization(photo, torch.zeros(2, 3, 4))
     assert generate_colormap(3) == generate_colormap(4)[:3]
 
 

@@ -105,23 +105,24 @@ def nearest_ranks(cdf: Tensor, ys: Tensor) -> Tensor:
     below = (above - 1).clamp_min(0)
     left, right = cdf.gather(1, below), cdf.gather(1, above)
     nearest = torch.where(ys - left <= right - ys, left, right)
-    return torch.searchsorted(cdf, nearest)  # the first of equal entries
+    return torch.searchsorted(cdf, nearest).clamp_max(cdf.shape[1] - 1)  # the first of equal entries; NaN has none
 
 
-def get_unique_indices(indices: Tensor, max_value: int) -> Tensor:
+def get_unique_indices(indices: Tensor, max_value: int, *, lose_one: bool = True) -> Tensor:
     """Distinct entries of each row, ascending, the rest filled with ``max_value``.
-
-    As in the published code a row whose largest entry is 1 loses it.
 
     Args:
         indices: whole numbers in 0 ... max_value - 1, (B, K).
         max_value: M.
+        lose_one: as in the published code, a row whose largest entry is 1 loses it.
 
     Returns:
         (B, K).
     """
-    present = torch.zeros(len(indices), max_value, dtype=torch.bool, device=indices.device).scatter(1, indices, True)
-    if max_value > 1:
+    present = torch.zeros(indices.shape[0], max_value, dtype=torch.bool, device=indices.device).scatter(
+        1, indices, True
+    )
+    if lose_one and max_value > 1:
         higher = present[:, 2:].any(1, keepdim=True)
         present = torch.cat([present[:, :1], present[:, 1:2] & higher, present[:, 2:]], dim=1)
     numbers = torch.arange(max_value, device=indices.device)
@@ -157,7 +158,7 @@ def inverse_transform_sampling(
     cdf = normalized_cdf(sorted_scores)
     ranks = nearest_ranks(cdf, create_ys(cdf, n_ref_tokens))
     ranks = ranks if padding is None else (ranks - padding).clamp_min(0)
-    ranks = get_unique_indices(ranks, patches)[:, :patches]
+    ranks = get_unique_indices(ranks, patches, lose_one=padding is None)[:, :patches]
     ranks = F.pad(ranks, (0, patches - ranks.shape[1]), value=patches)
     ranks = ranks if padding is None else (ranks + padding).clamp_max(patches)
     positions = F.pad(sorted_indices + prefix, (0, 1)).gather(1, ranks)  # rank P is no token
@@ -252,7 +253,7 @@ def sample_tokens(
     if number == prefix:  # no patch is left
         return torch.arange(prefix, device=q.device).expand(q.shape[0], -1), None
     logits = class_row_logits(q, k, scale)
-    policy = v.new_ones(len(v), number, 1) if policy is None else policy
+    policy = v.new_ones(v.shape[0], number, 1) if policy is None else policy
     if see_padding:
         scored, padding = score_assignment_step(softmax_with_policy(logits, policy), v, prefix), None
     else:

@@ -112,9 +112,10 @@ def median_nearest(distances: Tensor) -> Tensor:
     return median[:, None, None].clamp_min(torch.finfo(nearest.dtype).tiny ** 0.5)
 
 
-@torch.no_grad()
 def cluster_free_of_scale(features: Tensor, grid: tuple[int, int], iters: int, radius: int) -> tuple[Tensor, Tensor]:
     """Token clustering whose temperature is 5 / m, m per image from the initial centroids.
+
+    Gradients flow through the averaged tokens; the assignment is detached, as in ``TokenClusteringBlock``.
 
     Args:
         features: (B, C, H, W).
@@ -124,19 +125,21 @@ def cluster_free_of_scale(features: Tensor, grid: tuple[int, int], iters: int, r
     Returns:
         Clusters (B, rows x columns, C), and the weights of the patches in them, (B, H x W, rows x columns).
     """
-    tokens = features.flatten(2).transpose(1, 2)
-    z = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-    centroids = F.adaptive_avg_pool2d(features, grid).flatten(2).transpose(1, 2).to(z.dtype)
-    size = (features.shape[2], features.shape[3])
-    far = ~allowed_clusters(size, grid, radius, device=z.device, dtype=z.dtype)  # (P, K)
-    weights = (~far).to(z.dtype).expand(z.shape[0], -1, -1)
-    tau = None
-    for _ in range(iters):
-        distances = squared_distances(z, centroids)
-        tau = AUTO_TEMPERATURE / median_nearest(distances) if tau is None else tau
-        weights = (-tau * distances).masked_fill(far, -torch.inf).softmax(2)
-        centroids = average_tokens(z, weights)
-    return centroids.to(tokens.dtype), weights
+    with without_autocast(features):
+        tokens = features.flatten(2).transpose(1, 2)
+        z = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+        centroids = F.adaptive_avg_pool2d(features, grid).flatten(2).transpose(1, 2).to(z.dtype)
+        size = (features.shape[2], features.shape[3])
+        far = ~allowed_clusters(size, grid, radius, device=z.device, dtype=z.dtype)  # (P, K)
+        weights = (~far).to(z.dtype).expand(z.shape[0], -1, -1)
+        tau = None
+        for iteration in range(iters):
+            with torch.no_grad():
+                distances = squared_distances(z, centroids)
+                tau = AUTO_TEMPERATURE / median_nearest(distances) if tau is None else tau
+                weights = (-tau * distances).masked_fill(far, -torch.inf).softmax(2)
+            centroids = average_tokens(z if iteration == iters - 1 else z.detach(), weights)
+        return centroids.to(tokens.dtype), weights
 
 
 class TokenClusteringBlock(nn.Module):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.hosts.host import take_tokens
+from common.run.precision import without_autocast
 from hourglass_swag.models.ops.cluster import median_nearest, squared_distances
 
 Normalize = Literal["l2", "l1"]
@@ -74,9 +75,10 @@ def weights_free_of_scale(before: Tensor, after: Tensor, k: int, norm: Normalize
 
     Distances are shifted by each row's smallest, which the norm cancels, so that no row underflows.
     """
-    distances = squared_distances(before, after)
-    tau = AUTO_TEMPERATURE / median_nearest(distances)
-    weights = torch.exp(-tau * (distances - distances.amin(2, keepdim=True)))
+    with without_autocast(before):
+        distances = squared_distances(before, after)
+        tau = AUTO_TEMPERATURE / median_nearest(distances)
+        weights = torch.exp(-tau * (distances - distances.amin(2, keepdim=True)))
     if 0 < k < after.shape[1]:
         weights = weights.masked_fill(weights < weights.topk(k, dim=2).values[..., -1:], 0)
     return F.normalize(weights, p=1 if norm == "l1" else 2, dim=2).to(before.dtype)

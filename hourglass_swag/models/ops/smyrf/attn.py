@@ -188,6 +188,8 @@ def _parts(
     T: int, R: int, lengths: tuple[int, int], sizes: tuple[int, int], width: int, device_type: str
 ) -> list[slice]:
     """Rounds that are computed at once: as many as ``MAX_ELEMENTS`` allows, cut where clusters end."""
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():  # for any number of rows
+        return [slice(0, T)]
     unit = math.lcm(*(size // math.gcd(R * length, size) for length, size in zip(lengths, sizes, strict=True)))
     elements = R * max(max(lengths) * width, lengths[0] * sizes[1])
     at_once = max(MAX_ELEMENTS.get(device_type, DEFAULT_MAX_ELEMENTS) // (elements * unit), 1) * unit
