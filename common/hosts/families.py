@@ -6,6 +6,7 @@ Networks are built on the meta device, so that only their structure is asked; ``
 """
 
 import argparse
+import json
 import re
 import sys
 from collections import defaultdict
@@ -106,6 +107,18 @@ def table(verdicts: Mapping[str, tuple[bool, str]]) -> str:
     return "\n".join(lines)
 
 
+def measured(folder: Path = PAGE.parent / "measured") -> str:
+    """A table of the ``trade.json`` files that were kept, named by network."""
+    lines = ["| network, batch | | GMACs | speed-up | of the promised |", "| :-- | :-- | --: | --: | --: |"]
+    for file in sorted(folder.glob("*.json")):
+        content = json.loads(file.read_text())
+        title = f"{file.stem} at {content['image_size'][0]}, {content['batch_size']}"
+        for row in content["rows"]:
+            what = (row["name"], f"{row['gmacs']:.2f}", f"{row['speedup']:.2f}", f"{100 * row['realised']:.0f} %")
+            lines.append(f"| {title} | {' | '.join(what)} |")
+    return "\n".join(lines)
+
+
 def page(verdicts: Mapping[str, tuple[bool, str]]) -> str:
     """The whole page."""
     import timm
@@ -145,6 +158,11 @@ paired speed-up and how much of the promised one it is, cosines of the restored 
 with the dense network's, and whether the method beats resizing. `--data` adds top-1; `--output` takes `trade.json` and
 a PNG of the tokens of every image. With `--budget-gmacs 20` or `--budget-ms 5`, and alternatives such as
 `"tome:r=4|8|12|16"`, it names the settings of each kind that keep most within the budget.
+
+Measured on a CPU, one thread (the other core was busy), float32, in turns with the dense network, medians; costs and
+speeds do not depend on the weights, which are random:
+
+{measured()}
 
 ## Slice or prune first
 

@@ -276,7 +276,8 @@ class Trade:
     def write(self, rows: Sequence[Row], folder: Path) -> None:
         """trade.json, and for every image a PNG of the tokens that each method leaves."""
         folder.mkdir(parents=True, exist_ok=True)
-        about = {"network": self.facts.name, "image_size": self.facts.image_size, **describe_device(self.device)}
+        about = {"network": self.facts.name, "image_size": self.facts.image_size, "batch_size": self.batch_size}
+        about |= describe_device(self.device)
         content = {**about, "images": [file.name for file in self.files], "rows": [asdict(row) for row in rows]}
         write_atomic(folder / "trade.json", json.dumps(content, indent=1, default=str) + "\n")
         mean, std = (torch.tensor(self.config[key]).view(3, 1, 1) for key in ("mean", "std"))
@@ -320,6 +321,5 @@ def _kept(row: Row) -> float:
 def token_of_patch(fast: Any, image: Tensor) -> Tensor:
     """Which token each patch of an image is restored from, (rows, columns)."""
     tokens = fast.run(image)
-    left = torch.eye(tokens.x.shape[1], device=image.device, dtype=tokens.x.dtype)[None]
-    shares = tokens.update(x=left).restored()[0, tokens.prefix :, tokens.prefix :]  # (patches, tokens left)
-    return shares.argmax(1).unflatten(0, fast.plan.host.facts.grid).cpu()
+    shares = tokens.membership()[0, tokens.prefix :, tokens.prefix :]  # (tokens left, patches)
+    return shares.argmax(0).unflatten(0, fast.plan.host.facts.grid).cpu()
