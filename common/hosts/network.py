@@ -58,15 +58,16 @@ class Lean:
     def output(self, images: Tensor) -> Any:
         """What the host returns for images."""
         host = self.plan.host
-        restorable = self.plan.restores and not host.reads_prefix(self)
-        tokens = self.run(images, restorable=restorable)
-        return host.finish(self, host.normalize(self, tokens.restored() if restorable else tokens.x))
+        return host.finish(self, self.normalized(images, self.plan.restores and not host.reads_prefix(self)))
 
     def hidden(self, images: Tensor) -> Tensor:
         """Normalised tokens, prefix and patches, on the full grid again unless the plan leaves them reduced."""
-        restorable = self.plan.restores
-        tokens = self.run(images, restorable=restorable)
-        return self.plan.host.normalize(self, tokens.restored() if restorable else tokens.x)
+        return self.normalized(images, self.plan.restores)
+
+    def normalized(self, images: Tensor, restored: bool = True) -> Tensor:
+        """Normalised tokens, prefix and patches, on the full grid again or reduced."""
+        tokens = self.run(images, restorable=restored)
+        return self.plan.host.normalize(self, tokens.restored() if restored else tokens.x)
 
     def features(self, images: Tensor) -> Tensor:
         """Normalised features of the patches on the full grid again.

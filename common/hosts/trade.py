@@ -203,7 +203,7 @@ class Trade:
         host, patches, classes = fast.plan.host, [], []
         for batch in images.split(self.batch_size):
             batch = batch.to(self.device)
-            x = host.normalize(fast, fast.run(batch if shrink is None else shrink(batch)).restored())
+            x = fast.normalized(batch if shrink is None else shrink(batch))
             grid = x[:, host.facts.prefix :].mT.unflatten(2, host.facts.grid)
             patches.append(F.interpolate(grid, self.facts.grid, mode="bilinear") if shrink else grid)
             classes.append(x[:, 0] if host.facts.class_token else grid.mean((2, 3)))
