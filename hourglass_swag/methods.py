@@ -10,6 +10,7 @@ from common.hosts import Facts, PlanError, Tokens
 from common.hosts.host import take_tokens
 from common.run.precision import without_autocast
 
+CLASS_TOKEN = frozenset({"class token"})
 GRID = frozenset({"grid"})
 REDUCES = frozenset({"grid", "number of tokens"})
 """What a method breaks that changes which tokens there are."""

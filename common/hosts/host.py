@@ -63,6 +63,11 @@ class Tokens:
             rotation=None if self.rotation is None else self.rotation.take(index[:, self.prefix :] - self.prefix),
         )
 
+    def behind_prefix(self, places: Tensor) -> Tensor:
+        """The places of the prefix, then ``places`` (B, K): an index for ``take``."""
+        prefix = torch.arange(self.prefix, device=places.device).expand(places.shape[0], -1)
+        return torch.cat([prefix, places], dim=1)
+
     def head(self, number: int) -> "Tokens":
         """The first tokens with all that belongs to them, views."""
         x, size, mask, bias = (

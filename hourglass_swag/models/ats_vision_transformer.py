@@ -25,11 +25,11 @@ from common.hosts.host import take_tokens
 from common.hosts.runner import attend
 from common.measure.flops import OpCounts
 from hourglass_swag.host import publish
-from hourglass_swag.methods import REDUCES, RESTORES, Undrop, check_choice, check_layers
+from hourglass_swag.methods import CLASS_TOKEN, REDUCES, RESTORES, Undrop, check_choice, check_layers
 from hourglass_swag.models.ops.ats import attend_with_policy, sample_tokens
 from hourglass_swag.models.vision_transformer import VisionTransformer
 
-NEEDS = frozenset({"class token", "plain attention"})
+NEEDS = CLASS_TOKEN | {"plain attention"}
 HIDDEN = 1e4  # below the other scores of attention are those of padding: finite in half precision, and exp(-1e4) is 0
 
 
@@ -83,31 +83,38 @@ class ATS(Method):
         """R: by so many points, the class token's place included, every layer samples."""
         return self.tokens or tokens.carried.get(self.name, tokens.x.shape[1])
 
+    def see(self, tokens: Tokens, parts: Parts) -> Parts:
+        """Keys and values as the layer sees them: zero for padding that is seen."""
+        if tokens.mask is None or self.padding == "masked":
+            return parts
+        return replace(parts, k=parts.k * tokens.mask[:, None], v=parts.v * tokens.mask[:, None])
+
     def sample(self, tokens: Tokens, parts: Parts) -> tuple[Tensor, Tensor | None]:
-        """Places (B, U) of the sampled tokens, and 1 for them and 0 for padding, (B, U, 1), None without padding."""
-        seen = self.padding == "seen"
-        k, v = _without_padding(tokens, parts) if seen else (parts.k, parts.v)
+        """Places (B, U) of the sampled tokens, and 1 for them and 0 for padding, (B, U, 1), None without padding.
+
+        ``parts`` are those of ``see``.
+        """
         places, mask = sample_tokens(
             parts.q,
-            k,
-            v,
+            parts.k,
+            parts.v,
             tokens.mask,
             n_ref_tokens=self.points(tokens),
             drop_tokens=self.drop,
             prefix=tokens.prefix,
             scale=parts.scale,
-            see_padding=seen,
+            see_padding=self.padding == "seen",
         )
         first = torch.arange(places.shape[1], device=places.device).clamp_max(tokens.prefix)
         return places.maximum(first), mask  # any patch will do for padding
 
     def attend(self, layer: int, tokens: Tokens, parts: Parts) -> tuple[Tensor, Tokens, Parts]:
         """Attention of the sampled tokens to all, and those tokens."""
+        parts = self.see(tokens, parts)
         places, mask = self.sample(tokens, parts)
         q = parts.q.gather(2, places[:, None, :, None].expand(-1, parts.q.shape[1], -1, parts.q.shape[3]))
         if self.padding == "seen":
-            k, v = _without_padding(tokens, parts)
-            heads = attend_with_policy(q, k, v, tokens.mask, scale=parts.scale, dropout=parts.dropout)
+            heads = attend_with_policy(q, parts.k, parts.v, tokens.mask, scale=parts.scale, dropout=parts.dropout)
         else:
             heads = attend(replace(parts, q=q), tokens)
         sampled = tokens.take(places)
@@ -149,13 +156,6 @@ class ATS(Method):
             cumsum=R,
             dropout=U * C,
         )
-
-
-def _without_padding(tokens: Tokens, parts: Parts) -> tuple[Tensor, Tensor]:
-    """Keys and values, zero for padding."""
-    if tokens.mask is None:
-        return parts.k, parts.v
-    return parts.k * tokens.mask[:, None], parts.v * tokens.mask[:, None]
 
 
 def published(

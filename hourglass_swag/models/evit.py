@@ -166,8 +166,7 @@ class EViT(Method):
         if number >= patches:
             return tokens
         scores, places = self.rank(layer, tokens, parts, all_of_them=self.fuse)
-        prefix = torch.arange(tokens.prefix, device=places.device).expand(places.shape[0], -1)
-        index = torch.cat([prefix, places], dim=1)
+        index = tokens.behind_prefix(places)
         taken, kept = tokens.take(index), tokens.prefix + number
         left = taken
         if self.fuse:

@@ -26,11 +26,10 @@ from common.hosts import Effect, Facts, Method, Parts, PlanError, Tokens
 from common.hosts.host import take_tokens
 from common.measure.flops import OpCounts
 from hourglass_swag.host import publish
-from hourglass_swag.methods import ATTENTION, FIXED, GRID
+from hourglass_swag.methods import ATTENTION, CLASS_TOKEN, FIXED, GRID
 from hourglass_swag.models.ops.class_row import score_class_row
 from hourglass_swag.models.vision_transformer import VisionTransformer
 
-CLASS_TOKEN = frozenset({"class token"})
 UNRANKED = "the first layer cannot prune, because no class attention has ranked the patches yet"
 
 
@@ -114,8 +113,7 @@ class EvoViT(Method):
         state: Evolution = tokens.carried[self.name]
         attention, index = state.attention.sort(dim=1, descending=True)
         order = index if state.order is None else state.order.gather(1, index)
-        prefix = torch.arange(tokens.prefix, device=index.device).expand(index.shape[0], -1)
-        everyone = tokens.take(torch.cat([prefix, index + tokens.prefix], dim=1))
+        everyone = tokens.take(tokens.behind_prefix(index + tokens.prefix))
         number, representative = count_processed(index.shape[1], self.keep[layer]), None
         fast = everyone.head(tokens.prefix + number)
         if self.representative and number < index.shape[1]:

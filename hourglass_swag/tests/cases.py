@@ -117,6 +117,12 @@ def policies(seen: list[Seen]) -> dict[str, Tensor]:
     return found
 
 
+def gather_tokens(x: Tensor, positions: Tensor, policy: Tensor | None) -> Tensor:
+    """Rows of ``x`` (B, N, C) at ``positions`` (B, U), zero where ``policy`` (B, U, 1) is 0: (B, U, C)."""
+    rows = take_tokens(x, positions)
+    return rows if policy is None else rows * policy
+
+
 def run_sampling(case: Case, checks: Checks) -> None:
     """The steps of adaptive token sampling one by one."""
     names = case.names()
@@ -136,7 +142,7 @@ def run_sampling(case: Case, checks: Checks) -> None:
     reference_tokens = case.build["kwargs"]["n_ref_tokens"]
     positions, counts = ats.inverse_transform_sampling(scores, indices, reference_tokens)
     survivors = (torch.arange(positions.shape[1]) < counts[:, None]).double()[..., None]
-    rows = ats.gather_tokens(attention.transpose(1, 2).flatten(2), positions, survivors)
+    rows = gather_tokens(attention.transpose(1, 2).flatten(2), positions, survivors)
     cdf = ats.normalized_cdf(scores)
     known = {
         "softmax": attention,
@@ -144,7 +150,7 @@ def run_sampling(case: Case, checks: Checks) -> None:
         "sorted_indices": indices,
         "normalized_cdf": cdf,
         "ys": ats.create_ys(cdf, reference_tokens),
-        "selected_x": ats.gather_tokens(raw, positions, survivors),
+        "selected_x": gather_tokens(raw, positions, survivors),
         "selected_attn": rows.unflatten(2, attention.shape[1::2]).transpose(1, 2),
         "policy": survivors,
         "sampler": survivors.nonzero(),

@@ -185,7 +185,8 @@ def trace_sampling(model: Any, image: Tensor) -> list[Selection]:
 
     def record(layer: int, operands: tuple[Any, ...], result: Any) -> None:
         nonlocal origin
-        places, mask = method.sample(*operands)
+        tokens, parts = operands
+        places, mask = method.sample(tokens, method.see(tokens, parts))
         before, origin = origin, origin[places[0].cpu()]
         if mask is not None:
             origin = origin.where(mask[0, :, 0].cpu() > 0, NO_PATCH)

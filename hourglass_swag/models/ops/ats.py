@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.hosts.host import take_tokens
 from hourglass_swag.models.ops.class_row import class_row_logits
 
 EPS = 1e-6
@@ -164,12 +163,6 @@ def inverse_transform_sampling(
     positions = F.pad(sorted_indices + prefix, (0, 1)).gather(1, ranks)  # rank P is no token
     first = torch.arange(prefix, device=positions.device).expand(positions.shape[0], -1)
     return torch.cat([first, positions], dim=1), prefix + (ranks < patches).sum(1)
-
-
-def gather_tokens(x: Tensor, positions: Tensor, policy: Tensor | None) -> Tensor:
-    """Rows of ``x`` (B, N, C) at ``positions`` (B, U), zero where ``policy`` (B, U, 1) is 0: (B, U, C)."""
-    rows = take_tokens(x, positions)
-    return rows if policy is None else rows * policy
 
 
 def attend_with_policy(
