@@ -8,10 +8,13 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor, nn
 
 from common.hosts.runner import Step
 from common.measure.flops import Counted, OpCounts, count_operations
+from common.tests.reference import build, fill_
 from hourglass_swag.host import publish
 from hourglass_swag.models.evit import EViT
 from hourglass_swag.models.hourglass_vit import Hourglass
@@ -21,6 +24,7 @@ from hourglass_swag.models.vision_transformer import VisionTransformer, make_vit
 Seen = tuple[Step, tuple[Any, ...], Any]
 """A step of a method, its operands, and its result."""
 
+TIMM = {"img_size": 24, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 5}
 ARGUMENTS = inspect.signature(VisionTransformer).parameters
 
 
@@ -38,6 +42,28 @@ def make(module: str, size: str | None = None, **options: Any) -> Any:
     if module == "hourglass_vit":
         options.setdefault("cluster_after_output", True)
     return import_module(f"hourglass_swag.models.{module}").published(dense, **options)
+
+
+def timm(**options: Any) -> Any:
+    """A small network of timm, filled, in float64."""
+    return build(TimmViT, 1, **TIMM | options)
+
+
+def rotating() -> Any:
+    """One that rotates its queries and keys, with registers."""
+    return fill_(Eva(**TIMM, use_rot_pos_emb=True, num_reg_tokens=2).double(), 1).eval()
+
+
+def images(batch: int = 2, size: int = 32) -> Tensor:
+    """Noise, always the same, (batch, 3, size, size)."""
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def run(model: nn.Module, x: Tensor, seed: int = 0) -> Tensor:
+    """What a network says to images, its random projections drawn from a seed."""
+    torch.manual_seed(seed)
+    with torch.inference_mode():
+        return model(x)
 
 
 def networks(name: str, module: str, short: str | None = None) -> dict[str, Callable[..., Any]]:

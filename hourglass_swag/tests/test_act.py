@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor
 
 from common.hosts import PlanError, lean
 from common.measure.flops import CONVENTIONS
-from common.tests.reference import build, fill_, image
+from common.tests.reference import fill_, image
 from hourglass_swag.models import create
 from hourglass_swag.models.act_vision_transformer import ACT, attentions, clusters
 from hourglass_swag.models.ops import library
@@ -29,7 +28,7 @@ from hourglass_swag.models.ops.ACT.extensions import ada_cluster_, plain
 from hourglass_swag.models.ops.projections import set_generator
 from hourglass_swag.models.vision_transformer import VisionTransformer
 from hourglass_swag.tests import counting
-from hourglass_swag.tests.counting import count_with_clusters, published_ops, steps
+from hourglass_swag.tests.counting import count_with_clusters, images, published_ops, run, steps, timm
 from hourglass_swag.tools.costs import count
 from hourglass_swag.tools.flop_count import flop_count
 
@@ -44,27 +43,11 @@ SMALL: dict[str, Any] = {
 }
 
 
-TIMM = {"img_size": 24, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 5}
-
 act = partial(counting.make, "act_vision_transformer")
 
 
 def make(**options: Any) -> Any:
     return fill_(act(**SMALL, **options), 3).eval()
-
-
-def timm(**options: Any) -> Any:
-    return build(TimmViT, 1, **TIMM | options)
-
-
-def images(batch: int = 2, size: int = 32) -> Tensor:
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
-
-
-def run(model: torch.nn.Module, x: Tensor, seed: int = 0) -> Tensor:
-    torch.manual_seed(seed)
-    with torch.inference_mode():
-        return model(x)
 
 
 # The operators

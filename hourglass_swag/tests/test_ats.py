@@ -6,27 +6,24 @@ from typing import Any
 
 import pytest
 import torch
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer as TimmViT
 
 from common.hosts import PlanError, Tokens, lean
 from common.ledger.tables import NeedsWeights, load_tables
 from common.measure.flops import CONVENTIONS
-from common.tests.reference import array, build, fill_, image
+from common.tests.reference import array, build, image
 from hourglass_swag import ledger, models
 from hourglass_swag.host import SwagBlock
 from hourglass_swag.models import vision_transformer
 from hourglass_swag.models.ats_vision_transformer import ATS, HIDDEN
 from hourglass_swag.models.ops import ats
 from hourglass_swag.models.vision_transformer import EncoderBlock, VisionTransformer
-from hourglass_swag.tests.counting import make, published_ops, steps, tokens_per_layer
+from hourglass_swag.tests.counting import make, published_ops, rotating, steps, timm, tokens_per_layer
 from hourglass_swag.tools.costs import count, count_costs, parse_network
 from hourglass_swag.tools.flop_count import flop_count
 from hourglass_swag.tools.survivors import sharpen_
 
 TINY = {"image_size": 24, "patch_size": 4, "num_layers": 3, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
 BLOCK = {"num_heads": 2, "hidden_dim": 16, "mlp_dim": 32, "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
-TIMM = {"img_size": 24, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 5}
 
 
 def draw(name: str, *shape: int) -> torch.Tensor:
@@ -36,14 +33,6 @@ def draw(name: str, *shape: int) -> torch.Tensor:
 def tiny(seed: int = 1, **options: Any) -> Any:
     options = TINY | {"num_classes": 5, "ats_blocks": (1, 2), "num_tokens": 37, "drop_tokens": True} | options
     return build(partial(make, "ats_vision_transformer"), seed, **options)
-
-
-def timm(**options: Any) -> Any:
-    return build(TimmViT, 1, **TIMM | options)
-
-
-def rotating() -> Any:
-    return fill_(Eva(**TIMM, use_rot_pos_emb=True, num_reg_tokens=2).double(), 1).eval()
 
 
 def varied(batch: int = 4) -> torch.Tensor:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer as TimmViT
 
 from common.hosts import Parts, PlanError, Tokens, lean
 from common.hosts.runner import attend
@@ -22,7 +21,7 @@ from hourglass_swag.models import evit
 from hourglass_swag.models.evit import EViT, attend_and_score, complement_idx
 from hourglass_swag.models.ops.mean_attention import HAS_TRITON, has_kernel, mean_attention
 from hourglass_swag.models.vision_transformer import EncoderBlock, VisionTransformer
-from hourglass_swag.tests.counting import make, steps, tokens_per_layer
+from hourglass_swag.tests.counting import make, steps, timm, tokens_per_layer
 from hourglass_swag.tools.flop_count import flop_count
 
 TINY: dict[str, Any] = {
@@ -35,7 +34,6 @@ TINY: dict[str, Any] = {
     "num_classes": 5,
 }
 BLOCK = {"num_heads": 2, "hidden_dim": 16, "mlp_dim": 32, "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
-TIMM = {"img_size": 24, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 5}
 
 
 def draw(name: str, *shape: int) -> torch.Tensor:
@@ -50,10 +48,6 @@ def network(keep_rate: tuple[float, ...], score: Any = "mean", fuse: bool = Fals
 
 def tiny(keep_rate: tuple[float, ...] = (1, 0.5, 0.7), **options: Any) -> Any:
     return build(partial(network, keep_rate), 1, **options)
-
-
-def timm(**options: Any) -> Any:
-    return build(TimmViT, 1, **TIMM | options)
 
 
 def weights_of(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -5,22 +5,20 @@ from typing import Any
 
 import pytest
 import torch
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor
 
 from common.hosts import PlanError, Tokens, lean
 from common.hosts.host import take_tokens
 from common.hosts.runner import attend
 from common.measure.flops import CONVENTIONS, count_operations
-from common.tests.reference import build, fill_, image
+from common.tests.reference import fill_, image
 from hourglass_swag.host import SwagBlock
 from hourglass_swag.models import create
 from hourglass_swag.models.evo_vit import Evolution, EvoViT, count_processed
 from hourglass_swag.models.ops.class_row import score_class_row
 from hourglass_swag.models.vision_transformer import EncoderBlock, VisionTransformer
 from hourglass_swag.tests import counting
-from hourglass_swag.tests.counting import published_ops, steps
+from hourglass_swag.tests.counting import images, published_ops, rotating, steps, timm
 from hourglass_swag.tools.flop_count import flop_count
 
 SMALL: dict[str, Any] = {
@@ -32,25 +30,12 @@ SMALL: dict[str, Any] = {
     "mlp_dim": 64,
     "num_classes": 10,
 }
-TIMM = {"img_size": 24, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 5}
 
 evo_vit = partial(counting.make, "evo_vit")
 
 
 def make(**options: Any) -> Any:
     return fill_(evo_vit(**SMALL, **options), 3).eval()
-
-
-def timm(**options: Any) -> Any:
-    return build(TimmViT, 1, **TIMM | options)
-
-
-def rotating() -> Any:
-    return fill_(Eva(**TIMM, use_rot_pos_emb=True, num_reg_tokens=2).double(), 1).eval()
-
-
-def images(batch: int = 2, size: int = 32) -> Tensor:
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
 def view_of_block() -> SwagBlock:

@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor
 
 from common.hosts import PlanError, lean
 from common.measure.flops import CONVENTIONS, count_operations
-from common.tests.reference import build, fill_, image
+from common.tests.reference import fill_, image
 from hourglass_swag.models import create
 from hourglass_swag.models.ops import library
 from hourglass_swag.models.ops.projections import set_generator
@@ -21,7 +20,7 @@ from hourglass_swag.models.ops.smyrf.smyrf_attn import SmyrfMultiheadAttention
 from hourglass_swag.models.ops.smyrf.utils import XBOXPLUS
 from hourglass_swag.models.smyrf_vision_transformer import SMYRF
 from hourglass_swag.tests import counting
-from hourglass_swag.tests.counting import steps
+from hourglass_swag.tests.counting import images, run, steps, timm
 from hourglass_swag.tools.flop_count import flop_count
 
 SMALL: dict[str, Any] = {
@@ -36,27 +35,11 @@ SMALL: dict[str, Any] = {
 CLUSTERS: dict[str, Any] = {"smyrf_n_hashes": 4, "smyrf_q_cluster_size": 4, "smyrf_k_cluster_size": 4}
 
 
-TIMM = {"img_size": 24, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 5}
-
 smyrf = partial(counting.make, "smyrf_vision_transformer")
 
 
 def make(**options: Any) -> Any:
     return fill_(smyrf(**SMALL, **(CLUSTERS | options)), 3).eval()
-
-
-def timm(**options: Any) -> Any:
-    return build(TimmViT, 1, **TIMM | options)
-
-
-def images(batch: int = 2, size: int = 32) -> Tensor:
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
-
-
-def run(model: torch.nn.Module, x: Tensor, seed: int = 0) -> Tensor:
-    torch.manual_seed(seed)
-    with torch.inference_mode():
-        return model(x)
 
 
 def test_the_lift_keeps_products_and_makes_norms_equal():
