@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.run.errors import EXPECTED
+from common.run.program import run
 from hourglass_swag.tools.parser import HelpFormatter, add_cost_network_args, add_model_args, parse_network
 
 if TYPE_CHECKING:
@@ -171,8 +171,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (*EXPECTED, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(lambda: main(parse_args()), expected=(ValueError,))

@@ -19,8 +19,9 @@ _CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if _CHECKOUT not in sys.path:
     sys.path.insert(0, _CHECKOUT)  # Cog's image holds the files alone, nothing is installed
 
-from common.run.errors import EXPECTED, DataError  # noqa: E402 - from here on, modules found through the line above
+from common.run.errors import DataError  # noqa: E402 - from here on, modules found through the line above
 from common.run.files import check_files  # noqa: E402
+from common.run.program import run  # noqa: E402
 from hourglass_swag.models import IMAGENET_CLASSES, create  # noqa: E402
 from hourglass_swag.tools.parser import (  # noqa: E402
     HelpFormatter,
@@ -191,8 +192,4 @@ def main(argv: Sequence[str] | None = None) -> list[list[Guess]]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (*EXPECTED, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main, expected=(ValueError,))

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.run.errors import EXPECTED
 from common.run.files import check_files
+from common.run.program import run
 from hourglass_swag.models import create
 from hourglass_swag.tools.parser import (
     HelpFormatter,
@@ -172,8 +172,4 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (*EXPECTED, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main, expected=(OSError, ValueError))
