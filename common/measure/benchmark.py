@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from common.measure.flops import evaluating
@@ -164,17 +162,17 @@ def compare(
         others = max(torch.cuda.memory_allocated(device) / MIB - together, 0.0)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
-        stack.enter_context(_explain_out_of_memory(images))
+        stack.enter_context(explain_out_of_memory(images))
         for model in models.values():
             stack.enter_context(evaluating(model))
-        bar = stack.enter_context(_PassBar(progress, (warmup + rounds) * len(names)))
+        bar = stack.enter_context(PassBar(progress, (warmup + rounds) * len(names)))
         for done in range(warmup + rounds):
             shift = done % len(names)
             for name in names[shift:] + names[:shift]:
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(device)
                 with bar.one_pass(models[name]):
-                    seconds[name].append(_time_pass(models[name], images, clock))
+                    seconds[name].append(time_pass(models[name], images, clock))
                 if device.type == "cuda":
                     peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated(device) / MIB)
             elapsed = clock() - started
@@ -187,7 +185,7 @@ def compare(
     timed = {name: times[warm:] or times[-1:] for name, times in seconds.items()}
     return {
         name: PairedSpeed(
-            speed=_summarise(
+            speed=summarise(
                 timed[name],
                 images,
                 peak_memory_mb=peaks[name] - others - together + weights[name] if device.type == "cuda" else None,
@@ -198,133 +196,6 @@ def compare(
         )
         for name, model in models.items()
     }
-
-
-def measure_paper_protocol(
-    model: nn.Module,
-    *,
-    batch_size: int,
-    resolution: int,
-    device: torch.device | str,
-    runs: int = 50,
-    progress: str | None = None,
-    clock: Clock = time.perf_counter,
-) -> Speed:
-    """Throughput as the Hourglass repository's own tool measures it.
-
-    Uniform random input in [0, 1), not normalised, float32 without autocast, ``runs`` forward passes of which the first
-    int(runs / 4) are warm-up; synchronised before the clock starts and at the end, not between passes. The latency is
-    the mean, and there is no spread, because single passes are not timed.
-
-    Raises:
-        ValueError: if ``runs`` < 1.
-        NotEnoughMemory: if the batch does not fit.
-    """
-    if runs < 1:
-        raise ValueError(f"need runs >= 1, got {runs}")
-    device = torch.device(device)
-    warmup = int(runs * 0.25)
-    start = clock()
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.enter_context(evaluating(model))
-        images = torch.rand(batch_size, 3, resolution, resolution, device=device)
-        stack.enter_context(_explain_out_of_memory(images))
-        bar = stack.enter_context(_PassBar(progress, runs))
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        for done in range(runs):
-            if done == warmup:
-                synchronize(device)
-                start = clock()
-            with bar.one_pass(model):
-                model(images)
-        synchronize(device)
-        seconds = clock() - start
-        peak = torch.cuda.max_memory_allocated(device) / MIB if device.type == "cuda" else None
-    timed = runs - warmup
-    speed = _summarise([seconds / timed], images, peak_memory_mb=peak, compiled=hasattr(model, "_orig_mod"))
-    return replace(speed, rounds=timed)
-
-
-def measure_share(
-    model: nn.Module,
-    part: nn.Module,
-    images: Tensor,
-    *,
-    warmup: int = 1,
-    rounds: int = 5,
-    clock: Clock = time.perf_counter,
-) -> float:
-    """Fraction of a forward pass that is spent inside one of its modules; median over rounds.
-
-    The device is synchronised on entry to and exit from the part, so on a GPU the share is an upper bound: the part
-    cannot overlap with the launches around it. The model must not be compiled.
-
-    Raises:
-        ValueError: if ``part`` is not a module of ``model``, or is not called during the pass.
-    """
-    if all(part is not module for module in model.modules()):
-        raise ValueError(f"{type(part).__name__} is not part of {type(model).__name__}")
-    device = images.device
-    entered = inside = 0.0
-
-    def enter(*_: Any) -> None:
-        nonlocal entered
-        synchronize(device)
-        entered = clock()
-
-    def leave(*_: Any) -> None:
-        nonlocal inside
-        synchronize(device)
-        inside += clock() - entered
-
-    shares: list[float] = []
-    handles = [part.register_forward_pre_hook(enter), part.register_forward_hook(leave)]
-    try:
-        with torch.inference_mode(), evaluating(model), _explain_out_of_memory(images):
-            for done in range(warmup + rounds):
-                inside = 0.0
-                seconds = _time_pass(model, images, clock)
-                if done >= warmup:
-                    shares.append(inside / seconds)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not any(shares):
-        raise ValueError(f"{type(part).__name__} is never called during a forward pass of {type(model).__name__}")
-    return statistics.median(shares)
-
-
-def measure_activation_bytes(model: nn.Module, images: Tensor) -> int:
-    """Most memory that the results of one forward pass hold at the same time, without weights and input, in bytes.
-
-    Follows the storages of all results of the operations dispatched; buffers inside a kernel are not seen. For one
-    image it predicts what a batch will need.
-    """
-    with torch.no_grad(), evaluating(model), _LiveBytes() as live:
-        model(images)
-    return live.peak
-
-
-def available_memory_bytes(device: torch.device) -> int | None:
-    """Memory that can still be allocated, on a CUDA device or by this process on the CPU; None if unknown."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type != "cpu":
-        return None
-    limits: list[int] = []
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-        if "MemAvailable" in fields:
-            limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    limit, usage = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and usage.exists() and (text := limit.read_text().strip()).isdigit():
-        limits.append(int(text) - int(usage.read_text()))
-    return min(limits) if limits else None
 
 
 def device_name(device: torch.device | str) -> str:
@@ -377,7 +248,7 @@ def query_gpu(*keys: str) -> dict[str, str]:
     return dict(zip(keys, words, strict=True)) if answer.returncode == 0 and len(words) == len(keys) else {}
 
 
-def _time_pass(model: nn.Module, images: Tensor, clock: Clock) -> float:
+def time_pass(model: nn.Module, images: Tensor, clock: Clock) -> float:
     """Seconds of one forward pass, synchronised on both sides."""
     synchronize(images.device)
     start = clock()
@@ -386,7 +257,7 @@ def _time_pass(model: nn.Module, images: Tensor, clock: Clock) -> float:
     return clock() - start
 
 
-def _summarise(times: Sequence[float], images: Tensor, *, peak_memory_mb: float | None, compiled: bool) -> Speed:
+def summarise(times: Sequence[float], images: Tensor, *, peak_memory_mb: float | None, compiled: bool) -> Speed:
     median = statistics.median(times)
     return Speed(
         batch_size=images.shape[0],
@@ -421,7 +292,7 @@ def _resident_bytes(models: Any, device: torch.device) -> int:
 
 
 @contextmanager
-def _explain_out_of_memory(images: Tensor) -> Iterator[None]:
+def explain_out_of_memory(images: Tensor) -> Iterator[None]:
     """Turn the allocators' errors into one that names the batch."""
     try:
         yield
@@ -437,29 +308,7 @@ def _explain_out_of_memory(images: Tensor) -> Iterator[None]:
         ) from error
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Bytes of all results that are alive, and the most there ever were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._seen: dict[int, tuple[Any, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {
-            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
-        } - set(self._seen)
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and (key := leaf.untyped_storage()._cdata) not in given:
-                storage = leaf.untyped_storage()
-                self._seen[key] = (torch.multiprocessing.reductions.StorageWeakRef(storage), storage.nbytes())
-        self._seen = {key: entry for key, entry in self._seen.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._seen.values()))
-        return result
-
-
-class _PassBar(tqdm):
+class PassBar(tqdm):
     """Progress over the passes of a measurement; within a pass, over the blocks of the model.
 
     The blocks are watched only while passes take longer than two seconds, where the cost of watching is nothing.

@@ -373,11 +373,6 @@ class _OperationCounter(TorchDispatchMode):
         return result
 
 
-def count_executed_macs(model: nn.Module, *inputs: Any) -> int:
-    """Multiply-accumulates that a forward pass really executes; see ``count_operations``."""
-    return count_operations(model, *inputs).executed.macs
-
-
 def _check_countable(model: nn.Module) -> None:
     """Refuse a model whose operations cannot be seen one by one."""
     for name, module in model.named_modules():

@@ -15,7 +15,6 @@ from common.measure.flops import (
     CONVENTIONS,
     KINDS,
     OpCounts,
-    count_executed_macs,
     count_operations,
     count_parameters,
     gmacs,
@@ -34,7 +33,7 @@ class Function(nn.Module):
 
 
 def executed(function: Callable[..., Tensor], *shapes: tuple[int, ...], device: str = "meta") -> int:
-    return count_executed_macs(Function(function), *(torch.rand(shape, device=device) for shape in shapes))
+    return count_operations(Function(function), *(torch.rand(shape, device=device) for shape in shapes)).executed.macs
 
 
 def test_op_counts_add_and_repeat() -> None:
@@ -170,7 +169,7 @@ def test_fused_and_plain_attention_agree(backend: SDPBackend) -> None:
 def test_multi_head_attention_is_seen_through_its_fast_path() -> None:
     width, tokens = 16, 6
     layer = nn.TransformerEncoderLayer(width, 4, 32, batch_first=True)
-    counted = count_executed_macs(layer, torch.rand(1, tokens, width))
+    counted = count_operations(layer, torch.rand(1, tokens, width)).executed.macs
     assert counted == tokens * (4 * width * width + 2 * width * 32) + 2 * tokens * tokens * width
     assert torch.backends.mha.get_fastpath_enabled()
     assert layer.training, "the training flag is restored"
@@ -178,30 +177,30 @@ def test_multi_head_attention_is_seen_through_its_fast_path() -> None:
 
 def test_gradients_are_not_needed_and_not_counted() -> None:
     model = nn.Linear(4, 5)
-    assert count_executed_macs(model, torch.rand(3, 4, requires_grad=True)) == 60
+    assert count_operations(model, torch.rand(3, 4, requires_grad=True)).executed.macs == 60
 
 
 def test_wrappers_are_looked_through() -> None:
     model = nn.Linear(4, 5)
-    assert count_executed_macs(torch.compile(model), torch.rand(3, 4)) == 60  # pyright: ignore[reportArgumentType]
-    assert count_executed_macs(nn.DataParallel(model), torch.rand(3, 4)) == 60
+    assert count_operations(torch.compile(model), torch.rand(3, 4)).executed.macs == 60  # pyright: ignore[reportArgumentType]
+    assert count_operations(nn.DataParallel(model), torch.rand(3, 4)).executed.macs == 60
 
 
 def test_what_cannot_be_seen_is_refused() -> None:
     compiled = nn.Sequential(nn.Linear(4, 5))
     compiled[0].compile()
     with pytest.raises(ValueError, match=r"compiled module \(0\)"):
-        count_executed_macs(compiled, torch.rand(3, 4))
+        count_operations(compiled, torch.rand(3, 4))
     traced = nn.Sequential(torch.jit.trace(nn.Linear(4, 5), torch.rand(3, 4)))
     with pytest.raises(ValueError, match="TorchScript"):
-        count_executed_macs(traced, torch.rand(3, 4))
+        count_operations(traced, torch.rand(3, 4))
 
 
 def test_an_operation_without_a_rule_is_an_error_not_a_zero() -> None:
     with pytest.raises(ValueError, match="_cdist_forward"):
         executed(lambda a: torch.cdist(a, a, compute_mode="donot_use_mm_for_euclid_dist"), (1, 3, 4))
     with pytest.raises(ValueError, match=r"rnn|lstm"):
-        count_executed_macs(Recurrent(), torch.rand(1, 3, 4))
+        count_operations(Recurrent(), torch.rand(1, 3, 4))
 
 
 class Recurrent(nn.Module):
@@ -257,5 +256,5 @@ def test_count_parameters_counts_a_shared_one_once() -> None:
 def test_fused_attention_on_cuda(dtype: torch.dtype) -> None:
     layer = nn.MultiheadAttention(64, 4, batch_first=True, device="cuda", dtype=dtype)
     tokens = torch.rand(2, 33, 64, device="cuda", dtype=dtype)
-    counted = count_executed_macs(layer, tokens, tokens, tokens)
+    counted = count_operations(layer, tokens, tokens, tokens).executed.macs
     assert counted == 2 * (4 * 33 * 64 * 64 + 2 * 33 * 33 * 64)

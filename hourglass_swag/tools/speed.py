@@ -12,16 +12,18 @@ from common.ledger import results
 from common.measure.benchmark import (
     BenchmarkError,
     PairedSpeed,
-    available_memory_bytes,
     compare,
     describe_device,
     device_name,
-    measure_activation_bytes,
-    measure_paper_protocol,
-    measure_share,
     random_images,
 )
 from hourglass_swag.tools.costs import clustering_layer, published_row
+from hourglass_swag.tools.timing import (
+    available_memory_bytes,
+    measure_activation_bytes,
+    measure_paper_protocol,
+    measure_share,
+)
 
 LONG_S = 60  # a measurement that is expected to take longer is announced
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.measure.flops import count_executed_macs, gmacs
+from common.measure.flops import count_operations, gmacs
 from common.run.errors import UsageError
 from scala import export, main_scala
 from scala.layers import sliced_state_dict
@@ -151,7 +151,7 @@ def test_counted_costs_are_those_of_networks_of_that_width() -> None:
     """Also at a width without batch statistics, of which only the shapes count."""
     with torch.device("meta"):
         model, dense = MobileNetV2_scala(), timm.create_model("mobilenetv2_100")
-        assert model.count_ops(1.0).macs == count_executed_macs(dense, torch.empty(1, 3, 224, 224))
+        assert model.count_ops(1.0).macs == count_operations(dense, torch.empty(1, 3, 224, 224)).executed.macs
         for ratio in (0.3125, 13 / 32):
             alone = MobileNetV2_scala(multiplier=ratio)
             assert model.count_ops(ratio) == alone.count_ops(1.0)

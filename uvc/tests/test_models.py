@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.measure.flops import count_executed_macs
+from common.measure.flops import count_operations
 from uvc.models import MODELS, create
 from uvc.models.gates import apply_masks_, gate_weights, gumbel_softmax, register_masks, select_tokens
 from uvc.tests.model_cases import float64
@@ -45,14 +45,14 @@ def test_counted_cost_is_what_is_executed(name):
         model = create(name, num_classes=10)
         images = torch.zeros(2, 3, *model.image_size)
     model.fix_blocks((True,) * len(model.blocks))
-    executed = count_executed_macs(model, images)
+    executed = count_operations(model, images).executed.macs
     head = 2 * model.embed_dim * 10
     if name == "deit_desk":
         assert executed - head == model.embed_macs(2) + len(model.blocks) * sum(model.block_macs(2))
     else:  # the tokens-to-token stage is counted by rules of its own
         blocks = len(model.blocks) * sum(model.block_macs(2))
         del model.blocks[:]
-        assert executed - count_executed_macs(model, images) == blocks
+        assert executed - count_operations(model, images).executed.macs == blocks
 
 
 def test_a_gate_must_be_strictly_above_to_run(model, images):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.measure.flops import CONVENTIONS, count_executed_macs
+from common.measure.flops import CONVENTIONS, count_operations
 from uvc.cost_model import CostModel
 from uvc.models.compact import CompactConfig, round_up
 from uvc.pruning import group_scores, update_masks_
@@ -77,7 +77,7 @@ def test_every_term_of_the_cost_is_what_runs(kind, seed, patch):
     if kind != "t2t":  # its counter has terms of its own for the embedding
         assert CONVENTIONS["uvc"].total(counts) - total == pytest.approx(embed.item(), rel=1e-12)
     size = config.image_size
-    executed = count_executed_macs(network, torch.zeros(1, 3, *size, dtype=torch.float64))
+    executed = count_operations(network, torch.zeros(1, 3, *size, dtype=torch.float64)).executed.macs
     assert executed == counts.macs + padding_macs(config)
     assert counted.executed.macs - counts.macs == padding_macs(config)
     ratio = cost.ratio(s, r, scores, run, gates).item()

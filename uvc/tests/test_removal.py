@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.measure.flops import count_executed_macs, count_parameters
+from common.measure.flops import count_operations, count_parameters
 from uvc.models.compact import BlockShape, CompactAttention, CompactConfig, Constant, padded
 from uvc.models.gates import apply_masks_
 from uvc.pruning import blocks_of
@@ -28,7 +28,7 @@ def check(model, **options):
     want, got = model(batch), compressed.network(batch)
     assert (got - want).abs().max() < 1e-12 * want.abs().max()
     network = compressed.network
-    executed = count_executed_macs(network, batch[:1])
+    executed = count_operations(network, batch[:1]).executed.macs
     assert executed == network.count().published.macs + padding_macs(network.config)
     return compressed
 
@@ -47,7 +47,7 @@ def test_any_structure_gives_the_same_logits(seed, multiple):
         for size in (1, 16):
             network = padded(compressed.network, size)
             assert (network(batch) - want).abs().max() < 1e-12 * want.abs().max()
-            assert count_executed_macs(network, batch[:1]) == network.count().published.macs + padding_macs(
+            assert count_operations(network, batch[:1]).executed.macs == network.count().published.macs + padding_macs(
                 network.config
             )
             mine, other = network.count().published, compressed.network.count().published
