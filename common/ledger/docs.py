@@ -30,11 +30,12 @@ from common.ledger.compare import Ledger
 from common.ledger.equations import index
 from common.ledger.gather import Request, build
 from common.ledger.overview import papers_table, tables_table
-from common.ledger.plots import Figure, draw, figures
+from common.ledger.plots import figures
 from common.ledger.realised import markdown_realised
 from common.ledger.report import markdown_of
 from common.ledger.tables import TableError, load_tables, papers
 from common.ledger.view import TableView, view_tables
+from common.plots import Figure, draw
 from common.run.files import ROOT, write_atomic
 
 KINDS = ("table", "ledger", "plot", "realised", "equations", "papers")

@@ -21,10 +21,11 @@ import jinja2
 from markupsafe import Markup
 from tqdm import tqdm
 
-from common.ledger import plots
+from common import plots
 from common.ledger.cache import cached
 from common.ledger.compare import KEYS, STATUSES, Ledger
 from common.ledger.overview import tables_table
+from common.ledger.plots import figures
 from common.ledger.text import to_text
 from common.ledger.view import (
     TableView,
@@ -46,7 +47,8 @@ BADGES: Mapping[str, str] = {**{s: s for s in STATUSES}, "reproduced": "✓", "d
 @cache
 def _templates(form: str) -> jinja2.Environment:
     """Templates of one form; every value is escaped for it."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    own = Path(__file__).parent / "templates"
+    loader = jinja2.FileSystemLoader([own, own.parents[1] / "templates"])  # what the pages of this house share
     options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     if form == "html":
         found = jinja2.Environment(loader=loader, autoescape=True, **options)
@@ -141,7 +143,7 @@ def to_html(ledger: Ledger, *, drawn: Mapping[str, str] | None = None) -> str:
     """
     views = view_tables(ledger)
     if drawn is None:
-        found = plots.figures(views, ledger.desk)
+        found = figures(views, ledger.desk)
         drawn = {figure.key: plots.inline_svg(*plots.draw(figure, "svg")) for figure in found}
     papers = dict.fromkeys(table.paper for table in ledger.tables)
     return (
@@ -188,7 +190,7 @@ def write_report(ledger: Ledger, folder: Path, *, quiet: bool = True) -> list[Pa
     """
     drawn: dict[str, str] = {}
     contents: dict[str, Any] = {}
-    found = plots.figures(view_tables(ledger), ledger.desk)
+    found = figures(view_tables(ledger), ledger.desk)
     for figure in tqdm(found, desc="figures", delay=2, leave=False, disable=quiet):
         contents[f"plots/{figure.key}.png"], drawing = _draw_once(figure)
         drawn[figure.key] = plots.inline_svg(drawing)

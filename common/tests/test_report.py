@@ -10,11 +10,12 @@ import pytest
 from common.ledger.compare import Entry, Failure, Ledger, compare
 from common.ledger.gather import Request, build, run_desk
 from common.ledger.overview import tables_table
-from common.ledger.plots import Figure, Series, draw, figures, inline_svg
+from common.ledger.plots import figures
 from common.ledger.report import markdown_of, to_html, to_markdown, write_report
 from common.ledger.tables import NeedsCompute, load_tables, papers
 from common.ledger.text import WIDTH, to_text
 from common.ledger.view import format_published, format_reproduced, format_value, view_tables
+from common.plots import Figure, Series, draw, inline_svg
 from common.tests.fake_paper import TABLE, importable, record, write_paper, write_records
 
 DESK = "fakepaper, desk experiment: tiny pictures"
