@@ -28,7 +28,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from common.measure.benchmark import random_images
-from common.run.checkpoint import load_strict
+from common.run.checkpoint import load_safely, load_strict, read_description, save_described
 from common.run.errors import CheckpointError
 from common.run.files import replacing, write_atomic
 from common.run.program import get_logger
@@ -164,10 +164,8 @@ def standalone_state(model: Any, ratio: float) -> dict[str, Tensor]:
 
 def save_standalone(path: Path, state: Mapping[str, Tensor], standalone: Standalone) -> None:
     """Write weights and description into one safetensors file, whole or not at all, and the description beside it."""
-    from safetensors.torch import save  # only where such a file is written
-
     text = standalone.to_json()
-    write_atomic(path, save(dict(state), metadata={"format": "pt", METADATA_KEY: text}))
+    save_described(path, state, METADATA_KEY, text)
     write_atomic(path.with_suffix(".json"), text + "\n")
 
 
@@ -177,18 +175,10 @@ def load_standalone(path: str | Path) -> nn.Module:
     Raises:
         CheckpointError: a file that is none of ours.
     """
-    from safetensors import safe_open
-
-    path = Path(path)
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except Exception as error:  # safetensors raises its own kind for a file that is none
-        raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from error
-    if text is None:
+    content = read_description(path, METADATA_KEY)
+    if content is None:
         raise CheckpointError(f"{path}: holds no description of a slice; export it with scala/export.py")
-    return Standalone.from_json(text).load(state, source=str(path))
+    return Standalone(**content).load(load_safely(path), source=str(path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

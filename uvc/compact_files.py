@@ -9,21 +9,20 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from timm.layers import Attention, Mlp  # pyright: ignore[reportPrivateImportUsage]
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from common.run.checkpoint import CheckpointError, load_safely, load_strict
+from common.run.checkpoint import CheckpointError, load_safely, load_strict, save_described
+from common.run.checkpoint import read_description as read_header
 from common.run.errors import UsageError
 from common.run.files import write_atomic
 from uvc.models.compact import LANES, CompactConfig, CompactViT, padded
@@ -52,7 +51,7 @@ def save_compact(compressed: Compressed, path: str | os.PathLike[str], **facts: 
     config, structure = asdict(compressed.network.config), asdict(compressed.structure)
     description = {"format": FORMAT, **facts, "config": config, "structure": structure}
     state = {key: value.detach().cpu().contiguous() for key, value in compressed.network.state_dict().items()}
-    write_atomic(path, save(state, metadata={KEY: json.dumps(description), "format": "pt"}))
+    save_described(path, state, KEY, json.dumps(description))
     write_atomic(path.with_suffix(".json"), json.dumps(description, indent=1) + "\n")
     return path, path.with_suffix(".json")
 
@@ -63,20 +62,13 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, damaged, or not written by ``save_compact``.
     """
-    if not Path(path).is_file():
-        raise CheckpointError(f"{path}: no such file, expected a compact network; uvc/compress.py writes one")
-    try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            header = file.metadata() or {}
-        content = json.loads(header.get(KEY, "null"))
-    except Exception as error:  # safetensors and JSON each have their own kinds
-        raise CheckpointError(f"{path}: not a readable safetensors file: {error}; make it anew") from error
-    if not isinstance(content, Mapping) or content.get("format") != FORMAT:
+    content = read_header(path, KEY)
+    if content is None or content.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: the header has no {FORMAT!r}, so this is no file of uvc/compress.py; for a masked checkpoint run "
             "uvc/compress.py first"
         )
-    return dict(content)
+    return content
 
 
 def load_compact(

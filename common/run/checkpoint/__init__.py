@@ -2,9 +2,9 @@
 
 from common.run.checkpoint.fetching import fetch, hub_folder, locate, read_checkpoint
 from common.run.checkpoint.loading import KeyDifferences, keep_own_heads, list_key_differences, load_strict
-from common.run.checkpoint.reading import load_safely, select_state
+from common.run.checkpoint.reading import load_safely, read_description, select_state
 from common.run.checkpoint.training import CheckpointManager, Progress, Stateful, TrainingState
-from common.run.checkpoint.writing import plain, save_atomic
+from common.run.checkpoint.writing import plain, save_atomic, save_described
 from common.run.errors import CheckpointError
 
 __all__ = [
@@ -23,6 +23,8 @@ __all__ = [
     "locate",
     "plain",
     "read_checkpoint",
+    "read_description",
     "save_atomic",
+    "save_described",
     "select_state",
 ]

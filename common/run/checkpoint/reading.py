@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import pathlib
 import pickletools
@@ -231,6 +232,29 @@ def load_safely(path: str | os.PathLike[str]) -> Any:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
     except Exception as error:  # a damaged or hostile file can fail in any way; all of them are this one finding
         raise CheckpointError(f"{path}: found no readable checkpoint: {_explain(error)}; {again}") from error
+
+
+def read_description(path: str | os.PathLike[str], key: str) -> dict[str, Any] | None:
+    """What a safetensors file says of itself: the JSON object under ``key`` of its header, None without that entry.
+
+    Raises:
+        CheckpointError: missing, a folder, no safetensors file, or no JSON object.
+    """
+    path = existing_file(path)
+    from safetensors import safe_open  # only where such a file is read
+
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(key)
+    except Exception as error:  # safetensors raises its own kind for a file that is none
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); make the file anew") from error
+    try:
+        content = None if text is None else json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {key!r} in its header is damaged: {error}; make the file anew") from error
+    if text is not None and not isinstance(content, dict):
+        raise CheckpointError(f"{path}: {key!r} in its header is no JSON object; make the file anew")
+    return content
 
 
 def select_state(checkpoint: Any, keys: Sequence[str] = ("model", "state_dict"), *, source: str = "checkpoint") -> dict:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common.run.errors import CheckpointError
-from common.run.files import replacing
+from common.run.files import replacing, write_atomic
 
 
 def plain(value: Any, where: str = "checkpoint") -> Any:
@@ -69,3 +69,10 @@ def save_atomic(obj: Any, path: str | os.PathLike[str]) -> Path:
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"cannot write {path}: {error}; is the disk full or the folder read-only?") from error
     return path
+
+
+def save_described(path: Path, state: Mapping[str, Tensor], key: str, description: str) -> None:
+    """Write weights as safetensors with a JSON description under ``key`` of the header, see ``read_description``."""
+    from safetensors.torch import save  # only where such a file is written
+
+    write_atomic(path, save(dict(state), metadata={"format": "pt", key: description}))
