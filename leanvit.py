@@ -6,6 +6,8 @@
     fast(images)                # what net(images) returns
     fast.features(images)       # (B, C, H / p, W / p), on the full grid again
     leanvit.explain(net)        # which methods this network can have, or why not
+    leanvit.save(fast, "fast.safetensors")
+    fast = leanvit.load("fast.safetensors")
 
 The methods themselves, to combine several in one call, are attributes: ``leanvit.ToMe(r=16)``. See ``common.hosts``.
 """
@@ -13,14 +15,16 @@ The methods themselves, to combine several in one call, are attributes: ``leanvi
 from typing import Any
 
 from common.hosts import Lean, Method, NotAHost, PlanError, explain, lean
-from common.hosts.network import METHODS, load
+from common.hosts.files import load, save
+from common.hosts.network import METHODS
+from common.hosts.network import load as load_object
 
-__all__ = ["Lean", "Method", "NotAHost", "PlanError", "explain", "lean"]
+__all__ = ["Lean", "Method", "NotAHost", "PlanError", "explain", "lean", "load", "save"]
 
 
 def __getattr__(name: str) -> Any:
     """A method's class by its name; imported when asked for."""
     for place in METHODS.values():
         if place.endswith(f":{name}"):
-            return load(place)
+            return load_object(place)
     raise AttributeError(f"leanvit has no {name!r}")
