@@ -1,4 +1,4 @@
-"""Datasets by name: folders of classes, tar files, iNaturalist, CIFAR, digits, and all that timm's factory opens.
+"""Datasets by name: class folders, tar files, iNaturalist, CIFAR, digits, Fashion-MNIST, all that timm's factory opens.
 
 Every dataset of images yields (image through ``transform``, class number) and has ``classes``, the class names in
 the order of their numbers. Nothing is skipped or replaced in silence: timm's own ``ImageDataset`` would return the next
@@ -24,6 +24,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
+from common.data.memory import open_fashion
 from common.data.paths import contents, existing_folder
 from common.data.transforms import Transform
 from common.run.cli import dataset_name
@@ -31,7 +32,9 @@ from common.run.errors import DataError as DataError
 from common.run.settings import INAT_CATEGORIES
 
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "img_val", "validation", "valid")}
+FASHION = ("fashion", "fashion_tune", "fashion_full")
 NUM_CLASSES = {"imagenet": 1000, "inat18": 8142, "inat19": 1010, "cifar10": 10, "cifar100": 100, "digits": 10}
+NUM_CLASSES |= dict.fromkeys(FASHION, 10)
 TIMM_PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
 
 
@@ -56,8 +59,9 @@ def build_dataset(
     Args:
         name: ``imagenet`` (``root`` holds train/ and val/ or img_val/), ``folder`` (any class folders; without splits
             they serve only to evaluate), ``tar`` (a tar file or a folder of them, which the two above find too),
-            ``inat18``, ``inat19``, ``cifar10``, ``cifar100``, ``digits`` (needs no root), or a name for timm's
-            ``create_dataset`` with its prefix (``hfds/``, ``hfids/``, ``tfds/``, ``wds/``, ``torch/``). DeiT's names
+            ``inat18``, ``inat19``, ``cifar10``, ``cifar100``, ``fashion_full``; without a root ``digits``, ``fashion``
+            and ``fashion_tune``; or a name for timm's ``create_dataset`` with its prefix (``hfds/``, ``hfids/``,
+            ``tfds/``, ``wds/``, ``torch/``). DeiT's names
             (``IMNET``, ``CIFAR`` for CIFAR-100, ``INAT``, ``INAT19``) are understood.
         split: ``train`` or ``val``; for timm's names whatever split the dataset has.
         on_bad_image: ``raise`` stops at the first image that cannot be decoded; ``skip`` yields None in its place,
@@ -76,6 +80,8 @@ def build_dataset(
     split = next((main for main, names in SPLIT_NAMES.items() if split in names), split)
     if name == "digits":
         dataset: Dataset[Any] = Digits(split, transform)
+    elif name in FASHION:
+        dataset = open_fashion(name, root, split, transform, download=download)
     elif name.lower().startswith(TIMM_PREFIXES):
         dataset = _open_with_timm(name, root, split, transform, download, batch_size, seed)
         if isinstance(dataset, IterableImageDataset) and isinstance(dataset.reader, reader_wds.ReaderWds):

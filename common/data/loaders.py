@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
+from torch import Tensor
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -43,6 +44,7 @@ from common.data.datasets import (
     load_image,
     num_classes,
 )
+from common.data.memory import BatchTransform, MemoryImages, batch_transform
 from common.data.transforms import eval_transform, train_transform
 from common.run.launch import get_world_size
 from common.run.program import get_rank
@@ -51,8 +53,10 @@ __all__ = [
     "BadImageError",
     "DataError",
     "Digits",
+    "FileLoader",
     "Key",
     "Loader",
+    "MemoryLoader",
     "ResumableBatchSampler",
     "SeededDataset",
     "build_dataset",
@@ -224,7 +228,7 @@ class RepeatedSampler(RepeatAugSampler):
             yield index, (self.rank + position * self.num_replicas) % int(self.num_repeats)
 
 
-class Loader(DataLoader[Any]):
+class FileLoader(DataLoader[Any]):
     """A ``DataLoader`` of (images, targets) that knows its position, counts skipped images and draws no global random
     number.
 
@@ -285,6 +289,52 @@ class Loader(DataLoader[Any]):
         self.position.start_batch = 0
 
 
+class MemoryLoader:
+    """As ``FileLoader``, of images in memory, augmented a batch at a time in this process."""
+
+    skipped = 0
+
+    def __init__(
+        self, dataset: MemoryImages, transform: BatchTransform, position: ResumableBatchSampler, *, seed: int
+    ) -> None:
+        self.dataset, self.transform, self.position, self.seed = dataset, transform, position, seed
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.position.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, int]:
+        return self.position.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position.load_state_dict(state)
+
+    def _draw(self, repeat: int) -> Tensor:
+        """What the transform draws for each image of the data set in this epoch."""
+        sequence = np.random.SeedSequence((self.seed, self.position.epoch, repeat))
+        generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
+        return self.transform.draw(len(self.dataset), generator)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.position.batches_done = self.position.start_batch
+        drawn: dict[int, Tensor] = {}
+        for keys in self.position:
+            index, repeats = torch.tensor([(key.index, key.repeat) for key in keys]).unbind(1)
+            if self.transform.random:
+                drawn |= {repeat: self._draw(repeat) for repeat in set(repeats.tolist()) - drawn.keys()}
+                chosen = torch.stack([drawn[key.repeat][key.index] for key in keys])
+            else:
+                chosen = None
+            self.position.batches_done += 1
+            yield self.transform(self.dataset.pixels[index], chosen), self.dataset.labels[index]
+        self.position.start_batch = 0
+
+
+Loader = FileLoader | MemoryLoader
+
+
 def collate_evaluation(samples: list[Any]) -> tuple[Any, Any, int]:
     """A batch without its undecodable images, and their number; (None, None, n) where no other is left."""
     good = [sample for sample in samples if sample is not None]
@@ -335,7 +385,7 @@ def train_loader(
         if repeated_aug:
             raise DataError("a stream cannot repeat images: give --no-repeated-aug, or a dataset with an index")
         stream = _open_stream(dataset, seed, workers, share=None, rank=rank)
-        return Loader(stream, batch_size=batch_size, drop_last=True, **loading)
+        return FileLoader(stream, batch_size=batch_size, drop_last=True, **loading)
     count = len(dataset)  # pyright: ignore[reportArgumentType]
     if repeated_aug:
         if count < 256:
@@ -351,7 +401,7 @@ def train_loader(
             f"the training split has {count} images, too few for one batch of {batch_size} on each of {world_size} "
             "process(es): give a smaller --batch-size"
         )
-    return Loader(SeededDataset(dataset, seed), batch_sampler=batches, **loading)
+    return _open_indexed(dataset, batches, seed, loading)
 
 
 def eval_loader(
@@ -373,14 +423,22 @@ def eval_loader(
     loading: dict[str, Any] = {"pin_memory": pin_memory, "workers": workers, "collate_fn": collate_evaluation}
     if isinstance(dataset, IterableDataset):
         stream = _open_stream(dataset, seed, workers, share=(rank, world_size), rank=0)
-        return Loader(stream, batch_size=batch_size, **loading)
+        return FileLoader(stream, batch_size=batch_size, **loading)
     share = range(rank, len(dataset), world_size)  # pyright: ignore[reportArgumentType]
-    batches = ResumableBatchSampler(share, batch_size, drop_last=False)
-    return Loader(SeededDataset(dataset, seed), batch_sampler=batches, **loading)
+    return _open_indexed(dataset, ResumableBatchSampler(share, batch_size, drop_last=False), seed, loading)
 
 
 def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
     return get_rank() if rank is None else rank, get_world_size() if world_size is None else world_size
+
+
+def _open_indexed(dataset: Dataset[Any], batches: ResumableBatchSampler, seed: int, loading: dict[str, Any]) -> Loader:
+    if isinstance(dataset, MemoryImages):
+        height, width = dataset.pixels.shape[1:]
+        batched = batch_transform(dataset.transform, (height, width))
+        if batched is not None:
+            return MemoryLoader(dataset, batched, batches, seed=seed)
+    return FileLoader(SeededDataset(dataset, seed), batch_sampler=batches, **loading)
 
 
 def _open_stream(

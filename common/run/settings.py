@@ -23,10 +23,11 @@ class DataSettings(Settings):
     data_set: str = flag(
         "IMNET",
         "IMNET (class folders under train/ and val/), CIFAR (CIFAR-100), CIFAR10, INAT (2018), INAT19, digits, "
-        "folder, tar, or a name for timm's create_dataset such as hfds/ORG/SET",
+        "fashion (small photographs; both ship inside), fashion_full (all of them), folder, tar, "
+        "or a name for timm's create_dataset such as hfds/ORG/SET",
         own=MISSING, metavar="NAME",
     )  # fmt: skip
-    data_path: str = flag("", "folder of the dataset; the digits need none", own=MISSING, metavar="DIR")
+    data_path: str = flag("", "folder of the dataset; digits and fashion need none", own=MISSING, metavar="DIR")
     input_size: int = flag(224, "side of the square input, in pixels", own=MISSING, type=positive_int, metavar="PIXELS")
     batch_size: int = flag(64, "images per step and process", "-b", own=MISSING, type=positive_int, metavar="N")
     seed: int = 0
