@@ -2,13 +2,17 @@
 
 Papers: T2T-ViT, arXiv:2101.11986; random features: Performer, arXiv:2009.14794.
 
-Shapes: B batch, T tokens, e width inside, m random features.
+Shapes: B batch, T tokens, N tokens of the last split, D width, e width inside, m random features.
 """
 
 import math
+from collections.abc import Callable
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.run.precision import without_autocast
@@ -66,6 +70,86 @@ class Performer(nn.Module):
         """(B, T, dim) -> (B, T, e)."""
         x = self.attend(self.norm1(x))
         return x + self.mlp(self.norm2(x))
+
+
+def check_image_size(images: Tensor, size: tuple[int, int]) -> None:
+    """Refuse images of another size than the network is made for, naming both (ValueError)."""
+    if images.shape[-2:] != size:
+        wanted, found = ("x".join(map(str, pair)) for pair in (size, images.shape[-2:]))
+        raise ValueError(f"this network takes images of {wanted} pixels, got {found}")
+
+
+class Split(NamedTuple):
+    """A soft split: patches of ``kernel`` pixels every ``stride`` pixels after ``padding``."""
+
+    kernel: int
+    stride: int
+    padding: int
+
+    def side(self, pixels: int) -> int:
+        """Tokens per side of a square of ``pixels``."""
+        return (pixels + 2 * self.padding - self.kernel) // self.stride + 1
+
+
+FIRST_SPLIT, LATER_SPLIT = Split(7, 4, 2), Split(3, 2, 1)
+"""T2T-ViT's own splits: the first one, and the second and third."""
+
+
+def soft_split(maps: Tensor, split: Split) -> Tensor:
+    """Overlapping patches as tokens: (B, C, h, w) -> (B, T, C · kernel²).
+
+    Without a gradient a view of windows is copied once, where F.unfold and its transpose copy twice.
+    """
+    kernel, stride, padding = split
+    if maps.requires_grad:
+        return F.unfold(maps, kernel, stride=stride, padding=padding).transpose(1, 2)
+    windows = F.pad(maps, (padding,) * 4).unfold(2, kernel, stride).unfold(3, kernel, stride)  # (B, C, y, x, k, k)
+    return windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+
+
+class TokensToToken(nn.Module):
+    """Tokens of an image: three soft splits, a token encoder after the first two, a projection after the last.
+
+    Args:
+        img_size: height and width of the image in pixels.
+        token_dim: width of the token encoders.
+        first: the first split.
+        encoder: makes a token encoder from the widths of its input and output.
+
+    Attributes:
+        grids: rows and columns after each split; ``grid``, of the tokens; ``num_patches``, N.
+    """
+
+    def __init__(
+        self,
+        img_size: tuple[int, int],
+        in_chans: int,
+        token_dim: int,
+        embed_dim: int,
+        *,
+        first: Split = FIRST_SPLIT,
+        encoder: Callable[[int, int], nn.Module] = Performer,
+    ) -> None:
+        super().__init__()
+        self.img_size, self.splits = img_size, (first, LATER_SPLIT, LATER_SPLIT)
+        self.grids = list(zip(*map(self.find_sides, img_size), strict=True))
+        self.grid = self.grids[-1]
+        self.num_patches = math.prod(self.grid)
+        self.attention1 = encoder(in_chans * first.kernel**2, token_dim)
+        self.attention2 = encoder(token_dim * LATER_SPLIT.kernel**2, token_dim)
+        self.project = nn.Linear(token_dim * LATER_SPLIT.kernel**2, embed_dim)
+
+    def find_sides(self, pixels: int) -> list[int]:
+        """Tokens per side after each split."""
+        return list(accumulate(self.splits, lambda side, split: split.side(side), initial=pixels))[1:]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, height, width) -> (B, N, D)."""
+        check_image_size(images, self.img_size)
+        maps = images
+        for split, encoder, grid in zip(self.splits, (self.attention1, self.attention2), self.grids, strict=False):
+            maps = encoder(soft_split(maps, split)).transpose(1, 2).unflatten(2, grid)
+        return self.project(soft_split(maps, self.splits[2]))
 
 
 def sinusoid_table(positions: int, width: int) -> Tensor:

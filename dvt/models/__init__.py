@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from common.sizes import DEIT, T2T_VIT, Size
+
 if TYPE_CHECKING:
     from dvt.models.backbone import Backbone
     from dvt.models.cascade import Cascade
@@ -20,24 +22,6 @@ SUFFIXES = ("_less_less_token", "_less_token", "")
 
 PATCHES = (32, 23, 16)
 """Patch sizes that give these grids with DeiT at 224 pixels."""
-
-_T2T = {
-    "T2t_vit_7": (256, 7, 4, 2.0),
-    "T2t_vit_10": (256, 10, 4, 2.0),
-    "T2t_vit_12": (256, 12, 4, 2.0),
-    "T2t_vit_14": (384, 14, 6, 3.0),
-    "T2t_vit_19": (448, 19, 7, 3.0),
-    "T2t_vit_24": (512, 24, 8, 3.0),
-    "T2t_vit_14_resnext": (384, 14, 32, 3.0),
-    "T2t_vit_14_wide": (768, 4, 12, 3.0),
-}
-_DEIT = {
-    "deit_small": (384, 12, 6, 4.0),
-    "deit_tiny_patch16_224": (192, 12, 3, 4.0),
-    "deit_base_patch16_224": (768, 12, 12, 4.0),
-    "deit_base_patch16_384": (768, 12, 12, 4.0),
-}
-"""Width, depth, heads, and hidden width of the MLP over width."""
 
 DESK_PATCHES = (16, 8, 5)
 """Patch sizes of the desk network, ours, for images of 32 pixels: 2x2, 4x4 and 6x6 tokens."""
@@ -63,25 +47,23 @@ class Entry:
 
 
 def _register() -> dict[str, Entry]:
-    names: Sequence[str] = ("embed_dim", "depth", "num_heads", "mlp_ratio")
-    sizes: dict[str, dict[str, Any]] = {
-        name: dict(zip(names, row, strict=True)) for name, row in (_T2T | _DEIT).items()
-    }
+    t2t = {name: size._asdict() for name, size in T2T_VIT.items()}
+    tiny, small, base = (DEIT[name]._asdict() for name in ("tiny", "small", "base"))
     performer = {suffix: {"tokens_type": f"performer{suffix}"} for suffix in (*SUFFIXES, "_4x4")}
     patches = {suffix: {"patch_size": patch} for suffix, patch in zip(SUFFIXES, PATCHES, strict=True)}
-    entries = {name: Entry("t2t", sizes[name] | performer[""]) for name in _T2T}
-    for depth in (14, 19, 24):
-        entries[f"T2t_vit_t_{depth}"] = Entry("t2t", sizes[f"T2t_vit_{depth}"] | {"tokens_type": "transformer"})
-    entries |= {name: Entry("deit", sizes[name] | patches[""]) for name in _DEIT}
-    entries["deit_base_patch16_384"] = Entry("deit", sizes["deit_base_patch16_384"] | patches[""] | {"img_size": 384})
-    for name in ("T2t_vit_12", "T2t_vit_14"):
-        entries |= {name + suffix: Entry("t2t", sizes[name] | performer[suffix]) for suffix in SUFFIXES}
+    entries = {f"T2t_vit_{name}": Entry("t2t", size | performer[""]) for name, size in t2t.items()}
+    entries |= {f"T2t_vit_t_{n}": Entry("t2t", t2t[n] | {"tokens_type": "transformer"}) for n in ("14", "19", "24")}
+    entries["deit_tiny_patch16_224"] = Entry("deit", tiny | patches[""])
+    entries["deit_base_patch16_224"] = Entry("deit", base | patches[""])
+    entries["deit_base_patch16_384"] = Entry("deit", base | patches[""] | {"img_size": 384})
+    for name in ("12", "14"):
+        entries |= {f"T2t_vit_{name}{suffix}": Entry("t2t", t2t[name] | performer[suffix]) for suffix in SUFFIXES}
         grids = tuple(performer[suffix] for suffix in SUFFIXES)
-        entries[f"DVT_{name}"] = Entry("t2t", sizes[name], grids, range(224, 227))
-    entries["T2t_vit_12_4x4"] = Entry("t2t", sizes["T2t_vit_12"] | performer["_4x4"])
-    entries |= {"deit_small" + suffix: Entry("deit", sizes["deit_small"] | patches[suffix]) for suffix in SUFFIXES}
-    entries["DVT_Deit_small"] = Entry("deit", sizes["deit_small"], tuple(patches.values()), range(224, 240))
-    desk = {"img_size": 32, **dict(zip(names, (64, 2, 4, 2.0), strict=True))}
+        entries[f"DVT_T2t_vit_{name}"] = Entry("t2t", t2t[name], grids, range(224, 227))
+    entries["T2t_vit_12_4x4"] = Entry("t2t", t2t["12"] | performer["_4x4"])
+    entries |= {"deit_small" + suffix: Entry("deit", small | patches[suffix]) for suffix in SUFFIXES}
+    entries["DVT_Deit_small"] = Entry("deit", small, tuple(patches.values()), range(224, 240))
+    desk = {"img_size": 32, **Size(64, 2, 4, 2.0)._asdict()}
     entries["DVT_desk"] = Entry("deit", desk, tuple({"patch_size": patch} for patch in DESK_PATCHES))
     return entries
 

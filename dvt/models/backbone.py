@@ -157,10 +157,3 @@ def sides_of(size: Size) -> tuple[int, int]:
     """Height and width of images in pixels."""
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
-
-
-def check_images(images: Tensor, size: tuple[int, int]) -> None:
-    """Refuse images of another size than the network is made for, naming both."""
-    if images.shape[-2:] != size:
-        wanted, found = ("x".join(map(str, pair)) for pair in (size, images.shape[-2:]))
-        raise ValueError(f"this network takes images of {wanted} pixels, got {found}")

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dvt.models.backbone import Backbone, Size, check_images, sides_of
+from common.layers import check_image_size
+from dvt.models.backbone import Backbone, Size, sides_of
 
 PADDING = {23: 3}
 """Patch size -> padding of the image: 224 + 6 = 10 * 23."""
@@ -34,7 +35,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, height, width) -> (B, N, D), row by row."""
-        check_images(images, self.img_size)
+        check_image_size(images, self.img_size)
         return self.proj(images).flatten(2).transpose(1, 2)
 
 

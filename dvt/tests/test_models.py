@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.layers import Performer
+from common.layers import Performer, Split, soft_split
 from common.measure.flops import CONVENTIONS, count_parameters
 from common.tests.reference import array, image
 from dvt.costs import count_exits, exit_gflops
@@ -19,7 +19,7 @@ from dvt.models.backbone import Backbone
 from dvt.models.cascade import Cascade, make_cascade
 from dvt.models.deit import VisionTransformer
 from dvt.models.reuse import resize_relations, resize_side, resize_tokens
-from dvt.models.t2t_vit import Split, T2T_ViT, soft_split
+from dvt.models.t2t_vit import T2T_ViT
 from dvt.models.transformer_block import Block
 from dvt.tests.tiny import resize_grid
 

@@ -7,39 +7,23 @@ from collections.abc import Callable
 from typing import Any
 
 from common.run.errors import UsageError
+from common.sizes import DEIT, T2T_VIT
 from uvc.models.deit import GatedDeiT
 from uvc.models.gates import GatedTransformer
 from uvc.models.t2t_vit import GatedT2TViT
 
-_DEIT = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, heads
-_T2T = {  # width, depth, heads, mlp ratio
-    "7": (256, 7, 4, 2.0),
-    "10": (256, 10, 4, 2.0),
-    "12": (256, 12, 4, 2.0),
-    "14": (384, 14, 6, 3.0),
-    "19": (448, 19, 7, 3.0),
-    "24": (512, 24, 8, 3.0),
-    "14_resnext": (384, 14, 32, 3.0),
-    "14_wide": (768, 4, 12, 3.0),
-}
 DESK = {"img_size": 32, "patch_size": 4, "num_classes": 10, "embed_dim": 64, "depth": 6, "num_heads": 4}
 
 MODELS: dict[str, tuple[Callable[..., GatedTransformer], dict[str, Any]]] = {
     **{
-        f"deit_{size}{suffix}_patch16_224": (
-            GatedDeiT,
-            {"embed_dim": width, "num_heads": heads, "distilled": bool(suffix)},
-        )
-        for size, (width, heads) in _DEIT.items()
+        f"deit_{name}{suffix}_patch16_224": (GatedDeiT, size._asdict() | {"distilled": bool(suffix)})
+        for name, size in DEIT.items()
         for suffix in ("", "_distilled")
     },
     **{
-        f"t2t_vit_{name}": (
-            GatedT2TViT,
-            {"embed_dim": width, "depth": depth, "num_heads": heads, "mlp_ratio": ratio},
-        )
-        for name, (width, depth, heads, ratio) in _T2T.items()
-        if width % heads == 0
+        f"t2t_vit_{name}": (GatedT2TViT, size._asdict())
+        for name, size in T2T_VIT.items()
+        if size.embed_dim % size.num_heads == 0
     },
     "deit_desk": (GatedDeiT, DESK),
     "deit_desk8": (GatedDeiT, {**DESK, "patch_size": 8}),

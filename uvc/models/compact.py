@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from timm.layers import Mlp  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
+from common.layers import TokensToToken, check_image_size
 from common.measure.flops import Counted, OpCounts, count_operations
-from uvc.models.t2t_vit import TokensToToken
 from uvc.structure import frozen
 
 LANES = 16
@@ -273,7 +273,7 @@ class CompactViT(nn.Module):
         kept = None if config.positions is None else torch.tensor(config.positions, dtype=torch.long)
         self.register_buffer("positions", kept, persistent=False)
         if config.token_dim:
-            self.tokens_to_token = TokensToToken(config.image_size[0], config.in_chans, config.token_dim, dim)
+            self.tokens_to_token = TokensToToken(config.image_size, config.in_chans, config.token_dim, dim)
         else:
             self.patch_embed = PatchEmbedding(config.patch_size, config.in_chans, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -291,8 +291,7 @@ class CompactViT(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Tokens with their positions, (B, T, D)."""
         config = self.config
-        if images.shape[-2:] != config.image_size:
-            raise ValueError(f"expected images of {config.image_size}, got {tuple(images.shape[-2:])}")
+        check_image_size(images, config.image_size)
         if config.token_dim:
             x = self.tokens_to_token(images)  # its stages overlap: every patch is needed
             x = x if self.positions is None else x.index_select(1, self.positions)

@@ -5,16 +5,14 @@ B batch, N patches, T tokens, D width, e width of the tokens-to-token stages, m 
 
 from __future__ import annotations
 
+import math
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.layers import Performer, init_linear, sinusoid_table
+from common.layers import Performer, TokensToToken, init_linear, sinusoid_table
 from uvc.models.deit import Block
 from uvc.models.gates import GatedTransformer
-
-STAGES = ((7, 4, 2), (3, 2, 1), (3, 2, 1))
-"""Kernel, stride and padding of the three soft splits."""
 
 
 def performer_macs(performer: Performer, tokens: int) -> int:
@@ -22,34 +20,6 @@ def performer_macs(performer: Performer, tokens: int) -> int:
     dim, e, m, t = performer.kqv.in_features, performer.width, performer.features, tokens
     features = 2 * (t * e + e * t * e)
     return dim * t * 3 * e + features + t * m + 2 * t * e * m + t * e**2 + t * e * e + e**3
-
-
-class TokensToToken(nn.Module):
-    """Three soft splits with a Performer after each of the first two, then a projection."""
-
-    def __init__(self, img_size: int, in_chans: int, token_dim: int, embed_dim: int) -> None:
-        super().__init__()
-        widths = [in_chans * STAGES[0][0] ** 2, token_dim * STAGES[1][0] ** 2, token_dim * STAGES[2][0] ** 2]
-        self.attention1 = Performer(widths[0], token_dim)
-        self.attention2 = Performer(widths[1], token_dim)
-        self.project = nn.Linear(widths[2], embed_dim)
-        self.grids = []
-        side = img_size
-        for kernel, stride, padding in STAGES:
-            side = (side + 2 * padding - kernel) // stride + 1
-            self.grids.append(side)
-        self.num_patches = side**2
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, height, width) -> (B, N, D)."""
-        x = images
-        for attention, (kernel, stride, padding), side in zip(
-            (self.attention1, self.attention2, None), STAGES, self.grids, strict=True
-        ):
-            x = F.unfold(x, kernel, stride=stride, padding=padding).transpose(1, 2)  # (B, T, channels k^2)
-            if attention is not None:
-                x = attention(x).transpose(1, 2).reshape(len(x), -1, side, side)
-        return self.project(x)
 
 
 class GatedT2TViT(GatedTransformer):
@@ -81,7 +51,7 @@ class GatedT2TViT(GatedTransformer):
     ) -> None:
         super().__init__(depth, embed_dim, num_heads, mlp_ratio, num_classes)
         self.image_size = img_size, img_size
-        self.tokens_to_token = TokensToToken(img_size, in_chans, token_dim, embed_dim)
+        self.tokens_to_token = TokensToToken(self.image_size, in_chans, token_dim, embed_dim)
         self.num_patches = self.tokens_to_token.num_patches
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.register_parameter("dist_token", None)
@@ -98,12 +68,11 @@ class GatedT2TViT(GatedTransformer):
 
     def embed_patches(self, images: Tensor) -> Tensor:
         """Three soft splits."""
-        if images.shape[-2:] != self.image_size:
-            raise ValueError(f"expected images of {self.image_size}, got {tuple(images.shape[-2:])}")
         return self.tokens_to_token(images)
 
     def embed_macs(self, batch: int = 1) -> int:
         """The two Performers; the published counter leaves the projection out."""
         stages = self.tokens_to_token
-        first, second, _ = stages.grids
-        return batch * (performer_macs(stages.attention1, first**2) + performer_macs(stages.attention2, second**2))
+        encoders = stages.attention1, stages.attention2
+        counts = [performer_macs(part, math.prod(grid)) for part, grid in zip(encoders, stages.grids, strict=False)]
+        return batch * sum(counts)

@@ -1,0 +1,28 @@
+"""Sizes of the backbones that several papers train, by their published names. Imports no torch."""
+
+from typing import NamedTuple
+
+
+class Size(NamedTuple):
+    """Width, depth, heads, and hidden width of the MLP over width."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+
+
+DEIT = {"tiny": Size(192, 12, 3, 4.0), "small": Size(384, 12, 6, 4.0), "base": Size(768, 12, 12, 4.0)}
+"""arXiv:2012.12877."""
+
+T2T_VIT = {
+    "7": Size(256, 7, 4, 2.0),
+    "10": Size(256, 10, 4, 2.0),
+    "12": Size(256, 12, 4, 2.0),
+    "14": Size(384, 14, 6, 3.0),
+    "19": Size(448, 19, 7, 3.0),
+    "24": Size(512, 24, 8, 3.0),
+    "14_resnext": Size(384, 14, 32, 3.0),
+    "14_wide": Size(768, 4, 12, 3.0),
+}
+"""arXiv:2101.11986."""
