@@ -4,16 +4,21 @@ The published format is a dictionary of five entries (``PACKED_KEYS``). Nothing 
 :mod:`common.run.checkpoint`.
 """
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed  # pyright: ignore[reportPrivateImportUsage] - timm's documented entry
 from torch import Tensor, nn
 
-from common.run.checkpoint import CheckpointError, TrainingState, load_strict, read_checkpoint, select_state
+from common.run.checkpoint import (
+    CheckpointError,
+    TrainingState,
+    load_strict,
+    read_checkpoint,
+    resize_pos_embed,
+    select_state,
+)
 from common.run.program import get_logger
 from dvt.models import EXITS, MODELS, create_model
 from dvt.models.backbone import Backbone
@@ -102,24 +107,10 @@ def load_backbone(model: nn.Module, state: Mapping[str, Tensor], *, source: File
             state[name] = own
             fresh.append(name)
         elif name.endswith("pos_embed"):
-            state[name] = resize_table(state[name], own.shape[1], where=f"{source}: {name}")
+            stage: Any = model.get_submodule(name.rpartition(".")[0])
+            state[name] = resize_pos_embed(state[name], stage.grid, source=f"{source}: {name}")
     load_strict(model, state, source=source)
     return fresh
-
-
-def resize_table(table: Tensor, tokens: int, *, where: str) -> Tensor:
-    """Resize a position table (1, M+1, D) to ``tokens`` rows, the class token's kept; bicubic over the grid.
-
-    Raises:
-        CheckpointError: if either number of patches is no square.
-    """
-    source, target = math.isqrt(table.shape[1] - 1), math.isqrt(tokens - 1)
-    if source**2 + 1 != table.shape[1] or target**2 + 1 != tokens:
-        raise CheckpointError(
-            f"{where} has {table.shape[1]} positions, the network {tokens}: not squares with a class token, so the "
-            "table cannot be resized; give the --img-size that the checkpoint was trained at"
-        )
-    return resample_abs_pos_embed(table, [target, target], antialias=False)
 
 
 def read_packed(content: Any, needed: Sequence[str], *, source: File, why: str) -> dict[str, Any]:

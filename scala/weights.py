@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from common.run.checkpoint import list_key_differences
+from common.run.checkpoint import list_key_differences, resize_pos_embed
 from common.run.errors import CheckpointError
 from common.run.program import get_logger
 
@@ -18,35 +17,25 @@ HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 TOKENS = ("cls_token", "dist_token")
 
 
-def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], *, old_prefix: int, new_prefix: int) -> Tensor:
+def fit_positions(table: Tensor, grid: tuple[int, int], *, old: int, new: int, source: str) -> Tensor:
     """Position embedding for another grid of patches, or for other extra tokens.
 
     Args:
-        pos_embed: (1, old_prefix + side^2, D); the patches must be a square.
+        table: (1, old + side^2, D); the patches must be a square.
         grid: rows and columns wanted.
-        old_prefix, new_prefix: extra tokens in front, before and after. Those in common are kept; a distillation token
-            that was not there starts from the class token's position.
+        old, new: extra tokens in front, before and after. Those in common are kept; a distillation token that was not
+            there starts from the class token's position.
+        source: the file's name, for messages.
 
     Returns:
-        (1, new_prefix + rows * columns, D), bicubic, ``align_corners=False``.
-
-    Raises:
-        CheckpointError: the patches of ``pos_embed`` are no square.
+        (1, new + rows * columns, D).
     """
-    prefix, patches = pos_embed[:, :old_prefix], pos_embed[:, old_prefix:]
-    side = math.isqrt(patches.shape[1])
-    if side * side != patches.shape[1]:
-        raise CheckpointError(
-            f"the position embedding has {patches.shape[1]} patches, which are no square; only square grids are resized"
-        )
-    if (side, side) != grid:
-        patches = patches.transpose(1, 2).unflatten(2, (side, side))  # (1, D, side, side)
-        patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
-        patches = patches.flatten(2).transpose(1, 2)
-    if new_prefix > old_prefix:
-        filler = prefix[:, -1:] if old_prefix else patches.mean(dim=1, keepdim=True)
-        prefix = torch.cat([prefix, filler.expand(-1, new_prefix - old_prefix, -1)], dim=1)
-    return torch.cat([prefix[:, :new_prefix], patches], dim=1)
+    table = resize_pos_embed(table, grid, prefix=old, source=source)
+    prefix, patches = table[:, :old], table[:, old:]
+    if new > old:
+        filler = prefix[:, -1:] if old else patches.mean(dim=1, keepdim=True)
+        prefix = torch.cat([prefix, filler.expand(-1, new - old, -1)], dim=1)
+    return torch.cat([prefix[:, :new], patches], dim=1)
 
 
 def load_for_finetuning(model: Any, state: Mapping[str, Tensor], *, source: str) -> None:
@@ -66,12 +55,12 @@ def load_for_finetuning(model: Any, state: Mapping[str, Tensor], *, source: str)
     dropped += [key for key in TOKENS if key in state and key not in own]
     if "pos_embed" in state and state["pos_embed"].shape[-1] == own["pos_embed"].shape[-1]:
         count = state["pos_embed"].shape[1]
-        old_prefix = 2 if "dist_token" in state else 1 if "cls_token" in state else 0
+        old = 2 if "dist_token" in state else 1 if "cls_token" in state else 0
         if math.isqrt(count) ** 2 == count:  # no_embed_class: positions of the patches only
-            old_prefix = 0
-        new_prefix = own["pos_embed"].shape[1] - model.patch_embed.num_patches
+            old = 0
+        new = own["pos_embed"].shape[1] - model.patch_embed.num_patches
         grid = model.patch_embed.grid_size
-        state["pos_embed"] = resize_pos_embed(state["pos_embed"], grid, old_prefix=old_prefix, new_prefix=new_prefix)
+        state["pos_embed"] = fit_positions(state["pos_embed"], grid, old=old, new=new, source=source)
     for key in dropped:
         del state[key]
     found = list_key_differences(model, state)

@@ -6,14 +6,12 @@ teachers of this paper, and the public LV-ViT of token labeling, which is anothe
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 from common.run.checkpoint import (
@@ -21,6 +19,7 @@ from common.run.checkpoint import (
     list_key_differences,
     load_strict,
     read_checkpoint,
+    resize_pos_embed,
     save_atomic,
     select_state,
 )
@@ -92,25 +91,6 @@ def read_weights(source: str | os.PathLike[str], *, key: str = "model") -> Weigh
         raise CheckpointError(f"{source}: holds no weights under {key!r}; was it trained with --model-ema?")
     state = select_state(content, (key,), source=str(source))
     return WeightsFile(state, str(source), bool(isinstance(content, Mapping) and content.get("stripped")))
-
-
-def resize_pos_embed(embedding: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Bicubic resize of the positions of a square grid of patches to another grid; the class token's stays.
-
-    Args:
-        embedding: (1, 1 + N, C), N a square number.
-        grid: rows and columns.
-
-    Raises:
-        ValueError: if N is no square number.
-    """
-    side = math.isqrt(embedding.shape[1] - 1)
-    if side * side != embedding.shape[1] - 1:
-        raise ValueError(
-            f"positions of {embedding.shape[1] - 1} patches cannot be resized to {grid[0]}x{grid[1]}: their grid is no "
-            "square, and the file does not say how many rows it has"
-        )
-    return resample_abs_pos_embed(embedding, list(grid), [side, side], num_prefix_tokens=1, antialias=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,10 +170,7 @@ def _fit_positions(model: LVViT, file: WeightsFile) -> dict[str, Tensor]:
             f"it was trained for {file.patches} patches, the model is for {model.num_patches}: the widths of the "
             "reverse modules depend on that number, so a slimmed network cannot train on at another --input-size",
         )
-    try:
-        state["pos_embed"] = resize_pos_embed(state["pos_embed"], model.grid)
-    except ValueError as error:
-        raise _refuse(file, model, str(error)) from None
+    state["pos_embed"] = resize_pos_embed(state["pos_embed"], model.grid, source=file.source)
     logger.warning("%s: position embedding resized from %d to %d patches", file.source, file.patches, model.num_patches)
     return state
 

@@ -11,7 +11,7 @@ from torch.utils.data import Subset
 
 from common.data import build, loaders
 from common.run import launch
-from common.run.checkpoint import CheckpointError, CheckpointManager
+from common.run.checkpoint import CheckpointError, CheckpointManager, resize_pos_embed
 from common.run.errors import UsageError
 from common.run.files import ROOT
 from dvt import cifar, loading, models, transfer_learning
@@ -83,15 +83,15 @@ def test_heads_start_afresh_and_tables_are_resized():
     # a table that rises along one side still does
     plane = torch.stack(torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij"), -1).reshape(1, 16, 2)
     table = torch.cat([torch.full((1, 1, 2), 9.0), plane], dim=1)
-    grown = loading.resize_table(table, 65, where="x")
+    grown = resize_pos_embed(table, (8, 8))
     assert grown.shape == (1, 65, 2)
     assert grown[0, 0].tolist() == [9, 9]
     grid = grown[0, 1:].view(8, 8, 2)
     assert grid.mean().item() == pytest.approx(1.5)
     assert (grid[..., 0].diff(dim=0)[1:-1] > 0.3).all()
     assert grid[..., 0].diff(dim=1).abs().max() < 1e-5
-    with pytest.raises(CheckpointError, match="not squares"):
-        loading.resize_table(table, 60, where="x")
+    with pytest.raises(CheckpointError, match="no square"):
+        resize_pos_embed(table[:, :16], (8, 8))
     lacking = {name: value for name, value in source.state_dict().items() if "blocks" not in name}
     with pytest.raises(CheckpointError, match=r"blocks\.0"):
         loading.load_backbone(target, lacking, source="file")

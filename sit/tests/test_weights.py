@@ -7,7 +7,7 @@ import pytest
 import torch
 from timm.models._factory import create_model
 
-from common.run.checkpoint import CheckpointError
+from common.run.checkpoint import CheckpointError, resize_pos_embed
 from common.run.checkpoint.loading import summarise
 from common.tests.reference import fill_
 from sit.loading import (
@@ -16,7 +16,6 @@ from sit.loading import (
     load_for_evaluation,
     load_for_training,
     read_weights,
-    resize_pos_embed,
     strip,
 )
 from sit.models import LVViT
@@ -157,7 +156,7 @@ def test_resize_keeps_what_it_need_not_change():
     assert (middle.diff(dim=1) > 0).all()
     wide = resize_pos_embed(embedding, (4, 12))[0, 1:, 0].view(4, 12)  # rows run along the height
     assert torch.allclose(wide.mean(1), middle.mean(1), atol=0.02)
-    with pytest.raises(ValueError, match="positions of 60 patches cannot be resized to 8x8"):
+    with pytest.raises(CheckpointError, match="positions of 60 patches cannot be resized to 8x8"):
         resize_pos_embed(embedding[:, :61], (8, 8))
 
 
