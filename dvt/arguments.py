@@ -1,13 +1,14 @@
 """Command line of ``main.py``, the published flags and a few of ours, and flags that the other programs share."""
 
 import argparse
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from common.run import cli
+from common.run.flags import Group
 from common.run.program import get_logger
 from dvt import BUDGETS, SEARCH_IMAGES, TRANSFORMS
 from dvt.models import MODELS
@@ -50,28 +51,6 @@ DEAD_VALUES = {
 }
 
 
-def group_of(parser: argparse.ArgumentParser, title: str) -> Callable[..., None]:
-    """``add(flags, kind, default, help)`` of a new group; every help text ends with the default.
-
-    ``kind`` is what argparse calls type, ``bool`` for a switch that is off without the flag, ``cli.Switch`` for one
-    with ``--no-flag``, or a tuple of choices.
-    """
-    group = parser.add_argument_group(title)
-
-    def add(flags: str, kind: Any, default: Any, help: str, **options: Any) -> None:
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        shown = "none" if shown in (None, "") else shown
-        if kind in (bool, cli.Switch):
-            options["action"], shown = "store_true" if kind is bool else kind, "on" if default else "off"
-        else:
-            options["choices" if isinstance(kind, tuple) else "type"] = kind
-        if "(default: " not in help and not options.get("required"):
-            help = f"{help} (default: {shown})"
-        group.add_argument(*flags.split(), default=default, help=help.replace("%", "%%"), **options)
-
-    return add
-
-
 def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:
     """Read the command line; a YAML file (``--config``) and a network's recipe replace defaults."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -103,7 +82,7 @@ def read_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     """All flags with the published defaults."""
     parser = cli.make_parser(description, prog="main.py")
-    add = group_of(parser, "data")
+    add = Group(parser, "data")
     add("data", str, "", "folder with train/ and val/ (or validation/)", nargs="?", metavar="DIR")
     add("--data-set", str, "IMNET", metavar="NAME", help="IMNET (class folders), digits (without DIR), CIFAR10, CIFAR, "
         "or a name for timm's create_dataset")  # fmt: skip
@@ -121,7 +100,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--pin-mem", cli.Switch, None, "page-locked memory (default: on with CUDA)")
     add("--skip-bad-images", cli.Switch, False, "leave out images that cannot be decoded, and count them")
 
-    add = group_of(parser, "network")
+    add = Group(parser, "network")
     names = tuple(sorted(MODELS))
     add("--model", names, "T2t_vit_14", f"one of {', '.join(names)}", metavar="NAME")
     add("--num-classes", cli.positive_int, 1000, "classes", metavar="C")
@@ -138,7 +117,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         parser, color_jitter=0.4, train_interpolation="random", repeated_aug=False, mixup=0.8, cutmix=1.0
     )
 
-    add = group_of(parser, "augmentation, continued")
+    add = Group(parser, "augmentation, continued")
     limits: dict[str, Any] = {"nargs": 2, "metavar": ("MIN", "MAX")}
     add("--no-aug", bool, False, "only resize and crop the centre; mixup has its own flags")
     add("--scale", float, None, "area of the random crop (default: 0.08 1.0)", **limits)
@@ -153,7 +132,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     cli.add_optimizer_args(parser, opt_eps=None)
     cli.add_schedule_args(parser, warmup_epochs=20)
 
-    add = group_of(parser, "run")
+    add = Group(parser, "run")
     add("-c --config", Path, None, "YAML file whose keys, flags with underscores, replace defaults", metavar="FILE")
     add("--eval_checkpoint --eval-checkpoint", str, "", "only evaluate this file: packed, or of a training run",
         metavar="FILE")  # fmt: skip
@@ -215,7 +194,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 def add_network_args(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
     """Flags of the network that a checkpoint holds, shared by the programs that read one."""
-    add = group_of(parser, "network")
+    add = Group(parser, "network")
     known = tuple(sorted(names))
     add("--model", known, "DVT_T2t_vit_12", f"one of {', '.join(known)}", metavar="NAME")
     add("--num-classes", cli.positive_int, None, "classes (default: the data set's)", metavar="C")
@@ -239,7 +218,7 @@ def network_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def add_image_args(parser: argparse.ArgumentParser) -> None:
     """Flags of the images that a checkpoint is run on."""
-    add = group_of(parser, "images")
+    add = Group(parser, "images")
     add("--dataset", str, "imagenet", metavar="NAME",
         help="imagenet (train/ and val/), cifar10, cifar100, digits, or a name for timm's create_dataset")  # fmt: skip
     add("--transforms --pictures", TRANSFORMS, None,
@@ -251,7 +230,7 @@ def add_image_args(parser: argparse.ArgumentParser) -> None:
 
 def add_search_args(parser: argparse.ArgumentParser) -> None:
     """Flags of the search for thresholds."""
-    add = group_of(parser, "search for thresholds")
+    add = Group(parser, "search for thresholds")
     add("--model-ema", cli.Switch, True, "of a training file take the moving average of the weights")
     add("--search-images --search-pictures", cli.positive_int, SEARCH_IMAGES,
         "training images that thresholds are found on, at most", metavar="N")  # fmt: skip

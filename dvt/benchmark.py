@@ -19,15 +19,16 @@ from typing import Any
 from common.run import cli
 from common.run.errors import UsageError
 from common.run.files import write_atomic
+from common.run.flags import Group
 from common.run.program import run
 from dvt import BUDGETS
-from dvt.arguments import budget_row, group_of
+from dvt.arguments import budget_row
 from dvt.models import CASCADES, MODELS, create_model
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__, prog="benchmark.py")
-    add = group_of(parser, "measurement")
+    add = Group(parser, "measurement")
     add("--model", CASCADES, "DVT_T2t_vit_12", "cascade to time")
     add("-b --batch-size", cli.positive_int, [64], "images per batch", nargs="+", metavar="N")
     add("--p", budget_row, [5, 20, 40], f"published budgets, 1 to {BUDGETS}: shares of the exits form a geometric "

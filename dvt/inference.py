@@ -20,8 +20,9 @@ from typing import Any
 from common.data.paths import check_data_path
 from common.run import cli
 from common.run.files import check_files, write_atomic
+from common.run.flags import Group
 from common.run.program import run
-from dvt.arguments import add_image_args, add_network_args, add_search_args, group_of, network_options
+from dvt.arguments import add_image_args, add_network_args, add_search_args, network_options
 from dvt.models import MODELS
 
 STORED = ("flops", "anytime_classification", "budgeted_batch_classification")
@@ -41,7 +42,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_network_args(parser, MODELS)
     add_image_args(parser)
     add_search_args(parser)
-    early = group_of(parser, "early exit")
+    early = Group(parser, "early exit")
     early("--dynamic", bool, False,
         "let images leave early for real, and measure accuracy, GFLOPs and throughput together")  # fmt: skip
     early("--budget", float, [], "mean GFLOPs per image; thresholds from the training images (mode 2) or the stored "

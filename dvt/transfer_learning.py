@@ -18,9 +18,10 @@ from common.data.paths import check_data_path
 from common.run import cli
 from common.run.errors import CheckpointError, UsageError
 from common.run.files import check_files
+from common.run.flags import Group
 from common.run.program import get_logger, is_main, run
 from common.run.settings import DataSettings, RunSettings
-from dvt.arguments import DEAD_OPTIONS, add_network_args, group_of, network_options
+from dvt.arguments import DEAD_OPTIONS, add_network_args, network_options
 from dvt.models import MODELS
 
 logger = get_logger(__name__)
@@ -29,7 +30,7 @@ logger = get_logger(__name__)
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__, prog="transfer_learning.py")
     add_network_args(parser, MODELS)
-    add = group_of(parser, "transfer")
+    add = Group(parser, "transfer")
     add("--dataset", str, "cifar10", metavar="NAME",
         help="cifar10, cifar100, digits (without --data), folder, or a name for timm's create_dataset")  # fmt: skip
     add("--data", str, "./data", "folder of the data set", metavar="DIR")

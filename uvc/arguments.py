@@ -14,9 +14,10 @@ from common.data.paths import check_data_path
 from common.run import cli
 from common.run.errors import DataError, UsageError
 from common.run.files import check_files
+from common.run.flags import Group, add_flags
 from common.run.settings import AugmentationSettings, DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
 from uvc.config import config_text, with_config
-from uvc.flags import Group, numbers, rate
+from uvc.flags import numbers, rate, switch
 from uvc.schedules import zlr_schedule
 from uvc.settings import JointRun, JointSettings, PostRun, PrimalDualSettings, Student, Teacher
 
@@ -62,9 +63,9 @@ def add_common_arguments(
     add("--img_size", cli.positive_int, None, "side of the input; none is the network's own", metavar="PIXELS")
     add("--train_batch_size", cli.positive_int, train_batch_size, "images per step and process", metavar="N")
     add("--eval_batch_size", cli.positive_int, 64, "images per validation batch and process", metavar="N")
-    add("--enable_deit", bool, False,
+    add("--enable_deit", switch, False,
         "1 for the *_distilled networks, whose token and head of distillation it stands for")  # fmt: skip
-    add("--enable_jumping", bool, False, "the final norm takes the sum of all blocks' outputs")
+    add("--enable_jumping", switch, False, "the final norm takes the sum of all blocks' outputs")
     add("--gpu_num", str, None, "sets CUDA_VISIBLE_DEVICES where that is not set, such as 0,1", metavar="LIST")
 
     add = Group(parser, "mixing")
@@ -81,8 +82,8 @@ def add_common_arguments(
     add("--max_grad_norm", cli.positive_float, 1.0, "largest L2 norm of all gradients together", metavar="NORM")
     add("--gradient_accumulation_steps", cli.positive_int, 1,
         "parts in which a batch of --train_batch_size is taken", metavar="N")  # fmt: skip
-    add.on("--fp16", "the same as --amp fp16")
-    add("--enable_writer", bool, False, "1 is the same as --tensorboard")
+    add("--fp16", bool, False, "the same as --amp fp16")
+    add("--enable_writer", switch, False, "1 is the same as --tensorboard")
 
     add = Group(parser, "distillation")
     add("--teacher-model", str, "", "architecture of the teacher; none is --model_type", metavar="NAME")
@@ -95,7 +96,7 @@ def add_common_arguments(
     add("--config", str, None,
         "settings by the names of these flags, which win over them: JSON, YAML, or a Python file, which is EXECUTED "
         "and whose get_config() returns an ml_collections.ConfigDict", metavar="FILE")  # fmt: skip
-    add.on("--print_config", "print all resolved settings as a ConfigDict, which --config reads")
+    add("--print_config", bool, False, "print all resolved settings as a ConfigDict, which --config reads")
 
 
 def joint_parser(description: str | None) -> argparse.ArgumentParser:
@@ -103,19 +104,19 @@ def joint_parser(description: str | None) -> argparse.ArgumentParser:
     parser = cli.make_parser(description)
     add_common_arguments(parser, train_batch_size=1024, workers=4, distillation="hard")
     add = Group(parser, "stage 1")
-    add.on("--official",
+    add("--official", bool, False,
            "the published behaviour where it is not what was meant: z keeps its first rate, patch gates are plain "
            "parameters, old zeros stay in masks, one epoch more, noisy validation, bare state dicts")  # fmt: skip
     add("--weight_decay", float, 0.05, "decay of every parameter")
-    add("--enable_warmup", bool, True, "0 leaves the epochs of warm-up out")
+    add("--enable_warmup", switch, True, "0 leaves the epochs of warm-up out")
     add("--zlr_schedule_list", numbers, [10.0, 20.0, 30.0, 40.0, 50.0],
         "learning rates of z, spread evenly over the epochs; under --official the first one alone",
         metavar="LIST")  # fmt: skip
-    add.settings(JointSettings)
-    Group(parser, "primal and dual variables").settings(PrimalDualSettings)
+    add_flags(parser, "course of stage 1", JointSettings, dash="_")
+    add_flags(parser, "primal and dual variables", PrimalDualSettings, dash="_")
+    add_flags(parser, "network and gates", Student, dash="_")
 
-    add = Group(parser, "network and gates")
-    add.settings(Student)
+    add = Group(parser, "patches")
     add("--patch_ratio", cli.fraction, 0.9, "share of patch tokens kept in mode 2")
     add("--patchloss", ("l1",), "l1", "penalty on the patch gates, mode 1")
     cli.add_ignored_args(
@@ -144,7 +145,7 @@ def post_parser(description: str | None) -> argparse.ArgumentParser:
     add_common_arguments(parser, train_batch_size=64, workers=8, distillation="none")
     add = Group(parser, "stage 2")
     add("--checkpoint_dir", str, "", "file of stage 1, or an official state dict with masks", metavar="FILE")
-    add("--pretrained", bool, False, "1 is refused: --checkpoint_dir names the file")
+    add("--pretrained", switch, False, "1 is refused: --checkpoint_dir names the file")
     add("--patch_mode", ("auto", "off", "soft", "hard", "remove"), "auto",
         "what patch gates of the file do; auto is what the file says, soft where it does not")  # fmt: skip
     add("--opt", str, "adamw", "timm's name of the optimiser", metavar="NAME")

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from common.run.errors import UsageError
+from common.run.flags import Group, add_flags
 from common.run.program import run
 from uvc import arguments
-from uvc.flags import Group, share
+from uvc.flags import share
 from uvc.settings import PruningSettings
 
 METHODS = ("omp", "gmp", "taylor", "synflow", "structured", "gradient-sparsity")
@@ -26,10 +27,10 @@ METHODS = ("omp", "gmp", "taylor", "synflow", "structured", "gradient-sparsity")
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = arguments.post_parser(__doc__)
+    add_flags(parser, "pruning", PruningSettings, dash="_")
     add = Group(parser, "baseline")
     add.group.add_argument("method", choices=METHODS, metavar="METHOD", help=f"one of {', '.join(METHODS)}")
-    add.settings(PruningSettings)
-    add.on("--from-scratch",
+    add("--from-scratch", bool, False,
            "train masked random weights, as the release does; the scores are those of --model_path "
            "all the same")  # fmt: skip
     add("--data_rate", share, None,

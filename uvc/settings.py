@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from common.run import cli
+from common.run.flags import flag
 from common.run.settings import (
     AugmentationSettings,
     DataSettings,
@@ -19,7 +20,7 @@ from common.run.settings import (
     ScheduleSettings,
     Settings,
 )
-from uvc.flags import flag, rate, share
+from uvc.flags import rate, share, switch
 from uvc.schedules import DECAYS
 
 
@@ -32,12 +33,12 @@ class Student(Settings):
     img_size: int | None
     enable_deit: bool
     enable_jumping: bool
-    pretrained: bool = flag(bool, True, "load --model_path into the student")
-    enable_block_gating: bool = flag(bool, True, "learn to skip blocks")
-    use_gumbel: bool = flag(bool, True, "1 Gumbel softmax gates, 0 soft-L0 gates")
-    eps: float = flag(cli.positive_float, 0.1, "epsilon of soft-L0 gates")
+    pretrained: bool = flag(True, "load --model_path into the student", type=switch)
+    enable_block_gating: bool = flag(True, "learn to skip blocks", type=switch)
+    use_gumbel: bool = flag(True, "1 Gumbel softmax gates, 0 soft-L0 gates", type=switch)
+    eps: float = flag(0.1, "epsilon of soft-L0 gates", type=cli.positive_float)
     enable_patch_gating: int = flag(
-        int, 2, "0 off, 1 a learned gate per patch position, 2 selection of patch tokens by image", choices=(0, 1, 2)
+        2, "0 off, 1 a learned gate per patch position, 2 selection of patch tokens by image", choices=(0, 1, 2)
     )
 
 
@@ -59,28 +60,31 @@ class PrimalDualSettings(Settings):
     With ``learn_patches`` patch gates enter the cost and have an optimizer of their own here.
     """
 
-    budget: float = flag(share, 0.5, "share B of the dense network's cost that may remain")
-    enable_pruning: bool = flag(bool, True, "learn s and r; 0 learns gates alone, and leaves the weights to their step")
-    soptim: str = flag(("sgd", "adam", "rmsprop"), "sgd", "optimizer of s")
-    roptim: str = flag(("sgd", "adam", "rmsprop"), "sgd", "optimizer of r")
-    slr: float = flag(float, 0.02, "learning rate of s")
-    rlr: float = flag(float, 0.02, "learning rate of r")
-    ylr: float = flag(float, 1e-4, "learning rate of y")
-    plr: float = flag(float, 1e-4, "learning rate of p")
-    sl2wd: float = flag(float, 0.0, "decay of s and r relative to their bounds")
+    budget: float = flag(0.5, "share B of the dense network's cost that may remain", type=share)
+    enable_pruning: bool = flag(
+        True, "learn s and r; 0 learns gates alone, and leaves the weights to their step", type=switch
+    )
+    soptim: str = flag("sgd", "optimizer of s", choices=("sgd", "adam", "rmsprop"))
+    roptim: str = flag("sgd", "optimizer of r", choices=("sgd", "adam", "rmsprop"))
+    slr: float = flag(0.02, "learning rate of s")
+    rlr: float = flag(0.02, "learning rate of r")
+    ylr: float = flag(1e-4, "learning rate of y")
+    plr: float = flag(1e-4, "learning rate of p")
+    sl2wd: float = flag(0.0, "decay of s and r relative to their bounds")
     z_grad_clip: float = flag(
-        cli.positive_float, 0.5, "bound of cost minus budget where it is differentiated; z sees it unclipped"
+        0.5, "bound of cost minus budget where it is differentiated; z sees it unclipped", type=cli.positive_float
     )
     flops_with_mhsa: bool = flag(
-        bool, True,
+        True,
         "0 puts the budget on the output projections alone; what is printed and written as remaining cost is the whole "
         "network's all the same, as in stage 2",
-    )  # fmt: skip
-    glr: float = flag(float, 1e-3, "learning rate of the gates' SGD")
-    gating_interval: int = flag(cli.positive_int, 100, "steps between its updates", metavar="N")
-    gating_weight: float = flag(float, 5.0, "factor on the cost's gradient there")
-    patchlr: float = flag(float, 0.01, "learning rate of the patch gates, mode 1")
-    patch_weight: float = flag(float, 5.0, "factor on the cost's gradient of the patch gates, mode 1")
+        type=switch,
+    )
+    glr: float = flag(1e-3, "learning rate of the gates' SGD")
+    gating_interval: int = flag(100, "steps between its updates", type=cli.positive_int, metavar="N")
+    gating_weight: float = flag(5.0, "factor on the cost's gradient there")
+    patchlr: float = flag(0.01, "learning rate of the patch gates, mode 1")
+    patch_weight: float = flag(5.0, "factor on the cost's gradient of the patch gates, mode 1")
     zlr: float = 10.0
     enable_block_gating: bool = True
     learn_patches: bool = False
@@ -97,17 +101,17 @@ class JointSettings(Settings):
         official: masks keep stale zeros, evaluation is of the noisy soft network, files are bare state dicts.
     """
 
-    num_epochs: int = flag(cli.positive_int, 20, "epochs, one more under --official")
-    decay_type: str = flag(DECAYS, "cosine", "course of the learning rate")
-    warmup_steps: int = flag(cli.count, 500, "steps over which the learning rate rises")
+    num_epochs: int = flag(20, "epochs, one more under --official", type=cli.positive_int)
+    decay_type: str = flag("cosine", "course of the learning rate", choices=DECAYS)
+    warmup_steps: int = flag(500, "steps over which the learning rate rises", type=cli.count)
     warmup_epochs: int = flag(
-        cli.count, 5, "first epochs, in which every block's update is halved and nothing is pruned or skipped"
+        5, "first epochs, in which every block's update is halved and nothing is pruned or skipped", type=cli.count
     )
-    warmup_lr: float = flag(rate, 1e-4, "learning rate of the first step of each of them")
-    warmup_reset: bool = flag(bool, False, "start optimizer and schedule anew after them")
-    log_interval: int = flag(cli.positive_int, 2000, "steps between records of the structure", metavar="N")
-    eps_decay: float = flag(cli.positive_float, 0.92, "factor on --eps at each epoch after the warm-up")
-    patch_l1_weight: float = flag(float, 0.01, "factor on the sum of the patch gates in the loss, mode 1")
+    warmup_lr: float = flag(1e-4, "learning rate of the first step of each of them", type=rate)
+    warmup_reset: bool = flag(False, "start optimizer and schedule anew after them", type=switch)
+    log_interval: int = flag(2000, "steps between records of the structure", type=cli.positive_int, metavar="N")
+    eps_decay: float = flag(0.92, "factor on --eps at each epoch after the warm-up", type=cli.positive_float)
+    patch_l1_weight: float = flag(0.01, "factor on the sum of the patch gates in the loss, mode 1")
     zlr_schedule: Mapping[int, float] = field(default_factory=lambda: {0: 10.0})
     select_ratio: float | None = None
     total_steps: int = 1
@@ -152,11 +156,11 @@ class PruningSettings(Settings):
     """How a pruning baseline masks, by the flags of ``baselines.py``."""
 
     method: str
-    density: float = flag(cli.fraction, 0.5, "share of weights kept, of gmp at its end")
-    scope: Literal["global", "local"] = flag(("global", "local"), "global", "one threshold, or one per layer")
-    attention_density: float = flag(cli.fraction, 0.5, "structured: share of heads kept", flag="--attention-density")
-    mlp_density: float = flag(cli.fraction, 0.5, "structured: share of neurons kept", flag="--mlp-density")
-    score_images: int = flag(cli.positive_int, 10000, "training images that taylor scores on", flag="--score-images")
-    pruning_times: int = flag(cli.positive_int, 20, "gmp: pruning events")
-    delta_t: int = flag(cli.positive_int, 6250, "gmp: steps between events")
-    t_start: int = flag(cli.count, 62500, "gmp: steps before the first interval")
+    density: float = flag(0.5, "share of weights kept, of gmp at its end", type=cli.fraction)
+    scope: Literal["global", "local"] = flag("global", "one threshold, or one per layer", choices=("global", "local"))
+    attention_density: float = flag(0.5, "structured: share of heads kept", "--attention-density", type=cli.fraction)
+    mlp_density: float = flag(0.5, "structured: share of neurons kept", "--mlp-density", type=cli.fraction)
+    score_images: int = flag(10000, "training images that taylor scores on", "--score-images", type=cli.positive_int)
+    pruning_times: int = flag(20, "gmp: pruning events", type=cli.positive_int)
+    delta_t: int = flag(6250, "gmp: steps between events", type=cli.positive_int)
+    t_start: int = flag(62500, "gmp: steps before the first interval", type=cli.count)

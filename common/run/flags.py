@@ -85,6 +85,37 @@ def amp_mode(text: str) -> str:
 # Settings
 
 
+class Group:
+    """Flags that are no fields of settings: ``add(spellings, kind, default, help)``; defaults are said as there.
+
+    ``spellings`` are divided by spaces. ``kind`` is what argparse calls type, ``bool`` for a switch that is off without
+    its flag, ``Switch`` for one with ``--no-flag``, or a tuple of choices.
+    """
+
+    def __init__(self, parser: argparse.ArgumentParser, title: str) -> None:
+        self.group = parser.add_argument_group(title)
+
+    def __call__(self, spellings: str, kind: Any, default: Any, help: str, **options: Any) -> None:
+        if kind in (bool, Switch):
+            options["action"] = "store_true" if kind is bool else kind
+        else:
+            options["choices" if isinstance(kind, tuple) else "type"] = kind
+        _add(self.group, spellings.split(), default=default, help=help, **options)
+
+
+def _add(group: Any, spellings: Sequence[str], *, default: Any, help: str, **options: Any) -> None:
+    shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
+    if isinstance(default, bool) and "action" in options:
+        shown = "on" if default else "off"
+    elif isinstance(default, bool):  # of a flag that takes 0 or 1
+        shown = int(default)
+        options.setdefault("metavar", "0|1")
+    elif shown in (None, ""):
+        shown = "none"
+    said = "" if options.get("required") or "(default: " in help else f" (default: {shown})"
+    group.add_argument(*spellings, default=default, help=(help + said).replace("%", "%%"), **options)
+
+
 class Settings:
     """Base of small frozen dataclasses that hold what flags say; they travel below ``main`` instead of a Namespace."""
 
@@ -117,7 +148,7 @@ def flag(default: Any, help: str, *others: str, own: Any = ..., **options: Any) 
         own: default of the field, for programs without the flag, where it is another; ``MISSING`` for none.
         options: of ``add_argument``; ``type`` is that of the default where nothing else is said.
     """
-    if isinstance(default, bool):
+    if isinstance(default, bool) and "type" not in options:
         options["action"] = Switch
     elif default is not None and "nargs" not in options:
         options.setdefault("type", type(default))
@@ -125,10 +156,13 @@ def flag(default: Any, help: str, *others: str, own: Any = ..., **options: Any) 
     return field(default=default if own is ... else own, metadata=said)
 
 
-def add_flags(parser: argparse.ArgumentParser, title: str, settings: type[Settings], **defaults: Any) -> Any:
+def add_flags(
+    parser: argparse.ArgumentParser, title: str, settings: type[Settings], *, dash: str = "-", **defaults: Any
+) -> Any:
     """The flags of ``settings`` as a group of ``parser``; every help text ends with the default, or says it itself.
 
     Args:
+        dash: what stands in a flag for the underscores of its field.
         defaults: in place of the flags' own, by field.
 
     Raises:
@@ -139,16 +173,8 @@ def add_flags(parser: argparse.ArgumentParser, title: str, settings: type[Settin
         if own.metadata:
             options = dict(own.metadata["options"])
             options["default"] = defaults.pop(own.name, options["default"])
-            shown = options["default"]
-            if isinstance(shown, (list, tuple)):
-                shown = " ".join(map(str, shown))
-            elif isinstance(shown, bool):
-                shown = "on" if shown else "off"
-            elif shown in (None, ""):
-                shown = "none"
-            said = "" if options.get("required") or "(default: " in options["help"] else f" (default: {shown})"
-            options["help"] = (options["help"] + said).replace("%", "%%")
-            group.add_argument("--" + own.name.replace("_", "-"), *own.metadata["others"], dest=own.name, **options)
+            spellings = ["--" + own.name.replace("_", dash), *own.metadata["others"]]
+            _add(group, spellings, dest=own.name, **options)
     if defaults:
         raise TypeError(f"the group {title!r} has no flag for {', '.join(sorted(defaults))}")
     return group
