@@ -1,4 +1,4 @@
-"""DeiT's distillation loss, as the papers train with it, and the divergence of softened classes that it is made of.
+"""What the papers train with: the loss on labels, DeiT's distillation, and the divergence that it is made of.
 
 Letters: B batch, C classes.
 """
@@ -8,10 +8,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 DISTILLATION_TYPES = ("none", "soft", "hard")
 """How an external teacher supervises: not at all, by its distribution, by its choice."""
+
+
+def label_criterion(*, mixed: bool, smoothing: float = 0.0) -> nn.Module:
+    """DeiT's loss of logits (B, C) on labels: cross entropy, mean over the batch.
+
+    Args:
+        mixed: targets are class probabilities (B, C) of mixed images, smoothed already; else labels (B,).
+        smoothing: probability that is spread over all classes.
+    """
+    if mixed:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
 
 
 def divergence(student: Tensor, teacher: Tensor, tau: float = 1.0) -> Tensor:

@@ -9,9 +9,10 @@ Letters: B images, C classes.
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.loss.jsd import JsdCrossEntropy
 from torch import Tensor, nn
+
+from common.losses import label_criterion
 
 
 def exit_logits(output: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -35,13 +36,11 @@ def summed_loss(
 
 
 def build_criterion(mixup: bool, smoothing: float, *, jsd_views: int = 0) -> nn.Module:
-    """Loss of an exit: soft-target cross entropy under mixup, whose targets are smoothed already; else cross entropy.
+    """Loss of an exit, see ``common.losses.label_criterion``.
 
     Args:
         jsd_views: with it, cross entropy of the first of so many views, plus their Jensen-Shannon divergence.
     """
     if jsd_views:
         return JsdCrossEntropy(jsd_views, smoothing=smoothing)
-    if mixup:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
+    return label_criterion(mixed=mixup, smoothing=smoothing)

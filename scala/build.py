@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import timm
-from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from common.losses import DistillationLoss
+from common.losses import DistillationLoss, label_criterion
 from common.run.checkpoint import load_strict, read_checkpoint, select_state
 from common.run.errors import CheckpointError, UsageError
 from common.run.launch import main_process_first
@@ -106,12 +105,7 @@ def build_teacher(name: str, path: str, classes: int, *, input_size: int) -> nn.
 
 def build_losses(settings: LossSettings, teacher: nn.Module | None, *, mixing: bool) -> ScalaLosses:
     """The losses of the four passes; the labels' criterion is DeiT's choice."""
-    if settings.bce_loss:
-        base: nn.Module = nn.BCEWithLogitsLoss()
-    elif mixing:
-        base = SoftTargetCrossEntropy()  # the targets are smoothed already
-    else:
-        base = LabelSmoothingCrossEntropy(settings.smoothing) if settings.smoothing else nn.CrossEntropyLoss()
+    base = nn.BCEWithLogitsLoss() if settings.bce_loss else label_criterion(mixed=mixing, smoothing=settings.smoothing)
     criterion: nn.Module = CosubLoss()
     if not settings.cosub:
         kind, alpha = settings.distillation_type, settings.distillation_alpha

@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models._factory import create_model
 from torch import Tensor, nn
 
 from common.data.build import build_mixup, build_train_transform, open_split
 from common.data.loaders import Loader, train_loader
+from common.losses import label_criterion
 from common.run.checkpoint import load_strict
 from common.run.errors import UsageError
 from common.run.precision import amp_dtype
@@ -154,13 +154,9 @@ def build_step(
     if own.token_label_data:
         options = {"smoothing": augmentation.smoothing, "dense_weight": own.dense_weight}
         return make_step(network, model.grid[0], model.num_classes, **options)
-    base: nn.Module = nn.CrossEntropyLoss()
-    if augmentation.mixes:
-        base = SoftTargetCrossEntropy()  # smoothed in the mixed labels
-    elif augmentation.smoothing:
-        base = LabelSmoothingCrossEntropy(augmentation.smoothing)
     criterion = DistillationLoss(
-        base, build_teacher(own, model, job.run.amp, device), build_cnn_teacher(own, model.num_classes, device),
+        label_criterion(mixed=augmentation.mixes, smoothing=augmentation.smoothing),
+        build_teacher(own, model, job.run.amp, device), build_cnn_teacher(own, model.num_classes, device),
         own.distillation_type, own.lambda_token, own.lambda_logits, own.lambda_cnn, own.distillation_tau,
         weigh_cnn=True,
     )  # fmt: skip

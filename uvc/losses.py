@@ -5,10 +5,9 @@ UVC, arXiv:2203.08243.
 
 from __future__ import annotations
 
-from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from common.losses import DistillationLoss
+from common.losses import DistillationLoss, label_criterion
 
 
 def objective(
@@ -23,7 +22,7 @@ def objective(
 
     Source: arXiv:2203.08243, objective of problem (5): (1 - alpha) CE + alpha KD; Figure 1 (3): distillation.
     """
-    return DistillationLoss(SoftTargetCrossEntropy(), teacher, kind, alpha, tau)
+    return DistillationLoss(label_criterion(mixed=True), teacher, kind, alpha, tau)
 
 
 def patch_penalty(patch_gating: Tensor, weight: float) -> Tensor:
