@@ -130,7 +130,7 @@ def config_of(model: GatedTransformer, structure: Structure, multiple: int = 1, 
     norm: Any = model.norm
     embedding: dict[str, Any]
     if isinstance(model, GatedT2TViT):
-        first = model.tokens_to_token.attention1
+        first: Any = model.tokens_to_token.attention1
         embedding = {"patch_size": 0, "in_chans": first.kqv.in_features // 49, "token_dim": first.width}
     else:
         embed: Any = model.patch_embed

@@ -12,13 +12,12 @@ from functools import partial
 from typing import cast
 
 import torch
-from timm.layers import PatchEmbed, trunc_normal_  # pyright: ignore[reportPrivateImportUsage]
+from timm.layers import PatchEmbed  # pyright: ignore[reportPrivateImportUsage]
 from timm.layers.attention import Attention
 from timm.layers.mlp import Mlp
 from timm.models import vision_transformer
 from torch import Tensor, nn
 
-from common.layers import init_linear
 from uvc.models.gates import GatedTransformer
 
 
@@ -94,19 +93,10 @@ class GatedDeiT(GatedTransformer):
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         self.num_patches = self.patch_embed.num_patches
         self.image_size = cast(tuple[int, int], self.patch_embed.img_size)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.num_patches + self.num_prefix_tokens, embed_dim))
-        self.register_parameter("dist_token", nn.Parameter(torch.zeros(1, 1, embed_dim)) if distilled else None)
+        positions = nn.Parameter(torch.zeros(1, self.num_patches + self.num_prefix_tokens, embed_dim))
         make = partial(self.block_class, embed_dim, num_heads, self.hidden_dim, qkv_bias=qkv_bias, norm_eps=norm_eps)
-        last = max(depth - 1, 1)
-        self.blocks = nn.ModuleList(make(drop_path=drop_path_rate * index / last) for index in range(depth))
-        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
-        self.head = nn.Linear(embed_dim, num_classes)
-        self.head_dist = nn.Linear(embed_dim, num_classes) if distilled else None
-        for token in (self.cls_token, self.pos_embed, self.dist_token):
-            if token is not None:
-                trunc_normal_(token, std=0.02)
-        self.apply(init_linear)
+        rates = [drop_path_rate * index / max(depth - 1, 1) for index in range(depth)]
+        self.add_layers(make, positions, rates, norm_eps=norm_eps)
         self.add_token_scores()  # which keep torch's initial values
 
     def embed_patches(self, images: Tensor) -> Tensor:

@@ -8,12 +8,15 @@ B batch, N patches, T tokens (patches, class token and, where there is one, dist
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
+from timm.layers import trunc_normal_  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
+
+from common.layers import init_linear
 
 GATE_TAU = 0.5
 """Temperature of the blocks' Gumbel softmax."""
@@ -161,6 +164,28 @@ class GatedTransformer(nn.Module):
         self.register_parameter("patch_gating", None)
         self.running: tuple[bool, ...] | None = None
         self.kept_patches: Tensor | None = None
+
+    def add_layers(
+        self, block: Callable[..., nn.Module], positions: nn.Parameter, drop_path: Sequence[float], *, norm_eps: float
+    ) -> None:
+        """All that follows the embedding of patches: tokens, blocks, heads, with their initial weights.
+
+        Args:
+            block: makes a block from its ``drop_path``.
+            positions: (1, T, D), trained or not.
+            drop_path: rate of each block.
+        """
+        width, distilled = self.embed_dim, self.num_prefix_tokens == 2
+        self.cls_token, self.pos_embed = nn.Parameter(torch.zeros(1, 1, width)), positions
+        self.register_parameter("dist_token", nn.Parameter(torch.zeros(1, 1, width)) if distilled else None)
+        self.blocks = nn.ModuleList(block(drop_path=rate) for rate in drop_path)
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
+        self.head = nn.Linear(width, self.num_classes)
+        self.head_dist = nn.Linear(width, self.num_classes) if distilled else None
+        for token in (self.cls_token, self.pos_embed, self.dist_token):
+            if token is not None and token.requires_grad:
+                trunc_normal_(token, std=0.02)
+        self.apply(init_linear)
 
     @property
     def head_dim(self) -> int:

@@ -6,11 +6,12 @@ B batch, N patches, T tokens, D width, e width of the tokens-to-token stages, m 
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from common.layers import Performer, TokensToToken, init_linear, sinusoid_table
+from common.layers import Performer, TokensToToken, sinusoid_table
 from uvc.models.deit import Block
 from uvc.models.gates import GatedTransformer
 
@@ -53,18 +54,9 @@ class GatedT2TViT(GatedTransformer):
         self.image_size = img_size, img_size
         self.tokens_to_token = TokensToToken(self.image_size, in_chans, token_dim, embed_dim)
         self.num_patches = self.tokens_to_token.num_patches
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.register_parameter("dist_token", None)
-        table = sinusoid_table(self.num_patches + 1, embed_dim).to(self.cls_token)
-        self.pos_embed = nn.Parameter(table, requires_grad=False)
-        self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, self.hidden_dim, qkv_bias=qkv_bias, scale=scale, norm_eps=norm_eps)
-            for _ in range(depth)
-        )
-        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
-        self.head, self.head_dist = nn.Linear(embed_dim, num_classes), None
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        self.apply(init_linear)
+        table = sinusoid_table(self.num_patches + 1, embed_dim).to(self.block_skip_gating)
+        block = partial(Block, embed_dim, num_heads, self.hidden_dim, qkv_bias=qkv_bias, scale=scale, norm_eps=norm_eps)
+        self.add_layers(block, nn.Parameter(table, requires_grad=False), [0.0] * depth, norm_eps=norm_eps)
 
     def embed_patches(self, images: Tensor) -> Tensor:
         """Three soft splits."""
@@ -73,6 +65,6 @@ class GatedT2TViT(GatedTransformer):
     def embed_macs(self, batch: int = 1) -> int:
         """The two Performers; the published counter leaves the projection out."""
         stages = self.tokens_to_token
-        encoders = stages.attention1, stages.attention2
+        encoders: tuple[Any, ...] = stages.attention1, stages.attention2
         counts = [performer_macs(part, math.prod(grid)) for part, grid in zip(encoders, stages.grids, strict=False)]
         return batch * sum(counts)
