@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import attention
 from timm.layers.drop import DropPath
 from timm.layers.mlp import Mlp
 from timm.layers.weight_init import trunc_normal_
@@ -166,8 +167,8 @@ def patch_grid(img_size: Pixels, patch_size: int) -> tuple[int, int]:
 # Blocks
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention; q, k, v from one linear layer, laid out [q|k|v], each head after head.
+class Attention(attention.Attention):
+    """timm's multi-head self-attention, (B, N, C) to (B, N, C), with the published arguments.
 
     Args:
         dim: width C.
@@ -185,25 +186,11 @@ class Attention(nn.Module):
         proj_drop: float = 0.0,
         head_dim: int | None = None,
     ) -> None:
-        super().__init__()
         if head_dim is None and dim % num_heads:
             raise ValueError(f"width {dim} is not a multiple of {num_heads} heads; give head_dim or other heads")
-        self.num_heads = num_heads
-        self.head_dim = head_dim or dim // num_heads
-        self.scale = qk_scale or self.head_dim**-0.5
-        self.attn_drop = attn_drop
-        self.qkv = nn.Linear(dim, 3 * num_heads * self.head_dim, bias=qkv_bias)
-        self.proj = nn.Linear(num_heads * self.head_dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) to (B, N, C)."""
-        B, N, _ = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # (B, h, N, d) each
-        drop = self.attn_drop if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=self.scale)
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+        super().__init__(dim, num_heads, head_dim, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop)
+        if qk_scale:
+            self.scale, self.fused_attn = qk_scale, False  # the fused form has its own scale
 
 
 class Block(nn.Module):
