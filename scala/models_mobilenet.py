@@ -58,23 +58,10 @@ class MobileNetV2_scala(NarrowedNetwork):
     """
 
     def __init__(
-        self,
-        img_size: int = 224,
-        smallest_ratio: float = 0.25,
-        largest_ratio: float = 1.0,
-        granularity: float = 0.0625,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        multiplier: float = 1.0,
+        self, *, in_chans: int = 3, drop_path_rate: float = 0.0, multiplier: float = 1.0, **options: Any
     ) -> None:
         make = partial(make_mobilenet, multiplier=multiplier, in_chans=in_chans, drop_path_rate=drop_path_rate)
-        super().__init__(
-            make, "classifier", sliced_size(FEATURES, multiplier), img_size=img_size, smallest_ratio=smallest_ratio,
-            largest_ratio=largest_ratio, granularity=granularity, num_classes=num_classes, in_chans=in_chans,
-            drop_rate=drop_rate,
-        )  # fmt: skip
+        super().__init__(make, "classifier", sliced_size(FEATURES, multiplier), in_chans=in_chans, **options)
         self.multiplier, self.narrowest = multiplier, sliced_size(NARROWEST, multiplier)
         efficientnet_init_weights(self)  # normal with variance 2 / fan-out; uniform for the classifier
 

@@ -133,7 +133,6 @@ class UniFormer_scala(NarrowedNetwork):
     """UniFormer whose every forward pass takes a width ratio.
 
     Args:
-        img_size: side of the images in pixels, a multiple of 32.
         depths, widths: blocks and channels of the four stages.
         heads: of the last two stages; None for one per 64 channels.
         overlap: overlapping patches with batch normalisation, the paper's dagger.
@@ -145,11 +144,7 @@ class UniFormer_scala(NarrowedNetwork):
 
     def __init__(
         self,
-        img_size: int = 224,
-        smallest_ratio: float = 0.25,
-        largest_ratio: float = 1.0,
-        granularity: float = 0.0625,
-        num_classes: int = 1000,
+        *,
         in_chans: int = 3,
         depths: Sequence[int] = (3, 4, 8, 3),
         widths: Sequence[int] = WIDTHS,
@@ -158,16 +153,14 @@ class UniFormer_scala(NarrowedNetwork):
         overlap: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        **options: Any,
     ) -> None:
         heads = tuple(heads) if heads is not None else tuple(width // HEAD_DIM for width in widths[2:])
         trunk = partial(
             Trunk, in_chans=in_chans, depths=depths, widths=widths, heads=heads, mlp_ratio=mlp_ratio, overlap=overlap,
             drop_rate=drop_rate, drop_path_rate=drop_path_rate,
         )  # fmt: skip
-        super().__init__(
-            trunk, "head", widths[-1], img_size=img_size, smallest_ratio=smallest_ratio, largest_ratio=largest_ratio,
-            granularity=granularity, num_classes=num_classes, in_chans=in_chans,
-        )  # fmt: skip
+        super().__init__(trunk, "head", widths[-1], in_chans=in_chans, **options)
         self.depths, self.widths, self.heads = tuple(depths), tuple(widths), heads
         self.mlp_ratio, self.overlap = mlp_ratio, overlap
         self.apply(_initialise)

@@ -52,12 +52,12 @@ class NarrowedNetwork(SlicedNetwork, nn.Module):
         classifier: str,
         num_features: int,
         *,
-        img_size: int,
-        smallest_ratio: float,
-        largest_ratio: float,
-        granularity: float,
-        num_classes: int,
-        in_chans: int,
+        img_size: int = 224,
+        smallest_ratio: float = 0.25,
+        largest_ratio: float = 1.0,
+        granularity: float = 0.0625,
+        num_classes: int = 1000,
+        in_chans: int = 3,
         drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
