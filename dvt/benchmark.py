@@ -10,14 +10,12 @@ weights and real images, see ``inference.py --dynamic``.
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from common.run import cli
-from common.run.errors import UsageError
 from common.run.files import write_atomic
 from common.run.flags import Group
 from common.run.program import run
@@ -51,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     args = parse_args(argv)
     import torch
 
-    from common.measure.benchmark import random_images
+    from common.measure.benchmark import choose_clock, random_images
     from common.run.launch import choose_device
     from dvt.costs import exit_gflops
     from dvt.exits import confidence_and_prediction, exit_shares, find_thresholds
@@ -60,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     from dvt.throughput import FULL, measure_dynamic
 
     device, dtype = choose_device(args.device), getattr(torch, args.dtype)
-    if args.processor_time and device.type != "cpu":
-        raise UsageError(f"--processor-time measures a CPU, not {device}: give --device cpu")
+    clock = choose_clock(args.processor_time, device, one_thread=False)
     torch.manual_seed(args.seed)
     size = args.img_size or MODELS[args.model].img_size
     cascade = create_model(args.model, img_size=size).to(device=device, dtype=dtype).eval()
@@ -75,8 +72,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         timed = measure_dynamic(
             cascade, {f"p = {p}": find_thresholds(confidence, exit_shares(p / 20)) for p in args.p},
             [(images, torch.zeros(batch, dtype=torch.int64))] * args.rounds, costs, device=device,
-            compiled=args.compile, warmup=args.warmup,
-            clock=time.process_time if args.processor_time else time.perf_counter,
+            compiled=args.compile, warmup=args.warmup, clock=clock,
         )  # fmt: skip
         for result in timed:
             row = {"batch_size": batch, **asdict(result), "name": "full" if result.name == FULL else result.name}

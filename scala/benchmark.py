@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.run import cli
-from common.run.errors import UsageError
 from common.run.files import write_atomic
 from common.run.flags import Settings, add_flags, count, flag, positive_int
 from common.run.program import run
@@ -29,6 +27,8 @@ from scala.arguments import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     import torch
+
+    from common.measure.benchmark import Clock
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def measure(settings: SpeedSettings, ratio: float, device: torch.device) -> dict[str, Any]:
+def measure(settings: SpeedSettings, ratio: float, device: torch.device, clock: Clock) -> dict[str, Any]:
     """Speeds of the three networks at one width, and the ratios of their times."""
     import torch
 
@@ -75,7 +75,6 @@ def measure(settings: SpeedSettings, ratio: float, device: torch.device) -> dict
     if settings.compile:
         networks = {form: torch.compile(network) for form, network in networks.items()}
     images = random_images(settings.batch_size, standalone.input_size, device, dtype)
-    clock = time.process_time if settings.processor_time else time.perf_counter
     against = partial(compare, networks, images, rounds=settings.rounds, warmup=settings.warmup, clock=clock)
     # once against each: the median of the ratios of single rounds is not the ratio of the medians
     with torch.no_grad():
@@ -92,20 +91,12 @@ def measure(settings: SpeedSettings, ratio: float, device: torch.device) -> dict
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     settings = SpeedSettings.of(parse_args(argv))
-    import torch
-
-    from common.measure.benchmark import NotEnoughMemory, describe_device
+    from common.measure.benchmark import choose_clock, describe_device
     from common.run.launch import choose_device
 
     device = choose_device(settings.device)
-    if settings.processor_time:
-        if device.type != "cpu":
-            raise UsageError("--processor-time goes with --device cpu: a GPU's work does not count as processor time")
-        torch.set_num_threads(1)
-    try:
-        rows = [measure(settings, ratio, device) for ratio in settings.ratios]
-    except NotEnoughMemory as error:
-        raise UsageError(str(error)) from error
+    clock = choose_clock(settings.processor_time, device)
+    rows = [measure(settings, ratio, device, clock) for ratio in settings.ratios]
     described = describe_device(device) | {"timing": "processor time" if settings.processor_time else "elapsed time"}
     print(
         f"{settings.model}, batch {settings.batch_size}, {settings.dtype}, {described['name']}, torch "

@@ -16,12 +16,10 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from common.run.cli import make_parser, positive_float, positive_int
-from common.run.errors import UsageError
 from common.run.program import run
 from sit.sizes import SIZES
 
@@ -62,17 +60,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     import torch
 
     from common.ledger import results
-    from common.measure.benchmark import describe_device, device_name
+    from common.measure.benchmark import choose_clock, describe_device, device_name
     from common.run.files import ROOT
     from common.run.launch import choose_device
     from sit import ledger, timing
 
     device = choose_device(args.device)
-    if args.processor_time and device.type != "cpu":
-        raise UsageError("--processor-time: a GPU's work does not count as processor time; it goes with --device cpu")
-    clock = time.process_time if args.processor_time else time.perf_counter
-    if args.processor_time:
-        torch.set_num_threads(1)
+    clock = choose_clock(args.processor_time, device)
     print(f"{device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads, {args.dtype}")
     answers: dict[str, float] = {}
     records: list[results.Record] = []

@@ -15,7 +15,6 @@ Not in the official code. The rules (all exact, so that outputs agree to roundin
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.measure.benchmark import compare, device_name, random_images
+from common.measure.benchmark import choose_clock, compare, device_name, random_images
 from common.measure.flops import CONVENTIONS, count_parameters
 from uvc.cost_model import CostModel
 from uvc.models.compact import BlockShape, CompactConfig, CompactViT
@@ -205,10 +204,8 @@ def measure_speeds(
     networks = {"dense": CompactViT(dense_config(config, compressed.structure))} | versions
     networks = {name: deepcopy(network).to(device, getattr(torch, dtype)).eval() for name, network in networks.items()}
     images = random_images(batch, config.image_size[0], device, getattr(torch, dtype))
-    clock, where = time.perf_counter, device_name(device)
-    if processor_time:
-        clock, where = time.process_time, f"{where}, processor time, 1 thread"
-        torch.set_num_threads(1)
+    clock = choose_clock(processor_time, device)
+    where = device_name(device) + (", processor time, 1 thread" if processor_time else "")
     speeds = compare(networks, images, baseline="dense", rounds=rounds, progress="benchmark", clock=clock)
     macs = {name: CONVENTIONS["uvc"].total(network.count().published) for name, network in networks.items()}
     rows = []

@@ -116,6 +116,21 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def choose_clock(processor_time: bool, device: torch.device, *, one_thread: bool = True) -> Clock:
+    """The clock of ``--processor-time``: what a CPU computes, on one thread; else the time that passes.
+
+    Raises:
+        UsageError: it is to measure a GPU.
+    """
+    if not processor_time:
+        return time.perf_counter
+    if device.type != "cpu":
+        raise UsageError("--processor-time: a GPU's work does not count as processor time; it goes with --device cpu")
+    if one_thread:
+        torch.set_num_threads(1)
+    return time.process_time
+
+
 def compare(
     models: Mapping[str, nn.Module],
     images: Tensor,
