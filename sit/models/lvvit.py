@@ -190,7 +190,8 @@ class Attention(attention.Attention):
             raise ValueError(f"width {dim} is not a multiple of {num_heads} heads; give head_dim or other heads")
         super().__init__(dim, num_heads, head_dim, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop)
         if qk_scale:
-            self.scale, self.fused_attn = qk_scale, False  # the fused form has its own scale
+            self.scale = qk_scale
+            self.fused_attn = False  # pyright: ignore[reportGeneralTypeIssues] - the fused form has its own scale
 
 
 class Block(nn.Module):
