@@ -23,7 +23,7 @@ from common.run.settings import DataSettings, OptimizerSettings, RunSettings, Sc
 from scala import arguments
 
 
-def build_parser() -> argparse.ArgumentParser:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     arguments.add_width_args(add_flags(parser, "frozen network", arguments.CheckpointSettings))
     add_flags(parser, "probe", arguments.ProbeSettings)
@@ -31,11 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_optimizer_args(parser, lr=1e-3, weight_decay=0.0, model_ema=False)
     cli.add_schedule_args(parser, epochs=50, warmup_epochs=0, cooldown_epochs=0, min_lr=0.0)
     cli.add_runtime_args(parser)
-    return parser
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    return build_parser().parse_args(argv)
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from scala import arguments
 from scala.arguments import NetworkSettings, StepSettings
 
 
-def build_parser() -> argparse.ArgumentParser:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     group = add_flags(parser, "student and widths", StepSettings)
     add = group.add_argument
@@ -52,11 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_optimizer_args(parser, model_ema=False)
     cli.add_schedule_args(parser, cooldown_epochs=0)
     cli.add_runtime_args(parser)
-    return parser
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    return build_parser().parse_args(argv)
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
