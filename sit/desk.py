@@ -94,11 +94,13 @@ def run(folder: Path, *, device: torch.device | str, force: bool, progress: bool
     rows = []
     for job in RUNS:
         same = f"frd-{job.ratio}" if job.ratio else dense  # networks of one ratio are equally fast
+        network = networks[job.name]
+        tokens = network.keeped_patches if network.slimmed else [network.num_patches]
         rows.append(
             {
                 "method": job.method,
                 "keeping_ratio": job.ratio,
-                "tokens": " ".join(map(str, tokens_of(networks[job.name]))),
+                "tokens": " ".join(map(str, tokens)),
                 "training": job.training,
                 "top1_percent": round(top1[job.name], 2),
                 "mmacs": round(1e3 * cost[job.name], 2),
@@ -123,10 +125,6 @@ def run(folder: Path, *, device: torch.device | str, force: bool, progress: bool
         ),
         plot={"x": "mmacs", "y": "top1_percent", "label": "keeping_ratio", "series": "training"},
     )
-
-
-def tokens_of(network: LVViT) -> list[int]:
-    return network.keeped_patches if network.slimmed else [network.num_patches]
 
 
 def words_of(job: Run, folder: Path) -> list[str]:

@@ -42,10 +42,11 @@ def costs(row: Row) -> dict[str, Measured]:
     As published: without the reverse modules, which evaluation does not run; normalisation layers cost something, and
     ``aux_head`` counts as parameters although nothing runs it.
     """
+    args = parse_args(shlex.split(row.arguments))
     with torch.device("meta"):
         model = build_whole(row)
     counts = count_ops(model)
-    name = f"{args_name(row)}, one image at {model.img_size}"
+    name = f"{args.model} ({args.distillation_type}), one image at {model.img_size}"
     convention = row.convention.get("gmacs", "fvcore")
     kinds = " + ".join(f"{kind} {counts[kind] / 1e9:.3f}" for kind in ("conv", "linear", "matmul"))
     norms = (5 * counts["layer_norm"] + 2 * counts["batch_norm"]) / 1e9
@@ -57,12 +58,6 @@ def costs(row: Row) -> dict[str, Measured]:
         "gmacs": Measured(gmacs(counts, convention), convention, counted),
         "macs_g": Measured(gmacs(counts), "macs", counted),
     }
-
-
-def args_name(row: Row) -> str:
-    """``sit_lvvit_tiny (frd)``."""
-    args = parse_args(shlex.split(row.arguments))
-    return f"{args.model} ({args.distillation_type})"
 
 
 speeds = partial(speeds_for_ledger, build=build)
