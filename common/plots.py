@@ -232,7 +232,7 @@ def _place_labels(axes: Any, series: Sequence[Series], styles: Mapping[str, tupl
     renderer = axes.figure.canvas.get_renderer()
     for line in series:
         look = {"textcoords": "offset points", "color": styles[line.name][0]}
-        for x, y, text in zip(line.x, line.y, line.labels, strict=True):
+        for x, y, text in zip(line.x, line.y, line.labels, strict=False):  # a line need not say its points
             best: tuple[float, Any, Any, float] | None = None
             for reach, (dx, dy, ha, va) in itertools.product((9, 15, 24, 36, 50), _DIRECTIONS) if text else ():
                 note = axes.annotate(text, (x, y), (dx * reach, dy * reach), ha=ha, va=va, fontsize=8.5, **look)

@@ -13,12 +13,12 @@ surest of, the hard ones those it is least sure of.
 """
 
 import argparse
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from common.data.paths import check_data_path
+from common.plots import Figure, Series, draw
 from common.run import cli
 from common.run.errors import UsageError
 from common.run.files import check_files, write_atomic
@@ -77,22 +77,11 @@ def read_curve(path: Path) -> tuple[list[float], list[float], list[float]]:
 
 def draw_curves(files: Sequence[Path], title: str) -> dict[str, bytes]:
     """Accuracy against cost and, if any file has it, against throughput: figures by file name."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     drawn: dict[str, bytes] = {}
     curves = {path.name.split(".")[0]: read_curve(path) for path in files}
     for column, (name, label) in enumerate(AXES):
-        figure = Figure(figsize=(8.2, 5.2), layout="constrained")
-        axes = figure.add_subplot(title=title, xlabel=label, ylabel="top-1 (%)")
-        for file, curve in curves.items():
-            if curve[column]:
-                axes.plot(curve[column], curve[2], "o-", markersize=4, linewidth=1, label=file)
-        if axes.lines:
-            axes.grid(alpha=0.25)
-            axes.legend()
-            FigureCanvasAgg(figure).print_png(stream := io.BytesIO())
-            drawn[f"{name}.png"] = stream.getvalue()
+        if lines := [Series(file, curve[column], curve[2]) for file, curve in curves.items() if curve[column]]:
+            (drawn[f"{name}.png"],) = draw(Figure(name, title, label, "top-1 (%)", {"": lines}), "png")
     return drawn
 
 

@@ -1,6 +1,5 @@
 """Accuracy of one network at several widths: a line per width, a table, and the curve against its cost."""
 
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 
 from common.measure.flops import gmacs
+from common.plots import Figure, Series, draw
 from common.run.files import write_atomic
 from common.run.program import get_logger, is_main
 from scala.engine_scala import evaluate_width
@@ -76,17 +76,7 @@ def write(rows: Sequence[Mapping[str, float]], output_dir: str, arguments: Mappi
 
 def curve(rows: Sequence[Mapping[str, float]], name: str) -> bytes:
     """Accuracy against cost, a point per width that was measured, as PNG."""
-    from matplotlib.figure import Figure  # only where something is drawn
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([row["gmacs"] for row in rows], [row["top1_percent"] for row in rows], marker="o", label=name)
-    for row in rows:
-        axes.annotate(
-            f"{row['ratio']:g}", (row["gmacs"], row["top1_percent"]), xytext=(4, -10), textcoords="offset points"
-        )
-    axes.set(title="Accuracy of one network at its widths", xlabel="GMACs", ylabel="top-1 (%)")
-    axes.legend()
-    with io.BytesIO() as image:
-        figure.savefig(image, format="png", dpi=120)
-        return image.getvalue()
+    line = Series(name, *([row[column] for row in rows] for column in ("gmacs", "top1_percent")))
+    line.labels = [f"{row['ratio']:g}" for row in rows]
+    title = "Accuracy of one network at its widths"
+    return draw(Figure("widths", title, "GMACs", "top-1 (%)", {"": [line]}), "png")[0]

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.plots import Figure, Series, draw
 from common.run import program
 from common.run.cli import make_parser
 from common.run.errors import UsageError
 from common.run.files import write_atomic
-from uvc.draw_structure import png
 
 STAGE2 = "deit-small-stage2"
 
@@ -235,19 +235,16 @@ def print_courses(run: Sequence[Epoch], log: PublishedLog) -> None:
         print(f"{number:>5} " + " ".join(cell(epoch, name) for name in courses.values() for epoch in pair))
 
 
-def draw(run: Sequence[Epoch], log: PublishedLog) -> bytes:
+def draw_courses(run: Sequence[Epoch], log: PublishedLog) -> bytes:
     """Accuracy and, for stage 1, remaining cost of the run and of the published log, as a PNG."""
-    import matplotlib.pyplot as plt
-
-    courses = [(title, name) for title, name in courses_of(log).items() if name in ("top1_percent", "real_percent")]
-    figure, axes = plt.subplots(1, len(courses), figsize=(5 * len(courses), 4), squeeze=False, layout="constrained")
-    for axis, (title, name) in zip(axes[0], courses, strict=True):
-        for epochs, label, style in ((log.epochs, "published log", {"color": "0.6"}), (run, "this run", {})):
-            pairs = [(epoch.epoch, value) for epoch in epochs if (value := getattr(epoch, name)) is not None]
-            axis.plot(*zip(*pairs, strict=True), "o-", markersize=3, label=label, **style)
-        axis.set(xlabel="epoch", ylabel=title)
-        axis.legend()
-    return png(figure)
+    panels: dict[str, list[Series]] = {}
+    for title, name in courses_of(log).items():
+        if name in ("top1_percent", "real_percent"):
+            panels[title] = [Series("published log", kind="published"), Series("this run")]
+            for line, epochs in zip(panels[title], (log.epochs, run), strict=True):
+                known = [epoch for epoch in epochs if getattr(epoch, name) is not None]
+                line.x, line.y = [epoch.epoch for epoch in known], [getattr(epoch, name) for epoch in known]
+    return draw(Figure("courses", f"A run and {log.file}", "epoch", "percent", panels), "png")[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -268,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for check in checks:
         print(f"{'holds ' if check.holds else 'FAILS '} {check.name}: {check.found}")
     if args.plot:
-        write_atomic(args.plot, draw(run, log))
+        write_atomic(args.plot, draw_courses(run, log))
         print(f"drawn: {args.plot}")
     print(f"{sum(check.holds for check in checks)} of {len(checks)} checks hold")
     return 0 if all(check.holds for check in checks) else 1

@@ -12,7 +12,7 @@ import argparse
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common.run.cli import make_parser
 from common.run.files import check_files, write_atomic
@@ -67,13 +67,6 @@ def draw_structure(structure: Structure, *, title: str = "") -> bytes:
     if structure.patches is not None:
         title = f"{title}; {len(structure.patches)} of {structure.num_patches} patches".lstrip("; ")
     figure.suptitle(title, fontsize=10)
-    return png(figure)
-
-
-def png(figure: Any) -> bytes:
-    """The file of a figure, which is closed."""
-    import matplotlib.pyplot as plt
-
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     plt.close(figure)
