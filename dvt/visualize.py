@@ -81,7 +81,8 @@ def draw_curves(files: Sequence[Path], title: str) -> dict[str, bytes]:
     curves = {path.name.split(".")[0]: read_curve(path) for path in files}
     for column, (name, label) in enumerate(AXES):
         if lines := [Series(file, curve[column], curve[2]) for file, curve in curves.items() if curve[column]]:
-            (drawn[f"{name}.png"],) = draw(Figure(name, title, label, "top-1 (%)", {"": lines}), "png")
+            panels = {lines[0].name if len(lines) == 1 else "": lines}  # a single line has no legend
+            (drawn[f"{name}.png"],) = draw(Figure(name, title, label, "top-1 (%)", panels), "png")
     return drawn
 
 

@@ -79,4 +79,4 @@ def curve(rows: Sequence[Mapping[str, float]], name: str) -> bytes:
     line = Series(name, *([row[column] for row in rows] for column in ("gmacs", "top1_percent")))
     line.labels = [f"{row['ratio']:g}" for row in rows]
     title = "Accuracy of one network at its widths"
-    return draw(Figure("widths", title, "GMACs", "top-1 (%)", {"": [line]}), "png")[0]
+    return draw(Figure("widths", title, "GMACs", "top-1 (%)", {name: [line]}), "png")[0]
