@@ -76,7 +76,7 @@ def write(rows: Sequence[Mapping[str, float]], output_dir: str, arguments: Mappi
 
 def curve(rows: Sequence[Mapping[str, float]], name: str) -> bytes:
     """Accuracy against cost, a point per width that was measured, as PNG."""
-    line = Series(name, *([row[column] for row in rows] for column in ("gmacs", "top1_percent")))
+    line = Series(name, [row["gmacs"] for row in rows], [row["top1_percent"] for row in rows])
     line.labels = [f"{row['ratio']:g}" for row in rows]
     title = "Accuracy of one network at its widths"
     return draw(Figure("widths", title, "GMACs", "top-1 (%)", {name: [line]}), "png")[0]
