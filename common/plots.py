@@ -163,7 +163,7 @@ def _clip_outliers(axes: Any, series: Sequence[Series], styles: Mapping[str, tup
     low, high = heights[len(heights) // 4], heights[3 * len(heights) // 4]
     floor = low - 3 * (high - low)
     inside = [y for y in heights if y >= floor]
-    if len(inside) == len(heights):
+    if len(inside) == len(heights) or inside[0] == heights[-1]:
         return
     top = heights[-1]
     axes.set_ylim(inside[0] - 0.12 * (top - inside[0]), top + 0.1 * (top - inside[0]))

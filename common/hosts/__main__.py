@@ -1,12 +1,18 @@
-"""What token methods cost and keep on a network of timm, beside the network itself and beside smaller images.
+"""What token methods cost and keep on a network of yours, beside the network itself and beside smaller images.
 
+    python -m common.hosts MODEL --images DIR --output DIR
     python -m common.hosts vit_small_patch14_dinov2 --img-size 448 --weights FILE --images DIR --output DIR \\
         --methods tome:r=16 "hourglass:layer=6,clusters=(16,16)" "hourglass:layer=3+evit:layers=(6,9)"
 
+MODEL is a name of timm, torchvision:vit_b_16, hf:FOLDER (or a name in the cache of transformers), swag:vit_l16_in1k,
+or file.py:function, which returns a network. Nothing is downloaded: without --weights they are those that the library
+has on this machine, or random.
+
 A method is a name and its settings; a plus sign joins several in one network, and a bar lists values that are tried,
-"tome:r=4|8|12". Every method stands beside the dense network at a smaller image size of about the same cost: what does
-not beat that is not worth having. Cosines are of the features restored to the full grid, and of the class feature, with
-those of the dense network. A budget names the settings within it that keep most.
+"tome:r=4|8|12". Without --methods all are tried. Every method stands beside the dense network at a smaller image size
+of about the same cost: what does not beat that is not worth having. Cosines are of the features restored to the full
+grid, and of the class feature, with those of the dense network. --output takes index.html, which holds everything.
+A budget, or a cosine to keep, names the settings that are best within it, and the lines of Python that build them.
 """
 
 import argparse
@@ -18,8 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.run.flags import make_parser, positive_float, positive_int
+from common.run.errors import UsageError
+from common.run.files import problem_with
+from common.run.flags import count, fraction, make_parser, positive_float, positive_int
 from common.run.program import run
+
+WRITTEN = {"output": True, "save": False}
+"""Flags that name what is written -> whether it is a folder; files take the one network that is chosen."""
 
 
 @dataclass(frozen=True)
@@ -60,44 +71,117 @@ def _one(text: str) -> Wanted:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, prog="python -m common.hosts")
-    parser.add_argument("name", help="a network of timm, such as vit_small_patch14_reg4_dinov2")
+    parser.add_argument("name", metavar="MODEL", help="the network; see above")
     parser.add_argument(
-        "--methods", nargs="+", type=methods, required=True, metavar="METHOD", help="name:key=value,... of each"
-    )
+        "--methods", nargs="+", type=methods, metavar="METHOD",
+        help="name:key=value,... of each (default: all that are possible, each with a few settings)",
+    )  # fmt: skip
     parser.add_argument("--images", type=Path, required=True, help="an image, or a folder of them")
+    parser.add_argument(
+        "--skip-broken", "--skip-bad-images", action="store_true",
+        help="leave out images that cannot be decoded, and count them",
+    )  # fmt: skip
     parser.add_argument("--img-size", type=positive_int, help="pixels of a side (default: the network's own)")
-    parser.add_argument("--weights", type=Path, help="checkpoint; without one the weights are random")
-    parser.add_argument("--data", type=Path, help="folder of ImageNet, or class folders: top-1 as well")
+    parser.add_argument("--weights", type=Path, help="checkpoint (safetensors, pth), which must fit")
+    parser.add_argument(
+        "--data", type=Path,
+        help="class folders, or train/ and val/ with such: top-1, or k-NN and linear probe where no head fits",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=count, default=0, help="of the split of --data without train/ (default: 0)")
     parser.add_argument("--batch-size", type=positive_int, default=8, help="images at a time (default: 8)")
     parser.add_argument("--rounds", type=positive_int, default=10, help="timed passes of each network (default: 10)")
-    budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--budget-gmacs", type=positive_float, help="name the best network that costs no more")
-    budget.add_argument("--budget-ms", type=positive_float, help="the same for milliseconds per image of a batch")
+    parser.add_argument(
+        "--timing-seconds", type=positive_float, default=30.0, metavar="S",
+        help="time all of them no longer than this; fewer passes must do then (default: 30)",
+    )  # fmt: skip
+    wish = parser.add_mutually_exclusive_group()
+    wish.add_argument("--budget-gmacs", type=positive_float, help="name the best network that costs no more")
+    wish.add_argument("--budget-ms", type=positive_float, help="the same for milliseconds per image of a batch")
+    wish.add_argument("--keep-cosine", type=fraction, help="name the fastest whose patch features are as close")
+    parser.add_argument(
+        "--see-layers", nargs="+", type=positive_int, metavar="N",
+        help="show tokens after so many blocks (default: a third, two thirds, all)",
+    )  # fmt: skip
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the chosen network, for leanvit.load(FILE)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--output", type=Path, help="folder for trade.json and a PNG of the tokens of every image")
-    return parser.parse_args(argv)
+    parser.add_argument("--output", type=Path, help="folder for index.html, trade.json, figures, a PNG of every image")
+    args = parser.parse_args(argv)
+    args.wish = {"gmacs": args.budget_gmacs, "ms": args.budget_ms, "cosine": args.keep_cosine}
+    args.chooses = any(value is not None for value in args.wish.values()) or sum(map(len, args.methods or ())) == 1
+    for flag, folder in WRITTEN.items():
+        path = getattr(args, flag)
+        if path and (problem := problem_with(path, folder=folder)):
+            parser.error(f"--{flag.replace('_', '-')}: {problem}")
+        if path and not folder and not args.chooses:
+            parser.error(
+                f"--{flag.replace('_', '-')} writes one network: give one in --methods, or --budget-gmacs, --budget-ms "
+                "or --keep-cosine that chooses it"
+            )
+    return args
+
+
+def write_network(trade: Any, row: Any, path: Path) -> None:
+    """Write the network of a row.
+
+    Raises:
+        UsageError: if there is none, as nothing is within the budget.
+    """
+    from common.hosts.files import save
+    from common.hosts.resizing import Smaller
+
+    if row is None:
+        raise UsageError(f"--save {path}: no network is within the budget, so nothing was written")
+    network = trade.networks[row.name]
+    small = isinstance(network, Smaller)
+    path = save(network.fast if small else network, path)
+    size = f", which takes images of {network.size[0]} x {network.size[1]} pixels" if small else ""
+    print(f"{row.name}{size} is in {path}: leanvit.load({str(path)!r})")
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Measure, print the table, write the files."""
     args = parse_args(argv)
-    from common.hosts.trade import Trade, best_within, image_files, open_network
+    from common.hosts.opening import open_model
+    from common.hosts.page import write_all
+    from common.hosts.trade import (
+        Trade,
+        Wish,
+        best_within,
+        check_files,
+        choose,
+        default_sweep,
+        image_files,
+        python_lines,
+    )
     from common.run.launch import choose_device
 
-    files = image_files(args.images)
-    net = open_network(args.name, args.img_size, args.weights).to(choose_device(args.device))
-    wanted = list(itertools.chain.from_iterable(args.methods))
-    trade = Trade(net, wanted, files, batch_size=args.batch_size)
-    rows = trade.measure(rounds=args.rounds, data=args.data)
-    if not args.weights:
-        print(
-            "The weights are random: costs and speeds hold, cosines and accuracies say nothing about a trained network."
-        )
+    device = choose_device(args.device)
+    images = check_files(image_files(args.images), skip_broken=args.skip_broken)
+    model = open_model(args.name, image_size=args.img_size, weights=args.weights)
+    model.net.to(device)
+    wanted = args.methods or [methods(text) for text in default_sweep(model.facts)]
+    trade = Trade(model, list(itertools.chain.from_iterable(wanted)), images, batch_size=args.batch_size)
+    layers = trade.see_layers(args.see_layers)
+    print(trade.heading(), flush=True)
+    rows = trade.measure(
+        rounds=args.rounds, limit_s=args.timing_seconds, data=args.data, seed=args.seed, skip_broken=args.skip_broken
+    )
     print(trade.table(rows))
-    if args.budget_gmacs or args.budget_ms:
-        print(best_within(rows, gmacs=args.budget_gmacs, ms=args.budget_ms))
+    best, said, code = None, "", ""
+    if any(value is not None for value in args.wish.values()):
+        said = best_within(rows, **args.wish)
+        best = next(iter(choose(rows, Wish(**args.wish))), None)
+        print(said)
+    elif args.chooses:
+        best = next(row for row in rows if row.name in trade.lean)
+    if best is not None:
+        code = python_lines(trade, best)
+        print(f"\n{code}\n")
+    if args.save:
+        write_network(trade, best, args.save)
     if args.output:
-        trade.write(rows, args.output)
+        write_all(trade, rows, args.output, layers=layers, chosen=said, code=code)
+        print(f"everything is in {args.output / 'index.html'}")
     return rows
 
 

@@ -1,32 +1,30 @@
 """What methods cost and keep on one network: rows of the network itself, the methods, and smaller images."""
 
 import copy
-import difflib
 import json
+import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
+from tqdm import tqdm
 
-from common.data.build import open_split
-from common.data.datasets import load_image
-from common.data.loaders import eval_loader
-from common.data.transforms import eval_transform
-from common.hosts.draw import draw_tokens
-from common.hosts.host import Tokens
-from common.hosts.network import Lean, lean, make_lean, make_method
-from common.measure.benchmark import compare, describe_device
-from common.measure.flops import count_operations, gmacs
+from common.data.datasets import BadImageError, load_image
+from common.hosts.accuracy import KNN, PROBE, TOP1, measure_accuracy
+from common.hosts.draw import Principal, Strip, mosaic, spread
+from common.hosts.host import Facts, Tokens
+from common.hosts.network import METHODS, lean, make_lean, make_method
+from common.hosts.opening import Model
+from common.hosts.resizing import Smaller
+from common.hosts.runner import Method, PlanError
+from common.measure.benchmark import compare, describe_device, device_name
 from common.run.errors import UsageError
-from common.run.files import existing_file, write_atomic
-from common.run.settings import DataSettings
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -52,6 +50,37 @@ class Row:
     top1_percent: float | None = None
     against_resizing: float | None = None
     """patch cosine less that of the dense network on smaller images at about the same cost"""
+    knn_percent: float | None = None
+    probe_percent: float | None = None
+    """accuracy of the features, where there is no head for the classes; see ``common.hosts.accuracy``"""
+
+    @property
+    def kind(self) -> str:
+        """Names of the methods, without their settings; "dense" for all without any."""
+        return "dense" if self.name.startswith("dense") else re.sub(r":.*?(?=\+[a-z]|$)", "", self.name)
+
+    @property
+    def measure(self) -> str:
+        """Field by which rows are chosen: accuracy where it was measured, the patches' cosine where not."""
+        return next((key for key in (TOP1, PROBE, KNN) if getattr(self, key) is not None), "patch_cosine")
+
+    @property
+    def kept(self) -> float:
+        """Value of ``measure``."""
+        return getattr(self, self.measure)
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a table, in files that can be decoded.
+
+    Args:
+        files: in order.
+        skipped: broken ones that were left out.
+    """
+
+    files: Sequence[Path]
+    skipped: Sequence[str] = ()
 
 
 def image_files(path: Path) -> list[Path]:
@@ -68,39 +97,26 @@ def image_files(path: Path) -> list[Path]:
     return found
 
 
-def open_network(name: str, image_size: int | None, weights: Path | None) -> nn.Module:
-    """A network of timm, its position embedding resampled to the image size.
+def check_files(files: Sequence[Path], *, skip_broken: bool = False) -> Images:
+    """Decode every file once.
 
     Raises:
-        UsageError: for a name or a size that timm does not know.
+        BadImageError: naming one that is broken, unless these are skipped.
+        UsageError: if none is left.
     """
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise UsageError(f"timm has no network {name!r}" + (f"; near are {', '.join(near)}" if near else ""))
-    options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
-    if weights is not None:
-        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(existing_file(weights))}}
-    torch.manual_seed(0)
-    try:
-        return timm.create_model(name, **options).eval()
-    except (AssertionError, RuntimeError, TypeError) as error:
-        raise UsageError(
-            f"{name} cannot be built with --img-size {image_size}, --weights {weights}: {error}"
-        ) from error
-
-
-class Smaller(nn.Module):
-    """A network on images of another size than those that it is given."""
-
-    def __init__(self, net: nn.Module, size: tuple[int, int]) -> None:
-        super().__init__()
-        self.net, self.size = net, size
-
-    def shrink(self, images: Tensor) -> Tensor:
-        return F.interpolate(images, self.size, mode="bicubic", antialias=True)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.net(self.shrink(images))
+    good, skipped = [], []
+    for file in files:
+        try:
+            load_image(file)
+        except BadImageError as error:
+            if not skip_broken:
+                raise
+            skipped.append(str(error).partition(";")[0])
+        else:
+            good.append(file)
+    if not good:
+        raise UsageError(f"--images: none of the {len(files)} files can be decoded; the first: {skipped[0]}")
+    return Images(good, skipped)
 
 
 class Unseen:
@@ -134,192 +150,432 @@ def _unseen(step: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return undo
 
 
-def own_gmacs(net: nn.Module, fast: Any, images: Tensor | None = None) -> float:
-    """Of a lean network's multiply-accumulates those that are no module's of the host."""
+def own_gmacs(net: nn.Module, fast: Any, images: Tensor | None = None, *, total: float | None = None) -> float:
+    """Of a lean network's multiply-accumulates, ``total`` if known, those that are no module's of the host."""
     plan = copy.copy(fast.plan)
     plan.acting = [{hook: [Unseen(step) for step in steps] for hook, steps in acting.items()} for acting in plan.acting]
-    return fast.gmacs(images) - make_lean(net, plan).gmacs(images)
+    return (fast.gmacs(images) if total is None else total) - make_lean(net, plan).gmacs(images)
+
+
+def default_sweep(facts: Facts) -> list[str]:
+    """Every method with a few settings around its defaults, from mild to strong."""
+    assert facts.grid is not None
+    pairs, last = facts.tokens / (2 * facts.depth), facts.depth - 1
+    early, middle = (min(max(1, facts.depth // part), last) for part in (4, 2))
+
+    def clusters(share: float) -> tuple[int, ...]:
+        return tuple(max(1, round(side * math.sqrt(share))) for side in facts.grid or ())
+
+    def sequence(values: tuple[int, ...]) -> str:
+        return str(values).replace(" ", "")
+
+    settings = {
+        "tome": [f":r={max(1, round(pairs * share))}" for share in (0.5, 1.0, 1.5)],
+        "hourglass": [
+            f":layer={layer},clusters={sequence(clusters(share))}"
+            for layer, share in ((middle, 0.5), (early, 0.5), (middle, 0.25))
+        ],
+        "evit": [f":keep={share}" for share in (0.8, 0.7, 0.5)],
+        "evo_vit": [f":keep={share}" for share in (0.7, 0.5, 0.3)],
+        "ats": [f":tokens={facts.prefix + round(facts.patches * share)}" for share in (0.75, 0.5)],
+    }
+    return [name + words for name in METHODS for words in dict.fromkeys(settings.get(name, [""]))]
 
 
 class Trade:
     """The networks of the table and the images that they see.
 
     Args:
-        net: the dense network, on its device, in evaluation mode.
+        model: the dense network, on its device, and what it wants of images.
         wanted: methods, each with ``text`` and ``methods``.
-        files: images.
+        images: what they are tried on.
         batch_size: images at a time.
 
     Raises:
-        UsageError: if the network is no host, or a method cannot work on it.
+        UsageError: if the network is no host, a method or a setting is unknown, or no method can work on it.
     """
 
-    def __init__(self, net: Any, wanted: Sequence[Any], files: Sequence[Path], *, batch_size: int = 8) -> None:
-        self.net, self.files, self.batch_size = net, files, batch_size
-        self.dense = lean(net)
+    def __init__(self, model: Model, wanted: Sequence[Any], images: Images, *, batch_size: int = 8) -> None:
+        self.model, self.net, self.images, self.batch_size = model, model.net, images, batch_size
+        self.dense = lean(self.net)
         self.facts = self.dense.plan.host.facts
-        self.lean: dict[str, Any] = {
-            each.text: lean(net, *(make_method(name, settings) for name, settings in each.methods), verify=False)
-            for each in wanted
-        }
-        self.config = timm.data.resolve_model_data_config(net)  # pyright: ignore[reportAttributeAccessIssue]
-        self.device = next(net.parameters()).device
+        self.device = next(self.net.parameters()).device
+        self.methods: dict[str, tuple[Method, ...]] = {}
+        self.lean: dict[str, Any] = {}
+        self.refused: dict[str, str] = {}
+        """methods that do not work on this network: why not"""
+        self.accuracy = ""
+        """what was done for accuracies"""
+        self.smaller: dict[int, tuple[float, Smaller]] = {}
+        """rows of patches -> GMACs, and the dense network on such images"""
+        self.networks: dict[str, Any] = {}
+        """what runs, by the names of the rows"""
+        self.beside: dict[str, str] = {}
+        """method -> the row of smaller images at its cost"""
+        for each in wanted:
+            methods = tuple(make_method(name, settings) for name, settings in each.methods)
+            self.methods[each.text] = methods
+            try:
+                self.lean[each.text] = lean(self.net, *methods, verify=False)
+            except PlanError as error:
+                self.refused[each.text] = str(error)
+        if not self.lean:
+            raise PlanError("; ".join(dict.fromkeys(self.refused.values())))
 
-    def transform(self) -> Any:
-        """As the network's own configuration says, at its image size."""
-        names = {"mean": self.config["mean"], "std": self.config["std"], "interpolation": self.config["interpolation"]}
-        return eval_transform(self.facts.image_size[0], crop_ratio=self.config["crop_pct"], **names)
+    # ------------------------------------------------------------------------------------------------------- networks
 
-    def images(self) -> Tensor:
-        """All of them, (B, 3, H, W)."""
-        transform = self.transform()
-        return torch.stack([transform(load_image(file)) for file in self.files])
+    def at_rows(self, rows: int) -> tuple[float, Smaller]:
+        """The dense network on images with so many rows of patches, and its GMACs."""
+        if rows not in self.smaller:
+            (height, width), grid = self.facts.image_size, self.facts.grid
+            assert grid is not None
+            columns = max(1, round(grid[1] * rows / grid[0]))
+            small = Smaller(self.net, (rows * (height // grid[0]), columns * (width // grid[1])))
+            self.smaller[rows] = small.fast.gmacs(), small
+        return self.smaller[rows]
 
-    def cost_at(self, side: int) -> tuple[float, Any]:
-        """GMACs of the dense network at another image size, and the network."""
-        net = copy.deepcopy(self.net)
-        net.set_input_size(img_size=(side, side))
-        counted = count_operations(net, torch.zeros(1, self.facts.channels, side, side, device="meta"))
-        return gmacs(counted.executed), net
-
-    def resized(self, cost: float) -> tuple[str, Smaller]:
-        """The dense network at the image size whose cost is nearest."""
+    def resized(self, cost: float) -> tuple[str, Any]:
+        """The dense network at the image size whose cost is nearest, its own perhaps."""
         assert self.facts.grid is not None
-        patch = self.facts.image_size[0] // self.facts.grid[0]
         low, high = 1, self.facts.grid[0]
         while low < high:  # the largest number of patches that costs no more
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.cost_at(patch * middle)[0] <= cost else (low, middle - 1)
-        side = (
-            min((low, min(low + 1, self.facts.grid[0])), key=lambda n: abs(self.cost_at(patch * n)[0] - cost)) * patch
-        )
-        return f"dense at {side} pixels", Smaller(self.cost_at(side)[1], (side, side))
+            low, high = (middle, high) if self.at_rows(middle)[0] <= cost else (low, middle - 1)
+        rows = min((low, min(low + 1, self.facts.grid[0])), key=lambda n: abs(self.at_rows(n)[0] - cost))
+        if rows == self.facts.grid[0]:
+            return "dense", self.dense
+        height, width = (small := self.at_rows(rows)[1]).size
+        return f"dense at {f'{height} x {width}' if height != width else height} pixels", small
+
+    def batches(self) -> Iterator[Tensor]:
+        """The images in order, (B, 3, H, W) on the device."""
+        for start in range(0, len(self.images.files), self.batch_size):
+            yield self.model.read(self.images.files[start : start + self.batch_size]).to(self.device)
 
     @torch.no_grad()
     def features(self, network: Any, images: Tensor) -> tuple[Tensor, Tensor]:
         """Patch features on the full grid, (B, C, rows, columns), and the class feature, (B, C)."""
-        shrink = network.shrink if isinstance(network, Smaller) else None
-        fast: Any = lean(network.net, verify=False) if isinstance(network, Smaller) else network
-        host, patches, classes = fast.plan.host, [], []
-        for batch in images.split(self.batch_size):
-            batch = batch.to(self.device)
-            x = fast.normalized(batch if shrink is None else shrink(batch))
-            grid = x[:, host.facts.prefix :].mT.unflatten(2, host.facts.grid)
-            patches.append(F.interpolate(grid, self.facts.grid, mode="bilinear") if shrink else grid)
-            classes.append(x[:, 0] if host.facts.class_token else grid.mean((2, 3)))
-        return torch.cat(patches), torch.cat(classes)
+        small = isinstance(network, Smaller)
+        fast = network.fast if small else network
+        x = fast.normalized(network.shrink(images) if small else images)
+        grid = x[:, self.facts.prefix :].mT.unflatten(2, fast.plan.host.facts.grid)
+        patches = F.interpolate(grid, self.facts.grid, mode="bilinear") if small else grid
+        return patches, x[:, 0] if self.facts.class_token else grid.mean((2, 3))
 
-    def measure(self, *, rounds: int = 10, data: Path | None = None) -> list[Row]:
-        """Every row: the dense network, then each method and, once for each size, smaller images of its cost."""
-        images = self.images()
-        some = images[: self.batch_size].to(self.device)  # on which the costs of some methods depend
-        networks: dict[str, Any] = {"dense": self.net}
-        beside: dict[str, str] = {}
-        for name, fast in self.lean.items():
-            resized, smaller = self.resized(fast.gmacs(some))
-            networks[name], beside[name] = fast, resized
-            networks.setdefault(resized, smaller)
-        dense = self.features(self.dense, images)
-        rows = {}
-        for name, network in networks.items():
-            seen = self.dense if name == "dense" else network
-            found = self.features(seen, images)
-            cosines = [float(F.cosine_similarity(a, b, dim=1).mean()) for a, b in zip(found, dense, strict=True)]
-            fast: Any = seen if isinstance(seen, Lean) else lean(seen.net, verify=False)
-            own = own_gmacs(self.net, fast, some) if name in self.lean else 0.0
-            seen = some if name in self.lean else None
-            rows[name] = Row(name, fast.tokens_per_layer(seen)[-1], fast.gmacs(seen), own, *cosines)
-        speeds = compare(networks, some, baseline="dense", rounds=rounds)
-        accuracies = {} if data is None else self.accuracies(networks, data)
-        cost = rows["dense"].gmacs
-        return [
-            replace(
+    # ---------------------------------------------------------------------------------------------------------- rows
+
+    def measure(
+        self,
+        *,
+        rounds: int = 10,
+        limit_s: float | None = None,
+        data: Path | None = None,
+        seed: int = 0,
+        skip_broken: bool = False,
+    ) -> list[Row]:
+        """Every row: the dense network, then each method and, once for each size, smaller images of its cost.
+
+        Args:
+            rounds: timed passes of each network.
+            limit_s: seconds of timing at most, after which fewer rounds must do.
+            data: class folders to measure accuracy on.
+            seed: of their split.
+            skip_broken: leave out images of ``data`` that cannot be decoded.
+        """
+        some = next(self.batches())  # on which the costs of some methods depend
+        rows = self._costs(some)
+        cosines = self._cosines()
+        programs = {**self.networks, "dense": self.net}
+        speeds = compare(
+            programs, some, baseline="dense", rounds=rounds, warmup=min(rounds, 2), limit_s=limit_s, progress="timing",
+        )  # fmt: skip
+        accuracies: Mapping[str, Mapping[str, float]] = {}
+        if data is not None:
+            accuracies, self.accuracy = measure_accuracy(
+                programs, lambda name, images: self.features(self.networks[name], images)[1], data,
+                self.model.preprocessing.transform(), dense="dense", batch_size=self.batch_size,
+                device=self.device, seed=seed, skip_broken=skip_broken,
+            )  # fmt: skip
+        found = {}
+        for name, row in rows.items():
+            speed = speeds[name]
+            found[name] = replace(
                 row,
-                speedup=speeds[name].speedup,
-                realised=speeds[name].speedup * row.gmacs / cost,
-                ms_per_image=speeds[name].speed.latency_ms / speeds[name].speed.batch_size,
-                top1_percent=accuracies.get(name),
-                against_resizing=row.patch_cosine - rows[beside[name]].patch_cosine if name in beside else None,
+                patch_cosine=cosines[name][0],
+                class_cosine=cosines[name][1],
+                speedup=speed.speedup,
+                realised=speed.speedup * row.gmacs / rows["dense"].gmacs,
+                ms_per_image=speed.speed.latency_ms / speed.speed.batch_size,
+                **accuracies.get(name, {}),
             )
-            for name, row in rows.items()
-        ]
+        against = {name: row.patch_cosine - found[self.beside[name]].patch_cosine for name, row in found.items()
+                   if name in self.beside}  # fmt: skip
+        return [replace(row, against_resizing=against.get(name)) for name, row in found.items()]
 
-    @torch.no_grad()
-    def accuracies(self, networks: dict[str, Any], data: Path) -> dict[str, float]:
-        """Top-1 of each network on the validation images of a folder."""
-        dataset = open_split(
-            DataSettings("folder", str(data), self.facts.image_size[0], self.batch_size), "val", self.transform()
-        )
-        right, seen = dict.fromkeys(networks, 0), 0
-        for images, labels, *_ in eval_loader(dataset, batch_size=self.batch_size):
-            seen += len(labels)
-            for name, network in networks.items():
-                right[name] += int((network(images.to(self.device)).argmax(1).cpu() == labels).sum())
-        return {name: 100 * number / seen for name, number in right.items()}
+    def _costs(self, some: Tensor) -> dict[str, Row]:
+        """Find the networks that run, each beside its smaller images; their rows without what is measured."""
+        networks = self.networks = {"dense": self.dense}
+        rows = {"dense": Row("dense", self.facts.tokens, self.dense.gmacs(), 0.0, 1.0, 1.0)}
+        for name, fast in tqdm(self.lean.items(), desc="costs", unit="network", delay=1, leave=False, disable=None):
+            try:
+                probe = some if fast.depends_on_data else None
+                tokens, cost = fast.tokens_per_layer(probe)[-1], fast.gmacs(probe)
+                row = Row(name, tokens, cost, own_gmacs(self.net, fast, probe, total=cost), 0.0, 0.0)
+            except UsageError as error:  # what a method finds out where it runs
+                self.refused[name] = str(error)
+                continue
+            networks[name], rows[name] = fast, row
+            try:
+                beside, small = self.resized(row.gmacs)
+            except UsageError as error:
+                self.refused["dense at smaller images"] = str(error)
+                continue
+            self.beside[name] = beside
+            if beside not in rows:
+                networks[beside] = small
+                rows[beside] = Row(beside, small.facts.tokens, small.fast.gmacs(), 0.0, 0.0, 0.0)
+        self.lean = {name: fast for name, fast in self.lean.items() if name in networks}
+        if not self.lean:
+            raise UsageError("; ".join(dict.fromkeys(self.refused.values())))
+        return rows
+
+    def _cosines(self) -> dict[str, list[float]]:
+        """Of patches and of the class feature, means over the images."""
+        sums = {name: [0.0, 0.0] for name in self.networks}
+        number = len(self.images.files)
+        steps = math.ceil(number / self.batch_size) * len(self.networks)
+        with tqdm(total=steps, desc="features", unit="pass", delay=1, leave=False, disable=None) as bar:
+            for images in self.batches():
+                dense = self.features(self.dense, images)
+                for name, network in self.networks.items():
+                    for index, (a, b) in enumerate(zip(self.features(network, images), dense, strict=True)):
+                        sums[name][index] += float(F.cosine_similarity(a, b, dim=1).mean()) * len(images) / number
+                    bar.update()
+        return sums
+
+    def heading(self) -> str:
+        """What is measured, for a terminal."""
+        facts, files = self.facts, self.images.files
+        lines = [
+            f"network  {facts.name}: {facts.depth} blocks, {facts.tokens} tokens of width {facts.width}",
+            f"weights  {'' if self.model.trained else 'WARNING: '}{self.model.weights}",
+            f"images   {len(files)} as {self.model.preprocessing}",
+            f"device   {device_name(self.device)}, batch {min(self.batch_size, len(files))}",
+        ]
+        if self.images.skipped:
+            lines.append(f"left out {len(self.images.skipped)} broken: {'; '.join(self.images.skipped)}")
+        return "\n".join(lines)
 
     def table(self, rows: Sequence[Row]) -> str:
         """For a terminal."""
-        accuracy = any(row.top1_percent is not None for row in rows)
-        width = max(len(row.name) for row in rows)
-        head = f"{'':{width}}  tokens    GMACs      own  speed-up  realised  patches    class  against resizing"
-        lines = [head + ("   top-1" if accuracy else "")]
+        measured = [key for key in (TOP1, KNN, PROBE) if getattr(rows[0], key) is not None]
+        width = max(len(name) for name in (*(row.name for row in rows), *self.refused))
+        head = (
+            f"{'':{width}}  tokens    GMACs      own  ms/image  speed-up  realised  patches    class  against resizing"
+        )
+        lines = [head + "".join(f"{WORDS[key]:>9}" for key in measured)]
         for row in rows:
             against = "" if row.against_resizing is None else f"{row.against_resizing:+.4f}"
             word = "" if row.against_resizing is None else " better" if row.against_resizing > 0 else " worse "
             lines.append(
-                f"{row.name:{width}}  {row.tokens:6d} {row.gmacs:8.3f} {row.own_gmacs:8.3f} {row.speedup:8.2f}x "
-                f"{100 * row.realised:8.0f}% {row.patch_cosine:8.4f} {row.class_cosine:8.4f} {against + word:>17}"
-                + (f" {row.top1_percent:7.2f}" if accuracy else "")
+                f"{row.name:{width}}  {row.tokens:6d} {row.gmacs:8.3f} {row.own_gmacs:8.3f} {row.ms_per_image:9.2f} "
+                f"{row.speedup:8.2f}x {100 * row.realised:8.0f}% {row.patch_cosine:8.4f} {row.class_cosine:8.4f} "
+                f"{against + word:>17}" + "".join(f" {getattr(row, key):8.2f}" for key in measured)
             )
+        lines += [f"{name:{width}}  not possible: {why}" for name, why in self.refused.items()]
+        if self.accuracy:
+            lines.append(f"accuracy: {self.accuracy}")
         return "\n".join(lines)
 
-    def write(self, rows: Sequence[Row], folder: Path) -> None:
-        """trade.json, and for every image a PNG of the tokens that each method leaves."""
-        folder.mkdir(parents=True, exist_ok=True)
-        about = {"network": self.facts.name, "image_size": self.facts.image_size, "batch_size": self.batch_size}
-        about |= describe_device(self.device)
-        content = {**about, "images": [file.name for file in self.files], "rows": [asdict(row) for row in rows]}
-        write_atomic(folder / "trade.json", json.dumps(content, indent=1, default=str) + "\n")
-        mean, std = (torch.tensor(self.config[key]).view(3, 1, 1) for key in ("mean", "std"))
-        drawn = {  # a dropped patch that keeps its features is restored from no token
-            name: fast
-            for name, fast in self.lean.items()
-            if all(getattr(method, "restore", None) != "frozen" for method in fast.methods)
+    def record(self, rows: Sequence[Row], **more: Any) -> str:
+        """All of it as JSON; ``more`` is put beside it."""
+        about = {
+            "network": self.facts.name,
+            "model": self.model.spec,
+            "weights": self.model.weights,
+            "trained": self.model.trained,
+            "images_as": str(self.model.preprocessing),
+            "image_size": self.facts.image_size,
+            "batch_size": min(self.batch_size, len(self.images.files)),
+            **describe_device(self.device),
         }
-        for file, image in zip(self.files, self.images(), strict=True):
-            labels = {name: token_of_patch(fast, image[None].to(self.device)) for name, fast in drawn.items()}
-            draw_tokens(image * std + mean, labels).save(folder / f"{file.stem}.png")
+        content = {
+            **about,
+            "images": [file.name for file in self.images.files],
+            "broken_images": list(self.images.skipped),
+            "accuracy": self.accuracy,
+            "rows": [asdict(row) for row in rows],
+            "not_possible": self.refused,
+            **more,
+        }
+        return json.dumps(content, indent=1, default=str) + "\n"
+
+    # ------------------------------------------------------------------------------------------------- what they see
+
+    @torch.no_grad()
+    def strips(self, file: Path, layers: Sequence[int]) -> list[Strip]:
+        """What each network makes of an image: its tokens after some numbers of blocks, and its features in colours.
+
+        Args:
+            file: the image.
+            layers: numbers of blocks, 1 to the depth.
+        """
+        images = self.model.read([file]).to(self.device)
+        height, width = images.shape[2:]
+        image = self.model.preprocessing.pixels(images[0]).cpu()
+        dense = self.features(self.dense, images)[0][0].cpu()
+        principal = Principal(dense)
+
+        def colours(network: Any) -> tuple[str, Tensor]:
+            features = self.features(network, images)[0][0].cpu()
+            return "features", spread(principal.colours(features), height, width)
+
+        strips = [Strip("dense", [colours(self.dense), ("input", image)])]
+        for name, fast in self.lean.items():
+            panels = [
+                (f"{number} tokens after block {layer}", mosaic(image, labels))
+                for layer, number, labels in tokens_of_patches(fast, images, layers)
+            ]
+            strips.append(Strip(name, [colours(fast), *panels]))
+        for name in dict.fromkeys(self.beside.values()):
+            if isinstance(small := self.networks[name], Smaller):
+                shrunk = self.model.preprocessing.pixels(small.shrink(images)[0]).cpu()
+                strips.append(Strip(name, [colours(small), ("input", spread(shrunk, height, width))]))
+        return strips
+
+    def see_layers(self, wanted: Sequence[int] | None) -> list[int]:
+        """Numbers of blocks after which tokens are shown; a third, two thirds and all of them by default.
+
+        Raises:
+            UsageError: if there are fewer blocks.
+        """
+        depth = self.facts.depth
+        layers = sorted(set(wanted or (max(1, depth // 3), max(1, 2 * depth // 3), depth)))
+        if layers[-1] > depth or layers[0] < 1:
+            raise UsageError(f"--see-layers: {self.facts.name} has {depth} blocks, so 1 to {depth}; got {layers}")
+        return layers
 
 
-def best_within(rows: Sequence[Row], *, gmacs: float | None = None, ms: float | None = None) -> str:
-    """The networks within a budget that keep most: the best of all, and of each method.
+WORDS = {TOP1: "top-1", KNN: "k-NN", PROBE: "probe", "patch_cosine": "cosine of patches"}
+"""Fields of a row that say what is kept, as people call them."""
 
-    Most is the top-1 accuracy where it was measured, and the cosine of the patch features where not.
+
+@dataclass(frozen=True)
+class Wish:
+    """What the best row must satisfy: at most so much, or at least so close.
+
+    Args:
+        gmacs, ms: of an image, on the device and at the batch that were measured.
+        cosine: of the patches' features with the dense network's.
     """
-    budget = f"{gmacs} GMACs" if ms is None else f"{ms} ms per image"
-    inside = [row for row in rows if (row.gmacs <= gmacs if gmacs is not None else row.ms_per_image <= (ms or 0))]
+
+    gmacs: float | None = None
+    ms: float | None = None
+    cosine: float | None = None
+
+    def __str__(self) -> str:
+        if self.cosine is not None:
+            return f"a cosine of at least {self.cosine}"
+        return f"{self.gmacs} GMACs" if self.ms is None else f"{self.ms} ms per image"
+
+    def allows(self, row: Row) -> bool:
+        if self.cosine is not None:
+            return row.patch_cosine >= self.cosine
+        return row.gmacs <= self.gmacs if self.gmacs is not None else row.ms_per_image <= (self.ms or 0)
+
+    def worth(self, row: Row) -> float:
+        """More is better: what is kept within a budget; speed, where a cosine is asked for."""
+        return row.kept if self.cosine is None else -row.ms_per_image
+
+
+def choose(rows: Sequence[Row], wish: Wish) -> list[Row]:
+    """The best row of each kind that satisfies a wish, best first; empty if none does."""
     best: dict[str, Row] = {}
-    for row in sorted(inside, key=_kept, reverse=True):
-        kind = "dense" if row.against_resizing is None else re.sub(r":.*?(?=\+[a-z]|$)", "", row.name)
-        best.setdefault(kind, row)
-    if not best:
+    for row in sorted(filter(wish.allows, rows), key=wish.worth, reverse=True):
+        best.setdefault(row.kind, row)
+    return list(best.values())
+
+
+def best_within(
+    rows: Sequence[Row], *, gmacs: float | None = None, ms: float | None = None, cosine: float | None = None
+) -> str:
+    """The networks that satisfy a wish: the best of all, and of each method.
+
+    Within a budget that is the one that keeps most: accuracy where it was measured, the cosine of the patch features
+    where not. For a cosine it is the fastest.
+    """
+    wish = Wish(gmacs, ms, cosine)
+    if not (best := choose(rows, wish)):
         least = min(row.gmacs for row in rows), min(row.ms_per_image for row in rows)
-        return f"Nothing is within {budget}: the least is {least[0]:.3f} GMACs, {least[1]:.3f} ms per image"
+        return f"Nothing is within {wish}: the least is {least[0]:.3f} GMACs, {least[1]:.3f} ms per image"
     lines = [
         f"  {row.name}: {row.gmacs:.3f} GMACs, {row.ms_per_image:.2f} ms per image, "
-        + (f"top-1 {row.top1_percent:.2f}" if row.top1_percent is not None else f"patches {row.patch_cosine:.4f}")
-        for row in best.values()
+        + (
+            f"patches {row.patch_cosine:.4f}"
+            if row.measure == "patch_cosine"
+            else f"{WORDS[row.measure]} {row.kept:.2f}"
+        )
+        for row in best
     ]
-    return "\n".join([f"Within {budget}, the best of each kind, best first:", *lines])
+    return "\n".join([f"Within {wish}, the best of each kind, best first:", *lines])
 
 
-def _kept(row: Row) -> float:
-    return row.patch_cosine if row.top1_percent is None else row.top1_percent
+def front(rows: Sequence[Row], cost: str, measure: str) -> list[Row]:
+    """The rows of which none other costs less and keeps more, cheapest first."""
+    best: list[Row] = []
+    for row in sorted(rows, key=lambda row: (getattr(row, cost), -getattr(row, measure))):
+        if not best or getattr(row, measure) > getattr(best[-1], measure):
+            best.append(row)
+    return best
+
+
+def python_lines(trade: Trade, row: Row) -> str:
+    """The lines that build the network of a row and run it on an image file."""
+    model, network = trade.model, trade.networks[row.name]
+    options = "".join(f", {key}={value!r}" for key, value in model.options.items())
+    lines = ["import leanvit", "from common.hosts.opening import open_model"]
+    if isinstance(network, Smaller):
+        lines[0] = "from common.hosts.resizing import Smaller"
+        made = f"Smaller(model.net, {network.size})"
+    else:
+        methods = "".join(f", {_constructor(method)}" for method in trade.methods.get(row.name, ()))
+        made = f"leanvit.lean(model.net{methods})"
+    return "\n".join([
+        *lines, f"model = open_model({model.spec!r}{options})", f"fast = {made}",
+        'images = model.read(["photo.jpg"])', "output, features = fast(images), fast.features(images)",
+    ])  # fmt: skip
+
+
+def _constructor(method: Any) -> str:
+    """``leanvit.ToMe(r=16)``, of a method that is not resolved: the settings that are not the defaults."""
+    said = [
+        f"{setting.name}={value!r}"
+        for setting in fields(method)
+        if (value := getattr(method, setting.name)) != setting.default
+    ]
+    return f"leanvit.{type(method).__name__}({', '.join(said)})"
 
 
 @torch.no_grad()
+def tokens_of_patches(fast: Any, images: Tensor, layers: Sequence[int]) -> Iterator[tuple[int, int, Tensor]]:
+    """Of an image (1, 3, H, W) after some numbers of blocks: how many tokens, and the one that each patch is part of.
+
+    A patch may be part of none, of which nothing is yielded: where it keeps the features it had, or waits beside.
+
+    Yields:
+        Number of blocks, number of tokens, (rows, columns).
+    """
+    seen: list[Tokens] = []
+    host = fast.plan.host
+    fast.plan.run(host.embed(fast, images), seen=seen)
+    grid = host.facts.grid
+    for layer in layers:
+        tokens = seen[layer]
+        shares = tokens.membership()[0, tokens.prefix :, tokens.prefix :]  # (tokens left, patches)
+        if shares.shape[1] == grid[0] * grid[1] and bool((shares.sum(0) > 0).all()):
+            yield layer, tokens.x.shape[1], shares.argmax(0).unflatten(0, grid).cpu()
+
+
 def token_of_patch(fast: Any, image: Tensor) -> Tensor:
-    """Which token each patch of an image is restored from, (rows, columns)."""
-    tokens = fast.run(image)
-    shares = tokens.membership()[0, tokens.prefix :, tokens.prefix :]  # (tokens left, patches)
-    return shares.argmax(0).unflatten(0, fast.plan.host.facts.grid).cpu()
+    """Which token at the end each patch of an image (1, 3, H, W) is restored from, (rows, columns)."""
+    return next(tokens_of_patches(fast, image, [fast.plan.host.facts.depth]))[2]

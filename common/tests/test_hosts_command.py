@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ from sklearn.datasets import load_sample_image
 
 from common.hosts import lean
 from common.hosts.__main__ import main, methods, parse_args
-from common.hosts.draw import mosaic
+from common.hosts.draw import CAPTION, MARGIN, TITLE, mosaic
 from common.hosts.trade import Row, best_within, own_gmacs, token_of_patch
 from common.run.errors import CheckpointError, UsageError
 from common.run.files import ROOT
@@ -33,7 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "classes" / str(label)).mkdir(parents=True)
         image = Image.fromarray(load_sample_image(f"{name}.jpg"))
         image.save(root / f"{name}.png")
-        image.save(root / "classes" / str(label) / "0.png")
+        for part in range(2):
+            image.save(root / "classes" / str(label) / f"{part}.png")
     return root
 
 
@@ -73,15 +75,18 @@ def test_words_that_are_no_settings(text: str) -> None:
 
 
 def test_the_table_and_the_files(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["tome:r=9", "hourglass:layer=1,clusters=(4,4)+evit:layers=(3,)", "evit:restore=frozen"]
+    words = ["tome:r=9", "hourglass:layer=1,clusters=(4,4)+evit:layers=(3,)", "evit:restore=frozen", "evit:layers=(9,)"]
     rows = {row.name: row for row in main(
         [NAME, "--images", str(folder), "--methods", *words, "--rounds", "1", "--output", str(tmp_path), "--data",
          str(folder / "classes"), "--device", "cpu", "--budget-gmacs", "1"]
     )}  # fmt: skip
     output = capsys.readouterr().out
-    assert "The weights are random" in output
+    assert "WARNING: random, as timm has none of this network" in output
+    assert f"{words.pop()}  " in output
+    assert re.search(r"not possible: .* must be a layer, 0 to 5, got 9$", output, re.MULTILINE)
     assert "Within 1.0 GMACs, the best of each kind, best first:\n  " in output
     assert all(name in output for name in rows)
+    assert "accuracy: 5 nearest neighbours (cosine) and a linear probe" in output
     net = timm.create_model(NAME)
     dense = rows["dense"]
     assert (dense.patch_cosine, dense.class_cosine, dense.speedup) == (pytest.approx(1), pytest.approx(1), 1)
@@ -97,13 +102,15 @@ def test_the_table_and_the_files(folder: Path, tmp_path: Path, capsys: pytest.Ca
         nearest = min(smaller, key=lambda other: abs(other.gmacs - row.gmacs))
         assert row.against_resizing == pytest.approx(row.patch_cosine - nearest.patch_cosine)
         assert row.realised == pytest.approx(row.speedup * row.gmacs / dense.gmacs)
-    assert all(row.top1_percent in (0, 50, 100) for row in rows.values())
+    assert all(row.top1_percent is None and row.probe_percent in (0, 50, 100) for row in rows.values())
     written = json.loads((tmp_path / "trade.json").read_text())
     assert [row["name"] for row in written["rows"]] == list(rows)
     assert written["images"] == ["china.png", "flower.png"]
+    assert list(written["not_possible"]) == ["evit:layers=(9,)"]
+    strips = 1 + len(words) + len(smaller)
     for name in written["images"]:
-        width, height = Image.open(tmp_path / name).size
-        assert (width, height) == (3 * 160 + 2 * 4, 160 + 16)  # the image, and the two that can be drawn
+        width, height = Image.open(tmp_path / name).size  # features, and tokens after a third, two thirds and all
+        assert (width, height) == (4 * 160 + 3 * MARGIN, strips * (160 + TITLE + CAPTION + MARGIN) - MARGIN)
 
 
 def test_budgets_name_the_best_of_each_kind() -> None:
@@ -135,8 +142,8 @@ def test_weights_at_another_size(folder: Path, tmp_path: Path, capsys: pytest.Ca
     torch.save(net.state_dict(), tmp_path / "weights.pth")
     rows = main([NAME, "--img-size", "96", "--weights", str(tmp_path / "weights.pth"), "--methods", "tome:r=0",
                  "--images", str(folder / "china.png"), "--rounds", "1", "--device", "cpu"])  # fmt: skip
-    assert "random" not in capsys.readouterr().out
-    assert [row.name for row in rows] == ["dense", "tome:r=0", "dense at 96 pixels"]
+    assert "WARNING" not in capsys.readouterr().out
+    assert [row.name for row in rows] == ["dense", "tome:r=0"]  # no smaller image costs as much
     assert all(row.patch_cosine == pytest.approx(1) for row in rows)
     net.set_input_size(img_size=(96, 96))
     assert rows[0].gmacs == lean(net).gmacs()
@@ -169,7 +176,7 @@ def test_flags_are_understood_without_torch() -> None:
     )  # fmt: skip
     assert done.stdout.split() == ["False", "False"]
     with pytest.raises(SystemExit):
-        parse_args([NAME, "--images", "x"])
+        parse_args([NAME, "--methods", "tome"])  # without images
 
 
 def test_what_belongs_to_the_method() -> None:
