@@ -12,11 +12,9 @@ Legend: D full width, d sliced width, H heads, r width ratio.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +28,8 @@ from torch import Tensor, nn
 from common.measure.benchmark import random_images
 from common.run.checkpoint import load_safely, load_strict, read_description, save_described
 from common.run.errors import CheckpointError
-from common.run.files import replacing, write_atomic
+from common.run.export import difference, export_onnx, export_program
+from common.run.files import write_atomic
 from common.run.program import get_logger
 from scala.engine_scala import AtRatio
 from scala.layers import NORM_EPS, SlicedNetwork, sliced_state_dict
@@ -44,13 +43,6 @@ from scala.sweep import costs
 logger = get_logger(__name__)
 
 METADATA_KEY = "leanvit_standalone"
-
-TOLERANCE = 1e-4
-"""Largest difference of logits, relative to the largest logit, at which a written file counts as equal (float32)."""
-
-
-class ExportError(RuntimeError):
-    """A slice that cannot be written or does not compute what it should; the message says which and what to do."""
 
 
 CLASSES: dict[str, type[nn.Module]] = {
@@ -185,56 +177,6 @@ def load_standalone(path: str | Path) -> nn.Module:
 # Writing a slice, each file read back and compared
 
 
-def difference(run: Callable[[Tensor], Tensor], images: Tensor, expected: Tensor, what: str) -> float:
-    """Largest difference of the logits of one image and of all, relative to the largest of ``expected``.
-
-    Raises:
-        ExportError: above ``TOLERANCE``.
-    """
-    found = 0.0
-    for count in (1, len(images)):
-        error = (run(images[:count]).detach() - expected[:count]).abs().max() / expected[:count].abs().max()
-        if not error <= TOLERANCE:
-            raise ExportError(f"{what} gives other logits than the slice: largest relative difference {error:.3g}")
-        found = max(found, float(error))
-    return found
-
-
-def write_torch_export(path: Path, model: nn.Module, images: Tensor, expected: Tensor) -> float:
-    """torch.export with a free batch size; returns the difference after reading the file back."""
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
-    with replacing(path) as file:
-        torch.export.save(program, file)
-    return difference(torch.export.load(path).module(), images, expected, path.name)
-
-
-def write_onnx(path: Path, model: nn.Module, images: Tensor, expected: Tensor) -> float:
-    """ONNX with a free batch size in one file; returns the difference under onnxruntime."""
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ExportError(f"--onnx needs {', '.join(missing)}: pip install 'leanvit[export]'")
-    import onnxruntime  # only where it is asked for
-
-    batch = torch.export.Dim("batch", min=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the converter, about itself
-        program = torch.onnx.export(
-            model, (images,), dynamo=True, dynamic_shapes=({0: batch},), input_names=["images"],
-            output_names=["logits"], verbose=False,
-        )  # fmt: skip
-    assert program is not None
-    write_atomic(path, program.model_proto.SerializeToString())
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-    def run(given: Tensor) -> Tensor:
-        return torch.as_tensor(session.run(None, {"images": given.numpy()})[0])
-
-    return difference(run, images, expected, path.name)
-
-
 @torch.no_grad()
 def export_slice(
     model: Any, ratio: float, output: Path, *, torch_export: bool = False, onnx: bool = False
@@ -249,15 +191,15 @@ def export_slice(
         ValueError: a width that is none, or a network without a stand-alone form.
     """
     standalone = describe(model, ratio)
-    images = random_images(2, standalone.input_size)
+    images = random_images(3, standalone.input_size)
     expected = AtRatio(model, ratio)(images)
     save_standalone(output, standalone_state(model, ratio), standalone)
     alone = load_standalone(output)
     results = {output.name: difference(alone, images, expected, output.name)}
-    for wanted, suffix, write in ((torch_export, ".pt2", write_torch_export), (onnx, ".onnx", write_onnx)):
+    for wanted, suffix, write in ((torch_export, ".pt2", export_program), (onnx, ".onnx", export_onnx)):
         if wanted:
             path = output.with_suffix(suffix)
-            results[path.name] = write(path, alone, images, expected)
+            results[path.name] = write(alone, images, path, expected=expected)
     for name, value in results.items():
         logger.info("%s: largest difference of the logits %.2g of the largest", name, value)
     return results | costs(model, ratio)

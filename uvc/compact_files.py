@@ -6,7 +6,6 @@ the same for readers, with the kept indices of every block, which trace the file
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Callable
@@ -142,7 +141,7 @@ def to_timm(network: CompactViT) -> VisionTransformer:
     return model.eval()
 
 
-# Export
+# Checks
 
 
 def difference(network: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], images: Tensor) -> float:
@@ -156,42 +155,3 @@ def example_images(config: CompactConfig, batch: int = 2, *, seed: int = 0) -> T
     """Normal numbers in the shape of a batch of images."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, config.in_chans, *config.image_size, generator=generator)
-
-
-def export_program(network: CompactViT, path: str | os.PathLike[str]) -> float:
-    """Write the network through torch.export for any batch size; how far the file is from it on another batch."""
-    network, path = network.float().cpu().eval(), Path(path)
-    batch = {0: torch.export.Dim("batch", min=1)}
-    program = torch.export.export(network, (example_images(network.config),), dynamic_shapes=(batch,))
-    content = io.BytesIO()
-    torch.export.save(program, content)
-    write_atomic(path, content.getvalue())
-    return difference(torch.export.load(path).module(), network, example_images(network.config, 3, seed=1))
-
-
-def export_onnx(network: CompactViT, path: str | os.PathLike[str]) -> float:
-    """Write the network as ONNX for any batch size; how far onnxruntime is from it on another batch.
-
-    Raises:
-        ModuleNotFoundError: the packages of the extra ``export`` are missing; the message names them.
-    """
-    try:
-        import onnxruntime  # optional dependencies
-        import onnxscript  # noqa: F401 - the exporter needs it
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"--onnx needs the package {error.name}: pip install 'leanvit[export]', or leave the flag out"
-        ) from error
-    network, path = network.float().cpu().eval(), Path(path)
-    program = torch.onnx.export(
-        network, (example_images(network.config),), dynamo=True, input_names=["images"], output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), verbose=False,
-    )  # fmt: skip
-    assert program is not None
-    write_atomic(path, program.model_proto.SerializeToString())
-    session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
-
-    def read_back(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-
-    return difference(read_back, network, example_images(network.config, 3, seed=1))

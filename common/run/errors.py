@@ -16,6 +16,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be read, written or matched; the message names the file, the finding and the way out."""
 
 
+class ExportError(RuntimeError):
+    """A network that cannot be exported, or whose file computes something else; the message says which and why."""
+
+
 class LaunchError(RuntimeError):
     """The environment or the flags describe no job that can start; the message says what to change."""
 
@@ -24,4 +28,4 @@ class NonFiniteLoss(RuntimeError):
     """The loss became infinite or not a number; the message gives epoch, step and every term."""
 
 
-EXPECTED = (UsageError, DataError, CheckpointError, LaunchError, NonFiniteLoss)
+EXPECTED = (UsageError, DataError, CheckpointError, ExportError, LaunchError, NonFiniteLoss)

@@ -40,8 +40,14 @@ def autocast(amp: str, device: torch.device) -> torch.autocast:
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """Operations in here run in the dtype of their tensors, on the device of ``tensor``; the meta device has none."""
-    return contextlib.nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+    """Operations in here run in the dtype of their tensors, on the device of ``tensor``; the meta device has none.
+
+    An exported program has no such region where autocast is off: torch cannot save all of them.
+    """
+    device = tensor.device.type
+    if tensor.is_meta or (torch.compiler.is_exporting() and not torch.is_autocast_enabled(device)):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def make_scaler(amp: str, device: torch.device) -> torch.amp.GradScaler:

@@ -14,15 +14,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from common.run.checkpoint import CheckpointError, load_strict, save_atomic
-from common.run.errors import UsageError
-from scala import benchmark, export, loading, standalone
+from common.run.errors import ExportError, UsageError
+from common.run.export import export_onnx, export_program
+from scala import benchmark, export, loading
 from scala.models_mobilenet import MobileNetV2_scala
 from scala.models_scala import DistilledVisionTransformer_scala, VisionTransformer_scala
 from scala.models_uniformer import UniFormer_scala
 from scala.slicing import WidthError, make_grid
 from scala.standalone import (
     METADATA_KEY,
-    ExportError,
     Standalone,
     describe,
     load_standalone,
@@ -144,8 +144,8 @@ def test_torch_export_and_onnx_give_the_same_logits_at_any_batch_size(tmp_path: 
     images = pictures(16).float()
     with torch.no_grad():
         expected = model(images, 0.5)
-    assert standalone.write_torch_export(tmp_path / "slice.pt2", alone, images, expected) < 1e-5
-    assert standalone.write_onnx(tmp_path / "slice.onnx", alone, images, expected) < 1e-5
+    assert export_program(alone, images, tmp_path / "slice.pt2", expected=expected) < 1e-5
+    assert export_onnx(alone, images, tmp_path / "slice.onnx", expected=expected) < 1e-5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["slice.onnx", "slice.pt2"]
     import onnxruntime
 
@@ -153,8 +153,9 @@ def test_torch_export_and_onnx_give_the_same_logits_at_any_batch_size(tmp_path: 
     five = torch.cat([images, images, images[:1]])
     (logits,) = session.run(None, {"images": five.numpy()})
     np.testing.assert_allclose(logits[:2], expected.numpy(), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ExportError, match=r"slice\.pt2 gives other logits"):
-        standalone.write_torch_export(tmp_path / "slice.pt2", alone, images, expected + 1)
+    with pytest.raises(ExportError, match=r"other\.pt2 gives other outputs"):
+        export_program(alone, images, tmp_path / "other.pt2", expected=expected + 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["slice.onnx", "slice.pt2"]
 
 
 def run_export(checkpoint: Path, folder: Path, *words: str) -> dict[str, float]:
