@@ -5,29 +5,30 @@ in training mode with its own drop-path masks, and updates once with the sum of 
 
     largest l  ->  w3 from the upper half  ->  w2 from the lower half  ->  smallest s
 
-The loop around it is ``common.run.engine``'s. Legend: t epoch of the schedule, W warm-up epochs, E epochs.
+The loop around it is ``common.run.engine``'s. Legend: t epoch of the schedule.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
 
 from common.run.engine import Optimization, evaluate
-from common.run.settings import Settings
 from common.run.wrapping import unwrap
-from scala.arguments import TRANSFER_TYPES
+from scala.arguments import TRANSFER_TYPES, CosineSettings
 from scala.losses import WidthLosses
 from scala.slicing import WidthGrid
 
+EARLY_EPOCHS, EARLY_DIVISOR = 10, 2.0
+"""Below so many epochs of the schedule the rate is divided."""
 SLIM_PASSES = ("3q", "2q", "1q")
 """Names of the slim passes in the record: upper middle, lower middle, smallest."""
 
@@ -142,97 +143,60 @@ def _detach(outputs: Any) -> Any:
 # The schedule
 
 
-@dataclass(frozen=True)
-class CosineCurve(Settings):
-    """The published course of the learning rate, f(t).
+class LaggingSchedule(CosineLRScheduler):
+    """timm's cosine f(t), which the warm-up does not shift, with two turns of the published runs.
+
+    f(t) is divided below epoch ``EARLY_EPOCHS``, as by the official scheduler whatever the flags are. And the official
+    loop advances the schedule by the epoch that has just run: epoch 0 has the warm-up rate, undivided (the peak without
+    warm-up), and epoch e > 0 has f(e - 1).
 
     Args:
-        base: peak rate, after scaling by the batch.
-        epochs, warmup_epochs: E and W; the cosine is not shifted by W.
-        noise: from which, and up to which, fraction of the epochs noise is added; None for never.
-        noise_pct: bound of the noise, as a fraction of the rate.
+        optimizer: its rate is the peak, after scaling by the batch.
+        settings: of the flags.
         seed: of the noise, a draw of its own per epoch.
-        early_epochs, early_divisor: below ``early_epochs`` the rate is divided, as the official scheduler does
-            whatever the flags are.
+        start_epoch: a run that begins there (``--start_epoch``) begins with f(start_epoch), as the official code does
+            when it resumes. Our own resumed runs go on exactly instead.
+
+    Raises:
+        ValueError: noise over no range, or without a bound.
 
     Source: the official scheduler; arXiv:2412.04786 does not mention the divisor.
     """
 
-    base: float
-    epochs: int
-    warmup_epochs: int = 5
-    warmup_lr: float = 1e-6
-    min_lr: float = 1e-5
-    noise: Sequence[float] | None = None
-    noise_pct: float = 0.67
-    seed: int = 0
-    early_epochs: int = 10
-    early_divisor: float = 2.0
-
-    def __post_init__(self) -> None:
-        if self.noise is not None and not 1 <= len(self.noise) <= 2:
-            raise ValueError(f"--lr-noise takes one or two fractions of the epochs, got {list(self.noise)}")
-
-    def __call__(self, t: int) -> float:
-        """f(t)."""
-        if t < self.warmup_epochs:
-            rate = self.warmup_lr + t * (self.base - self.warmup_lr) / self.warmup_epochs
-        elif t < self.epochs:
-            rate = self.min_lr + 0.5 * (self.base - self.min_lr) * (1 + math.cos(math.pi * t / self.epochs))
-        else:
-            rate = self.min_lr
-        if t < self.early_epochs:
-            rate /= self.early_divisor
-        return rate * (1 + self._noise(t))
-
-    def _noise(self, t: int) -> float:
-        """0 in most epochs; in others the first of an endless row of normal numbers that lies within the bound."""
-        first, *last = (fraction * self.epochs for fraction in self.noise or [math.inf])
-        if t < first or (last and t >= last[0]):
-            return 0.0
-        if not self.noise_pct > 0:
-            raise ValueError(f"--lr-noise-pct must be positive, got {self.noise_pct}")
-        generator = torch.Generator().manual_seed(self.seed + t)
-        while True:
-            number = torch.randn(1, generator=generator).item()
-            if abs(number) < self.noise_pct:
-                return number
-
-
-class LaggingSchedule:
-    """Sets the rate of every epoch: f of the epoch before, as the published runs had it.
-
-    The official loop advances the schedule by the epoch that has just run. So epoch 0 has the warm-up rate, undivided
-    (the peak without warm-up), and epoch e > 0 has f(e - 1).
-
-    Args:
-        optimizer: all groups get the same rate.
-        start_epoch: a run that begins there (``--start_epoch``) begins with f(start_epoch), as the official code does
-            when it resumes. Our own resumed runs go on exactly instead.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, curve: CosineCurve, *, start_epoch: int = 0) -> None:
-        self.optimizer, self.curve, self.start_epoch = optimizer, curve, start_epoch
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, settings: CosineSettings, *, seed: int = 0, start_epoch: int = 0
+    ) -> None:
+        noise, bound = settings.lr_noise, settings.lr_noise_pct
+        if noise is not None and not 1 <= len(noise) <= 2:
+            raise ValueError(f"--lr-noise takes one or two fractions of the epochs, got {list(noise)}")
+        if noise is not None and not bound > 0:
+            raise ValueError(f"--lr-noise-pct must be positive, got {bound}")
+        epochs: Any = [fraction * settings.epochs for fraction in noise or ()]
+        super().__init__(
+            optimizer, settings.epochs, settings.min_lr, warmup_t=settings.warmup_epochs,
+            warmup_lr_init=settings.warmup_lr, noise_range_t=epochs[0] if len(epochs) == 1 else epochs or None,
+            noise_pct=bound, noise_seed=seed,
+        )  # fmt: skip
+        self.start_epoch = start_epoch
         self.step(start_epoch)
 
-    def rate(self, epoch: int) -> float:
-        """The rate while ``epoch`` runs."""
-        if epoch == 0:
-            return self.curve.warmup_lr if self.curve.warmup_epochs else self.curve.base
-        return self.curve(epoch if epoch == self.start_epoch else epoch - 1)
+    def _get_lr(self, t: int) -> list[float]:
+        """f(t) of each group, without noise."""
+        return [rate / (EARLY_DIVISOR if t < EARLY_EPOCHS else 1.0) for rate in super()._get_lr(t)]
 
     def step(self, epoch: int, metric: float | None = None) -> None:
-        """Set the rate for ``epoch``, the one about to run."""
-        del metric
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(epoch)
+        """Set the rates for ``epoch``, the one about to run."""
+        if epoch == 0:
+            self.update_groups(self.warmup_lr_init if self.warmup_t else self.base_values)
+        else:
+            super().step(epoch if epoch == self.start_epoch else epoch - 1, metric)
 
     def state_dict(self) -> dict[str, Any]:
         return {"start_epoch": self.start_epoch}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """The rate itself is in the optimizer's state; a file of the official trainer holds other keys."""
-        self.start_epoch = int(state.get("start_epoch", 0))
+        self.start_epoch = int(state_dict.get("start_epoch", 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

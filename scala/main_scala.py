@@ -21,7 +21,7 @@ from common.run.files import check_files
 from common.run.program import is_main, run
 from common.run.settings import DataSettings, OptimizerSettings, RunSettings
 from scala import arguments
-from scala.arguments import EvalSettings, LossSettings, NetworkSettings, ScalaAugmentation, StepSettings
+from scala.arguments import CosineSettings, EvalSettings, LossSettings, NetworkSettings, ScalaAugmentation, StepSettings
 
 parse_args = partial(arguments.parse_args, description=__doc__)
 
@@ -34,7 +34,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from common.run.build import scaled_lr
     from common.run.launch import launch, seed_everything
     from scala import sweep, training
-    from scala.engine_scala import CosineCurve
 
     world = launch(args.device, local_rank=args.local_rank)
     seed_everything(args.seed)
@@ -53,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         peak = args.lr if args.unscale_lr else scaled_lr(args.lr, batch_size=batch, world_size=world.size)
         rows = training.train_widths(
             world, settings, data, augmentation, NetworkSettings.of(args, **training.resumed_bound(settings, flags)),
-            LossSettings.of(args), StepSettings.of(args),
-            CosineCurve.of(args, base=peak, noise=args.lr_noise, noise_pct=args.lr_noise_pct),
+            LossSettings.of(args), StepSettings.of(args), CosineSettings.of(args),
             OptimizerSettings.of(args, lr=peak), classes=args.num_classes, arguments=vars(args),
         )  # fmt: skip
     if is_main():

@@ -24,6 +24,7 @@ from common.run.settings import DataSettings, OptimizerSettings, RunSettings
 from scala.arguments import (
     DEFAULT_MODEL,
     DEFAULTS,
+    CosineSettings,
     EvalSettings,
     LossSettings,
     NetworkSettings,
@@ -31,7 +32,7 @@ from scala.arguments import (
     StepSettings,
 )
 from scala.build import build_losses, build_model, build_teacher, check_training
-from scala.engine_scala import CosineCurve, LaggingSchedule, ScaleCoordination, allow_widths, evaluate_width
+from scala.engine_scala import LaggingSchedule, ScaleCoordination, allow_widths, evaluate_width
 from scala.loading import Trained, load_trained, recorded_arguments, resolve_grid
 from scala.narrowing import NarrowedNetwork, calibrate_
 from scala.record import published_log
@@ -80,7 +81,7 @@ def train_widths(
     network: NetworkSettings,
     losses: LossSettings,
     step: StepSettings,
-    curve: CosineCurve,
+    schedule: CosineSettings,
     optimizer: OptimizerSettings,
     *,
     classes: int | None,
@@ -116,7 +117,7 @@ def train_widths(
     known = {**arguments, **asdict(network), "num_classes": batches.classes, "batch_size": data.batch_size}
     trainer = build_run(
         model, world, run, optimizer=updates, average=build_average(model, optimizer), clip_grad=optimizer.clip_grad,
-        schedule=LaggingSchedule(updates, curve, start_epoch=step.start_epoch), epochs=step.epochs,
+        schedule=LaggingSchedule(updates, schedule, seed=run.seed, start_epoch=step.start_epoch), epochs=step.epochs,
         start_epoch=step.start_epoch, arguments=known,
         files=(LAST, "best_checkpoint.pth"),
         published=("log.txt", partial(published_log, parameters=parameters)),

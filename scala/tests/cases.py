@@ -29,8 +29,8 @@ from common.run.settings import OptimizerSettings
 from common.tests import reference
 from common.tests.reference import Case, Checks, NotCovered, Runner
 from scala import models_scala
-from scala.arguments import TOKENS
-from scala.engine_scala import CosineCurve, LaggingSchedule, ScaleCoordination, draw_widths, evaluate_width
+from scala.arguments import TOKENS, CosineSettings
+from scala.engine_scala import LaggingSchedule, ScaleCoordination, draw_widths, evaluate_width
 from scala.losses import ScalaLosses
 from scala.models_scala import DistilledVisionTransformer_scala, VisionTransformer_scala
 from scala.slicing import make_grid
@@ -349,14 +349,15 @@ def run_schedule(case: Case, checks: Checks) -> None:
     if build["sched"] != "cosine":
         raise NotCovered(f"schedule {build['sched']}")
     noise = build["lr_noise"]
-    curve = CosineCurve(
-        build["base_lr"], build["epochs"], build["warmup_epochs"], build["warmup_lr"], build["min_lr"],
-        noise if noise is None or isinstance(noise, list) else [noise], build["lr_noise_pct"], build["seed"],
+    settings = CosineSettings(
+        epochs=build["epochs"], warmup_epochs=build["warmup_epochs"], warmup_lr=build["warmup_lr"],
+        min_lr=build["min_lr"], lr_noise=noise if noise is None or isinstance(noise, list) else [noise],
+        lr_noise_pct=build["lr_noise_pct"],
     )  # fmt: skip
     found = re.search(r"start_epoch (\d+)", case.text)
     start = int(found[1]) if found else 0
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=build["base_lr"])
-    schedule = LaggingSchedule(optimizer, curve, start_epoch=start)
+    schedule = LaggingSchedule(optimizer, settings, seed=build["seed"], start_epoch=start)
     rates = []
     for epoch in range(start, build["epochs"]):
         rates.append(optimizer.param_groups[0]["lr"])

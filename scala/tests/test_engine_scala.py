@@ -1,5 +1,6 @@
 """The four-pass step: what it draws, whom it teaches, and one exchange of gradients per step between two processes."""
 
+import math
 import random
 from collections import Counter
 from typing import Any
@@ -15,7 +16,8 @@ from common.run.launch import launch, shutdown
 from common.run.wrapping import prepare_network
 from common.tests.forks import run_forked, torchrun_variables
 from common.tests.reference import array, build, image
-from scala.engine_scala import CosineCurve, LaggingSchedule, ScaleCoordination, draw_widths, to_multi_hot
+from scala.arguments import CosineSettings
+from scala.engine_scala import LaggingSchedule, ScaleCoordination, draw_widths, to_multi_hot
 from scala.losses import CosubLoss, ScalaLosses, cosub_loss, transfer_loss
 from scala.models_scala import DistilledVisionTransformer_scala, VisionTransformer_scala
 from scala.slicing import WidthGrid, make_grid
@@ -204,16 +206,19 @@ def test_multi_hot_targets() -> None:
 
 
 def test_the_schedule_lags_by_an_epoch_and_halves_ten_rates() -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    curve = CosineCurve(4e-3, epochs=100, warmup_epochs=3)
-    schedule = LaggingSchedule(optimizer, curve)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=4e-3)
+    schedule = LaggingSchedule(optimizer, CosineSettings(epochs=100, warmup_epochs=3))
     rates = []
     for epoch in range(100):
         rates.append(optimizer.param_groups[0]["lr"])
         schedule.step(epoch + 1)
     assert rates[0] == 1e-6
     assert rates[1] == 5e-7
-    assert rates[11] == curve(10) > 1.9 * rates[10]
-    assert LaggingSchedule(optimizer, CosineCurve(4e-3, 100, warmup_epochs=0)).rate(0) == 4e-3
+    assert rates[11] == 1e-5 + 0.5 * (4e-3 - 1e-5) * (1 + math.cos(math.pi / 10)) > 1.9 * rates[10]
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=4e-3)
+    LaggingSchedule(optimizer, CosineSettings(epochs=100, warmup_epochs=0))
+    assert optimizer.param_groups[0]["lr"] == 4e-3
     with pytest.raises(ValueError, match="one or two fractions"):
-        CosineCurve(1.0, 10, noise=[0.1, 0.2, 0.3])
+        LaggingSchedule(optimizer, CosineSettings(epochs=10, lr_noise=[0.1, 0.2, 0.3]))
+    with pytest.raises(ValueError, match="must be positive"):
+        LaggingSchedule(optimizer, CosineSettings(epochs=10, lr_noise=[0.1], lr_noise_pct=0.0))
