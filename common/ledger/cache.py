@@ -4,9 +4,11 @@ An entry is valid for one job, one state of the source files that the job depend
 torch, torchvision, timm, NumPy). The files are JSON under ``.cache/leanvit/`` of the checkout and are never committed.
 """
 
+import contextlib
 import hashlib
 import json
 import platform
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -94,12 +96,15 @@ def cached(
     """
     key = {"job": list(job), "sources": digest(files), "versions": dict(versions())}
     text = json.dumps(key, sort_keys=True)
-    path = (folder or FOLDER) / f"{_slug(job)}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    slug = re.sub(r"[^\w.-]", "_", "-".join(str(part) for part in job if isinstance(part, str | int)))[:60]
+    path = (folder or FOLDER) / f"{slug}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
     if not force and path.exists():
-        entry = _read(path)
-        if entry is not None and entry.get("key") == json.loads(text) and "value" in entry:
-            skipped[str(job[0])] += 1
-            return entry["value"]
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            entry = json.loads(path.read_text())
+            if entry["key"] == json.loads(text):
+                value = entry["value"]
+                skipped[str(job[0])] += 1
+                return value
         print(f"cache: {path} is damaged; computing it again", file=sys.stderr)
     value = compute()
     created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -113,17 +118,3 @@ def report_skipped() -> str:
         return ""
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items()))
     return f"Not computed again (same code and versions): {counts}. FORCE=1 or --force recomputes."
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return entry if isinstance(entry, dict) else None
-
-
-def _slug(job: Sequence[Any]) -> str:
-    """Readable start of the file name."""
-    text = "-".join(str(part) for part in job if isinstance(part, str | int))
-    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in text)[:60]

@@ -7,8 +7,9 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 from common.ledger.tables import DeskTable, Measured, Row, Table, Unavailable, column
@@ -34,14 +35,6 @@ KEYS = (
 
 
 @dataclass(frozen=True)
-class Recorded(Measured):
-    """A number from ``results/``."""
-
-    origin: str = ""
-    """device, versions, commit and date"""
-
-
-@dataclass(frozen=True)
 class Entry:
     """One published value of one row, and what became of it."""
 
@@ -49,19 +42,21 @@ class Entry:
     table: str
     row: str
     column: str
-    published: Decimal | None
+    published: Decimal
     """as published; for a speed the ratio to the dense row"""
-    reproduced: float | None
-    difference: float | None
-    tolerance: float | None
-    """largest difference that counts as reproduced, in the unit of the difference"""
     status: str
     convention: str
     source: str
     """where the number comes from, or what is missing, in one line"""
     command: str
-    is_ratio: bool = False
-    """published and reproduced are ratios to the dense row"""
+    reproduced: float | None = None
+    difference: float | None = None
+    tolerance: float | None = None
+    """largest difference that counts as reproduced, in the unit of the difference"""
+    absolute: Decimal | None = None
+    """the published speed, where ``published`` and ``reproduced`` are ratios to the dense row"""
+    approximate: bool = False
+    """the published value was read off a figure"""
     reason: str = ""
     """why the value differs, or that this is not known"""
     origin: str = ""
@@ -69,25 +64,32 @@ class Entry:
 
     def as_dict(self) -> dict[str, Any]:
         """The entry under ``KEYS``, ready for JSON."""
-        values = {key: getattr(self, key) for key in KEYS}
-        if self.published is not None:
-            whole = self.published.as_tuple().exponent == 0
-            values["published"] = int(self.published) if whole else float(self.published)
-        return values
+        whole = self.published.as_tuple().exponent == 0
+        number = int(self.published) if whole else float(self.published)
+        return {key: getattr(self, key) for key in KEYS} | {"published": number}
 
+    @property
+    def is_ratio(self) -> bool:
+        """Published and reproduced are ratios to the dense row."""
+        return self.absolute is not None
 
-@dataclass(frozen=True)
-class Failure:
-    """An exception in one row; the others are not affected."""
+    @property
+    def there(self) -> str:
+        """The published value with its digits; ``x`` for a ratio to the dense row."""
+        return f"{self.published:f}{'x' if self.is_ratio else ''}"
 
-    paper: str
-    table: str
-    row: str
-    problem: str
-
-    def __str__(self) -> str:
-        where = "/".join(word for word in (self.paper, self.table, self.row) if word)
-        return f"{where}: {self.problem}"
+    @property
+    def here(self) -> str:
+        """The reproduced value, one digit more than published where it is compared."""
+        if self.reproduced is None:
+            return ""
+        if self.is_ratio:
+            return f"{self.reproduced:.3f}x"
+        if column(self.column).kind == "speed":
+            return f"{self.reproduced:.4g}" if self.reproduced < 1000 else f"{self.reproduced:.0f}"
+        digits = max(-_exponent(self.published), 0)
+        extra = 0 if digits >= 4 else 1 + (digits == 0)
+        return f"{self.reproduced:.{digits + extra}f}"
 
 
 @dataclass
@@ -98,7 +100,8 @@ class Ledger:
     entries: list[Entry] = field(default_factory=list)
     plain_gmacs: dict[tuple[str, str], float] = field(default_factory=dict)
     """(paper, table/row) -> plain multiply-accumulates in G, beside the paper's own convention"""
-    failures: list[Failure] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    """``paper/table/row: problem``: exceptions that did not affect the other rows"""
     desk: list[tuple[str, DeskTable]] = field(default_factory=list)
     """(paper, table) of the experiments at desk size"""
 
@@ -114,8 +117,9 @@ class Ledger:
         except Exception as error:
             if isinstance(error, BrokenAdapter) and table:
                 raise  # the paper's, not the row's
-            words = [what, "" if isinstance(error, Unavailable | BrokenAdapter) else type(error).__name__, str(error)]
-            self.failures.append(Failure(paper, table, row, ": ".join(word for word in words if word)))
+            kind = "" if isinstance(error, Unavailable | BrokenAdapter) else type(error).__name__
+            where = "/".join(word for word in (paper, table, row) if word)
+            self.failures.append(": ".join(word for word in (where, what, kind, str(error)) if word))
 
 
 class BrokenAdapter(ImportError):
@@ -144,64 +148,63 @@ def compare(row: Row, name: str, found: Measured | Unavailable, dense: Row | Non
     """
     published = row.published[name]
     unit, is_speed = column(name).unit, column(name).kind == "speed"
-    is_ratio = is_speed and dense is not None and not row.cited
     parts: list[str] = []
-    if is_ratio and dense is not None:
+    absolute = None
+    if is_speed and dense is not None and not row.cited:
+        absolute = published
         parts.append(f"published {published} / {dense.published[name]} {unit} ({dense.key})")
         published = round(published / dense.published[name], 3)
-    entry = Entry(
-        *(row.paper, row.table, row.id, name, published, None, None, None),
-        status="recorded",
-        convention=row.convention.get(name, ""),
-        source="",
-        command=row.command(name),
-        is_ratio=is_ratio,
-    )
+    common = {"absolute": absolute, "approximate": name in row.approximate}
+    entry = partial(Entry, row.paper, row.table, row.id, name, published, **common)
+    convention, command = row.convention.get(name, ""), row.command(name)
     if isinstance(found, Unavailable):
         parts.append(found.reason or STATUSES[found.status])
-        command = found.command or entry.command
-        return replace(entry, status=found.status, source="; ".join(parts), command=command)
+        return entry(found.status, convention, "; ".join(parts), found.command or command)
     parts.append(found.source)
-    origin = found.origin if isinstance(found, Recorded) else ""
-    convention = found.convention or entry.convention
-    if is_speed and not is_ratio:
+    value, status, reason = found.value, "recorded", ""
+    difference = tolerance = None
+    if is_speed and absolute is None:
         parts.append("the baseline of the ratios, published on another device, so not compared")
-        value = _finite(found.value)
-        return replace(entry, reproduced=value, convention=convention, source="; ".join(parts), origin=origin)
-    value = found.ratio if is_ratio and found.ratio is not None else found.value
-    difference = value - float(published)
-    if is_ratio:
-        tolerance = float(row.tolerance[name]) * float(published)
-        parts.append(f"{found.value:.5g} {unit} measured")
     else:
-        tolerance = max(half_unit(published), float(row.tolerance.get(name, 0)))
-        parts += ["published value read off a figure"] if name in row.approximate else []
-    reason = ""
-    if not abs(difference) <= tolerance * (1 + 1e-9) + 1e-12:
-        reason = row.reasons.get(name, "the reason is not known")
-        parts.append(f"differs: {reason}")
-    return replace(
-        entry,
-        reproduced=_finite(value),
-        difference=_finite(difference),
-        tolerance=_finite(tolerance),
-        status="recorded" if isinstance(found, Recorded) else "differs" if reason else "reproduced",
-        convention=convention,
-        source="; ".join(parts),
+        if absolute is not None:
+            value = value if found.ratio is None else found.ratio
+            tolerance = float(row.tolerance[name]) * float(published)
+            parts.append(f"{found.value:.5g} {unit} measured")
+        else:
+            tolerance = max(half_unit(published), float(row.tolerance.get(name, 0)))
+            parts += ["published value read off a figure"] if name in row.approximate else []
+        difference = value - float(published)
+        if not abs(difference) <= tolerance * (1 + 1e-9) + 1e-12:
+            reason = row.reasons.get(name, "the reason is not known")
+            parts.append(f"differs: {reason}")
+        if not found.origin:
+            status = "differs" if reason else "reproduced"
+    return entry(
+        status,
+        found.convention or convention,
+        "; ".join(parts),
+        command,
+        *map(_finite, (value, difference, tolerance)),
         reason=reason,
-        origin=origin,
+        origin=found.origin,
     )
 
 
 def half_unit(published: Decimal) -> float:
     """Half of the last published digit: 275.8 gives 0.05, 392 gives 0.5."""
+    return 0.5 * 10.0 ** min(_exponent(published), 0)
+
+
+def _exponent(published: Decimal) -> int:
     exponent = published.as_tuple().exponent
     assert isinstance(exponent, int)
-    return 0.5 * 10.0 ** min(exponent, 0)
+    return exponent
 
 
-def _finite(value: float) -> float:
+def _finite(value: float | None) -> float | None:
     """The value to six decimals, so that files do not carry noise of the arithmetic."""
+    if value is None:
+        return None
     if not math.isfinite(value):
         raise ValueError(f"expected a finite number, got {value}")
     return round(value, 6)

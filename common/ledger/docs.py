@@ -19,6 +19,7 @@ machine that renders it.
 """
 
 import argparse
+import ast
 import os
 import re
 import sys
@@ -29,10 +30,9 @@ from pathlib import Path
 from common.ledger.compare import Ledger
 from common.ledger.equations import index
 from common.ledger.gather import Request, build
-from common.ledger.overview import papers_table, tables_table
 from common.ledger.plots import figures
 from common.ledger.realised import markdown_realised
-from common.ledger.report import markdown_of
+from common.ledger.report import count_table, markdown_of, tables_table
 from common.ledger.tables import TableError, load_tables, papers
 from common.ledger.view import TableView, view_tables
 from common.plots import Figure, draw
@@ -120,6 +120,25 @@ class Renderer:
         if kind == "table":
             return markdown_of(self.views[name])
         return f"![{self.figures[name].title}]({os.path.relpath(self.plot_path(name), path.parent)})"
+
+
+def describe(folder: Path) -> str:
+    """A paper in one cell: its directory; title and method from the docstring of its package."""
+    docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or folder.name
+    title, _, method = docstring.partition("\n\n")
+    title = title.rstrip(".")
+    if paper := re.search(r"arXiv:(\d{4}\.\d{5})", (folder / "README.md").read_text(encoding="utf-8")):
+        title = f"[{title}](https://arxiv.org/abs/{paper[1]})"
+    return f"[**{folder.name}**]({folder.name}/README.md): {title}. {' '.join(method.split())}".strip()
+
+
+def papers_table(views: Sequence[TableView], root: Path) -> str:
+    """One line per paper in Markdown, and the sum."""
+    parts: dict[str, list[TableView]] = {}
+    for view in views:
+        parts.setdefault(view.table.paper, []).append(view)
+    own = {describe(root / paper): part for paper, part in parts.items()}
+    return count_table("Paper", own, f"all {len(views)} tables")
 
 
 def readmes(root: Path = ROOT) -> list[Path]:

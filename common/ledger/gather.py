@@ -27,7 +27,7 @@ from typing import Any
 from tqdm import tqdm
 
 from common.ledger.cache import cached, source_files
-from common.ledger.compare import BrokenAdapter, Ledger, Recorded, compare
+from common.ledger.compare import BrokenAdapter, Ledger, compare
 from common.ledger.results import Record, load_records
 from common.ledger.tables import NEEDS, Cited, DeskTable, Measured, NotImplementedYet, Row, Table, Unavailable, column
 from common.run.files import ROOT
@@ -149,7 +149,7 @@ def _find(row: Row, name: str, answer: Answer, record: Record | None) -> Measure
     return NEEDS[need]("", f"the cost of this row depends on its {need}" if kind == "cost" else "")
 
 
-def _as_recorded(row: Row, name: str, record: Record) -> Recorded:
+def _as_recorded(row: Row, name: str, record: Record) -> Measured:
     """A record as a value to compare."""
     is_speed = column(name).kind == "speed"
     ratio = record.ratio
@@ -160,7 +160,7 @@ def _as_recorded(row: Row, name: str, record: Record) -> Recorded:
             raise ValueError(f"{name}: the record in results/ is not a ratio to {row.dense!r}: {record.origin.path}")
     text = record.origin.text
     convention = record.conditions if is_speed else row.convention[name]
-    return Recorded(record.value, convention, f"recorded: {text}", ratio, origin=text)
+    return Measured(record.value, convention, f"recorded: {text}", ratio, text)
 
 
 def best_records(records: Iterable[Record]) -> dict[tuple[str, str], Record]:

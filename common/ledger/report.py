@@ -9,7 +9,7 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cache
@@ -24,7 +24,6 @@ from tqdm import tqdm
 from common import plots
 from common.ledger.cache import cached
 from common.ledger.compare import KEYS, STATUSES, Ledger
-from common.ledger.overview import tables_table
 from common.ledger.plots import figures
 from common.ledger.text import to_text
 from common.ledger.view import (
@@ -42,6 +41,17 @@ from common.run.files import write_atomic
 
 BADGES: Mapping[str, str] = {**{s: s for s in STATUSES}, "reproduced": "✓", "differs": "✗"}
 """Statuses in the tables of the page."""
+MARKS = {"reproduced": " ✓", "differs": " ✗", "recorded": " (recorded)"}
+"""What follows a value in the tables of the READMEs; other statuses stand in its place."""
+
+GROUPS = {
+    "same": ("reproduced",),
+    "measured": ("recorded",),
+    "differ": ("differs",),
+    "open": ("needs data", "needs weights", "needs gpu", "needs compute", "not implemented yet"),
+    "quoted": ("cited",),
+}
+"""Column -> the statuses it counts; together all of them."""
 
 
 @cache
@@ -83,9 +93,7 @@ def to_csv(ledger: Ledger) -> str:
     stream = io.StringIO()
     writer = csv.DictWriter(stream, list[str](KEYS), lineterminator="\n")
     writer.writeheader()
-    for entry in ledger.entries:
-        published = "" if entry.published is None else f"{entry.published:f}"
-        writer.writerow({**entry.as_dict(), "published": published})
+    writer.writerows({**entry.as_dict(), "published": f"{entry.published:f}"} for entry in ledger.entries)
     return stream.getvalue()
 
 
@@ -104,14 +112,36 @@ def markdown_of(view: TableView) -> str:
     for index, row in enumerate(view.rows):
         cells = [row.method, setting_of(row)]
         for column in view.columns:
-            cell = column.cells[index]
-            published = f"{cell.absolute} ({cell.published})" if cell.absolute else cell.published
-            marks = {"reproduced": " ✓", "differs": " ✗", "recorded": " (recorded)", "": ""}
-            here = cell.here + marks[cell.status] if cell.status in marks else f"*{cell.status}*"
-            cells += [here] if column.plain else [published] if view.idle else [published, here]
+            if column.plain:
+                cells.append(column.plain[index])
+            elif entry := column.entries[index]:
+                published = "~" * entry.approximate + entry.there
+                published = f"{entry.absolute:f} ({published})" if entry.is_ratio else published
+                here = entry.here + MARKS[entry.status] if entry.status in MARKS else f"*{entry.status}*"
+                cells += [published] if view.idle else [published, here]
+            else:
+                cells += [""] if view.idle else ["", ""]
         rows.append(cells)
     notes = _templates("md").get_template("notes.md").render(view=view)
     return "\n".join([*markdown_table(heads, rows, left=2), "", notes.rstrip()])
+
+
+def tables_table(views: Sequence[TableView], *, linked: bool = False) -> str:
+    """One line per published table in Markdown, perhaps linked to its data, and the sum."""
+    parts = {}
+    for view in views:
+        name = f"[{view.name}]({view.table.paper}/tables/{view.table.name}.toml)" if linked else view.name
+        parts[f"{name}: {view.table.title}"] = [view]
+    return count_table("Table", parts, "all")
+
+
+def count_table(heading: str, parts: Mapping[str, Sequence[TableView]], total: str) -> str:
+    """A line of numbers for the values of each part, and of their sum."""
+    rows: list[list[str]] = []
+    for text, views in {**parts, total: [view for part in parts.values() for view in part]}.items():
+        numbers = [sum(view.counts[status] for view in views for status in group) for group in GROUPS.values()]
+        rows.append([text, str(sum(numbers)), *(str(number or "") for number in numbers)])
+    return "\n".join(markdown_table([heading, "values", *GROUPS], rows))
 
 
 def to_markdown(ledger: Ledger, *, pictures: Mapping[str, str] | None = None) -> str:

@@ -128,6 +128,8 @@ class Measured:
     """where the number comes from"""
     ratio: float | None = None
     """speed only: paired ratio to the dense row, if it was measured round by round; else the ratio of the values"""
+    origin: str = ""
+    """of a number from ``results/``: device, versions, commit and date"""
 
 
 @dataclass(frozen=True)

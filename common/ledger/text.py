@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from common.ledger.compare import STATUSES, Entry, Ledger
 from common.ledger.tables import DeskTable
-from common.ledger.view import ColumnView, TableView, desk_cells, format_published, numeric_columns, plural, view_tables
-from common.ledger.view import format_reproduced as format_here
+from common.ledger.view import ColumnView, TableView, desk_cells, numeric_columns, plural, view_tables
 
 WIDTH = 140
 
@@ -75,7 +74,7 @@ def _notes(view: TableView) -> str:
     """What differs and why, and one command for each thing that is missing."""
     lines: list[str] = []
     for entry in view.differing:
-        value = f"{entry.row} {entry.column} {format_here(entry)}, published {format_published(entry)}"
+        value = f"{entry.row} {entry.column} {entry.here}, published {entry.there}"
         lines += _wrap(f"differs: {value}: {entry.reason}", "  ", "    ")
     for need in view.needs:
         lines += _wrap(f"{need.status}: {need.columns}, e.g. {need.command}", "  ", "    ", ending=" \\")
@@ -99,10 +98,10 @@ def _table(view: TableView) -> str:
 
 def _block(column: ColumnView) -> list[str]:
     """Published, here and tag of each row, aligned."""
-    triples = [(cell.published, cell.here, TAGS.get(cell.status, "")) for cell in column.cells]
-    widths = [max(len(triple[index]) for triple in triples) for index in range(3)]
     if column.plain:
-        return [here for _, here, _ in triples]
+        return list(column.plain)
+    triples = [("~" * e.approximate + e.there, e.here, TAGS[e.status]) if e else ("", "", "") for e in column.entries]
+    widths = [max(len(triple[index]) for triple in triples) for index in range(3)]
     if not widths[1]:
         return [f"{published:>{widths[0]}} {tag:<{widths[2]}}" for published, _, tag in triples]
     return [f"{a:>{widths[0]}} {b:>{widths[1]}} {c:<{widths[2]}}" for a, b, c in triples]
@@ -129,8 +128,7 @@ def _details(entries: Sequence[Entry]) -> list[str]:
     for entry in entries:
         off = "" if entry.difference is None else f"{entry.difference:+.4g}"
         allowed = "" if entry.tolerance is None else f"{entry.tolerance:.3g}"
-        numbers = [format_published(entry), format_here(entry), off, allowed]
-        rows.append([f"  {entry.row}", entry.column, entry.status, *numbers])
+        rows.append([f"  {entry.row}", entry.column, entry.status, entry.there, entry.here, off, allowed])
     if not entries:
         return []
     lines = align(rows, left=3)

@@ -13,32 +13,15 @@ WAITING = ("not implemented yet", "cited")
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One published value beside what came out here."""
-
-    published: str = ""
-    """with its digits: ``~`` if it was read off a figure, ``x`` for a ratio to the dense row"""
-    absolute: str = ""
-    """the published speed where ``published`` is its ratio"""
-    here: str = ""
-    entry: Entry | None = None
-
-    @property
-    def status(self) -> str:
-        """The entry's; empty where the row has no such value."""
-        return self.entry.status if self.entry else ""
-
-
-@dataclass(frozen=True)
 class ColumnView:
-    """One column of a table: its heading, how it is counted, and a cell for each row."""
+    """One column of a table: its heading, how it is counted, and what each row has in it."""
 
     name: str
     heading: str
-    convention: str
-    cells: tuple[Cell, ...]
-    plain: bool = False
-    """plain multiply-accumulates, beside a column that is counted in the paper's way; nothing is published"""
+    convention: str = ""
+    entries: tuple[Entry | None, ...] = ()
+    plain: tuple[str, ...] = ()
+    """plain multiply-accumulates, beside a column that is counted in the paper's way: nothing is published"""
 
 
 @dataclass(frozen=True)
@@ -132,25 +115,16 @@ def _view(
     plain = [plain_gmacs.get((table.paper, row.key)) for row in rows]
     columns: list[ColumnView] = []
     for name in table.columns:
-        cells = tuple(_cell(entries.get((row.id, name)), row) for row in rows)
-        if not any(cell.entry for cell in cells):
+        own = tuple(entries.get((row.id, name)) for row in rows)
+        if not any(own):
             continue
-        ratio = any(cell.entry and cell.entry.is_ratio for cell in cells)
-        heading = f"{label_of(name)} / dense" if ratio else label_of(name)
+        heading = label_of(name) + (" / dense" if any(entry and entry.is_ratio for entry in own) else "")
         convention = next((row.convention[name] for row in table.rows if row.convention.get(name)), "")
-        columns.append(ColumnView(name, heading, convention, cells))
+        columns.append(ColumnView(name, heading, convention, own))
         if name == "gmacs" and any(value is not None for value in plain):
-            counted = tuple(Cell(here="" if value is None else f"{value:.2f}") for value in plain)
-            columns.append(ColumnView("macs_g", "plain GMACs", "", counted, plain=True))
+            texts = tuple("" if value is None else f"{value:.2f}" for value in plain)
+            columns.append(ColumnView("macs_g", "plain GMACs", plain=texts))
     return TableView(table, tuple(rows), tuple(columns), tuple(entries.values()), count_statuses(entries.values()))
-
-
-def _cell(entry: Entry | None, row: Row) -> Cell:
-    if entry is None:
-        return Cell()
-    published = ("~" if entry.column in row.approximate else "") + format_published(entry)
-    absolute = f"{row.published[entry.column]:f}" if entry.is_ratio else ""
-    return Cell(published, absolute, format_reproduced(entry), entry)
 
 
 def plural(number: int, noun: str) -> str:
@@ -162,27 +136,6 @@ def setting_of(row: Row) -> str:
     """Series and setting, without repeating the method."""
     series = "" if row.method.startswith(row.series) else row.series
     return ", ".join(word for word in (series, row.setting) if word)
-
-
-def format_published(entry: Entry) -> str:
-    """Published value with its digits; ``x`` for a ratio to the dense row."""
-    if entry.published is None:
-        return ""
-    return f"{entry.published:f}x" if entry.is_ratio else f"{entry.published:f}"
-
-
-def format_reproduced(entry: Entry) -> str:
-    """Reproduced value, one digit more than published where it is compared."""
-    if entry.reproduced is None:
-        return ""
-    if entry.is_ratio:
-        return f"{entry.reproduced:.3f}x"
-    exponent = None if entry.published is None else entry.published.as_tuple().exponent
-    if column(entry.column).kind == "speed" or not isinstance(exponent, int):
-        return f"{entry.reproduced:.4g}" if entry.reproduced < 1000 else f"{entry.reproduced:.0f}"
-    digits = max(-exponent, 0)
-    extra = 0 if digits >= 4 else 1 + (digits == 0)
-    return f"{entry.reproduced:.{digits + extra}f}"
 
 
 def format_value(name: str, value: Any) -> str:

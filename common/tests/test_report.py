@@ -7,14 +7,13 @@ from decimal import Decimal
 
 import pytest
 
-from common.ledger.compare import Entry, Failure, Ledger, compare
+from common.ledger.compare import Entry, Ledger, compare
 from common.ledger.gather import Request, build, run_desk
-from common.ledger.overview import tables_table
 from common.ledger.plots import figures
-from common.ledger.report import markdown_of, to_html, to_markdown, write_report
+from common.ledger.report import markdown_of, tables_table, to_html, to_markdown, write_report
 from common.ledger.tables import NeedsCompute, load_tables, papers
 from common.ledger.text import WIDTH, to_text
-from common.ledger.view import format_published, format_reproduced, format_value, view_tables
+from common.ledger.view import format_value, view_tables
 from common.plots import Figure, Series, draw, inline_svg
 from common.tests.fake_paper import TABLE, importable, record, write_paper, write_records
 
@@ -34,9 +33,9 @@ def filled(tmp_path_factory):
     return found
 
 
-def entry(published, reproduced, column="gmacs", is_ratio=False):
-    value = None if published is None else Decimal(published)
-    return Entry("p", "t", "r", column, value, reproduced, None, None, "reproduced", "", "", "", is_ratio)
+def entry(published, reproduced, column="gmacs", absolute=None):
+    words = ("p", "t", "r", column, Decimal(published), "reproduced", "", "", "")
+    return Entry(*words, reproduced, absolute=absolute)
 
 
 @pytest.mark.parametrize(
@@ -49,15 +48,15 @@ def entry(published, reproduced, column="gmacs", is_ratio=False):
     ],
 )
 def test_reproduced_values_show_one_digit_more(published, reproduced, text):
-    assert format_reproduced(entry(published, reproduced)) == text
-    assert format_published(entry(published, reproduced)) == published
+    assert entry(published, reproduced).here == text
+    assert entry(published, reproduced).there == published
 
 
 def test_ratios_are_marked():
-    ratio = entry("1.244", 1.2513, "fps", is_ratio=True)
-    assert (format_published(ratio), format_reproduced(ratio)) == ("1.244x", "1.251x")
-    assert format_reproduced(entry("12.7", 410.26, "fps")) == "410.3"
-    assert format_reproduced(entry("12.7", None, "fps")) == ""
+    ratio = entry("1.244", 1.2513, "fps", absolute=Decimal(10))
+    assert (ratio.there, ratio.here) == ("1.244x", "1.251x")
+    assert entry("12.7", 410.26, "fps").here == "410.3"
+    assert entry("12.7", None, "fps").here == ""
 
 
 @pytest.mark.parametrize(
@@ -160,7 +159,7 @@ def test_the_summary_counts_every_value(filled):
 
 
 def test_failures_are_in_the_report(filled):
-    broken = Ledger(tables=filled.tables, entries=filled.entries, failures=[Failure("p", "t", "r", "<boom>")])
+    broken = Ledger(tables=filled.tables, entries=filled.entries, failures=["p/t/r: <boom>"])
     assert "p/t/r: &lt;boom>" in to_markdown(broken)
     assert "p/t/r: &lt;boom&gt;" in to_html(broken, drawn={})
 

@@ -138,7 +138,7 @@ def test_a_record_against_another_row_is_an_error(paper):
     more = {"reference_row": "main/slip", "reference_value": 50.0, "ratio": 1.6}
     write_records(paper, "gpu", [record("half", "fps", 80.0, **more)], kind="cuda", created="2026-01-01T00:00:00")
     found = build(load_tables(root=paper), Request(root=paper))
-    assert [failure.row for failure in found.failures] == ["half"]
+    assert [failure.split(":")[0] for failure in found.failures] == ["fakepaper/main/half"]
     assert "is not a ratio to 'main/dense'" in str(found.failures[0])
 
 
