@@ -83,7 +83,8 @@ def build_dataset(
     elif name in FASHION:
         dataset = open_fashion(name, root, split, transform, download=download)
     elif name.lower().startswith(TIMM_PREFIXES):
-        dataset = _open_with_timm(name, root, split, transform, download, batch_size, seed)
+        stream = {"batch_size": batch_size, "seed": seed}
+        dataset = _open_with_timm(name, root, split, transform, download=download, **stream)
         if isinstance(dataset, IterableImageDataset) and isinstance(dataset.reader, reader_wds.ReaderWds):
             dataset = ShardStream(dataset, skip=on_bad_image == "skip")
     elif name in ("imagenet", "folder", "tar"):
@@ -398,29 +399,15 @@ def _open_cifar(
 
 
 def _open_with_timm(
-    name: str,
-    root: str | Path | None,
-    split: str,
-    transform: Transform | None,
-    download: bool,
-    batch_size: int,
-    seed: int,
+    name: str, root: str | Path | None, split: str, transform: Transform | None, **options: Any
 ) -> Dataset[Any]:
-    timm_split = "validation" if split == "val" else split
+    options |= {"root": None if root is None else str(root), "split": "validation" if split == "val" else split}
     try:
-        dataset = create_dataset(
-            name,
-            root=None if root is None else str(root),
-            split=timm_split,
-            is_training=split == "train",
-            download=download,
-            batch_size=batch_size,
-            seed=seed,
-            transform=transform,
-        )
+        dataset = create_dataset(name, is_training=split == "train", transform=transform, **options)
     except (ImportError, AssertionError, OSError, RuntimeError, ValueError, KeyError) as error:
         raise DataError(
-            f"timm cannot open dataset {name!r} (root {root}, split {timm_split!r}): {type(error).__name__}: {error}"
+            f"timm cannot open dataset {name!r} (root {root}, split {options['split']!r}): "
+            f"{type(error).__name__}: {error}"
         ) from error
     if isinstance(dataset, ImageDataset):
         return ReaderImages(dataset.reader, transform, source=name)

@@ -34,42 +34,17 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from common.data.datasets import (
-    BadImageError,
-    DataError,
-    Digits,
-    build_dataset,
-    decode_image,
-    default_num_classes,
-    load_image,
-    num_classes,
-)
+from common.data.datasets import BadImageError as BadImageError
+from common.data.datasets import DataError as DataError
+from common.data.datasets import build_dataset as build_dataset
+from common.data.datasets import default_num_classes as default_num_classes
+from common.data.datasets import load_image as load_image
+from common.data.datasets import num_classes as num_classes
 from common.data.memory import BatchTransform, MemoryImages, batch_transform
-from common.data.transforms import eval_transform, train_transform
+from common.data.transforms import eval_transform as eval_transform
+from common.data.transforms import train_transform as train_transform
 from common.run.launch import get_world_size
 from common.run.program import get_rank
-
-__all__ = [
-    "BadImageError",
-    "DataError",
-    "Digits",
-    "FileLoader",
-    "Key",
-    "Loader",
-    "MemoryLoader",
-    "ResumableBatchSampler",
-    "SeededDataset",
-    "build_dataset",
-    "decode_image",
-    "default_num_classes",
-    "eval_loader",
-    "eval_transform",
-    "load_image",
-    "num_classes",
-    "seeded",
-    "train_loader",
-    "train_transform",
-]
 
 
 class Key(NamedTuple):
@@ -126,7 +101,7 @@ class SeededStream(IterableDataset[Any]):
             images, repeating some: right for training, where those left out are then not counted.
     """
 
-    def __init__(self, stream: IterableDataset[Any], seed: int, *, share: tuple[int, int] | None, rank: int) -> None:
+    def __init__(self, stream: Any, seed: int, *, share: tuple[int, int] | None, rank: int, workers: int = 0) -> None:
         self.stream = stream
         self.seed = seed
         self.share = share
@@ -136,15 +111,17 @@ class SeededStream(IterableDataset[Any]):
         reader = getattr(stream, "reader", None)
         if share and reader is not None:  # every rank reads the whole stream and keeps its share
             reader.dist_rank, reader.dist_num_replicas = 0, 1
+        if hasattr(stream, "set_loader_cfg"):
+            stream.set_loader_cfg(num_workers=workers)
 
     def __len__(self) -> int:
-        length = len(self.stream)  # pyright: ignore[reportArgumentType]
+        length = len(self.stream)
         return -(-length // self.share[1]) if self.share else length
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
         if hasattr(self.stream, "set_epoch"):
-            self.stream.set_epoch(epoch)  # pyright: ignore[reportAttributeAccessIssue]
+            self.stream.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
@@ -384,7 +361,7 @@ def train_loader(
     if isinstance(dataset, IterableDataset):
         if repeated_aug:
             raise DataError("a stream cannot repeat images: give --no-repeated-aug, or a dataset with an index")
-        stream = _open_stream(dataset, seed, workers, share=None, rank=rank)
+        stream = SeededStream(dataset, seed, share=None, rank=rank, workers=workers)
         return FileLoader(stream, batch_size=batch_size, drop_last=True, **loading)
     count = len(dataset)  # pyright: ignore[reportArgumentType]
     if repeated_aug:
@@ -422,7 +399,7 @@ def eval_loader(
     rank, world_size = _place(rank, world_size)
     loading: dict[str, Any] = {"pin_memory": pin_memory, "workers": workers, "collate_fn": collate_evaluation}
     if isinstance(dataset, IterableDataset):
-        stream = _open_stream(dataset, seed, workers, share=(rank, world_size), rank=0)
+        stream = SeededStream(dataset, seed, share=(rank, world_size), rank=0, workers=workers)
         return FileLoader(stream, batch_size=batch_size, **loading)
     share = range(rank, len(dataset), world_size)  # pyright: ignore[reportArgumentType]
     return _open_indexed(dataset, ResumableBatchSampler(share, batch_size, drop_last=False), seed, loading)
@@ -439,12 +416,3 @@ def _open_indexed(dataset: Dataset[Any], batches: ResumableBatchSampler, seed: i
         if batched is not None:
             return MemoryLoader(dataset, batched, batches, seed=seed)
     return FileLoader(SeededDataset(dataset, seed), batch_sampler=batches, **loading)
-
-
-def _open_stream(
-    dataset: IterableDataset[Any], seed: int, workers: int, *, share: tuple[int, int] | None, rank: int
-) -> SeededStream:
-    stream = SeededStream(dataset, seed, share=share, rank=rank)
-    if hasattr(dataset, "set_loader_cfg"):
-        dataset.set_loader_cfg(num_workers=workers)  # pyright: ignore[reportAttributeAccessIssue]
-    return stream

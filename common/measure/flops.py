@@ -65,12 +65,6 @@ class OpCounts(Counter[str]):
         result.update(other)
         return result
 
-    def __radd__(self, other: int) -> "OpCounts":
-        """Let ``sum(list_of_counts)`` work, whose start value is 0."""
-        if other != 0:
-            return NotImplemented
-        return OpCounts(self)
-
     def __mul__(self, times: int) -> "OpCounts":
         return OpCounts({kind: count * times for kind, count in self.items()})
 

@@ -20,12 +20,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from common.run.checkpoint import CheckpointManager, TrainingState
 from common.run.errors import NonFiniteLoss, UsageError
@@ -61,46 +62,33 @@ class StepInfo:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Tensors of a batch, in lists, tuples and dicts too, on ``device``."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
 
 
 def count_images(batch: Batch) -> int:
     """Images in a batch: the length of its first tensor."""
-    while not isinstance(batch, Tensor):
-        batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
-    return batch.shape[0]
+    return next(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)).shape[0]
 
 
+@dataclass
 class Optimization:
     """The optimizer with its loss scale, clipping and gradient exchange, for steps that back-propagate by themselves.
 
     Args:
         optimizer: its parameters are the ones clipped.
-        scaler: from :func:`make_scaler`; None for full precision.
+        scaler: from :func:`make_scaler`; by default of full precision.
         clip_grad: largest L2 norm of all gradients together, taken after unscaling; None leaves them.
         network: what the step calls; needed by :meth:`no_sync` only.
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        *,
-        scaler: torch.amp.GradScaler | None = None,
-        clip_grad: float | None = None,
-        network: nn.Module | None = None,
-    ) -> None:
-        if clip_grad is not None and not clip_grad > 0:
-            raise ValueError(f"--clip-grad must be positive, or left out, got {clip_grad}")
-        self.optimizer = optimizer
-        self.scaler = scaler if scaler is not None else torch.amp.GradScaler("cpu", enabled=False)
-        self.clip_grad = clip_grad
-        self.network = network
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
+    clip_grad: float | None = None
+    network: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        if self.clip_grad is not None and not self.clip_grad > 0:
+            raise ValueError(f"--clip-grad must be positive, or left out, got {self.clip_grad}")
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -173,8 +161,7 @@ class TermReader:
             event = torch.cuda.Event()
             event.record()
         self.pending.append(PendingTerms(epoch, step, names, values, images, event))
-        while self.pending and self._arrived(self.pending[0]):
-            self._read(self.pending.popleft())
+        self._read(wait=False)
 
     def add_extra(self, values: Mapping[str, float], images: int) -> None:
         """Numbers of a paper's own update, logged next to the terms."""
@@ -185,20 +172,20 @@ class TermReader:
         """The latest known values."""
         return {**self.latest, **self.extra}
 
-    def _arrived(self, row: PendingTerms) -> bool:
-        if row.event is not None and len(self.pending) > MOST_PENDING:
-            row.event.synchronize()
-        return row.event is None or row.event.query()
-
     def flush(self) -> None:
         """Wait for all rows and look at them; a checkpoint may be written only after this."""
-        while self.pending:
-            row = self.pending.popleft()
-            if row.event is not None:
-                row.event.synchronize()
-            self._read(row)
+        self._read(wait=True)
 
-    def _read(self, row: PendingTerms) -> None:
+    def _read(self, *, wait: bool) -> None:
+        while self.pending:
+            row = self.pending[0]
+            if row.event is not None and (wait or len(self.pending) > MOST_PENDING):
+                row.event.synchronize()
+            elif row.event is not None and not row.event.query():
+                return
+            self._look(self.pending.popleft())
+
+    def _look(self, row: PendingTerms) -> None:
         values = dict(zip(row.names, row.values.tolist(), strict=True))
         if not math.isfinite(values["loss"]):
             terms = ", ".join(f"{name} = {value:.6g}" for name, value in values.items())
@@ -261,9 +248,7 @@ class Trainer:
             self.state.scaler = make_scaler(self.amp, self.world.device)
         assert isinstance(self.state.scaler, torch.amp.GradScaler)
         self.network = self.network if self.network is not None else self.state.model
-        self.optimization = Optimization(
-            self.state.optimizer, scaler=self.state.scaler, clip_grad=self.clip_grad, network=self.network
-        )
+        self.optimization = Optimization(self.state.optimizer, self.state.scaler, self.clip_grad, self.network)
 
     def fit(
         self,

@@ -43,19 +43,17 @@ class KeyDifferences:
 
 def list_key_differences(model: nn.Module, state: Mapping[str, Any]) -> KeyDifferences:
     """Compare names and shapes, touching neither side. A value that is no tensor counts as a shape of ()."""
-    own = {
-        key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)
-    }  # a module's get_extra_state() is no weight
-    mismatched = []
-    for key, value in own.items():
-        if key in state:
-            shape = tuple(state[key].shape) if isinstance(state[key], Tensor) else ()
-            if shape != tuple(value.shape) or not isinstance(state[key], Tensor):
-                mismatched.append((key, tuple(value.shape), shape))
+    own = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}  # no extra state
+    shapes = {key: tuple(value.shape) if isinstance(value, Tensor) else () for key, value in state.items()}
+    differ = [
+        key
+        for key, value in own.items()
+        if key in state and (shapes[key] != tuple(value.shape) or not isinstance(state[key], Tensor))
+    ]
     return KeyDifferences(
         missing=tuple(key for key in own if key not in state),
         unexpected=tuple(str(key) for key in state if key not in own),
-        mismatched=tuple(mismatched),
+        mismatched=tuple((key, tuple(own[key].shape), shapes[key]) for key in differ),
     )
 
 
@@ -79,19 +77,14 @@ def load_strict(
     """
     found = list_key_differences(model, state)
 
-    def allowed(key: str, patterns: Sequence[str]) -> bool:
-        return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+    def allowed(keys: Sequence[str], patterns: Sequence[str]) -> list[str]:
+        return [key for key in keys if any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)]
 
-    tolerated = (
-        *(key for key in found.missing if allowed(key, allow_missing)),
-        *(key for key in found.unexpected if allowed(key, allow_unexpected)),
+    tolerated = (*allowed(found.missing, allow_missing), *allowed(found.unexpected, allow_unexpected))
+    missing, unexpected = (
+        tuple(key for key in keys if key not in tolerated) for keys in (found.missing, found.unexpected)
     )
-    rest = KeyDifferences(
-        tuple(key for key in found.missing if key not in tolerated),
-        tuple(key for key in found.unexpected if key not in tolerated),
-        found.mismatched,
-        tolerated,
-    )
+    rest = KeyDifferences(missing, unexpected, found.mismatched, tolerated)
     if rest:
         raise CheckpointError(f"{os.fspath(source)} does not fit {type(model).__name__}:\n" + "\n".join(rest.lines()))
     if any(value.is_meta for value in model.state_dict().values() if isinstance(value, Tensor)):
