@@ -9,8 +9,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +94,6 @@ def plan(root: Path = ROOT, *, together: bool = True) -> list[Step]:
     return steps
 
 
-def keep_rows(step: Step, skip: Sequence[str]) -> tuple[Row, ...]:
-    """Rows of a step that match none of the patterns."""
-    return tuple(row for row in step.rows if not any(fnmatch.fnmatch(row.id, pattern) for pattern in skip))
-
-
 def can_build(build: Build, row: Row) -> bool:
     """Whether the row's network is implemented: it is built on the meta device, where that costs nothing."""
     try:
@@ -126,14 +122,19 @@ def run_tests(limit_s: float, root: Path = ROOT, *, only_collect: bool = False) 
         return 1, "no test is marked gpu"
     words = ["-q", "-rs", "--durations=8", "-m", "gpu", "-p", "no:cacheprovider"]
     words += ["--collect-only"] if only_collect else []
-    command = [sys.executable, "-m", "pytest", *words, *map(str, files)]
+    status, text = run_python(["-m", "pytest", *words, *map(str, files)], limit_s, root)
+    return status or int(not only_collect and " passed" not in text), text
+
+
+def run_python(words: Sequence[str], limit_s: float, folder: Path) -> tuple[int, str]:
+    """Exit status and output of an interpreter; 124 where it was stopped after ``limit_s``."""
+    run = partial(subprocess.run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     try:
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=limit_s, check=False)
+        done = run([sys.executable, *words], cwd=folder, timeout=limit_s)
     except subprocess.TimeoutExpired as error:
         text = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
         return 124, f"{text}\nstopped after {limit_s:.0f} s"
-    text = done.stdout + done.stderr
-    return done.returncode or int(not only_collect and " passed" not in text), text
+    return done.returncode, done.stdout
 
 
 def matmul_tflops(device: torch.device, size: int = 8192, passes: int = 20) -> float:
@@ -157,13 +158,9 @@ def run_program(words: str, device: torch.device, limit_s: float) -> Any:
     """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output.json"
-        command = [sys.executable, *words.format(device=device, output=output).split()]
-        try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s, check=False)
-        except subprocess.TimeoutExpired as error:
-            raise RuntimeError(f"stopped after {limit_s:.0f} s") from error
-        if done.returncode or not output.exists():
-            raise RuntimeError(["no output", *(done.stdout + done.stderr).strip().splitlines()][-1])
+        status, text = run_python(words.format(device=device, output=output).split(), limit_s, ROOT)
+        if status or not output.exists():
+            raise RuntimeError(["no output", *text.strip().splitlines()][-1])
         return json.loads(output.read_text("utf-8"))
 
 
@@ -178,6 +175,11 @@ def parse_flags(words: str, device: torch.device, limit_s: float) -> None:
         importlib.import_module(module).parse_args(flags)
     except SystemExit as error:
         raise RuntimeError(f"{module} refuses {' '.join(flags)}") from error
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether any of some shell patterns fits."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def stand_in(row: Row) -> tuple[nn.Module, int]:
@@ -268,8 +270,9 @@ def run_job(args: argparse.Namespace, words: Sequence[str], root: Path = ROOT) -
         print(f"error: {error}", file=sys.stderr)
         return 2
     steps = plan(root, together=args.rehearse or args.device != "cpu")
-    steps = [replace(step, rows=rows) for step in steps if (rows := keep_rows(step, args.skip)) or not step.rows]
-    chosen = [step for step in steps if any(fnmatch.fnmatch(step.name, only) for only in args.only or ["*"])]
+    kept = [replace(step, rows=tuple(row for row in step.rows if not matches(row.id, args.skip))) for step in steps]
+    steps = [step for step, whole in zip(kept, steps, strict=True) if step.rows or not whole.rows]
+    chosen = [step for step in steps if matches(step.name, args.only or ["*"])]
     if not chosen:
         print(f"no step matches {args.only}; --list names the {len(steps)} steps", file=sys.stderr)
         return 2
@@ -280,15 +283,11 @@ def run_job(args: argparse.Namespace, words: Sequence[str], root: Path = ROOT) -
     if args.processor_time:
         torch.set_num_threads(1)
     print(f"{device_name(device)}, torch {torch.__version__}: {len(chosen)} of {len(steps)} steps", flush=True)
-    described: Mapping[str, Any] = describe_device(device)
+    described = describe_device(device)
     if device.type == "cuda":
-        described = {
-            **described,
-            "matmul_tflops_bfloat16": round(matmul_tflops(device), 1),
-            "clocks": query_gpu(*CLOCKS),
-        }
+        described |= {"matmul_tflops_bfloat16": round(matmul_tflops(device), 1), "clocks": query_gpu(*CLOCKS)}
     if args.processor_time:
-        described = {**described, "threads": 1, "timing": "processor time, 1 thread"}
+        described |= {"threads": 1, "timing": "processor time, 1 thread"}
     command = " ".join(["python -m common.gpu", *words]).replace(str(args.output), "DIR")
     origin = results.Origin(
         results.now(), results.current_commit(root), described, command, part=args.name, rehearsal=args.rehearse

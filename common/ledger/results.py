@@ -185,11 +185,6 @@ def parse(text: str, *, where: str) -> tuple[Origin, list[Record]]:
     ]
 
 
-def parse_records(text: str, *, where: str) -> list[Record]:
-    """The records of a file; errors are those of ``parse``."""
-    return parse(text, where=where)[1]
-
-
 def check_rows(records: Sequence[Record], *, where: str, root: Path = ROOT) -> None:
     """Every record must belong to a row that exists: to a value it publishes, or to a speed-up over its dense row.
 
@@ -232,7 +227,7 @@ def load_records(paper: str, *, root: Path = ROOT) -> list[Record]:
     records: list[Record] = []
     for path in sorted((root / paper / "results").glob("*.json")):
         where = f"{paper}/results/{path.name}"
-        for record in parse_records(path.read_text(encoding="utf-8"), where=where):
+        for record in parse(path.read_text(encoding="utf-8"), where=where)[1]:
             if record.paper != paper:
                 raise RecordError(f"{where}: holds a record of {record.paper!r}")
             records.append(replace(record, origin=replace(record.origin, path=path)))

@@ -252,23 +252,18 @@ class GraphReplay(nn.Module):
 
 def record_of(row: Row, column: str, paired: PairedSpeed, resolution: int, dense: Speed | None = None) -> Record:
     """What was measured of a row as a record: against its dense row, or a plain value."""
-    speed = paired.speed
+    shared = ("dtype", "batch_size", "compiled", "rounds", "spread_percent", "peak_memory_mb")
     return Record(
         paper=row.paper,
         table=row.table,
         row=row.id,
         column=column,
-        value=speed.throughput_ips,
+        value=paired.speed.throughput_ips,
         reference_row=row.dense if dense else None,
         reference_value=dense.throughput_ips if dense else None,
         ratio=paired.speedup if dense else None,
-        dtype=speed.dtype,
-        batch_size=speed.batch_size,
         resolution=resolution,
-        compiled=speed.compiled,
-        rounds=speed.rounds,
-        spread_percent=speed.spread_percent,
-        peak_memory_mb=speed.peak_memory_mb,
+        **{name: getattr(paired.speed, name) for name in shared},
     )
 
 

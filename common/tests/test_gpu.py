@@ -14,7 +14,7 @@ import torch
 
 from common import gpu as command
 from common.ledger import gpu
-from common.ledger.results import RecordError, add, load_records, parse_records
+from common.ledger.results import RecordError, add, load_records, parse
 from common.ledger.speeds import measure_rows
 from common.run.files import ROOT
 
@@ -134,7 +134,7 @@ def test_a_broken_adapter_is_not_taken_for_a_missing_one(root: Path) -> None:
 def test_one_file_holds_records_that_can_be_filed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(root, "--only", "*float32") == 0
     path = root / "out/gpu.json"
-    records = parse_records(path.read_text(), where=str(path))
+    records = parse(path.read_text(), where=str(path))[1]
     assert {(record.row, record.column) for record in records} == {
         (row, column) for row in ("dense", "small") for column in ("fps", "throughput_ips")
     }

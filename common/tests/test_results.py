@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from common.ledger import results
-from common.ledger.results import Origin, Record, RecordError, add, load_records, parse_records, write_records
+from common.ledger.results import Origin, Record, RecordError, add, load_records, parse, write_records
 
 TABLE = """
 paper = "shrink"
@@ -163,7 +163,7 @@ def test_what_is_no_record_file_at_all(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="not valid JSON"):
         add(tmp_path / "cut.json")
     with pytest.raises(RecordError, match="not a record file"):
-        parse_records("[1, 2]", where="list.json")
+        parse("[1, 2]", where="list.json")[1]
 
 
 def test_write_records_refuses_what_could_not_be_read(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.ledger.results import parse_records
+from common.ledger.results import parse
 from common.ledger.tables import load_tables
 from common.measure.benchmark import BenchmarkError
 from common.run.checkpoint import CheckpointError
@@ -51,7 +51,7 @@ def test_the_command_prints_costs_first_and_the_throughput_last(tmp_path: Path) 
     assert float(ratio) == pytest.approx(0.024591 / 0.011955, abs=1e-3)
     speed_up = float(found["Speed-up at batch 4"].split(",")[0])
     assert float(realised) == pytest.approx(speed_up / float(ratio), rel=2e-3)
-    records = parse_records((tmp_path / "o.json").read_text(), where="o.json")
+    records = parse((tmp_path / "o.json").read_text(), where="o.json")[1]
     assert [(record.row, record.column) for record in records] == [
         ("hourglass_vit_desk", "fps"),
         ("vit_desk", "fps"),
