@@ -10,22 +10,35 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.ledger.tables import DeskTable, Measured, Row, Table, Unavailable, column
 
-STATUSES: Mapping[str, str] = {
-    "reproduced": "equal when rounded to the published digits, or within the stated tolerance",
-    "differs": "not equal; the reason is given where it is known",
-    "recorded": "measured earlier or elsewhere, or a value with nothing published to compare it to",
-    "needs data": "needs a data set: --data DIR",
-    "needs weights": "needs a published checkpoint",
-    "needs gpu": "needs a GPU, or a speed column named with --columns",
-    "needs compute": "needs a training run",
-    "not implemented yet": "the model is not built yet",
-    "cited": "a baseline that the paper only quotes",
+
+class Status(NamedTuple):
+    """What became of a value."""
+
+    meaning: str
+    tag: str
+    """in the tables of the terminal"""
+    group: str
+    """column of the overviews that counts it"""
+
+
+STATUSES: Mapping[str, Status] = {
+    "reproduced": Status("equal when rounded to the published digits, or within the stated tolerance", "✓", "same"),
+    "differs": Status("not equal; the reason is given where it is known", "✗", "differ"),
+    "recorded": Status(
+        "measured earlier or elsewhere, or a value with nothing published to compare it to", "rec", "measured"
+    ),
+    "needs data": Status("needs a data set: --data DIR", "data", "open"),
+    "needs weights": Status("needs a published checkpoint", "weights", "open"),
+    "needs gpu": Status("needs a GPU, or a speed column named with --columns", "gpu", "open"),
+    "needs compute": Status("needs a training run", "compute", "open"),
+    "not implemented yet": Status("the model is not built yet", "todo", "open"),
+    "cited": Status("a baseline that the paper only quotes", "cited", "quoted"),
 }
-"""Every status, with its meaning."""
+"""Every status, in the order in which they are counted."""
 
 KEYS = (
     *("paper", "table", "row", "column", "published", "reproduced", "difference", "tolerance", "status"),
@@ -158,7 +171,7 @@ def compare(row: Row, name: str, found: Measured | Unavailable, dense: Row | Non
     entry = partial(Entry, row.paper, row.table, row.id, name, published, **common)
     convention, command = row.convention.get(name, ""), row.command(name)
     if isinstance(found, Unavailable):
-        parts.append(found.reason or STATUSES[found.status])
+        parts.append(found.reason or STATUSES[found.status].meaning)
         return entry(found.status, convention, "; ".join(parts), found.command or command)
     parts.append(found.source)
     value, status, reason = found.value, "recorded", ""

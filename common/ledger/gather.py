@@ -31,13 +31,14 @@ from common.ledger.compare import BrokenAdapter, Ledger, compare
 from common.ledger.results import Record, load_records
 from common.ledger.tables import NEEDS, Cited, DeskTable, Measured, NotImplementedYet, Row, Table, Unavailable, column
 from common.run.files import ROOT
+from common.run.flags import Settings
 
 Answer = Mapping[Any, Measured] | Unavailable
 """What an adapter says: values by column (speeds: by row and column), or why there are none."""
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(Settings):
     """What to reproduce, and with what."""
 
     columns: frozenset[str] | None = None
@@ -110,7 +111,7 @@ def _build_paper(
 ) -> None:
     records = best_records(load_records(paper, root=request.root))
     rows = [(table, row) for table in tables for row in table.rows]
-    costs: dict[str, Answer] = {}
+    costs: dict[str, Answer] = {row.key: Cited("", f"quoted in: {table.source}") for table, row in rows if row.cited}
     for table, row in _bar([(table, row) for table, row in rows if not row.cited], f"{paper}: costs", request):
         with ledger.guard(paper, table.name, row.id):
             costs[row.key] = _costs(table, row, request, ledger)
@@ -119,9 +120,7 @@ def _build_paper(
         built = [row for _, row in rows if isinstance(costs.get(row.key), Mapping)]
         speeds = _speeds(paper, built, known, request, ledger)
     for table, row in _bar(rows, f"{paper}: accuracy", request, quiet=request.data is None):
-        if row.cited:
-            costs[row.key] = Cited("", f"quoted in: {table.source}")
-        elif row.key not in costs:
+        if row.key not in costs:
             continue  # it failed
         with ledger.guard(paper, table.name, row.id):
             answers = dict.fromkeys(("cost", "speed", "accuracy"), costs[row.key])

@@ -9,6 +9,7 @@ import base64
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -39,35 +40,28 @@ from common.ledger.view import (
 )
 from common.run.files import write_atomic
 
-BADGES: Mapping[str, str] = {**{s: s for s in STATUSES}, "reproduced": "✓", "differs": "✗"}
-"""Statuses in the tables of the page."""
 MARKS = {"reproduced": " ✓", "differs": " ✗", "recorded": " (recorded)"}
 """What follows a value in the tables of the READMEs; other statuses stand in its place."""
 
-GROUPS = {
-    "same": ("reproduced",),
-    "measured": ("recorded",),
-    "differ": ("differs",),
-    "open": ("needs data", "needs weights", "needs gpu", "needs compute", "not implemented yet"),
-    "quoted": ("cited",),
-}
-"""Column -> the statuses it counts; together all of them."""
+GROUPS = ("same", "measured", "differ", "open", "quoted")
+"""Columns of the overviews, each with the statuses of that group; together all values."""
 
 
 @cache
 def _templates(form: str) -> jinja2.Environment:
     """Templates of one form; every value is escaped for it."""
-    own = Path(__file__).parent / "templates"
-    loader = jinja2.FileSystemLoader([own, own.parents[1] / "templates"])  # what the pages of this house share
-    options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
-    if form == "html":
-        found = jinja2.Environment(loader=loader, autoescape=True, **options)
-    else:
-        found = jinja2.Environment(loader=loader, finalize=_one_line, **options)
+    html, own = form == "html", Path(__file__).parent / "templates"
+    found = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([own, own.parents[1] / "templates"]),  # what the pages of this house share
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        autoescape=html,
+        finalize=None if html else _one_line,
+    )
     found.filters |= {"slug": lambda status: status.replace(" ", "-")}
     found.globals |= {
         "STATUSES": STATUSES,
-        "BADGES": BADGES,
         "label_of": label_of,
         "setting_of": setting_of,
         "plural": plural,
@@ -139,7 +133,8 @@ def count_table(heading: str, parts: Mapping[str, Sequence[TableView]], total: s
     """A line of numbers for the values of each part, and of their sum."""
     rows: list[list[str]] = []
     for text, views in {**parts, total: [view for part in parts.values() for view in part]}.items():
-        numbers = [sum(view.counts[status] for view in views for status in group) for group in GROUPS.values()]
+        counts = Counter(STATUSES[entry.status].group for view in views for entry in view.entries)
+        numbers = [counts[group] for group in GROUPS]
         rows.append([text, str(sum(numbers)), *(str(number or "") for number in numbers)])
     return "\n".join(markdown_table([heading, "values", *GROUPS], rows))
 

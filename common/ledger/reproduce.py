@@ -144,16 +144,8 @@ def main(argv: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     named = columns is not None and any(column(name).kind == "speed" for name in columns)
-    request = Request(
-        columns=columns,
-        data=args.data,
-        weights=args.weights,
-        device=device,
-        measure_speed=named or device.startswith("cuda"),
-        force=args.force,
-        quiet=args.quiet,
-        root=root,
-    )
+    measured = named or device.startswith("cuda")
+    request = Request.of(args, columns=columns, device=device, measure_speed=measured, root=root)
     cache.skipped.clear()
     ledger = build(tables, request, all_tables=everything)
     if args.desk:

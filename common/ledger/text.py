@@ -1,26 +1,13 @@
 """The ledger for a terminal: one line for each table, or tables in full, never wider than ``WIDTH``."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from common.ledger.compare import STATUSES, Entry, Ledger
 from common.ledger.tables import DeskTable
 from common.ledger.view import ColumnView, TableView, desk_cells, numeric_columns, plural, view_tables
 
 WIDTH = 140
-
-TAGS: Mapping[str, str] = {
-    "reproduced": "✓",
-    "differs": "✗",
-    "recorded": "rec",
-    "needs data": "data",
-    "needs weights": "weights",
-    "needs gpu": "gpu",
-    "needs compute": "compute",
-    "not implemented yet": "todo",
-    "cited": "cited",
-}
-"""Statuses in the tables."""
 
 
 def to_text(ledger: Ledger, *, full: bool = False) -> str:
@@ -42,7 +29,7 @@ def legend(ledger: Ledger) -> str:
     counts = ledger.counts()
     width = max((len(status) for status in counts), default=6)
     lines = [f"{'tag':<8}{'values':>6}  status"]
-    lines += [f"{TAGS[s]:<8}{n:>6}  {s:<{width}}  {STATUSES[s]}" for s, n in counts.items()]
+    lines += [f"{STATUSES[s].tag:<8}{n:>6}  {s:<{width}}  {STATUSES[s].meaning}" for s, n in counts.items()]
     return "\n".join([*lines, f"{'':<8}{sum(counts.values()):>6}  in all"])
 
 
@@ -58,7 +45,7 @@ def align(rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
 def _summary(views: Sequence[TableView]) -> str:
     """One line for each table: its values by status, and as much of its title as fits."""
     statuses = [status for status in STATUSES if any(view.counts[status] for view in views)]
-    rows = [["table", "values", *(TAGS[status] for status in statuses)]]
+    rows = [["table", "values", *(STATUSES[status].tag for status in statuses)]]
     for view in views:
         rows.append([view.name, str(len(view.entries)), *(str(view.counts[status] or "") for status in statuses)])
     totals = [sum(view.counts[status] for view in views) for status in statuses]
@@ -100,7 +87,10 @@ def _block(column: ColumnView) -> list[str]:
     """Published, here and tag of each row, aligned."""
     if column.plain:
         return list(column.plain)
-    triples = [("~" * e.approximate + e.there, e.here, TAGS[e.status]) if e else ("", "", "") for e in column.entries]
+    triples = [
+        ("~" * entry.approximate + entry.there, entry.here, STATUSES[entry.status].tag) if entry else ("", "", "")
+        for entry in column.entries
+    ]
     widths = [max(len(triple[index]) for triple in triples) for index in range(3)]
     if not widths[1]:
         return [f"{published:>{widths[0]}} {tag:<{widths[2]}}" for published, _, tag in triples]
