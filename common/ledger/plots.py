@@ -97,7 +97,7 @@ def _desk(paper: str, desk: DeskTable) -> Figure:
             name = str(row.get(desk.plot.get("series", ""), "measured"))
             line = series.setdefault(name, Series(name, joined=False))
             line.add((float(x), float(y)), str(row.get(desk.plot.get("label", ""), "")))
-    return _figure(f"{paper}-{desk.key}", desk.title, desk.plot, {"": list(series.values())})
+    return _figure(f"{paper}-desk", desk.title, desk.plot, {"": list(series.values())})
 
 
 def axis_label(name: str) -> str:

@@ -141,8 +141,6 @@ class DeskTable:
     rows: Sequence[Mapping[str, Any]]
     """one mapping per row, by column: text, number or None"""
     notes: Sequence[str] = ()
-    key: str = "desk"
-    """name of the table in the report"""
     plot: Mapping[str, str] = field(default_factory=dict)
     """``x`` and ``y``: columns to draw; ``label``: column with the text of a point; ``series``: column that groups"""
 
