@@ -2,9 +2,7 @@
 
 import sys
 
-from common.ledger.docs import main
-
-__all__ = ["main"]
+from common.ledger.docs import main as main
 
 if __name__ == "__main__":
     sys.exit(main())

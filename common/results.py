@@ -2,9 +2,8 @@
 
 import sys
 
-from common.ledger.results import main, parse_args
-
-__all__ = ["main", "parse_args"]
+from common.ledger.results import main as main
+from common.ledger.results import parse_args as parse_args
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,16 +18,14 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from common.run.flags import (
-    Switch,
-    add_flags,
-    amp_mode,
-    count,
-    fraction,
-    make_parser,
-    positive_float,
-    positive_int,
-)
+from common.run.flags import Switch as Switch
+from common.run.flags import add_flags
+from common.run.flags import amp_mode as amp_mode
+from common.run.flags import count as count
+from common.run.flags import fraction as fraction
+from common.run.flags import make_parser as make_parser
+from common.run.flags import positive_float as positive_float
+from common.run.flags import positive_int as positive_int
 from common.run.settings import (
     AugmentationSettings,
     DataSettings,
@@ -35,12 +33,6 @@ from common.run.settings import (
     RunSettings,
     ScheduleSettings,
 )
-
-__all__ = [
-    "Switch", "add_augmentation_args", "add_data_args", "add_ignored_args", "add_optimizer_args", "add_runtime_args",
-    "add_schedule_args", "amp_mode", "count", "dataset_name", "default_workers", "fraction", "make_parser",
-    "positive_float", "positive_int",
-]  # fmt: skip
 
 DATASET_NAMES = {
     "IMNET": "imagenet",

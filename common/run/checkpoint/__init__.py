@@ -1,32 +1,22 @@
 """Checkpoints: safe reading, fetching, strict loading, exact resume."""
 
-from common.run.checkpoint.fetching import fetch, hub_folder, locate, read_checkpoint
-from common.run.checkpoint.loading import KeyDifferences, keep_own_heads, list_key_differences, load_strict
-from common.run.checkpoint.positions import resize_pos_embed
-from common.run.checkpoint.reading import load_safely, read_description, select_state
-from common.run.checkpoint.training import CheckpointManager, Progress, Stateful, TrainingState
-from common.run.checkpoint.writing import plain, save_atomic, save_described
-from common.run.errors import CheckpointError
-
-__all__ = [
-    "CheckpointError",
-    "CheckpointManager",
-    "KeyDifferences",
-    "Progress",
-    "Stateful",
-    "TrainingState",
-    "fetch",
-    "hub_folder",
-    "keep_own_heads",
-    "list_key_differences",
-    "load_safely",
-    "load_strict",
-    "locate",
-    "plain",
-    "read_checkpoint",
-    "read_description",
-    "resize_pos_embed",
-    "save_atomic",
-    "save_described",
-    "select_state",
-]
+from common.run.checkpoint.fetching import fetch as fetch
+from common.run.checkpoint.fetching import hub_folder as hub_folder
+from common.run.checkpoint.fetching import locate as locate
+from common.run.checkpoint.fetching import read_checkpoint as read_checkpoint
+from common.run.checkpoint.loading import KeyDifferences as KeyDifferences
+from common.run.checkpoint.loading import keep_own_heads as keep_own_heads
+from common.run.checkpoint.loading import list_key_differences as list_key_differences
+from common.run.checkpoint.loading import load_strict as load_strict
+from common.run.checkpoint.positions import resize_pos_embed as resize_pos_embed
+from common.run.checkpoint.reading import load_safely as load_safely
+from common.run.checkpoint.reading import read_description as read_description
+from common.run.checkpoint.reading import select_state as select_state
+from common.run.checkpoint.training import CheckpointManager as CheckpointManager
+from common.run.checkpoint.training import Progress as Progress
+from common.run.checkpoint.training import Stateful as Stateful
+from common.run.checkpoint.training import TrainingState as TrainingState
+from common.run.checkpoint.writing import plain as plain
+from common.run.checkpoint.writing import save_atomic as save_atomic
+from common.run.checkpoint.writing import save_described as save_described
+from common.run.errors import CheckpointError as CheckpointError
