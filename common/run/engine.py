@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from operator import length_hint
 from typing import Any, Literal
 
 import torch
@@ -323,7 +324,7 @@ class Trainer:
         self.state.restore_random()  # where the epoch goes on, opening the loader may have drawn numbers
         title = f"epoch {progress.epoch + 1}/{self.epochs}"
         started = time.monotonic()
-        with ProgressLine(title, _length(self.loader), done=progress.batch, show=self.show_progress) as line:
+        with ProgressLine(title, length_hint(self.loader) or None, done=progress.batch, show=self.show_progress) as line:
             for batch in batches:
                 self._run_step(to_device(batch, self.world.device), reader)
                 line.update(count_images(batch), {**reader.shown(), "lr": self.rates()[0]})
@@ -423,14 +424,6 @@ class Trainer:
         return row
 
 
-def _length(loader: Any) -> int | None:
-    """Batches of an epoch, where the loader knows; a stream need not."""
-    try:
-        return len(loader)
-    except TypeError:
-        return None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
@@ -473,7 +466,7 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     images_seen = batches_seen = 0
     try:
-        with ProgressLine(title, _length(loader), show=show_progress) as line:
+        with ProgressLine(title, length_hint(loader) or None, show=show_progress) as line:
             for images, targets in loader:
                 with autocast(amp, device):
                     result = model(images.to(device, non_blocking=True))
