@@ -324,7 +324,9 @@ class Trainer:
         self.state.restore_random()  # where the epoch goes on, opening the loader may have drawn numbers
         title = f"epoch {progress.epoch + 1}/{self.epochs}"
         started = time.monotonic()
-        with ProgressLine(title, length_hint(self.loader) or None, done=progress.batch, show=self.show_progress) as line:
+        with ProgressLine(
+            title, length_hint(self.loader) or None, done=progress.batch, show=self.show_progress
+        ) as line:
             for batch in batches:
                 self._run_step(to_device(batch, self.world.device), reader)
                 line.update(count_images(batch), {**reader.shown(), "lr": self.rates()[0]})
@@ -435,20 +437,18 @@ def evaluate(
     *,
     device: torch.device,
     amp: str = "none",
-    output: Callable[[Any], Tensor] | None = None,
     title: str = "test",
     show_progress: bool = True,
 ) -> dict[str, float]:
     """Accuracy over the images of all ranks, each counted once, whatever the number of ranks and the batch size.
 
     Args:
-        model: called with images (B, 3, height, width); put in evaluation mode, and back afterwards. Without the
-            shell of DistributedDataParallel, whose ranks would have to take the same number of batches. Its buffers
-            become those of rank 0, which are the ones in a checkpoint.
+        model: gives class logits (B, C) of images (B, 3, height, width); put in evaluation mode, and back afterwards.
+            Without the shell of DistributedDataParallel, whose ranks would have to take the same number of batches.
+            Its buffers become those of rank 0, which are the ones in a checkpoint.
         loader: (images, targets) of this rank's share; an attribute ``skipped`` counts undecodable images.
         device: of the model.
         amp: value of ``--amp``; logits are compared in float32.
-        output: picks the class logits (B, C) out of what the model returns, where that is no tensor.
         title: of the progress line.
 
     Returns:
@@ -469,8 +469,11 @@ def evaluate(
         with ProgressLine(title, length_hint(loader) or None, show=show_progress) as line:
             for images, targets in loader:
                 with autocast(amp, device):
-                    result = model(images.to(device, non_blocking=True))
-                logits = _pick_logits(result, output).float()
+                    logits = model(images.to(device, non_blocking=True))
+                if not isinstance(logits, Tensor) or logits.ndim != 2:
+                    found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                    raise TypeError(f"evaluation needs class logits (B, C), the model gave {found}")
+                logits = logits.float()
                 check_labels(targets, logits.shape[1])
                 sums += _batch_sums(logits, targets.to(device, non_blocking=True))
                 images_seen, batches_seen = images_seen + len(targets), batches_seen + bool(len(targets))
@@ -494,14 +497,6 @@ def evaluate(
         "images": int(total["images"]),
         "skipped": int(total["skipped"]),
     }
-
-
-def _pick_logits(result: Any, output: Callable[[Any], Tensor] | None) -> Tensor:
-    logits = output(result) if output is not None else result
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"evaluation needs class logits (B, C), the model gave {found}; pass output= to pick them")
-    return logits
 
 
 def check_labels(targets: Tensor, classes: int) -> None:

@@ -496,14 +496,14 @@ def test_buffers_stay_where_no_exchange_is_wanted() -> None:
 
 
 class Fixed(nn.Module):
-    """Gives stored logits, with something else beside them."""
+    """Gives stored logits."""
 
     def __init__(self, logits: Tensor) -> None:
         super().__init__()
         self.logits = logits
 
-    def forward(self, images: Tensor) -> tuple[str, Tensor]:
-        return "aux", self.logits[images[:, 0, 0, 0].long()]
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits[images[:, 0, 0, 0].long()]
 
 
 def indexed_loader(labels: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
@@ -515,9 +515,7 @@ def test_accuracy_and_loss_by_hand() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(23, 7), torch.randint(0, 7, (23,))
     model = Fixed(logits).train()
-    result = evaluate(
-        model, indexed_loader(labels, 5), device=CPU, output=lambda result: result[1], show_progress=False
-    )
+    result = evaluate(model, indexed_loader(labels, 5), device=CPU, show_progress=False)
     order = logits.argsort(dim=1, descending=True)
     assert result["top1_percent"] == pytest.approx(100 * (order[:, 0] == labels).float().mean().item())
     expected = 100 * sum(label in row[:5] for label, row in zip(labels.tolist(), order.tolist(), strict=True)) / 23
@@ -530,15 +528,13 @@ def test_accuracy_and_loss_by_hand() -> None:
     assert (result["images"], result["skipped"]) == (23, 0)
     assert model.training
     for size in (1, 23):
-        again = evaluate(model, indexed_loader(labels, size), device=CPU, output=lambda r: r[1], show_progress=False)
+        again = evaluate(model, indexed_loader(labels, size), device=CPU, show_progress=False)
         assert again["top1_percent"] == result["top1_percent"]
 
 
 def test_fewer_than_five_classes() -> None:
     logits, labels = torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 0, 0])
-    result = evaluate(
-        Fixed(logits), indexed_loader(labels, 2), device=CPU, output=lambda result: result[1], show_progress=False
-    )
+    result = evaluate(Fixed(logits), indexed_loader(labels, 2), device=CPU, show_progress=False)
     assert (result["top1_percent"], result["top5_percent"]) == (pytest.approx(200 / 3), 100.0)
 
 
@@ -546,9 +542,9 @@ def test_evaluation_names_what_is_wrong() -> None:
     labels = torch.tensor([1, 9])
     model = Fixed(torch.randn(2, 7))
     with pytest.raises(ValueError, match="label 9, the model only 7 classes"):
-        evaluate(model, indexed_loader(labels, 2), device=CPU, output=lambda result: result[1], show_progress=False)
-    with pytest.raises(TypeError, match="the model gave tuple; pass output="):
         evaluate(model, indexed_loader(labels, 2), device=CPU, show_progress=False)
+    with pytest.raises(TypeError, match=r"class logits \(B, C\), the model gave \[2, 7, 1\]"):
+        evaluate(Fixed(torch.randn(2, 7, 1)), indexed_loader(labels, 2), device=CPU, show_progress=False)
     with pytest.raises(ValueError, match="no image"):
         evaluate(model, [], device=CPU)
 
@@ -558,7 +554,7 @@ def test_skipped_pictures_are_counted() -> None:
         skipped = 3
 
     loader = Skipping(indexed_loader(torch.tensor([0, 1]), 2))
-    result = evaluate(Fixed(torch.eye(2)), loader, device=CPU, output=lambda result: result[1], show_progress=False)
+    result = evaluate(Fixed(torch.eye(2)), loader, device=CPU, show_progress=False)
     assert (result["images"], result["skipped"], result["top1_percent"]) == (2, 3, 100.0)
 
 
