@@ -7,18 +7,24 @@ Source: H. Xiao, K. Rasul and R. Vollgraf, Fashion-MNIST, arXiv:1708.07747; MIT 
 """
 
 import io
-import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from common.data.memory import FASHION, read_idx
+from common.run.flags import make_parser
 
 PER_CLASS = {"train": 1200, "val": 200}
 
 
-def main(folder: Path) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = make_parser(__doc__)
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder of the four files")
+    folder = parser.parse_args(argv).folder
+    import numpy as np
+
+    from common.data.memory import FASHION, read_idx
+
     with zipfile.ZipFile(FASHION, "w", zipfile.ZIP_LZMA) as archive:  # a seventh smaller than NumPy's own compression
         for split, number in PER_CLASS.items():
             images, labels = read_idx(folder, split)
@@ -32,4 +38,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()
