@@ -21,7 +21,7 @@ class SwagBlock(BlockView):
         ):
             if type(found) is not kind:
                 raise NotAHost(f"{name}{part} is not a plain {kind.__name__}, but {type(found).__name__}")
-        refuse_hooks([(name, module), (f"{name}.self_attention", self.module.self_attention)])
+        self.opened = refuse_hooks([(name, module), (f"{name}.self_attention", self.module.self_attention)])
 
     def block(self, x: Tensor, rotation: Rotation | None) -> Tensor:
         x = x if self.enter is None else self.enter(x)
@@ -68,6 +68,7 @@ class SwagViT(Host):
                 raise NotAHost(f"{kind.__name__} has a way of its own with tokens: it has a {method} of its own")
         if type(vit.encoder) is not Encoder:
             raise NotAHost(f"encoder is not a plain Encoder, but {type(vit.encoder).__name__}")
+        self.opened = refuse_hooks([("encoder", vit.encoder), ("encoder.layers", vit.encoder.layers)])
         self.blocks = [
             SwagBlock(layer, f"encoder.layers.{name}", vit.encoder.dropout if index and dropout_everywhere else None)
             for index, (name, layer) in enumerate(vit.encoder.layers.named_children())

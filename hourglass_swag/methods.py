@@ -21,7 +21,8 @@ ATTENTION = frozenset({"plain attention", "equal lengths"})
 EQUAL = frozenset({"equal lengths"})
 """What a method needs that knows no padding."""
 
-RESTORES = ("nearest", "frozen")
+HASHES = "its random projections and the sorting by them are operators that ONNX has not"
+"""Why hashing methods cannot go there."""
 
 
 def check_layer(name: str, layer: int, facts: Facts) -> int:
@@ -30,7 +31,7 @@ def check_layer(name: str, layer: int, facts: Facts) -> int:
     Raises:
         PlanError: if the host has none of this number.
     """
-    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < facts.depth:
+    if not 0 <= layer < facts.depth:
         raise PlanError(f"{name} must be a layer, 0 to {facts.depth - 1}, got {layer!r}")
     return layer
 
@@ -65,11 +66,16 @@ class Undrop:
         index: which were kept, (B, U) among the N, the prefix first.
         mask: 0 for padding behind them, (B, U, 1); None without.
         restore: "nearest", a dropped patch becomes the kept one most like it then (cosine); "frozen", it stays.
+        some_fused: some of the tokens are sums of dropped patches, which nothing is restored from while there is
+            another that was kept.
     """
 
-    def __init__(self, tokens: Tokens, index: Tensor, mask: Tensor | None, restore: str) -> None:
+    def __init__(
+        self, tokens: Tokens, index: Tensor, mask: Tensor | None, restore: str, *, some_fused: bool = False
+    ) -> None:
         self.before, self.prefix, self.restore = tokens.x, tokens.prefix, restore
         self.index, self.mask = index, mask
+        self.some_fused = tokens if some_fused else None
 
     def __call__(self, x: Tensor) -> Tensor:
         batch, number = self.before.shape[:2]
@@ -85,4 +91,8 @@ class Undrop:
         likeness[..., : self.prefix] = -torch.inf
         if self.mask is not None:
             likeness = likeness.masked_fill(self.mask.mT == 0, -torch.inf)
+        if self.some_fused is not None:
+            stands = (self.some_fused.membership() > 0).any(2).gather(1, self.index)[:, None]  # for a patch, (B, 1, U)
+            alone = ~stands[..., self.prefix :].any(2, keepdim=True)
+            likeness = likeness.masked_fill(~(stands | alone), -torch.inf)
         return take_tokens(x, torch.where(row < 0, likeness.argmax(2), row))

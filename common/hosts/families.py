@@ -173,6 +173,18 @@ Hourglass clusters on, plain attention (weights without a bias for merged tokens
 without a class token look at, the number of tokens that Evo-ViT keeps scores for, and equal lengths of all images,
 which ATS ends.
 
+## Files, compilers and hooks
+
+Copies, pickles, `state_dict`, half precision, autocast, gradients and `torch.compile` work as they do for the network
+itself; ATS with `drop=True` reads a number from the images, where a compiled network breaks into two. So does
+`torch.export`, but for ATS with `drop=True` (`drop=False` keeps the length); ACT wants `torch.no_grad()` around it.
+There is no ONNX of ACT and SMYRF, whose projections are random. What cannot be exported says so.
+
+Blocks in which a method acts are opened: their attention and their order are the runner's, so that a forward hook on
+the block or its attention would be silent. `lean` refuses a network with such hooks, and a hook that is put there later
+is an error in the next pass. Hooks on norms, projections and MLPs, on blocks in which nothing acts, and on the lean
+network itself are called as ever.
+
 Rendered by `python -m common.hosts.families`.
 """
 

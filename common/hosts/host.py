@@ -112,8 +112,10 @@ class Tokens:
 
     def membership(self) -> Tensor:
         """Share of each token of the embedding in each that is left, (B, U, N)."""
-        batch, left = self.x.shape[:2]
-        return self.restored(torch.eye(left, dtype=self.x.dtype, device=self.x.device).expand(batch, -1, -1)).mT
+        batch, left, width = self.x.shape
+        columns = left + (left == width)  # other than features, which a patch that stays as it was would keep
+        ones = torch.eye(left, columns, dtype=self.x.dtype, device=self.x.device)
+        return self.restored(ones.expand(batch, -1, -1))[..., :left].mT
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,9 @@ class Facts:
 class BlockView(ABC):
     """One pre-norm block as parts."""
 
+    opened: "Opened"
+    """modules that are not called where the parts are asked for, with names"""
+
     @abstractmethod
     def block(self, x: Tensor, rotation: Rotation | None) -> Tensor:
         """The host's own forward, (B, N, C) to (B, N, C)."""
@@ -203,6 +208,8 @@ class Host(ABC):
     """mixin of the network that runs through the plan"""
     facts: Facts
     blocks: Sequence[BlockView]
+    opened: "Opened" = ()
+    """modules around the blocks that are not called, with names"""
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net
@@ -256,21 +263,36 @@ def take_tokens(x: Tensor, index: Tensor) -> Tensor:
     return x.reshape(-1, width).index_select(0, index.flatten()).view(*index.shape, width)
 
 
-def refuse_hooks(named: Sequence[tuple[str, nn.Module]]) -> None:
+Opened = Sequence[tuple[str, nn.Module]]
+WATCHERS = ("transformers.utils.output_capturing", "common.measure.benchmark", "common.measure.flops")
+"""Where hooks come from that may be silent: hidden states, which are refused when asked for; a bar; a count, which sees
+the operations themselves."""
+
+
+def refuse_hooks(opened: Opened) -> Opened:
     """Modules that a runner opens are not called, so that hooks on them would be silent.
 
-    Those with which transformers records hidden states are idle unless these are asked for, which is refused.
+    Returns:
+        The modules, to ask again in every pass: where there are no hooks, that takes a microsecond.
 
     Raises:
         NotAHost: naming the module.
     """
-    for name, module in named:
-        kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        hooks = [hook for kind in kinds for hook in kind.values()]
-        if any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks):
-            raise NotAHost(f"{name} has hooks, which would not be called: remove them first")
-        if "forward" in vars(module):
+    for name, module in opened:
+        for kind in _hooks_of(module):
+            if kind and not all(_watches(hook) for hook in kind.values()):
+                raise NotAHost(f"{name} has hooks, which would not be called: remove them first")
+        if "forward" in module.__dict__:
             raise NotAHost(f"{name} has a forward of its own, which would not be called")
+    return opened
+
+
+def _hooks_of(module: nn.Module) -> Sequence[Mapping[int, Any]]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def _watches(hook: Any) -> bool:
+    return getattr(getattr(hook, "func", hook), "__module__", None) in WATCHERS
 
 
 def channels_of(net: nn.Module) -> int:

@@ -176,7 +176,7 @@ class HuggingFaceBlock(BlockView):
                 raise NotAHost(f"{name}.{self.names.attention} has no {part}: {_versions()}")
         if self.module.gradient_checkpointing:
             raise NotAHost("gradient checkpointing is on: call net.gradient_checkpointing_disable() first")
-        refuse_hooks([(name, module), (f"{name}.{self.names.attention}", attention)])
+        self.opened = refuse_hooks([(name, module), (f"{name}.{self.names.attention}", attention)])
         self.scale = next(getattr(attention, key) for key in ("scaling", "scale") if hasattr(attention, key))
         self.rate = next(key for key in ("attention_dropout", "dropout") if hasattr(attention, key))
 
@@ -274,7 +274,7 @@ class HuggingFaceTrunk(Host):
         except AttributeError as error:
             raise NotAHost(f"{kind.__name__}: {error}: {_versions()}") from error
         above, _, _ = family.layers.rpartition(".")
-        refuse_hooks([(above, trunk.get_submodule(above))] if above else [])
+        self.opened = refuse_hooks([(above, trunk.get_submodule(above))] if above else [])
         self.blocks = [HuggingFaceBlock(family, layer, index) for index, layer in enumerate(layers)]
         config, image = trunk.config, _pair(trunk.config.image_size)
         class_token = any(hasattr(trunk.embeddings, name) for name in ("cls_token", "class_embedding"))
@@ -366,7 +366,7 @@ class HuggingFaceHead(Host):
             )
         self.trunk = HuggingFaceTrunk(getattr(net, self.child))
         self.facts = replace(self.trunk.facts, name=f"transformers' {kind.__name__}")
-        self.blocks = self.trunk.blocks
+        self.blocks, self.opened = self.trunk.blocks, self.trunk.opened
         head = getattr(self.trunk.family.modeling, kind.__name__, None)
         self._reads_prefix = kind.__name__ in READ_THE_PREFIX and head is kind
 

@@ -10,12 +10,14 @@ Letters: B images, N tokens (prefix first: class, distillation, registers), C wi
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self, cast
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
-from common.hosts.host import BlockView, Facts, Host, Parts, Tokens
+from common.hosts.host import BlockView, Facts, Host, Parts, Tokens, refuse_hooks
+from common.hosts.settings import checked_settings
 from common.measure.attention import attention
 from common.measure.flops import OpCounts
 from common.run.errors import UsageError
@@ -78,6 +80,16 @@ class Method:
         """Itself, with modules of its own."""
         object.__setattr__(self, "cores", cores)
         return self
+
+    @property
+    def hinders_export(self) -> str | None:
+        """Why ``torch.export`` cannot follow the method, and what to do; None if it can."""
+        return None
+
+    @property
+    def hinders_onnx(self) -> str | None:
+        """Why there is no ONNX of what ``torch.export`` makes of the method; None if there is."""
+        return None
 
     @property
     def depends_on_data(self) -> bool:
@@ -171,7 +183,14 @@ class Plan(nn.Module):
         Args:
             tokens: as the host embeds images.
             seen: takes the tokens that enter each block and, last, those that leave the last one.
+
+        Raises:
+            NotAHost: if a module that is opened here has got a hook since the plan was made.
+            PlanError: while exporting what cannot be exported.
         """
+        if torch.compiler.is_exporting():
+            self._check_export()
+        refuse_hooks(self.host.opened)
         for view, acting in zip(self.host.blocks, self.acting, strict=True):
             for step in acting["before"]:
                 tokens = step(tokens)
@@ -188,8 +207,15 @@ class Plan(nn.Module):
             seen.append(tokens)
         return tokens
 
+    def _check_export(self) -> None:
+        for method in self.methods:
+            why = method.hinders_export or (method.hinders_onnx if torch.onnx.is_in_onnx_export() else None)
+            if why:
+                raise PlanError(f"{method.name} cannot be exported: {why}")
+
     def _attend(self, view: BlockView, acting: dict[str, list[Step]], tokens: Tokens) -> Tokens:
         """The first half of a block."""
+        refuse_hooks(view.opened)
         parts = view.qkv(tokens.x, tokens.rotation)
         if acting["attend"]:
             heads, tokens, parts = acting["attend"][0](tokens, parts)
@@ -210,12 +236,9 @@ def _resolve(method: Any, facts: Facts) -> Method:
     """A method with every setting filled in; whatever a setting of a wrong kind raises is said as its mistake."""
     if not isinstance(method, Method):
         raise PlanError(f"expected a method with its settings, such as leanvit.ToMe(r=16), or a name, got {method!r}")
-    for setting in fields(cast(Any, method)):
-        if setting.type is bool and not isinstance(value := getattr(method, setting.name), bool):
-            raise PlanError(f"{method.name}: {setting.name} must be True or False, got {value!r}")
     try:
-        return method.resolve(facts)
+        return checked_settings(method).resolve(facts)
     except (TypeError, ValueError, OverflowError) as error:
         if isinstance(error, PlanError):
             raise
-        raise PlanError(f"{method}: {error}") from error
+        raise PlanError(f"{method.name}: {error}") from error

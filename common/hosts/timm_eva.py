@@ -35,7 +35,7 @@ class EvaView(BlockView):
             raise NotAHost(f"{name}.attn is a {type(attention).__name__}, which does not work like EvaAttention")
         if getattr(attention, "num_kv_heads", attention.num_heads) != attention.num_heads:
             raise NotAHost(f"{name}.attn has fewer heads for keys than for queries")
-        refuse_hooks([(name, module), (f"{name}.attn", attention)])
+        self.opened = refuse_hooks([(name, module), (f"{name}.attn", attention)])
 
     def block(self, x: Tensor, rotation: Rotation | None) -> Tensor:
         return self.module(x, rope=None if rotation is None else rotation.of(self.layer))

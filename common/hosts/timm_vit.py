@@ -31,7 +31,7 @@ class TimmBlock(BlockView):
                 raise NotAHost(f"{name}{part} is a {type(found).__name__}, which does not work like {kind.__name__}")
             if unknown := {child for child, _ in found.named_children()} - known:
                 raise NotAHost(f"{name}{part}.{sorted(unknown)[0]} is a part that {kind.__name__} has not")
-        refuse_hooks([(name, module), (f"{name}.attn", self.module.attn)])
+        self.opened = refuse_hooks([(name, module), (f"{name}.attn", self.module.attn)])
 
     def block(self, x: Tensor, rotation: Rotation | None) -> Tensor:
         return self.module(x)
@@ -100,6 +100,7 @@ class TimmHost(Host):
             raise NotAHost("patch_drop drops patches in training: build the network with patch_drop_rate=0")
         if getattr(vit.patch_embed, "grid_size", None) is None:
             raise NotAHost(f"patch_embed ({type(vit.patch_embed).__name__}) has no grid of patches")
+        self.opened = refuse_hooks([("blocks", vit.blocks)])
         self.blocks = [self.view(block, f"blocks.{index}") for index, block in enumerate(vit.blocks)]
         self.facts = Facts(
             name=kind.__name__,

@@ -25,7 +25,7 @@ class TorchvisionBlock(BlockView):
             or not attention.batch_first
         ):
             raise NotAHost(f"{name}.self_attention is not a MultiheadAttention with packed weights, batch first")
-        refuse_hooks([(name, module), (f"{name}.self_attention", attention)])
+        self.opened = refuse_hooks([(name, module), (f"{name}.self_attention", attention)])
 
     def block(self, x: Tensor, rotation: Rotation | None) -> Tensor:
         return self.module(x)
@@ -67,7 +67,7 @@ class TorchvisionViT(Host):
         for found, base, name in ((kind, VisionTransformer, ""), (type(vit.encoder), Encoder, "encoder: ")):
             if found.forward is not base.forward:
                 raise NotAHost(f"{name}{found.__name__} has a forward of its own")
-        refuse_hooks([("encoder", vit.encoder), ("encoder.layers", vit.encoder.layers)])
+        self.opened = refuse_hooks([("encoder", vit.encoder), ("encoder.layers", vit.encoder.layers)])
         layers = vit.encoder.layers.named_children()
         self.blocks = [TorchvisionBlock(layer, f"encoder.layers.{name}") for name, layer in layers]
         side = vit.image_size // vit.patch_size

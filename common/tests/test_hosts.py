@@ -462,6 +462,29 @@ def test_rotation_at_another_size_under_autocast_and_compiled() -> None:
     torch.testing.assert_close(compiled(images), fast(images), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("where", ["blocks", "blocks.1", "blocks.1.attn"])
+def test_a_hook_put_on_an_opened_module_later_is_refused(where: str) -> None:
+    """It would be silent; one on a block that runs as it is, is called."""
+    net, calls = build(), []
+    batch = images_for(net)
+    fast = lean(net, Halve(layer=1, proportional=False))
+    expected = fast(batch)
+    module = net.get_submodule(where)
+    for register in (module.register_forward_hook, module.register_forward_pre_hook):
+        handle = register(lambda *_: None)
+        for call in (fast, fast.features, fast.forward_features, fast.run):
+            with pytest.raises(NotAHost, match=f"^{where} has hooks, which would not be called: remove them first"):
+                call(batch)
+        handle.remove()
+    module.forward = lambda *_: None
+    with pytest.raises(NotAHost, match=f"^{where} has a forward of its own"):
+        fast(batch)
+    del module.forward
+    net.blocks[2].register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(fast(batch), expected)
+    assert calls == [1]
+
+
 def test_other_channels_and_a_host_that_changes() -> None:
     net = build(in_chans=1)
     assert lean(net, Halve()).gmacs() < lean(net).gmacs()

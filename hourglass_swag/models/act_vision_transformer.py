@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from common.hosts import Effect, Facts, Method, Parts, PlanError, Tokens
+from common.hosts import Effect, Facts, Method, Parts, Tokens
 from hourglass_swag.host import publish
-from hourglass_swag.methods import ATTENTION, check_layers
+from hourglass_swag.methods import ATTENTION, HASHES, check_layers
 from hourglass_swag.models.ops.ACT.ada_clustering_attention import (
     BUCKET_WIDTH,
     AdaClusteringAttention,
@@ -50,9 +50,6 @@ class ACT(Method):
     def resolve(self, facts: Facts) -> "ACT":
         layers = check_layers("act: layers", range(facts.depth) if self.layers is None else self.layers, facts)
         rounds = self.hashes if self.key_hashes is None else self.key_hashes
-        for name, value in (("hashes", self.hashes), ("key_hashes", rounds)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise PlanError(f"act: {name} must be a whole number, got {value!r}")
         return replace(self, layers=layers, key_hashes=rounds).with_cores(
             {
                 layer: AdaClusteringAttention(
@@ -68,6 +65,10 @@ class ACT(Method):
     @property
     def depends_on_data(self) -> bool:
         return bool(self.layers) and (self.queries or self.keys)
+
+    @property
+    def hinders_onnx(self) -> str | None:
+        return f"{HASHES}; its clusters are as many as the image makes" if self.depends_on_data else None
 
     def attend(self, layer: int, tokens: Tokens, parts: Parts) -> tuple[Tensor, Tokens, Parts]:
         """Attention between clusters."""

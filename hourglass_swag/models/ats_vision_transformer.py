@@ -13,7 +13,7 @@ with zero tokens. In the published rows plain layers attend to this padding and 
 Letters: B images, N tokens in, U tokens out, C width, h heads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -25,10 +25,11 @@ from common.hosts.host import take_tokens
 from common.hosts.runner import attend
 from common.measure.flops import OpCounts
 from hourglass_swag.host import publish
-from hourglass_swag.methods import CLASS_TOKEN, REDUCES, RESTORES, Undrop, check_choice, check_layers
-from hourglass_swag.models.ops.ats import attend_with_policy, sample_tokens
+from hourglass_swag.methods import CLASS_TOKEN, REDUCES, Undrop, check_layers
+from hourglass_swag.models.ops.ats import attend_with_policy, find_samplers, sample_tokens
 from hourglass_swag.models.vision_transformer import VisionTransformer
 
+Scored = tuple[Tensor, Tensor]
 NEEDS = CLASS_TOKEN | {"plain attention"}
 HIDDEN = 1e4  # below the other scores of attention are those of padding: finite in half precision, and exp(-1e4) is 0
 
@@ -43,7 +44,8 @@ class ATS(Method):
         residual: what attention is added to: "input", or "normalized", as in the published rows.
         drop: shorten the sequence to the survivors of the image with most; else they are followed by zero tokens.
         padding: "masked", or "seen" by plain layers, as in the published rows, where images of a batch then couple.
-        restore: what a dropped patch becomes: see ``EViT``.
+        restore: what a dropped patch becomes: "copy", the sampled one nearest to it in the cumulative scores, which a
+            point in its place would have sampled; or "nearest" or "frozen", see ``EViT``.
 
     Source: arXiv:2111.15667, section 3.
     """
@@ -55,17 +57,14 @@ class ATS(Method):
     residual: Literal["input", "normalized"] = "input"
     drop: bool = True
     padding: Literal["masked", "seen"] = "masked"
-    restore: Literal["nearest", "frozen"] = "nearest"
+    restore: Literal["nearest", "frozen", "copy"] = "nearest"
 
     def resolve(self, facts: Facts) -> "ATS":
         layers = range(facts.depth // 2, facts.depth) if self.layers is None else self.layers
-        if self.tokens is not None and (not isinstance(self.tokens, int) or self.tokens < 2):
+        if self.tokens is not None and self.tokens < 2:
             raise PlanError(
                 f"ats: tokens must be a whole number of at least 2, or None for no limit, got {self.tokens!r}"
             )
-        check_choice("ats: residual", self.residual, ("normalized", "input"))
-        check_choice("ats: padding", self.padding, ("masked", "seen"))
-        check_choice("ats: restore", self.restore, RESTORES)
         return replace(self, layers=check_layers("ats: layers (--ats_blocks_indexes)", layers, facts))
 
     def effects(self) -> Sequence[Effect]:
@@ -79,6 +78,10 @@ class ATS(Method):
 
     drops_by_data = depends_on_data
 
+    @property
+    def hinders_export(self) -> str | None:
+        return "how many tokens survive is read from the images; drop=False keeps the length" if self.drop else None
+
     def points(self, tokens: Tokens) -> int:
         """R: by so many points, the class token's place included, every layer samples."""
         return self.tokens or tokens.carried.get(self.name, tokens.x.shape[1])
@@ -89,12 +92,12 @@ class ATS(Method):
             return parts
         return replace(parts, k=parts.k * tokens.mask[:, None], v=parts.v * tokens.mask[:, None])
 
-    def sample(self, tokens: Tokens, parts: Parts) -> tuple[Tensor, Tensor | None]:
-        """Places (B, U) of the sampled tokens, and 1 for them and 0 for padding, (B, U, 1), None without padding.
+    def sample(self, tokens: Tokens, parts: Parts) -> tuple[Tensor, Tensor | None, Scored | None]:
+        """Places (B, U) of the sampled tokens, 1 for them and 0 for padding, and what they were sampled by.
 
-        ``parts`` are those of ``see``.
+        See ``sample_tokens``; ``parts`` are those of ``see``.
         """
-        places, mask = sample_tokens(
+        places, mask, scored = sample_tokens(
             parts.q,
             parts.k,
             parts.v,
@@ -106,12 +109,12 @@ class ATS(Method):
             see_padding=self.padding == "seen",
         )
         first = torch.arange(places.shape[1], device=places.device).clamp_max(tokens.prefix)
-        return places.maximum(first), mask  # any patch will do for padding
+        return places.maximum(first), mask, scored  # any patch will do for padding
 
     def attend(self, layer: int, tokens: Tokens, parts: Parts) -> tuple[Tensor, Tokens, Parts]:
         """Attention of the sampled tokens to all, and those tokens."""
         parts = self.see(tokens, parts)
-        places, mask = self.sample(tokens, parts)
+        places, mask, scored = self.sample(tokens, parts)
         q = parts.q.gather(2, places[:, None, :, None].expand(-1, parts.q.shape[1], -1, parts.q.shape[3]))
         if self.padding == "seen":
             heads = attend_with_policy(q, parts.k, parts.v, tokens.mask, scale=parts.scale, dropout=parts.dropout)
@@ -125,7 +128,11 @@ class ATS(Method):
         if mask is not None:
             x = x * mask
         bias = None if mask is None or self.padding == "seen" else (mask[..., 0] - 1) * HIDDEN
-        undo = Undrop(tokens, places, mask, self.restore)
+        undo: Callable[[Tensor], Tensor]
+        if self.restore == "copy" and scored is not None:
+            undo = lambda x: take_tokens(x, find_samplers(*scored, places, mask, tokens.prefix))  # noqa: E731
+        else:
+            undo = Undrop(tokens, places, mask, self.restore)
         gate = None if parts.gate is None else take_tokens(parts.gate, places)
         carried = {**tokens.carried, self.name: self.points(tokens)}
         sampled = sampled.update(x=x, mask=mask, key_bias=bias, carried=carried, undone_by=undo)

@@ -22,7 +22,7 @@ from torch import Tensor
 from common.hosts import Effect, Facts, Method, Parts, PlanError, Tokens
 from common.hosts.runner import attend
 from hourglass_swag.host import publish
-from hourglass_swag.methods import ATTENTION, EQUAL, REDUCES, RESTORES, Undrop, check_choice, check_layers
+from hourglass_swag.methods import ATTENTION, EQUAL, REDUCES, Undrop, check_choice, check_layers
 from hourglass_swag.models.ops.class_row import score_class_row
 from hourglass_swag.models.ops.mean_attention import has_kernel, mean_attention
 from hourglass_swag.models.vision_transformer import VisionTransformer
@@ -83,8 +83,8 @@ class EViT(Method):
         layers: where; default: a quarter, half and three quarters of the depth.
         fuse: append the dropped patches, weighted by their scores, as one token; later layers treat it as a patch.
         score: "class", attention of the class token, the default; or "mean" over all queries, that without one.
-        restore: "nearest", the kept token most like a dropped one (cosine) then, followed to the end; or "frozen", the
-            features that it had.
+        restore: "nearest", the kept token most like a dropped one (cosine) then, followed to the end, which is never
+            one that was fused; or "frozen", the features that it had.
 
     Source: arXiv:2202.07800, section 3.
     """
@@ -101,7 +101,7 @@ class EViT(Method):
         layers = self.layers
         if layers is None:
             layers = sorted({facts.depth * quarter // 4 for quarter in (1, 2, 3)})
-        given, layers = tuple(layers), check_layers("evit: layers", layers, facts)
+        given, layers = layers, check_layers("evit: layers", layers, facts)
         keep = self.keep if isinstance(self.keep, tuple) else (self.keep,) * len(layers)
         if len(keep) != len(layers):
             raise PlanError(f"evit: keep must be a number, or one for each of {len(layers)} layers, got {len(keep)}")
@@ -109,8 +109,6 @@ class EViT(Method):
         if wrong := [rate for rate in keep if not 0 < rate <= 1]:
             raise PlanError(f"evit: keep (--base_keep_rate) must be in (0, 1], got {wrong[0]}")
         score = self.score or ("class" if facts.class_token else "mean")
-        check_choice("evit: score", score, ("class", "mean"))
-        check_choice("evit: restore", self.restore, RESTORES)
         if score == "class" and not facts.class_token:
             raise PlanError(f"evit: score 'class' needs a class token, which {facts.name} has not; take 'mean'")
         return replace(self, keep=keep, layers=layers, score=score)
@@ -130,6 +128,10 @@ class EViT(Method):
         assert self.layers is not None
         assert isinstance(self.keep, tuple)
         return self.keep[self.layers.index(layer)]
+
+    def fuses_before(self, layer: int) -> bool:
+        """Whether there is a fused token among those that enter a layer."""
+        return self.fuse and any(self.keep_at(each) < 1 for each in self.layers or () if each < layer)
 
     def attend(self, layer: int, tokens: Tokens, parts: Parts) -> tuple[Tensor, Tokens, Parts]:
         """Attention and the mean of its weights.
@@ -174,7 +176,9 @@ class EViT(Method):
             fused = (taken.x[:, kept:] * weights[..., None].to(taken.x.dtype)).sum(1, keepdim=True)
             dropped = None if taken.rotation is None else taken.rotation.part(slice(number, None))
             left = taken.head(kept).append(fused, weights, dropped)
-        return left.update(undone_by=Undrop(tokens, index[:, :kept], None, self.restore))
+        return left.update(
+            undone_by=Undrop(tokens, index[:, :kept], None, self.restore, some_fused=self.fuses_before(layer))
+        )
 
 
 def published(

@@ -77,7 +77,7 @@ class EvoViT(Method):
         depth, keep, tradeoff = facts.depth, self.keep, self.tradeoff
         if not isinstance(keep, tuple):
             first = max(depth // 3, 1) if self.layer is None else self.layer
-            if keep != 1 and (isinstance(first, bool) or not isinstance(first, int) or not 1 <= first < depth):
+            if keep != 1 and not 1 <= first < depth:
                 raise PlanError(
                     f"evo_vit: layer (--evo_prune_location) must be 1 to {depth - 1}, got {first!r}: {UNRANKED}"
                 )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.hosts import Effect, Facts, Method, PlanError, Tokens
 from hourglass_swag.host import publish
-from hourglass_swag.methods import EQUAL, GRID, REDUCES, check_choice, check_layer
+from hourglass_swag.methods import EQUAL, GRID, REDUCES, check_layer
 from hourglass_swag.models.ops.cluster import TokenClusteringBlock, average_tokens, cluster_free_of_scale, cluster_grid
 from hourglass_swag.models.ops.reconstruction import reconstruction_weights, weights_free_of_scale
 from hourglass_swag.models.vision_transformer import VisionTransformer
@@ -63,19 +63,15 @@ class Hourglass(Method):
         if not isinstance(clusters, tuple):
             share = 0.5 if clusters is None else clusters / facts.patches
             clusters = _grid_of(share, facts.grid, clusters)
-        if any(type(side) is not int or not 1 <= side <= most for side, most in zip(clusters, facts.grid, strict=True)):
+        if any(not 1 <= side <= most for side, most in zip(clusters, facts.grid, strict=True)):
             raise PlanError(f"hourglass: clusters must be 1 to {facts.grid} (rows, columns), got {clusters}")
         number = clusters[0] * clusters[1]
         k = min(3, number) if self.k is None else self.k
-        for key, value in (("iters", self.iters), ("window", self.window), ("k", k)):
-            if not isinstance(value, int):
-                raise PlanError(f"hourglass: {key} must be a whole number, got {value!r}")
         if k == 0 or k > number:
             raise PlanError(f"hourglass: k must be 1 to {number}, or negative for all, got {k}")
-        check_choice("hourglass: norm", self.norm, ("l1", "l2"))
         for key in ("temperature", "reconstruction_temperature"):
             value = getattr(self, key)
-            if value != "auto" and (isinstance(value, str) or not 0 <= value < float("inf")):
+            if value != "auto" and not 0 <= value < float("inf"):
                 raise PlanError(f"hourglass: {key} must be 'auto' or a number of at least 0, got {value!r}")
         tau = 1.0 if self.temperature == "auto" else self.temperature
         block = TokenClusteringBlock(clusters, self.iters, tau, self.window)  # refuses what is out of range

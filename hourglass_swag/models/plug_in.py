@@ -1,6 +1,22 @@
-"""Which layers a method of attention replaces: the rule that ACT and SMYRF share."""
+"""What ACT and SMYRF share: which layers a method of attention replaces, and whom to warn of its settings."""
+
+import sys
+from itertools import count
 
 NEVER = -1  # the plug-out index that never matches
+BETWEEN = ("common.hosts", "hourglass_swag.host", "hourglass_swag.models", "leanvit")
+
+
+def caller() -> int:
+    """``stacklevel`` at which ``warnings.warn`` in the calling function names the line that gave the settings."""
+    for level in count(1):
+        try:
+            name = sys._getframe(level).f_globals.get("__name__", "")
+        except ValueError:
+            return level - 1
+        if not any(name == each or name.startswith(f"{each}.") for each in BETWEEN):
+            return level
+    raise AssertionError("frames end")
 
 
 def plugged_in(num_layers: int, plug_in_index: int, plug_out_index: int, method: str) -> tuple[int, ...]:

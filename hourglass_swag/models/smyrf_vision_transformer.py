@@ -15,9 +15,9 @@ from torch import Tensor
 
 from common.hosts import Effect, Facts, Method, Parts, PlanError, Tokens
 from hourglass_swag.host import publish
-from hourglass_swag.methods import ATTENTION, FIXED, check_layer
+from hourglass_swag.methods import ATTENTION, FIXED, HASHES, check_layer
 from hourglass_swag.models.ops.smyrf.attn import SmyrfAttention, cluster_lengths
-from hourglass_swag.models.plug_in import NEVER, plugged_in
+from hourglass_swag.models.plug_in import NEVER, caller, plugged_in
 from hourglass_swag.models.vision_transformer import VisionTransformer
 
 
@@ -47,17 +47,18 @@ class SMYRF(Method):
     def resolve(self, facts: Facts) -> "SMYRF":
         first = check_layer("smyrf: layer", facts.depth // 2 if self.layer is None else self.layer, facts)
         stop = facts.depth if self.stop is None else self.stop
-        if isinstance(stop, bool) or not isinstance(stop, int) or not first < stop <= facts.depth:
+        if not first < stop <= facts.depth:
             raise PlanError(f"smyrf: stop, the first layer without, must be {first + 1} to {facts.depth}, got {stop!r}")
         sizes = self.cluster_size if isinstance(self.cluster_size, tuple) else (self.cluster_size, self.cluster_size)
-        for name, value in (("hashes", self.hashes), *(("cluster_size", size) for size in sizes)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise PlanError(f"smyrf: {name} must be a whole number, got {value!r}")
         cores = {
             layer: SmyrfAttention(self.hashes, *sizes, padded=self.padded) for layer in range(first, stop)
         }  # refuses what is out of range
         check_clusters(facts.tokens, self.hashes * facts.heads, *sizes, self.padded)
         return replace(self, cluster_size=sizes, layer=first, stop=stop).with_cores(cores)
+
+    @property
+    def hinders_onnx(self) -> str | None:
+        return HASHES if self.cores else None
 
     def effects(self) -> Sequence[Effect]:
         needs = ATTENTION if self.padded else ATTENTION | FIXED  # clusters were cut for the network's own length
@@ -90,7 +91,7 @@ def check_clusters(tokens: int, lists: int, q_cluster_size: int, k_cluster_size:
             f"clusters of {q_cluster_size} queries and {k_cluster_size} keys (--smyrf_q_cluster_size, "
             f"--smyrf_k_cluster_size) fit {tokens} tokens in batches of a multiple of {every} images only, and every "
             "other batch fails; divisors of the rounds (--smyrf_n_hashes) fit all, and so does --smyrf_padded",
-            stacklevel=3,
+            stacklevel=caller(),
         )
 
 

@@ -64,6 +64,31 @@ def test_the_nearest_rank_is_the_first_of_the_nearest(scale):
     assert torch.equal(ats.nearest_ranks(cdf, ys), expected)
 
 
+@pytest.mark.parametrize("padding", [0, 4])
+def test_a_token_follows_the_one_that_a_point_at_its_place_samples(padding):
+    """What is nearest in c among the survivors alone, as sampling finds it."""
+    scores = draw("s", 3, 12).sigmoid().round(decimals=1).sort(dim=1).values
+    order = torch.stack([torch.randperm(12, generator=torch.Generator().manual_seed(row)) for row in range(3)])
+    places = torch.stack([torch.cat([torch.tensor([0, 1]), 2 + order[row, [1, 4, 5, 11, 8]]]) for row in range(3)])
+    policy = None
+    if padding:
+        policy = torch.ones(3, 7, 1)
+        policy[1, 7 - padding :] = 0
+    found = ats.find_samplers(scores, order, places, policy, prefix=2)
+    assert found[:, :2].tolist() == [[0, 1]] * 3
+    cdf = scores.cumsum(1)
+    for row in range(3):
+        left = 7 - padding if row == 1 else 7
+        assert found[row, places[row, :left]].tolist() == list(range(left))
+        ranks = [order[row].tolist().index(int(place) - 2) for place in places[row, 2:left]]
+        kept, of = torch.tensor(sorted(ranks)), {rank: 2 + number for number, rank in enumerate(ranks)}
+        expected = kept[ats.nearest_ranks(cdf[row, kept][None], cdf[row][None])[0]]
+        by_score = found[row, 2:][order[row]]
+        unsampled = [rank for rank in range(12) if rank not in ranks]
+        for rank in unsampled:  # two sampled ones of equal c are equally right
+            assert cdf[row, ranks[int(by_score[rank]) - 2]] == cdf[row, expected[rank]], (rank, of)
+
+
 def test_distinct_indices():
     indices = torch.tensor([[5, 2, 2], [1, 0, 1], [1, 2, 1], [0, 0, 0]])
     assert ats.get_unique_indices(indices, 6).tolist() == [[2, 5, 6], [0, 6, 6], [1, 2, 6], [0, 6, 6]]
@@ -234,7 +259,7 @@ def test_what_is_refused():
     tiny(num_tokens=1)  # a share: all of them
     with pytest.raises(PlanError, match=r"layers \(--ats_blocks_indexes\) must be a layer, 0 to 2, got -1"):
         tiny(ats_blocks=(3, 0, -1))
-    with pytest.raises(PlanError, match="residual must be one of normalized, input, got 'none'"):
+    with pytest.raises(PlanError, match="residual must be 'input' or 'normalized', got 'none'"):
         tiny(residual="none")
     with pytest.raises(TypeError, match="ats_block"):
         tiny(ats_block=(1,))
@@ -247,12 +272,12 @@ def test_what_is_refused():
     [
         ({"layers": (1, 4)}, "layers .* must be a layer, 0 to 3, got 4"),
         ({"layers": (1, 1)}, r"layers .* must differ, got \(1, 1\)"),
-        ({"layers": 2}, "'int' object is not iterable"),
+        ({"layers": 2}, "layers must be a tuple of whole numbers or None, got 2, did you mean .2,."),
         ({"tokens": 1}, "tokens must be a whole number of at least 2, or None for no limit, got 1"),
-        ({"tokens": 36.0}, "tokens must be a whole number of at least 2, or None for no limit, got 36.0"),
-        ({"residual": "none"}, "residual must be one of normalized, input, got 'none'"),
-        ({"padding": "zero"}, "padding must be one of masked, seen, got 'zero'"),
-        ({"restore": "zero"}, "restore must be one of nearest, frozen, got 'zero'"),
+        ({"tokens": 36.0}, "tokens must be a whole number or None, got 36.0, did you mean 36"),
+        ({"residual": "none"}, "residual must be 'input' or 'normalized', got 'none'"),
+        ({"padding": "zero"}, "padding must be 'masked' or 'seen', got 'zero'"),
+        ({"restore": "zero"}, "restore must be 'nearest' or 'frozen' or 'copy', got 'zero'"),
         ({"layer": 2}, "ats has no setting 'layer', did you mean 'layers'"),
     ],
 )

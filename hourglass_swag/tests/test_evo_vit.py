@@ -229,11 +229,11 @@ def test_unknown_keywords():
     ("settings", "message"),
     [
         ({"layer": 0}, "layer .* must be 1 to 3, got 0"),
-        ({"layer": 1.5}, "layer .* must be 1 to 3, got 1.5"),
+        ({"layer": 1.5}, "layer must be a whole number or None, got 1.5"),
         ({"keep": 0}, r"keep .* must be in \(0, 1\], got 0"),
         ({"keep": (0.5, 1, 1, 1)}, "keep .* must begin with 1, got 0.5"),
         ({"keep": float("nan")}, r"keep .* must be in \(0, 1\], got nan"),
-        ({"keep": "half"}, "could not convert"),
+        ({"keep": "half"}, "keep must be a number or a tuple of numbers, got 'half'"),
         ({"tradeoff": -0.1}, r"tradeoff .* must be in \[0, 1\], got -0.1"),
         ({"representative": True, "fast": 3}, "evo_vit has no setting 'fast'"),
     ],

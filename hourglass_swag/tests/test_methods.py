@@ -1,14 +1,22 @@
 """The methods as plug-ins: on the SWAG network against the published forms, and what they promise on others."""
 
-from typing import Any
+import dataclasses
+import re
+import warnings
+from typing import Any, get_type_hints
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor
 
-from common.hosts import NotAHost, PlanError, lean
+from common.hosts import NotAHost, Parts, Plan, PlanError, Tokens, lean
+from common.hosts.network import METHODS as NAMES
+from common.hosts.network import find_host, load, make_method
+from common.hosts.settings import describe, fits
 from hourglass_swag.models import create
 from hourglass_swag.models.act_vision_transformer import ACT
 from hourglass_swag.models.ats_vision_transformer import ATS
@@ -32,6 +40,7 @@ ALL: dict[str, Any] = {
     "evo_vit": EvoViT(),
     "ats": ATS(),
     "ats, masked": ATS(drop=False),
+    "ats, copy": ATS(layers=(1, 2), restore="copy"),
     "act": ACT(hashes=8),
 }
 ALL["smyrf"] = SMYRF(cluster_size=4)
@@ -206,10 +215,110 @@ def test_smyrf_takes_any_batch_when_exported_or_compiled() -> None:
         lean(timm(), EViT(layers=(1,)), SMYRF(layer=2, cluster_size=13, hashes=1, padded=False))
 
 
-def test_what_is_on_or_off_must_be_true_or_false() -> None:
-    for method in (EViT(fuse="no"), ToMe(prop_attn=1), ATS(drop="no"), ACT(queries=None), SMYRF(padded="false")):  # pyright: ignore
-        with pytest.raises(PlanError, match="must be True or False"):
-            lean(timm(), method)
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.binary(max_size=3)
+    | st.complex_numbers() | st.sampled_from(["0.5", "class ", "auto", "3", "(1, 2)", object(), int, torch.ones(2)]),
+    lambda inner: st.lists(inner, max_size=4) | st.lists(inner, max_size=4).map(tuple)
+    | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    max_leaves=5,
+)  # fmt: skip
+HOST = find_host(timm())
+SETTINGS = [(name, field.name) for name in NAMES for field in dataclasses.fields(load(NAMES[name]))]
+
+
+@pytest.mark.parametrize(("name", "setting"), SETTINGS)
+@hypothesis.given(value=ANYTHING)
+@hypothesis.settings(max_examples=25, deadline=None)
+def test_a_setting_of_any_kind_works_or_is_refused_in_words(name: str, setting: str, value: Any) -> None:
+    kind = get_type_hints(load(NAMES[name]))[setting]
+    right = fits(value, kind) or (isinstance(value, list) and fits(tuple(value), kind))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plan = Plan(HOST, [make_method(name, {setting: value})])
+    except PlanError as error:
+        message = str(error)
+        assert message.startswith(f"{name}: " if setting != "layer" or not right else name)
+        assert right or f"{setting} must be {describe(kind)}, got {value!r}" in message
+        assert "object" not in message or "object" in repr(value), message  # "'int' object is not iterable"
+    else:
+        assert right
+        assert fits(getattr(plan.methods[0], setting), kind)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (EViT(keep="0.5"), "evit: keep must be a number or a tuple of numbers, got '0.5', did you mean 0.5?"),
+        (EViT(layers=2), "evit: layers must be a tuple of whole numbers or None, got 2, did you mean (2,)?"),
+        (ACT(hashes=True), "act: hashes must be a whole number, got True, did you mean 1?"),
+        (ATS(drop="no"), "ats: drop must be True or False, got 'no'"),
+        (ATS(restore="copi"), "restore must be 'nearest' or 'frozen' or 'copy', got 'copi', did you mean 'copy'?"),
+        (ToMe(r=2.0), "a list of whole numbers or None, got 2.0, did you mean 2?"),
+        (SMYRF(cluster_size=(4, 4, 4)), "must be a whole number or a tuple of 2 whole numbers, got (4, 4, 4)"),
+        (Hourglass(temperature="aut"), "temperature must be 'auto' or a number, got 'aut', did you mean 'auto'?"),
+    ],
+)  # fmt: skip
+def test_what_is_said_of_a_setting_of_a_wrong_kind(method: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=re.escape(message)):
+        lean(timm(), method)
+
+
+def test_lists_stand_for_tuples() -> None:
+    methods = EViT(layers=[0, 1], keep=[0.9, 0.5]), Hourglass(clusters=[3, 4]), ToMe(r=range(4))  # pyright: ignore[reportArgumentType]
+    found = [Plan(HOST, [method]).methods[0] for method in methods]
+    assert (found[0].keep, found[1].clusters, found[2].r) == ((0.9, 0.5), (3, 4), [0, 1, 2, 3])  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("smyrf", {"cluster_size": 8, "padded": False, "hashes": 1}, "in batches of a multiple of 2 images only"),
+        ("act", {"hashes": 33}, "rounds behind 32 change nothing"),
+    ],
+)
+def test_warnings_of_settings_point_at_who_gave_them(name: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.warns(UserWarning, match=message) as caught:
+        lean(timm(), name, **settings)
+    assert {warning.filename for warning in caught} == {__file__}
+
+
+def test_nothing_is_restored_from_a_fused_token_while_a_patch_was_kept() -> None:
+    method = EViT(keep=0.5, layers=(0, 1), fuse=True).resolve(HOST.facts)
+    first = torch.eye(8, 6, dtype=torch.float64).roll(1, 0)[None]  # a class token, 6 patches, one of zeros behind them
+    first = first[:, :7] + 0.01
+
+    def between(layer: int, tokens: Tokens, scores: list[float], keep: tuple[float, float] = (0.5, 0.5)) -> Tokens:
+        parts = Parts(*[tokens.x[:, None]] * 3, 1.0, scores=torch.tensor([[0.0, *scores]], dtype=torch.float64))
+        return dataclasses.replace(method, keep=keep).between(layer, tokens, parts)
+
+    tokens = between(0, Tokens(first, 1, (2, 3)), [6, 5, 4, 3, 2, 1])  # keeps patches 0, 1, 2 and the sum of the others
+    assert tokens.x.shape == (1, 5, 6)
+    x = tokens.x.clone()
+    x[:, 2:4] = x[:, 4:]  # the patches that will be dropped are now like the fused token
+    after = between(1, tokens.update(x=x), [3, 1, 1, 4])  # keeps the fused token, then patch 0
+    torch.testing.assert_close(after.x[:, 1:3], x[:, [4, 1]])
+    shares = after.membership()[0]
+    assert shares[:, 1:].sum(1).tolist() == [0, 0, 6, 0]  # all patches are patch 0 in the end
+    alone = between(1, tokens.update(x=x), [1, 1, 1, 4], keep=(0.5, 0.25))  # nothing but the fused token
+    assert alone.membership()[0, :, 1:].sum(1).tolist() == [0, 6, 0]
+
+
+def test_a_patch_that_was_dropped_follows_the_one_sampled_in_its_place() -> None:
+    net, batch = timm(depth=1), images(40, 3)
+    dense = net.forward_features(batch)
+    fast = lean(net, ATS(layers=(0,), restore="copy"))
+    restored = fast.forward_features(batch)
+    kept = (restored - dense).abs().amax(2) < 1e-12  # one block: what is sampled attends to the same
+    assert kept[:, 0].all()
+    assert (kept.sum(1) < 26).all()
+    shares = fast.run(batch).membership()
+    assert shares.sum(1).eq(1).all()
+    for image in range(3):
+        rows = {tuple(row) for row in restored[image, kept[image]].tolist()}
+        assert {tuple(row) for row in restored[image].tolist()} == rows
+    torch.testing.assert_close(fast.forward_features(batch[1:2]), restored[1:2], rtol=0, atol=1e-12)
+    assert not torch.equal(restored, lean(net, ATS(layers=(0,))).forward_features(batch))
 
 
 def test_membership_where_dropped_patches_stay_frozen() -> None:
@@ -277,10 +386,8 @@ def test_equal_patches_cluster_without_a_nan() -> None:
             {"clusters": 7},
             "7 clusters \\(-n, --num_cluster\\) do not fill a grid like the patches' 5x5; give .*, or 9 or 4",
         ),
-        ("hourglass", {"temperature": "automatic"}, "temperature must be 'auto' or a number"),
         ("hourglass", {"k": 0}, "k must be 1 to"),
         ("evit", {"keep": 0}, "must be in \\(0, 1\\], got 0"),
-        ("evit", {"score": "cls"}, "score must be one of class, mean"),
         ("evit", {"layers": (1, 7)}, "layers must be a layer, 0 to 3, got 7"),
     ],
 )
@@ -326,11 +433,7 @@ def test_costs_exports_and_smaller_images(name: str) -> None:
         fast(images(40)[:0])
 
 
-@pytest.mark.parametrize(
-    "method",
-    [EViT(layers=2), EViT(keep="a"), Hourglass(clusters=-4), Hourglass(clusters=(6,)), Hourglass(iters=1.5),
-     Hourglass(norm="l3"), Hourglass(temperature=float("inf")), Hourglass(window=5.5), ToMe],
-)  # fmt: skip
-def test_settings_of_a_wrong_kind_are_refused(method: Any) -> None:
+@pytest.mark.parametrize("method", [Hourglass(clusters=-4), Hourglass(temperature=float("inf")), ToMe])
+def test_what_no_kind_says_is_refused(method: Any) -> None:
     with pytest.raises(PlanError):
         lean(timm(), method)

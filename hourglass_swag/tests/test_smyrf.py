@@ -194,7 +194,7 @@ def test_plug_in_and_out(out, layers):
         ({"cluster_size": 0}, r"q_cluster_size \(--smyrf_q_cluster_size\) must be at least 1"),
         ({"cluster_size": (4, 0)}, r"k_cluster_size \(--smyrf_k_cluster_size\) must be at least 1"),
         ({"cluster_size": (4, 9)}, "37 queries in clusters of 4 and 37 keys in clusters of 9 .* 10 and 5"),
-        ({"cluster_size": 4.0}, "cluster_size must be a whole number, got 4.0"),
+        ({"cluster_size": 4.0}, "cluster_size must be a whole number or a tuple of 2 whole numbers, got 4.0"),
         ({"layer": 4}, "layer must be a layer, 0 to 3, got 4"),
         ({"layer": 2, "stop": 2}, "stop, the first layer without, must be 3 to 4, got 2"),
         ({"stop": 5}, "stop, the first layer without, must be 3 to 4, got 5"),

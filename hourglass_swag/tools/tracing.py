@@ -186,7 +186,7 @@ def trace_sampling(model: Any, image: Tensor) -> list[Selection]:
     def record(layer: int, operands: tuple[Any, ...], result: Any) -> None:
         nonlocal origin
         tokens, parts = operands
-        places, mask = method.sample(tokens, method.see(tokens, parts))
+        places, mask, _ = method.sample(tokens, method.see(tokens, parts))
         before, origin = origin, origin[places[0].cpu()]
         if mask is not None:
             origin = origin.where(mask[0, :, 0].cpu() > 0, NO_PATCH)

@@ -100,11 +100,18 @@ def create_ys(cdf: Tensor, n_ref_tokens: int) -> Tensor:
 
 def nearest_ranks(cdf: Tensor, ys: Tensor) -> Tensor:
     """Rank of the c (B, N - 1, ascending) nearest to each u (B, R - 1), the lowest of equally near ones."""
-    above = torch.searchsorted(cdf, ys).clamp_max(cdf.shape[1] - 1)
+    above = _count_below(cdf, ys).clamp_max(cdf.shape[1] - 1)
     below = (above - 1).clamp_min(0)
     left, right = cdf.gather(1, below), cdf.gather(1, above)
     nearest = torch.where(ys - left <= right - ys, left, right)
-    return torch.searchsorted(cdf, nearest).clamp_max(cdf.shape[1] - 1)  # the first of equal entries; NaN has none
+    return _count_below(cdf, nearest).clamp_max(cdf.shape[1] - 1)  # the first of equal entries; NaN has none
+
+
+def _count_below(ascending: Tensor, values: Tensor) -> Tensor:
+    """How many of a row (B, P) are below each value (B, K)."""
+    if torch.onnx.is_in_onnx_export():  # where there is no search
+        return (ascending[:, None] < values[..., None]).sum(2)
+    return torch.searchsorted(ascending, values)
 
 
 def get_unique_indices(indices: Tensor, max_value: int, *, lose_one: bool = True) -> Tensor:
@@ -163,6 +170,35 @@ def inverse_transform_sampling(
     positions = F.pad(sorted_indices + prefix, (0, 1)).gather(1, ranks)  # rank P is no token
     first = torch.arange(prefix, device=positions.device).expand(positions.shape[0], -1)
     return torch.cat([first, positions], dim=1), prefix + (ranks < patches).sum(1)
+
+
+def find_samplers(sorted_scores: Tensor, order: Tensor, places: Tensor, policy: Tensor | None, prefix: int) -> Tensor:
+    """Which sampled token a point at each token's own c would have sampled: the nearest c, the lower of equally near.
+
+    Args:
+        sorted_scores, order: of ``score_assignment_step``, (B, P).
+        places: of the sampled tokens among the N, the prefix first, (B, U).
+        policy: 1 for them, 0 for padding, (B, U, 1); None without padding.
+        prefix: tokens in front that are no patches.
+
+    Returns:
+        For every token one of the U, (B, N): sampled tokens and the prefix themselves.
+
+    Source: ATS, arXiv:2111.15667, section 3; that tokens follow the one that is sampled in their place is ours.
+    """
+    patches = order.shape[1]
+    index = places if policy is None else torch.where(policy[..., 0] > 0, places, prefix + patches)
+    numbers = torch.arange(places.shape[1], device=places.device).expand_as(places)
+    own = numbers.new_full((order.shape[0], prefix + patches + 1), -1).scatter(1, index, numbers)  # -1: not sampled
+    own = own[:, prefix:-1].gather(1, order)  # by ascending score
+    ranks = torch.arange(patches, device=order.device)
+    below = torch.where(own < 0, -1, ranks).cummax(1).values
+    above = torch.where(own < 0, patches, ranks).flip(1).cummin(1).values.flip(1)
+    cdf = sorted_scores.cumsum(1)
+    left, right = cdf.gather(1, below.clamp_min(0)), cdf.gather(1, above.clamp_max(patches - 1))
+    lower = (above == patches) | ((below >= 0) & (cdf - left <= right - cdf))
+    chosen = own.gather(1, torch.where(lower, below, above).clamp_min(0)).clamp_min(0)  # none sampled: the class token
+    return torch.cat([numbers[:, :prefix], torch.zeros_like(order).scatter(1, order, chosen)], dim=1)
 
 
 def attend_with_policy(
@@ -226,7 +262,7 @@ def sample_tokens(
     prefix: int = 1,
     scale: float | None = None,
     see_padding: bool = True,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
     """Sample among N tokens.
 
     Args:
@@ -240,11 +276,12 @@ def sample_tokens(
         see_padding: smooth the softmax and sample as published; else an image's tokens do not depend on its padding.
 
     Returns:
-        Where the sampled tokens are among the N, (B, U), and their policy (B, U, 1), or None if there is no padding.
+        Where the sampled tokens are among the N, (B, U); their policy (B, U, 1), or None if there is no padding; and
+        the sorted scores of the patches and which they belong to, (B, P) each, or None if there is no patch.
     """
     number, fewest = q.shape[2], 0
     if number == prefix:  # no patch is left
-        return torch.arange(prefix, device=q.device).expand(q.shape[0], -1), None
+        return torch.arange(prefix, device=q.device).expand(q.shape[0], -1), None, None
     logits = class_row_logits(q, k, scale)
     policy = v.new_ones(v.shape[0], number, 1) if policy is None else policy
     if see_padding:
@@ -255,6 +292,6 @@ def sample_tokens(
     if drop_tokens:
         fewest, number = torch.stack(torch.aminmax(counts)).tolist()
     if fewest == number:
-        return positions[:, :number], None
+        return positions[:, :number], None, scored
     numbers = torch.arange(number, device=counts.device)
-    return positions[:, :number], (numbers < counts[:, None]).to(v.dtype)[..., None]
+    return positions[:, :number], (numbers < counts[:, None]).to(v.dtype)[..., None], scored

@@ -26,6 +26,7 @@ from common.run.precision import without_autocast
 from hourglass_swag.models.ops import library
 from hourglass_swag.models.ops.ACT.extensions import broadcast_, count_groups, number_groups, plain, weighted_sum_
 from hourglass_swag.models.ops.projections import draw_projections
+from hourglass_swag.models.plug_in import caller
 
 BUCKET_WIDTH = 8.0
 BITS_PER_ROUND = 2
@@ -219,7 +220,7 @@ class AdaClusteringAttention(nn.Module):
             if rounds < 1:
                 raise ValueError(f"{name} (--act_{name}) must be 1 to {USED_ROUNDS}, got {rounds}")
             if rounds > USED_ROUNDS:
-                warnings.warn(f"{name} = {rounds}: rounds behind {USED_ROUNDS} change nothing", stacklevel=2)
+                warnings.warn(f"{name} = {rounds}: rounds behind {USED_ROUNDS} change nothing", stacklevel=caller())
         if not bucket_width > 0:
             raise ValueError(f"bucket_width must be positive, got {bucket_width}")
         self.group_Q, self.group_K = group_Q, group_K

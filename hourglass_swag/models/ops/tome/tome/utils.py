@@ -1,5 +1,6 @@
 """Schedules of r, the tokens per layer that follow from them, and throughput."""
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -35,7 +36,7 @@ def parse_r(num_layers: int, r: R) -> list[int]:
         mean, inflection = r
         if not -1 <= inflection <= 1:
             raise ValueError(f"the inflection of r must be between -1 and 1, got {r}")
-        if mean < 0:
+        if not 0 <= mean < math.inf:
             raise ValueError(f"r must be at least 0, got {r}")
         if num_layers == 1:
             return [int(mean)]
