@@ -77,18 +77,36 @@ def test_nothing_reduced_is_the_network(name: str, dtype: torch.dtype, tolerance
     assert_same(lean(net, Replace())(pixel_values=batch), net(pixel_values=batch), tolerance)
 
 
-@pytest.mark.parametrize("method", ["tome", "hourglass", "evit"])
+REDUCE = ("tome", "hourglass", "evit", "ats")
+CARRY = ("evo_vit", "act", "smyrf")
+"""Methods at whose end there are all tokens."""
+RANK = ("evo_vit", "ats")
+"""Methods that need a class token."""
+
+
+def seeded(call: Any, *args: Any) -> Any:
+    """Methods that hash draw projections in every pass."""
+    torch.manual_seed(2)
+    return call(*args)
+
+
+@pytest.mark.parametrize("method", [*REDUCE, *CARRY])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_methods_run_on_every_network(name: str, method: str) -> None:
     net, batch, prefix = build(name), images(), NETWORKS[name][2]
+    if prefix == 0 and method in RANK:
+        with pytest.raises(PlanError, match=f"{method} needs a class token, which transformers' {name} has not"):
+            lean(net, method)
+        return
     before = {key: value.clone() for key, value in net.state_dict().items()}
     fast = lean(net, method)
-    lengths = fast.tokens_per_layer()
+    lengths = fast.tokens_per_layer(batch)
     assert lengths[0] <= prefix + 16
-    assert prefix < lengths[-1] < prefix + 16
-    output, dense = fast(batch), net(batch)
+    assert lengths[-1] == prefix + 16 if method in CARRY else prefix < lengths[-1] < prefix + 16
+    output, dense = seeded(fast, batch), net(batch)
     assert {key: value.shape for key, value in output.items()} == {key: value.shape for key, value in dense.items()}
-    features = fast.features(batch)
+    assert not any(torch.equal(output[key], dense[key]) for key in dense if dense[key] is not None)
+    features = seeded(fast.features, batch)
     assert features.shape == (2, 32, 4, 4)
     if "last_hidden_state" in output:
         patches = output.last_hidden_state[:, prefix:].mT.unflatten(2, (4, 4))
@@ -97,8 +115,9 @@ def test_methods_run_on_every_network(name: str, method: str) -> None:
     assert list(fast.state_dict()) == list(before)
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        fast(batch[:1])
-    assert round(fast.gmacs() * 1e9) == counter.get_total_flops() // 2  # torch's counter, two per multiply-accumulate
+        seeded(fast, batch[:1])
+    found = seeded(fast.gmacs, batch[:1] if fast.depends_on_data else None)
+    assert round(found * 1e9) == counter.get_total_flops() // 2  # torch's counter, two per multiply-accumulate
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -109,7 +128,9 @@ def test_other_sizes(name: str) -> None:
     interpolates = "interpolate_pos_encoding" in inspect.signature(net.forward).parameters
     options = {"interpolate_pos_encoding": True} if interpolates else {}
     assert_same(lean(net, Replace())(batch, **options), net(batch, **options))
-    for method in ("tome", "hourglass", "evit"):
+    for method in (*REDUCE, *CARRY):
+        if method in RANK and NETWORKS[name][2] == 0:
+            continue
         fast = lean(net, method)
         assert fast(batch, **options).last_hidden_state.shape == net(batch, **options).last_hidden_state.shape
         assert fast.features(batch).shape == (2, 32, 6, 5)
