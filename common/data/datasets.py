@@ -15,6 +15,7 @@ from traceback import walk_tb
 from typing import IO, Any
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data.dataset import ImageDataset, IterableImageDataset
 from timm.data.dataset_factory import create_dataset
@@ -24,7 +25,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
-from common.data.memory import open_fashion
+from common.data.memory import MemoryImages, open_fashion
 from common.data.paths import contents, existing_folder
 from common.data.transforms import Transform
 from common.run.cli import dataset_name
@@ -165,15 +166,13 @@ class SkipBadImages(Dataset[Any]):
             return None
 
 
-class Digits(Dataset[Any]):
+class Digits(MemoryImages):
     """The 1,797 handwritten digits inside scikit-learn: 8x8 grey levels 0 to 16, here 32x32 RGB images.
 
     80 % train and 20 % val, stratified by digit, the same on every machine.
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository.
     """
-
-    classes: Sequence[str] = tuple("0123456789")
 
     def __init__(self, split: str, transform: Transform | None = None, *, size: int = 32) -> None:
         from sklearn.datasets import load_digits  # slow to import, and needed by this dataset only
@@ -183,20 +182,11 @@ class Digits(Dataset[Any]):
             raise DataError(f"digits has the splits train and val, not {split!r}")
         grey, labels = load_digits(return_X_y=True)
         chosen = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
-        self.indices = [int(index) for index in chosen[0 if split == "train" else 1]]
-        self.targets: list[int] = labels[self.indices].tolist()
-        pixels = np.rint(grey[self.indices].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-        self.images = [
-            Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC).convert("RGB") for image in pixels
-        ]
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = self.images[index]
-        return (self.transform(image) if self.transform else image), self.targets[index]
+        self.indices = chosen[0 if split == "train" else 1].tolist()
+        small = np.rint(grey[self.indices].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+        large = [np.asarray(Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC)) for one in small]
+        pixels, labels = torch.from_numpy(np.stack(large)), torch.from_numpy(labels[self.indices])
+        super().__init__(pixels, labels, tuple("0123456789"), transform)
 
 
 class INaturalist(Dataset[Any]):
