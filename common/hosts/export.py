@@ -85,6 +85,11 @@ def _prepare(fast: Any, features: bool) -> tuple[nn.Module, Tensor]:
                 f"the number of tokens that {method.name} keeps depends on the images, which a file cannot say: take "
                 f"{method.name} with drop=False"
             )
+        if getattr(method, "padded", True) is False:
+            raise ExportError(
+                f"{method.name} with padded=False couples the images of a batch, so that a file for any number of them "
+                "cannot be compared: take padded=True"
+            )
     facts, net = fast.plan.host.facts, cast(Any, fast)
     if any(tensor.is_floating_point() and (tensor.dtype, tensor.device.type) != (torch.float32, "cpu")
            for tensor in net.state_dict().values()):  # fmt: skip
