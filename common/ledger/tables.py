@@ -309,7 +309,9 @@ def load_tables(paper: str | None = None, *, root: Path = ROOT) -> tuple[Table, 
         raise TableError(f"there is no paper {paper!r} with tables; the papers are {list(names)}")
     result: list[Table] = []
     for name in names if paper is None else (paper,):
-        tables = [load_table(path) for path in sorted((root / name / "tables").glob("*.toml"))]
+        tables = [
+            load_table(path) for path in sorted((root / name / "tables").glob("*.toml")) if path.name != "claims.toml"
+        ]
         result += _link(name, sorted(tables, key=lambda table: table.order))
     return tuple(result)
 

@@ -1,0 +1,315 @@
+"""Each paper's claims on real images, measured seed by seed, with intervals and a verdict by a rule fixed beforehand.
+
+    python -m common.evidence [PAPER ...] [--seeds 5] [--jobs 2] [--device auto]     # the long form; resumes run by run
+    python -m common.evidence --show                                                 # the table of what is recorded
+
+``<paper>/tables/claims.toml`` says what is claimed and what is compared; ``<paper>/evidence.py`` has ``RUNS``, what is
+trained and measured for one seed; ``<paper>/results/evidence/seed-N.json`` keeps what came out. Both sides of a
+comparison see the same seed and the same order of images; no seed is left out.
+
+A comparison is *shown* where the 95 % interval of its mean difference (paired t) lies above zero, *refuted here* where
+it lies below, *open* where it contains zero.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+from common.ledger.reading import Reader, not_empty
+from common.ledger.results import Origin, current_commit, now
+from common.ledger.tables import TableError
+from common.run.files import ROOT, write_atomic
+from common.run.flags import make_parser, positive_int
+
+CONFIDENCE = 0.95
+POWER = 0.8
+"""of the smallest effect that is told beside an open comparison"""
+
+Arms = Mapping[str, Mapping[str, float]]
+"""What a run measured: side of a comparison -> metric -> value."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One seed of one paper."""
+
+    seed: int
+    folder: Path
+    """of what is trained for this seed"""
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Something trained or measured for every seed; later runs may use the files of earlier ones.
+
+    Args:
+        settings: what decides the outcome besides the seed; where it changes, the run is done again.
+    """
+
+    settings: str
+    measure: Callable[[Job], Arms]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sides; several names of one side are averaged."""
+
+    label: Annotated[str, not_empty]
+    arm: Annotated[Sequence[str], not_empty]
+    against: Annotated[Sequence[str], not_empty]
+    metric: str = "top1_percent"
+    unit: str = "points"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of a paper, and what is compared here."""
+
+    id: Annotated[str, not_empty]
+    claim: Annotated[str, not_empty]
+    source: Annotated[str, not_empty]
+    published: Annotated[str, not_empty]
+    """the effect that the paper reports"""
+    measured: Annotated[str, not_empty]
+    """what is measured here, and on what"""
+    comparisons: Sequence[Comparison] = ()
+    note: str = ""
+    """said beside what came out, for instance the likely reason"""
+    paper: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One comparison over the seeds."""
+
+    comparison: Comparison
+    differences: Sequence[float]
+    mean: float
+    low: float
+    high: float
+    """95 % interval of the mean by the paired t distribution"""
+    boot: tuple[float, float]
+    """the same by the bootstrap over seeds (percentiles)"""
+    smallest: float
+    """difference that this many seeds with this spread show with a probability of 80 %"""
+    means: tuple[float, float]
+    """of the two sides"""
+
+    @property
+    def verdict(self) -> str:
+        return "shown" if self.low > 0 else "refuted here" if self.high < 0 else "open"
+
+
+def load_claims(paper: str, *, root: Path = ROOT) -> tuple[Claim, ...]:
+    """The claims of a paper.
+
+    Raises:
+        TableError: naming file, claim and key.
+    """
+    path = root / paper / "tables" / "claims.toml"
+    if not path.is_file():
+        raise TableError(f"{paper} has no claims: {path} is missing; those that have some are {list(papers(root))}")
+    try:
+        content = tomllib.loads(path.read_text())
+    except ValueError as error:
+        raise TableError(f"{path}: {error}") from error
+    reader = Reader(lambda text: TableError(f"{path}: {text}"))
+    claims = []
+    for number, entry in enumerate(content.get("claims", ())):
+        where = f"claim {entry.get('id', number)!r}"
+        rows = [reader.section(Comparison, row, where) for row in entry.pop("comparisons", ())]
+        claims.append(reader.section(Claim, entry, where, paper=paper, comparisons=tuple(rows)))
+    return tuple(claims)
+
+
+def papers(root: Path = ROOT) -> tuple[str, ...]:
+    """Those that have claims."""
+    return tuple(sorted(path.parent.parent.name for path in root.glob("*/tables/claims.toml")))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def record_file(paper: str, seed: int, *, root: Path = ROOT) -> Path:
+    return root / paper / "results" / "evidence" / f"seed-{seed}.json"
+
+
+def measure_seed(paper: str, seed: int, *, device: str, folder: Path, again: bool = False, root: Path = ROOT) -> Path:
+    """Do the runs of one seed that are not recorded yet, each kept as soon as it is done."""
+    import torch
+
+    from common.measure.benchmark import describe_device
+
+    runs: Mapping[str, Run] = importlib.import_module(f"{paper}.evidence").RUNS
+    path = record_file(paper, seed, root=root)
+    known = json.loads(path.read_text())["runs"] if path.is_file() else {}
+    place = folder / paper / f"seed-{seed}"
+    for name, run in runs.items():
+        if not again and known.get(name, {}).get("settings") == run.settings:
+            continue
+        say(f"{paper} seed {seed}: {name}")
+        started = time.perf_counter(), time.process_time()
+        arms = run.measure(Job(seed, place, device))
+        seconds = {"wall": time.perf_counter() - started[0], "processor": time.process_time() - started[1]}
+        origin = Origin(now(), current_commit(root), describe_device(torch.device(device)), f"{paper} seed {seed}")
+        known[name] = {
+            "settings": run.settings,
+            "arms": arms,
+            "seconds": {clock: round(value, 1) for clock, value in seconds.items()},
+            **{key: asdict(origin)[key] for key in ("created", "commit", "device")},
+        }
+        write_atomic(path, json.dumps({"paper": paper, "seed": seed, "runs": known}, indent=1) + "\n")
+        say(f"{paper} seed {seed}: {name} took {seconds['wall']:.0f} s; {_shown(arms)}")
+    return path
+
+
+def _shown(arms: Arms) -> str:
+    return ", ".join(f"{arm} {values['top1_percent']:.2f}" for arm, values in arms.items() if "top1_percent" in values)
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def _prepare(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What came out
+
+
+def recorded(paper: str, *, root: Path = ROOT) -> dict[int, dict[str, dict[str, float]]]:
+    """Seed -> arm -> metric -> value, of all records of a paper.
+
+    Raises:
+        TableError: for a file that does not hold what it should.
+    """
+    found = {}
+    for path in sorted(record_file(paper, 0, root=root).parent.glob("seed-*.json")):
+        try:
+            content = json.loads(path.read_text())
+            arms = {
+                arm: {metric: float(value) for metric, value in values.items()}
+                for run in content["runs"].values()
+                for arm, values in run["arms"].items()
+            }
+            found[int(content["seed"])] = arms
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TableError(
+                f"{path} is no record of evidence ({type(error).__name__}: {error}): delete it, and measure again"
+            ) from error
+    return found
+
+
+def judge(comparison: Comparison, seeds: Mapping[int, Mapping[str, Mapping[str, float]]]) -> Finding | None:
+    """One comparison over the seeds that measured both sides; None below two of them."""
+    import numpy as np
+    from scipy import stats
+
+    def side(arms: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> float | None:
+        values = [arms.get(name, {}).get(comparison.metric) for name in names]
+        return None if None in values else float(np.mean([value for value in values if value is not None]))
+
+    pairs = [(side(arms, comparison.arm), side(arms, comparison.against)) for arms in seeds.values()]
+    both = np.array([pair for pair in pairs if None not in pair], dtype=float).reshape(-1, 2)
+    if len(both) < 2:
+        return None
+    differences = both[:, 0] - both[:, 1]
+    count = len(differences)
+    error = differences.std(ddof=1) / count**0.5
+    mean, reach = float(differences.mean()), float(stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1) * error)
+    power = float(stats.t.ppf(POWER, count - 1) * error)
+    drawn = np.random.default_rng(0).choice(differences, (10_000, count)).mean(axis=1)
+    edges = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    means = both.mean(axis=0)
+    return Finding(
+        comparison, tuple(differences.tolist()), mean, mean - reach, mean + reach, (float(edges[0]), float(edges[1])),
+        reach + power, (float(means[0]), float(means[1])),
+    )  # fmt: skip
+
+
+def table(claims: Sequence[Claim], *, root: Path = ROOT) -> str:
+    """Markdown: a row per comparison."""
+    lines = [
+        "| claim, as published | compared here | n | mean | 95 % interval | bootstrap | verdict |",
+        "| :-- | :-- | --: | --: | :-: | :-: | :-- |",
+    ]
+    for claim in claims:
+        seeds = recorded(claim.paper, root=root)
+        said = f"{claim.claim} ({claim.source}: {claim.published})"
+        for comparison in claim.comparisons:
+            finding = judge(comparison, seeds)
+            if finding is None:
+                cells = ["", "", "", "", "not measured yet"]
+            else:
+                verdict = f"**{finding.verdict}**"
+                if finding.verdict == "open":
+                    verdict += f"; {finding.smallest:.2g} could have been seen"
+                cells = [
+                    str(len(finding.differences)),
+                    f"{finding.mean:+.2f} {comparison.unit}",
+                    f"{finding.low:+.2f} to {finding.high:+.2f}",
+                    f"{finding.boot[0]:+.2f} to {finding.boot[1]:+.2f}",
+                    verdict,
+                ]
+            lines.append(f"| {said} | {comparison.label} | " + " | ".join(cells) + " |")
+            said = ""
+        if claim.note:
+            lines.append(f"| | *{claim.note}* | | | | | |")
+    return "\n".join(lines)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__, prog="python -m common.evidence")
+    parser.add_argument("paper", nargs="*", help="default: all that have claims")
+    parser.add_argument("--seeds", type=positive_int, default=5, metavar="N", help="seeds 0 to N - 1 (default: 5)")
+    cores = os.cpu_count() or 1
+    parser.add_argument(
+        "--jobs", type=positive_int, default=cores, metavar="N", help="seeds at a time (default: cores)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / ".cache" / "leanvit" / "evidence", help="of what is trained"
+    )
+    parser.add_argument("--force", action="store_true", help="measure again what is recorded")
+    parser.add_argument("--show", action="store_true", help="measure nothing")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure what is not recorded yet, and print the table."""
+    args = parse_args(argv)
+    chosen = args.paper or papers()
+    claims = [claim for paper in chosen for claim in load_claims(paper)]
+    if not args.show:
+        from common.run.launch import choose_device
+
+        device = str(choose_device(args.device))
+        jobs = 1 if device != "cpu" else min(args.jobs, args.seeds)
+        threads = max((os.cpu_count() or 1) // jobs, 1)
+        with ProcessPoolExecutor(jobs, get_context("spawn"), _prepare, (threads,)) as pool:
+            options: dict[str, Any] = {"device": device, "folder": args.folder, "again": args.force}
+            waiting = [
+                pool.submit(measure_seed, paper, seed, **options) for paper in chosen for seed in range(args.seeds)
+            ]
+            for done in as_completed(waiting):
+                done.result()
+    print(table(claims))
+    return 0
