@@ -14,10 +14,11 @@ PAPER ?=
 ARGS ?=
 OUT ?= report/gpu
 BUDGET_S ?= 480
+SEEDS ?= 5
 # Threads that wait must not spin: on a machine shared with anything else, spinning made small networks 50 times slower.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help install dependencies operators reproduce test check format docs bench gpu clean
+.PHONY: help install dependencies operators reproduce test check format docs evidence bench gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,6 +64,9 @@ format: install  ## apply the formatter and the safe fixes
 
 docs: install  ## render the tables inside the READMEs from tables/ and results/
 	$(PY) -m common.docs
+
+evidence: install  ## each paper's claims on real images, SEEDS networks a side (hours; goes on where it stopped)
+	$(PY) -m common.evidence $(PAPER) --seeds $(SEEDS) $(ARGS)
 
 bench: install  ## speed of each method against its dense backbone on this machine
 	$(PY) -m common.reproduce $(PAPER) --columns fps,throughput_ips $(ARGS)

@@ -11,6 +11,7 @@ Everything between a marker and ``<!-- end -->`` is replaced:
     <!-- plot: hourglass_swag-all-methods -->   a figure, written to docs/plots/
     <!-- realised: hourglass_swag -->           recorded speed-ups beside what the counted costs promise
     <!-- papers -->                             one line per paper: what it is, and its values by status
+    <!-- claims: hourglass_swag -->            what the paper claims, and whether it shows on images here; or all papers
     <!-- equations -->                          the paper's equations, each linked to its function
     <!-- tables -->29<!-- end -->               how many tables there are, inside a line
 
@@ -27,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
+from common.ledger import evidence
 from common.ledger.compare import Ledger
 from common.ledger.equations import index
 from common.ledger.gather import Request, build
@@ -38,7 +40,7 @@ from common.ledger.view import TableView, view_tables
 from common.plots import Figure, draw
 from common.run.files import ROOT, write_atomic
 
-KINDS = ("table", "ledger", "plot", "realised", "equations", "papers")
+KINDS = ("table", "ledger", "plot", "realised", "equations", "papers", "claims")
 END = "<!-- end -->"
 MARKER = rf"<!-- (?P<kind>{'|'.join(KINDS)})(?:: (?P<name>\S+))? -->$"
 BLOCK = re.compile(rf"^(?P<marker>{MARKER})(?:\n(?!<!-- (?:{'|'.join(KINDS)}|end)).*)*(?P<end>\n{END})?", re.MULTILINE)
@@ -76,7 +78,8 @@ class Renderer:
     @cached_property
     def figures(self) -> Mapping[str, Figure]:
         """Every figure by its key."""
-        return {figure.key: figure for figure in figures(list(self.views.values()))}
+        measured = [evidence.figure(paper, root=self.root) for paper in evidence.papers(self.root)]
+        return {figure.key: figure for figure in [*figures(list(self.views.values())), *measured]}
 
     def plot_path(self, key: str) -> Path:
         """Where a figure is kept for the READMEs."""
@@ -111,6 +114,11 @@ class Renderer:
             return index(path, self.root)
         if kind == "papers":
             return papers_table(list(self.views.values()), self.root)
+        if kind == "claims":
+            chosen = [name] if name else evidence.papers(self.root)
+            return evidence.table(
+                [claim for paper in chosen for claim in evidence.load_claims(paper, root=self.root)], root=self.root
+            )
         if kind == "realised":
             return markdown_realised(self.ledger, name, root=self.root)
         known: Mapping[str, object] = self.views if kind == "table" else self.figures

@@ -30,6 +30,7 @@ from typing import Annotated, Any
 from common.ledger.reading import Reader, not_empty
 from common.ledger.results import Origin, current_commit, now
 from common.ledger.tables import TableError
+from common.plots import Figure, Series
 from common.run.files import ROOT, write_atomic
 from common.run.flags import make_parser, positive_int
 
@@ -274,6 +275,23 @@ def table(claims: Sequence[Claim], *, root: Path = ROOT) -> str:
         if claim.note:
             lines.append(f"| | *{claim.note}* | | | | | |")
     return "\n".join(lines)
+
+
+def figure(paper: str, *, root: Path = ROOT) -> Figure:
+    """Top-1 against executed MACs, mean over the seeds: a line for each family of arms called ``family: setting``."""
+    import numpy as np
+
+    seeds = recorded(paper, root=root).values()
+    series: dict[str, Series] = {}
+    for arm in dict.fromkeys(arm for arms in seeds for arm in arms):
+        family, colon, _ = arm.partition(": ")
+        found = [arms[arm] for arms in seeds if {"mmacs", "top1_percent"} <= arms.get(arm, {}).keys()]
+        if found and (colon or arm == "dense"):
+            line = series.setdefault(family, Series(family, baseline=arm == "dense"))
+            mean = [float(np.mean([values[key] for values in found])) for key in ("mmacs", "top1_percent")]
+            line.add((mean[0], mean[1]), "dense" if arm == "dense" else "")
+    title = f"{paper}: mean of {len(seeds)} networks trained on Fashion-MNIST"
+    return Figure(f"{paper}-evidence", title, "millions of MACs", "top-1 accuracy (%)", {"": list(series.values())})
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
