@@ -3,6 +3,7 @@
     python -m common.hosts MODEL --images DIR --output DIR
     python -m common.hosts vit_small_patch14_dinov2 --img-size 448 --weights FILE --images DIR --output DIR \\
         --methods tome:r=16 "hourglass:layer=6,clusters=(16,16)" "hourglass:layer=3+evit:layers=(6,9)"
+    python -m common.hosts serve MODEL       # the same by hand: a page with sliders, see its --help
 
 MODEL is a name of timm, torchvision:vit_b_16, hf:FOLDER (or a name in the cache of transformers), swag:vit_l16_in1k,
 or file.py:function, which returns a network. Nothing is downloaded: without --weights they are those that the library
@@ -19,6 +20,7 @@ import argparse
 import ast
 import itertools
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +142,11 @@ def write_network(trade: Any, row: Any, path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Measure, print the table, write the files."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["serve"]:
+        from common.hosts.serve import serve
+
+        return serve(words[1:])
     args = parse_args(argv)
     from common.hosts.opening import open_model
     from common.hosts.page import write_all
