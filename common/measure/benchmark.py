@@ -341,7 +341,9 @@ class PassBar(tqdm):
         blocks = _blocks(model) if self._watch and not hasattr(model, "_orig_mod") else []
         before, start = self.n, time.perf_counter()
         handles = [
-            block.register_forward_hook(lambda *_, part=part: self.update(before + part / (len(blocks) + 1) - self.n))
+            block.register_forward_hook(  # whatever else than None it returned would replace the block's output
+                lambda *_, part=part: self.update(before + part / (len(blocks) + 1) - self.n) and None
+            )
             for part, block in enumerate(blocks, 1)
         ]
         try:
