@@ -31,7 +31,7 @@ from common.run.files import problem_with
 from common.run.flags import count, fraction, make_parser, positive_float, positive_int
 from common.run.program import run
 
-WRITTEN = {"output": True, "save": False}
+WRITTEN = {"output": True, "save": False, "onnx": False, "torch_export": False}
 """Flags that name what is written -> whether it is a folder; files take the one network that is chosen."""
 
 
@@ -105,6 +105,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="show tokens after so many blocks (default: a third, two thirds, all)",
     )  # fmt: skip
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the chosen network, for leanvit.load(FILE)")
+    parser.add_argument("--onnx", type=Path, metavar="FILE", help="the same as ONNX, for any number of images")
+    parser.add_argument("--torch-export", type=Path, metavar="FILE", help="the same for torch.export.load")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--output", type=Path, help="folder for index.html, trade.json, figures, a PNG of every image")
     args = parser.parse_args(argv)
@@ -122,22 +124,27 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def write_network(trade: Any, row: Any, path: Path) -> None:
-    """Write the network of a row.
+def write_network(trade: Any, row: Any, flag: str, path: Path) -> None:
+    """Write the network of a row as a flag says.
 
     Raises:
-        UsageError: if there is none, as nothing is within the budget.
+        UsageError: if there is none, as nothing is within the budget; or what the writer says.
     """
-    from common.hosts.files import save
+    from common.hosts import export, files
     from common.hosts.resizing import Smaller
 
     if row is None:
-        raise UsageError(f"--save {path}: no network is within the budget, so nothing was written")
+        raise UsageError(f"--{flag.replace('_', '-')} {path}: no network is within the budget, so nothing was written")
     network = trade.networks[row.name]
     small = isinstance(network, Smaller)
-    path = save(network.fast if small else network, path)
-    size = f", which takes images of {network.size[0]} x {network.size[1]} pixels" if small else ""
-    print(f"{row.name}{size} is in {path}: leanvit.load({str(path)!r})")
+    fast = network.fast if small else network
+    name = row.name + (f", which takes images of {network.size[0]} x {network.size[1]} pixels," if small else "")
+    if flag == "save":
+        path = files.save(fast, path)
+        print(f"{name} is in {path}: leanvit.load({str(path)!r})")
+    else:
+        difference = (export.export_onnx if flag == "onnx" else export.export_torch)(fast, path)
+        print(f"{name} is in {path}: read back, its output differs by {difference:.1e} of the largest value at most")
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
@@ -184,8 +191,9 @@ def main(argv: Sequence[str] | None = None) -> Any:
     if best is not None:
         code = python_lines(trade, best)
         print(f"\n{code}\n")
-    if args.save:
-        write_network(trade, best, args.save)
+    for flag, folder in WRITTEN.items():
+        if not folder and (path := getattr(args, flag)):
+            write_network(trade, best, flag, path)
     if args.output:
         write_all(trade, rows, args.output, layers=layers, chosen=said, code=code)
         print(f"everything is in {args.output / 'index.html'}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import ImageNetInfo
+from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
@@ -64,7 +64,7 @@ def _split(data: Path, settings: DataSettings, transform: Transform, seed: int) 
     if any((data / name).is_dir() for name in SPLIT_NAMES["train"]):
         return open_split(settings, "train", transform), open_split(settings, "val", transform)
     dataset: Any = open_split(settings, "val", transform)
-    plain = dataset.dataset if isinstance(dataset, SkipBadImages) else dataset
+    plain: Any = dataset.dataset if isinstance(dataset, SkipBadImages) else dataset
     labels = [label for _, label in plain.samples]
     if few := [plain.classes[label] for label in sorted(set(labels)) if labels.count(label) < 2]:
         raise DataError(f"--data {data}: class {few[0]!r} has one image, and each needs two: to fit on, and to ask for")

@@ -142,8 +142,8 @@ def open_model(spec: str, *, image_size: int | None = None, weights: str | Path 
     facts = find_host(net).facts
     if facts.channels != 3:
         raise UsageError(f"{facts.name} takes images of {facts.channels} channels, and images here have three")
-    if wanted is not None and tuple(wanted) != facts.image_size:
-        net = resized(net, tuple(wanted))
+    if wanted is not None and wanted != facts.image_size:
+        net = resized(net, wanted)
         facts = find_host(net).facts
     options = {"image_size": image_size, "weights": None if file is None else str(file)}
     given = {key: value for key, value in options.items() if value is not None}
@@ -175,7 +175,7 @@ def _open_timm(name: str, image_size: int | None, weights: Path | None) -> _Foun
     elif state is None:
         text, trained = _random("timm has none of this network on this machine, and --weights names none"), False
     try:
-        net = timm.create_model(name, **options)
+        net: Any = timm.create_model(name, **options)
         if state is not None and (classes := _classes(state, net.pretrained_cfg.get("classifier"), net.num_classes)):
             net = timm.create_model(name, num_classes=classes[0], **options)
             text += classes[1]
@@ -310,7 +310,9 @@ def _open_huggingface(name: str, image_size: int | None, weights: Path | None) -
             raise CheckpointError(f"{weights} does not fit {type(net).__name__}:\n{lines}")
         return _Found(net, str(weights), True, preprocessing)
     try:
-        net, info = kind.from_pretrained(name, config=config, local_files_only=True, output_loading_info=True)
+        net, info = kind.from_pretrained(
+            name, config=config, local_files_only=True, output_loading_info=True, dtype=torch.float32
+        )
     except OSError:
         made = kind.from_config(config) if kind is transformers.AutoModel else kind(config)
         return _Found(made, _random(f"{name} holds none, and --weights names none"), False, preprocessing)
@@ -322,8 +324,8 @@ def _open_huggingface(name: str, image_size: int | None, weights: Path | None) -
 def _differences(info: Mapping[str, Any]) -> KeyDifferences:
     """What transformers tells of loading."""
     wrong = [(key, tuple(model), tuple(file)) for key, file, model in info.get("mismatched_keys", ())]
-    ordered = (tuple(sorted(info.get(key, ()))) for key in ("missing_keys", "unexpected_keys"))
-    return KeyDifferences(*ordered, tuple(sorted(wrong)))
+    missing, unexpected = (tuple(sorted(info.get(key, ()))) for key in ("missing_keys", "unexpected_keys"))
+    return KeyDifferences(missing, unexpected, tuple(sorted(wrong)))
 
 
 def _of_huggingface(transformers: Any, name: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ from common.hosts.network import METHODS, find_host
 from common.hosts.opening import open_model
 from common.hosts.resizing import Smaller, resized
 from common.hosts.trade import Row, Trade, Wish, check_files, choose, default_sweep, front, tokens_of_patches
-from common.run.errors import CheckpointError, DataError, UsageError
+from common.run.errors import CheckpointError, DataError, ExportError, UsageError
 from common.run.files import ROOT
 
 OWN = """
@@ -363,6 +364,23 @@ def test_one_method_is_saved_without_a_choice(own: Path, photographs: Path, tmp_
               "--save", str(tmp_path / "none")])  # fmt: skip
 
 
+def test_the_chosen_network_is_exported(
+    own: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    words = [f"{own}:net", *images_option(photographs), "--methods", "evit:keep=0.5"]
+    main([*words, "--onnx", str(tmp_path / "fast.onnx"), "--torch-export", str(tmp_path / "fast.pt2")])
+    output = capsys.readouterr().out
+    assert len(re.findall(r"evit:keep=0.5 is in .*fast.(onnx|pt2): read back, its output differs by", output)) == 2
+    images = torch.randn(3, 3, 32, 32)
+    expected = lean(open_model(f"{own}:net").net, "evit", keep=0.5)(images)
+    (found,) = onnxruntime.InferenceSession(tmp_path / "fast.onnx").run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.export.load(tmp_path / "fast.pt2").module()(images), expected)
+    with pytest.raises(ExportError, match="number of tokens that ats keeps depends on the images"):
+        main([*words[:-1], "ats", "--onnx", str(tmp_path / "ats.onnx")])
+
+
 def test_broken_images_are_named_or_counted(
     own: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -433,6 +451,15 @@ def test_help_needs_no_torch() -> None:
             [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=True
         )
         assert done.stdout.splitlines()[-1] == "False False"
+
+
+def test_the_commands_of_the_page_are_accepted() -> None:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "own_model.md").read_text(), re.DOTALL)
+    lines = [line.partition(" #")[0] for block in blocks for line in block.splitlines() if "common.hosts " in line]
+    assert len(lines) > 5
+    for line in lines:
+        words = shlex.split(line)
+        assert parse_args(words[words.index("common.hosts") + 1 :]).images == Path("DIR")
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
