@@ -286,8 +286,9 @@ class Trade:
         rows = self._costs(some)
         cosines = self._cosines()
         programs = {**self.networks, "dense": self.net}
+        label = "timing" if limit_s is None else f"timing (ends after the round of second {limit_s:.0f})"
         speeds = compare(
-            programs, some, baseline="dense", rounds=rounds, warmup=min(rounds, 2), limit_s=limit_s, progress="timing",
+            programs, some, baseline="dense", rounds=rounds, warmup=min(rounds, 2), limit_s=limit_s, progress=label,
         )  # fmt: skip
         accuracies: Mapping[str, Mapping[str, float]] = {}
         if data is not None:

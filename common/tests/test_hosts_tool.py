@@ -333,6 +333,32 @@ def test_everything_for_a_network_of_a_file(
     assert len(written["rows"]) == len(by_name) == len(rows)
 
 
+@pytest.mark.parametrize("family", ["hf", "swag", "torchvision"])
+def test_the_command_takes_every_family(
+    family: str, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if family == "hf":
+        _huggingface("ViTForImageClassification").save_pretrained(tmp_path)
+        spec, said = f"hf:{tmp_path}", f"weights  those of {tmp_path}\n"
+    elif family == "swag":
+        spec, said = "swag:vit_desk", "weights  WARNING: random, as the cache has no file"
+    else:
+        monkeypatch.setattr("torchvision.models.get_model", lambda name, **options: _torchvision())
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+        spec, said = "torchvision:vit_b_16", "weights  WARNING: random, as torchvision has none of vit_b_16"
+    rows = main([spec, *images_option(photographs), "--methods", "evit:keep=0.3,layers=(0,)", "--data",
+                 str(photographs / "classes"), "--batch-size", "3", "--output", str(tmp_path / "out")])  # fmt: skip
+    assert said in capsys.readouterr().out
+    assert [row.kind for row in rows] == ["dense", "evit", "dense"]
+    dense, fast, small = rows
+    assert dense.patch_cosine == pytest.approx(1)
+    assert small.name.startswith("dense at ")
+    assert max(fast.gmacs, small.gmacs) < dense.gmacs
+    assert -1 <= small.patch_cosine < 1
+    assert (dense.top1_percent is None) == (family != "hf")  # two labels, two folders
+    assert (tmp_path / "out" / "index.html").is_file()
+
+
 def test_what_does_not_apply_is_a_row_that_says_why(
     own: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
