@@ -105,6 +105,19 @@ def training_step(
     return criterion(images, network(images), targets).terms()
 
 
+class ClassLogits(nn.Module):
+    """A network as a function from images to class logits (B, K), without the tokens that it gives besides."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training  # evaluation puts the mode back
+
+    def forward(self, images: Tensor) -> Tensor:
+        outputs = self.model(images)
+        return outputs if isinstance(outputs, Tensor) else outputs[0]
+
+
 def evaluate(data_loader: Iterable[Any], model: nn.Module, device: torch.device, **options: Any) -> dict[str, float]:
     """Accuracy and loss over the images of all ranks; see ``common.run.engine.evaluate``, whose options are taken.
 
@@ -112,8 +125,7 @@ def evaluate(data_loader: Iterable[Any], model: nn.Module, device: torch.device,
         That function's result under the published names too: ``acc1``, ``acc5`` in percent, and ``loss``, which is the
         mean over batches, each counted alike; ``image_loss`` is the mean over images.
     """
-    options.setdefault("output", lambda outputs: outputs if isinstance(outputs, Tensor) else outputs[0])
-    result = evaluate_images(model, data_loader, device=device, **options)
+    result = evaluate_images(ClassLogits(model), data_loader, device=device, **options)
     loss = {"loss": result.pop("batch_loss"), "image_loss": result["loss"]}
     return {**result, **loss, "acc1": result["top1_percent"], "acc5": result["top5_percent"]}
 
