@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from common.data.paths import INSIDE, reads_folder
 from common.run import cli
 from common.run.flags import Group
 from common.run.program import get_logger
@@ -84,8 +85,9 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser = cli.make_parser(description, prog="main.py")
     add = Group(parser, "data")
     add("data", str, "", "folder with train/ and val/ (or validation/)", nargs="?", metavar="DIR")
-    add("--data-set", str, "IMNET", metavar="NAME", help="IMNET (class folders), digits (without DIR), CIFAR10, CIFAR, "
-        "or a name for timm's create_dataset")  # fmt: skip
+    add("--data-set", str, "IMNET", metavar="NAME",
+        help="IMNET (class folders), digits and fashion (without DIR), CIFAR10, CIFAR, or a name for timm's "
+        "create_dataset")  # fmt: skip
     add("--img-size", cli.positive_int, 224, "side of the input", metavar="PIXELS")
     add("--crop-pct", cli.fraction, None, "share that the evaluation crop keeps of the resized image's side "
         "(default: 0.875, as DVT's published numbers; 0.9 for a T2T-ViT alone, as its own)")  # fmt: skip
@@ -166,15 +168,15 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     metrics = ["loss", *(f"exit{number}_top1" for number in range(1, exits + 1)), f"exit{exits}_top5"]
     metric = args.eval_metric = args.eval_metric or f"exit{exits}_top1"
     mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
-    digits = args.data_set == "digits"
+    inside = cli.dataset_name(args.data_set) in INSIDE
     for wrong, message in (
         (metric not in metrics, f"--eval-metric {metric}: {args.model} has {', '.join(metrics)}"),
         (metric.endswith("top5") and args.num_classes < 6,
          f"--eval-metric {metric}: with {args.num_classes} classes it is always 100 %; use top1"),
         (args.pretrained, "--pretrained: there are no such weights; give --initial-checkpoint FILE"),
-        (not args.data and not digits, "DIR is missing: the folder with train/ and val/"),
-        (args.data and digits,
-         f"{args.data}: the digits ship inside scikit-learn; leave DIR out, or say --data-set IMNET"),
+        (not args.data and reads_folder(args.data_set), "DIR is missing: the folder with train/ and val/"),
+        (args.data and inside,
+         f"{args.data}: {args.data_set} ships inside and reads no folder; leave DIR out, or say --data-set IMNET"),
         (args.aug_splits == 1, "--aug-splits 1: give 0, or at least 2 views"),
         (args.jsd and not args.aug_splits, "--jsd compares views: give --aug-splits 3, for instance"),
         (args.aug_splits and mixing, "--aug-splits cannot be mixed: add --mixup 0 --cutmix 0"),
@@ -220,7 +222,8 @@ def add_image_args(parser: argparse.ArgumentParser) -> None:
     """Flags of the images that a checkpoint is run on."""
     add = Group(parser, "images")
     add("--dataset", str, "imagenet", metavar="NAME",
-        help="imagenet (train/ and val/), cifar10, cifar100, digits, or a name for timm's create_dataset")  # fmt: skip
+        help="imagenet (train/ and val/), cifar10, cifar100, digits, fashion, or a name for timm's "
+        "create_dataset")  # fmt: skip
     add("--transforms --pictures", TRANSFORMS, None,
         "those of training on ImageNet or of the transfer to CIFAR (default: by the data set)")  # fmt: skip
     add("-b --batch-size --batch_size", cli.positive_int, 64, "images at once", metavar="N")

@@ -67,8 +67,8 @@ def collect_scores(
 class ImageSource(Settings):
     """The images that a checkpoint is run on, as the evaluation of DVT sees them."""
 
-    dataset: str  # imagenet, cifar10, cifar100, digits, or any name of build_dataset
-    root: str | None  # its folder; not needed for the digits
+    dataset: str  # imagenet, cifar10, cifar100, digits, fashion, or any name of build_dataset
+    root: str | None  # its folder; not needed for what ships inside
     size: int  # side of the images in pixels
     batch_size: int = 64
     workers: int = 0
@@ -95,7 +95,7 @@ class ImageSource(Settings):
             transform = train_transform(self.size, interpolation="bilinear", hflip=flip, **plainly)
         else:
             transform = eval_transform(self.size)
-        return build_dataset(dataset, None if dataset == "digits" else self.root, split, transform)
+        return build_dataset(dataset, self.root, split, transform)
 
     def held_out(self) -> Loader:
         """Batches of the validation images in their order."""

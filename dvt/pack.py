@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.data.paths import check_data_path
+from common.data.paths import check_data_path, reads_folder
 from common.run import cli
 from common.run.files import check_files
 from common.run.program import get_logger, run
@@ -26,7 +26,7 @@ logger = get_logger(__name__)
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__, prog="pack.py")
     add = parser.add_argument
-    add("data", nargs="?", default="", metavar="DIR", help="folder of the data set; the digits need none")
+    add("data", nargs="?", default="", metavar="DIR", help="folder of the data set; digits and fashion need none")
     add("--checkpoint", required=True, metavar="FILE",
         help="weights: of main.py, of transfer_learning.py, of the official trainer, packed or plain")  # fmt: skip
     add("--output", required=True, type=Path, metavar="FILE", help="packed checkpoint to write")
@@ -34,7 +34,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_image_args(parser)
     add_search_args(parser)
     args = parser.parse_args(argv)
-    if not args.data and args.dataset != "digits":
+    if not args.data and reads_folder(args.dataset):
         parser.error(f"{args.dataset} needs DIR, the folder of the data set")
     return args
 

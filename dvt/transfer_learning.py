@@ -32,7 +32,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_network_args(parser, MODELS)
     add = Group(parser, "transfer")
     add("--dataset", str, "cifar10", metavar="NAME",
-        help="cifar10, cifar100, digits (without --data), folder, or a name for timm's create_dataset")  # fmt: skip
+        help="cifar10, cifar100, digits and fashion (without --data), folder, or a name for timm's "
+        "create_dataset")  # fmt: skip
     add("--data", str, "./data", "folder of the data set", metavar="DIR")
     add("--download", bool, False, "fetch the data set into --data if it is not there")
     add("--b --batch-size", cli.positive_int, 128, "images per step, over all processes", metavar="N",
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     content = read_checkpoint(args.transfer_model) if args.transfer_model else None
     seed_everything(args.seed)
     data = DataSettings.of(
-        args, data_set=args.dataset, data_path="" if args.dataset == "digits" else args.data, input_size=args.img_size,
+        args, data_set=args.dataset, data_path=args.data, input_size=args.img_size,
         batch_size=args.batch_size // world.size,
     )  # fmt: skip
     held_out = open_split(data, "val", cifar.test_transform(args.img_size), download=args.download)

@@ -43,7 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     images = commands.add_parser("images", aliases=["pictures"], help="images that leave early and late")
     add = images.add_argument
     add("--checkpoint_path", "--checkpoint-path", required=True, metavar="FILE", help="packed checkpoint")
-    add("--data_url", "--data-url", default="", metavar="DIR", help="folder that holds val/; the digits need none")
+    add("--data_url", "--data-url", default="", metavar="DIR", help="folder with val/; digits, fashion need none")
     add("--p", type=budget_row, default=20, help="row of the stored thresholds, 1 to 59")
     add("--classes", nargs="+", default=None, metavar="NAME", help="class folders to draw (default: the first four)")
     add_network_args(images, CASCADES)

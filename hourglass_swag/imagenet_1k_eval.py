@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from common.data.paths import check_data_path, reads_folder
 from common.run.cli import default_workers
 from common.run.errors import DataError
 from common.run.files import check_files
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-WITHOUT_DIRECTORY = ("digits", "hfds/", "hfids/", "tfds/", "wds/")
-
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """All published flags, and those of this script."""
@@ -43,7 +42,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(workers=default_workers(4))
     group = parser.add_argument_group("beyond the published script")
     group.add_argument(
-        "--dataset", "--data-set", default="imagenet", help="data set by name: imagenet, digits, inat18, hfds/NAME ..."
+        "--dataset", "--data-set", default="imagenet", help="imagenet, digits, fashion, inat18, hfds/NAME ..."
     )
     group.add_argument("--split", default="val", help="part of the data set")
     group.add_argument("--limit", type=int, metavar="N", help="only the first N images")
@@ -60,7 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--output", type=Path, metavar="FILE", help="write the result as JSON, too")
     args = parser.parse_args(positionals_first(sys.argv[1:] if argv is None else argv))
-    if args.data is None and not args.dataset.startswith(WITHOUT_DIRECTORY):
+    if args.data is None and reads_folder(args.dataset):
         parser.error(f"DIR is missing: the root of {args.dataset}, which holds val/ or img_val/")
     for flag, value in (("--batch-size", args.batch_size), ("--print-freq", args.print_freq)):
         if value < 1:
@@ -135,6 +134,7 @@ def warn_of_classes(dataset: Dataset[Any], model: nn.Module) -> None:
 def evaluate_network(args: argparse.Namespace) -> dict[str, Any]:
     """What one process does."""
     check_files(args.weights)
+    check_data_path(args.dataset, args.data)
     import torch
 
     from common.data.loaders import eval_loader

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.data.paths import check_data_path
 from common.run import cli
 from common.run.files import check_files
 from common.run.program import get_logger, is_main, run
@@ -89,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train, or with ``--eval`` only evaluate; returns the last epoch's numbers."""
     args = parse_args(argv)
     check_files(args.resume)
+    check_data_path(args.data_set, args.data_path)
     from common.data.build import build_loaders, build_mixup
     from common.run.build import build_run, scaled_lr
     from common.run.checkpoint import save_atomic

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.data.paths import check_data_path
+from common.data.paths import check_data_path, reads_folder
 from common.run import cli
 from common.run.errors import DataError, UsageError
 from common.run.files import check_files
@@ -21,7 +21,7 @@ from uvc.flags import numbers, rate, switch
 from uvc.schedules import zlr_schedule
 from uvc.settings import JointRun, JointSettings, PostRun, PrimalDualSettings, Student, Teacher
 
-DATASETS = ("imagenet", "cifar10", "cifar100", "digits", "folder", "tar")
+DATASETS = ("imagenet", "cifar10", "cifar100", "digits", "fashion", "fashion_tune", "fashion_full", "folder", "tar")
 DEIT = "https://dl.fbaipublicfiles.com/deit/"
 WEIGHTS = {
     "deit_tiny_patch16_224": DEIT + "deit_tiny_patch16_224-a1311bcf.pth",
@@ -53,7 +53,7 @@ def add_common_arguments(
     add = Group(parser, "data and network")
     add("--name", str, "debug", "name of the run: its files go to OUTPUT_DIR/NAME")
     add("--dataset", DATASETS, "imagenet", "imagenet has train/ and val/ with a folder per class")
-    add("--data_dir", str, "", "folder of the dataset; digits need none", metavar="DIR")
+    add("--data_dir", str, "", "folder of the dataset; digits and fashion need none", metavar="DIR")
     add("--num_workers", cli.count, cli.default_workers(workers), "loading processes per process", metavar="N")
     add("--model_type", str, MODEL_TYPE, "architecture", metavar="NAME")
     add("--model_path", str, None,
@@ -223,7 +223,7 @@ def check_paths(args: argparse.Namespace) -> None:
         CheckpointError, DataError: one does not.
     """
     check_files(*(getattr(args, name, None) for name in ("checkpoint_dir", "model_path", "teacher_path", "resume")))
-    if not args.data_dir and args.dataset != "digits":
+    if not args.data_dir and reads_folder(args.dataset):
         raise DataError(f"--data_dir is missing: name the folder of the dataset {args.dataset!r}")
     check_data_path(args.dataset, args.data_dir)
 

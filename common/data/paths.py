@@ -2,10 +2,19 @@
 
 from pathlib import Path
 
+from common.run.cli import dataset_name
 from common.run.errors import DataError
 
-ROOTLESS = ("digits", "hfds/", "hfids/", "tfds/", "torch/", "wds/")
-"""Data sets that need no folder, by the beginning of their names."""
+INSIDE = ("digits", "fashion", "fashion_tune")
+"""Data sets that ship inside scikit-learn or this repository; a folder given besides is not read."""
+FETCHED = ("hfds/", "hfids/", "tfds/", "torch/", "wds/")
+"""Beginnings of timm's names, whose libraries find the data."""
+
+
+def reads_folder(data_set: str, data_path: str | Path | None = None) -> bool:
+    """Whether a data set is read from a folder that the user names; ``fashion_full`` is if one is given."""
+    name = dataset_name(data_set)
+    return bool(data_path) if name == "fashion_full" else not (name in INSIDE or name.lower().startswith(FETCHED))
 
 
 def existing_folder(name: str, root: str | Path | None) -> Path:
@@ -25,8 +34,7 @@ def existing_folder(name: str, root: str | Path | None) -> Path:
 
 def check_data_path(data_set: str, data_path: str | Path | None) -> None:
     """Raise what opening the data set would, if it needs a folder and there is none; for ``main``, after parsing."""
-    name = data_set.lower()
-    if not name.startswith(ROOTLESS):
+    if reads_folder(data_set, data_path):
         existing_folder(data_set, data_path)
 
 

@@ -20,7 +20,7 @@ from common.data.loaders import (
     eval_transform,
     num_classes,
 )
-from common.data.paths import check_data_path
+from common.data.paths import INSIDE, check_data_path, reads_folder
 
 
 def write_picture(path: Path, seed: int = 0, size: tuple[int, int] = (40, 36)) -> None:
@@ -379,3 +379,13 @@ def test_a_wrong_path_is_said_without_opening_anything(tmp_path: Path) -> None:
     check_data_path("DIGITS", "")
     check_data_path("hfds/some/set", None)
     check_data_path("IMNET", tmp_path)
+    check_data_path("fashion_full", "")  # may be installed
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        check_data_path("fashion_full", tmp_path / "nowhere")
+    assert reads_folder("digits_of_mine")
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_what_ships_inside_is_asked_for_no_folder(name: str, tmp_path: Path) -> None:
+    check_data_path(name, tmp_path / "nowhere")
+    assert len(build_dataset(name, tmp_path / "nowhere", "val", None))

@@ -208,6 +208,7 @@ def test_initial_weights_config_and_decay(trained, imagenet, tmp_path):
     (tmp_path / "flags.yaml").write_text("model: DVT_desk\nlr: 0.25\nmodel_ema: false\nscale: [0.5, 1.0]\n")
     args = main.parse_args(["-c", str(tmp_path / "flags.yaml"), "--lr", "0.5", "--batch-size", "2"])
     assert (args.lr, args.model_ema, args.scale, args.data_set) == (0.5, False, [0.5, 1.0], "digits")
+    assert main.parse_args(["--model", "DVT_desk", "--data-set", "fashion_tune"]).data == ""
     state = state_of(trained)
     model = load_network(
         "DVT_desk", state, source="last.pth.tar", feature_reuse=True, relation_reuse=True, num_classes=6

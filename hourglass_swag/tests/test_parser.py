@@ -135,6 +135,7 @@ def test_unknown_names_and_missing_data_are_refused(capsys):
         parse_args(["DIR", "--limit", "-1"])
     assert "--limit must be at least 1, got -1" in capsys.readouterr().err
     assert parse_args(["--dataset", "digits"]).data is None
+    assert parse_args(["--dataset", "fashion_tune"]).data is None
 
 
 def test_every_flag_is_read_somewhere():

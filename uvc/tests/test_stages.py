@@ -15,6 +15,7 @@ import pytest
 import torch
 from ml_collections import ConfigDict
 
+from common.data.paths import INSIDE
 from common.run.engine import Optimization, evaluate
 from common.run.errors import UsageError
 from common.run.files import ROOT
@@ -373,6 +374,13 @@ DIGITS = [
     "",
 ]
 FREE = ["--pretrained", "0", "--distillation-type", "none"]
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_what_ships_inside_needs_no_folder(name):
+    args = joint_train.parse_args([*DIGITS, *FREE, "--dataset", name])
+    arguments.check_paths(args)
+    assert args.data_dir == ""
 
 
 @pytest.mark.parametrize(
