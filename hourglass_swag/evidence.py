@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +126,19 @@ def look(network: Any, batches: Sequence[tuple[Tensor, Tensor]], wanted: Sequenc
     return 100 * right / seen, kept if wanted is None else cosine / seen
 
 
-def measure_methods(job: Job, *, data_set: str = "fashion") -> Arms:
-    """Every method's sweep, and what it reaches at the shares; ``name@share`` and ``name: setting`` are the arms."""
+def measure_methods(job: Job, *, data_set: str = "fashion", images: int = 2000) -> Arms:
+    """Every method's sweep, and what it reaches at the shares; ``name@share`` and ``name: setting`` are the arms.
+
+    Args:
+        images: of the held-out ones, in order.
+    """
     torch.manual_seed(job.seed)  # of the controls that drop at random, and of hashing
     weights, device = job.folder / "dense" / "weights.pth", torch.device(job.device)
     dataset: Any = build_dataset(data_set, None, "val", swag_eval_transform(SIZE))
-    batches = [(x.to(device), y.to(device)) for x, y in eval_loader(dataset, batch_size=500)]
+    batches = [
+        (x.to(device), y.to(device))
+        for x, y in islice(eval_loader(dataset, batch_size=min(images, 500)), -(-images // 500))
+    ]
     sample = batches[0][0]
     dense = _open(weights, SIZE, device)
     plain = lean(dense)
