@@ -69,7 +69,7 @@ def test_the_runs_measure_every_arm_of_the_claims(net, tmp_path: Path, monkeypat
 
 
 def test_training_is_the_ordinary_program(tmp_path: Path) -> None:
-    words = evidence.RECIPE.replace("--epochs 20", "--epochs 1 --warmup-epochs 0").replace("fashion", "digits")
+    words = evidence.RECIPE.replace("--epochs 12", "--epochs 1 --warmup-epochs 0").replace("fashion", "digits")
     arms = evidence.train_dense(Job(0, tmp_path), words)
     assert 0 < arms["dense"]["top1_percent"] <= 100
     assert (tmp_path / "dense" / "weights.pth").is_file()
