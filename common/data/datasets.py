@@ -182,7 +182,7 @@ class Digits(MemoryImages):
             raise DataError(f"digits has the splits train and val, not {split!r}")
         grey, labels = load_digits(return_X_y=True)
         chosen = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
-        self.indices = chosen[0 if split == "train" else 1].tolist()
+        self.indices: list[int] = np.asarray(chosen[0 if split == "train" else 1]).tolist()
         small = np.rint(grey[self.indices].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
         large = [np.asarray(Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC)) for one in small]
         pixels, labels = torch.from_numpy(np.stack(large)), torch.from_numpy(labels[self.indices])
