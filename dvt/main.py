@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from common.data.paths import check_data_path
-from common.run.files import check_files, write_atomic
+from common.run.files import check_files, make_folder, write_atomic
 from common.run.program import get_logger, is_main, run
 from common.run.settings import DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
 from dvt import arguments
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     name = args.experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{args.model}-{args.img_size}"
     folder = Path(args.output or "output") / "train" / name
     if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_atomic(folder / "args.yaml", yaml.safe_dump(plain(vars(args))))
     optimization = OptimizerSettings.of(args)
     average = build_average(model, optimization)

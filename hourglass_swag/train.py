@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.data.paths import check_data_path
 from common.run import cli
+from common.run.errors import UsageError
 from common.run.files import check_files
 from common.run.program import get_logger, is_main, run
 from common.run.settings import AugmentationSettings, DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
@@ -101,7 +102,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     world = launch(args.device, local_rank=args.local_rank)
     seed_everything(args.seed)
-    model = create(args.model, image_size=args.resolution).to(world.device)
+    try:
+        model = create(args.model, image_size=args.resolution).to(world.device)
+    except ValueError as error:
+        raise UsageError(f"--model {args.model} --resolution {args.resolution}: {error}") from error
     classes = int(model.num_classes)  # pyright: ignore[reportArgumentType] - every network of the registry has it
     augmentation = AugmentationSettings.of(args)
     batches = build_loaders(

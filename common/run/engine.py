@@ -294,6 +294,8 @@ class Trainer:
                 "%d epochs in all: %d and %d of cooldown at the lowest rate (--cooldown-epochs 0 for none)",
                 self.epochs, self.epochs - self.cooldown_epochs, self.cooldown_epochs,
             )  # fmt: skip
+        if progress.epoch >= self.epochs:
+            logger.info("all %d epochs are done: nothing is left to train (more with a larger --epochs)", self.epochs)
         row: dict[str, float] = {}
         while progress.epoch < self.epochs:
             network.train(self.train_mode)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from common.run.errors import CheckpointError
+from common.run.errors import CheckpointError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout: the folder that holds ``common`` and the papers."""
@@ -37,6 +37,20 @@ def existing_file(source: str | os.PathLike[str]) -> Path:
     return path
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder that results go to, with those above it, where it is not there.
+
+    Raises:
+        UsageError: something else is there, or nobody may write.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the output folder {path} ({error.strerror}); name another") from error
+    if not os.access(path, os.W_OK):
+        raise UsageError(f"cannot write to the output folder {path} (permission denied); name another")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of ``path`` when the block ends; until then, and after an error, the old one
@@ -45,7 +59,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     It is written under a temporary name in the same folder, flushed to the disk and renamed, so that ``path`` is whole
     at every moment, also after a power cut. Missing parent folders are made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

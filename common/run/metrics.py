@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from common.run.errors import UsageError
-from common.run.files import write_atomic
+from common.run.files import make_folder, write_atomic
 from common.run.launch import get_world_size, reduce_sums
 from common.run.program import is_main
 
@@ -200,7 +200,7 @@ class Record:
         self.published = published
         self.writer = _open_tensorboard(tensorboard) if tensorboard is not None and is_main() else None
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
 
     def rewind(self, epoch: int, step: int) -> None:
         """Forget what a run that starts at ``epoch`` after ``step`` steps will write again; (0, 0) forgets all."""

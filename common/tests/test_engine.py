@@ -107,6 +107,15 @@ def test_killed_while_evaluating_or_saving(tmp_path: Path, whole: Any, kills: li
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pth", "last.pth", "log.jsonl"]
 
 
+def test_a_finished_run_says_that_nothing_is_left(tmp_path: Path) -> None:
+    run_forked(lambda: training(tmp_path, ALONE))
+    before = rows(tmp_path)
+    (ended,) = run_forked(lambda: training(tmp_path, ALONE))
+    assert ended.status == 0, ended.output
+    assert "nothing is left to train" in ended.output
+    assert rows(tmp_path) == before
+
+
 def test_killed_with_a_schedule_per_step_and_loading_processes(tmp_path: Path, whole: Any) -> None:
     digest, record = whole("step")
     kills = [{"kill_after_step": 8}]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.run.errors import UsageError
 from common.run.files import ROOT
 from hourglass_swag import imagenet_1k_eval, train
 
@@ -80,3 +81,14 @@ def test_recipe_gives_way_to_flags() -> None:
 def test_a_missing_folder_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(Exception, match="nowhere"):
         train.main(["-m", "vit_desk", "--data-set", "IMNET", "--data-path", "nowhere", "--device", "cpu"])
+
+
+def test_a_size_that_patches_do_not_fill_and_an_output_that_is_a_file_are_refused(tmp_path: Path) -> None:
+    words = ["-m", "vit_desk", "--data-set", "digits", "--device", "cpu"]
+    with pytest.raises(UsageError, match=r"--resolution 33: .*nearest are 32, 36"):
+        train.main([*words, "-r", "33"])
+    (tmp_path / "file").write_text("kept")
+    for folder in ("file", "file/inside"):
+        with pytest.raises(UsageError, match=r"cannot make the output folder .*file.*; name another"):
+            train.main([*words, "--output-dir", str(tmp_path / folder)])
+    assert (tmp_path / "file").read_text() == "kept"

@@ -19,7 +19,7 @@ from common.run.checkpoint.loading import load_strict
 from common.run.checkpoint.reading import load_safely, select_state, some
 from common.run.checkpoint.writing import plain, save_atomic
 from common.run.errors import CheckpointError
-from common.run.files import stale
+from common.run.files import make_folder, stale
 from common.run.launch import gather_objects, get_world_size, main_process_first
 from common.run.program import get_logger, get_rank, is_main
 from common.run.wrapping import unwrap
@@ -234,7 +234,7 @@ class CheckpointManager:
         self.higher_is_better = higher_is_better
         self.last, self.best = self.folder / last, self.folder / best
         if is_main():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             for half in (*stale(self.last), *stale(self.best)):
                 half.unlink(missing_ok=True)
 
