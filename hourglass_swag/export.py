@@ -6,8 +6,8 @@
 
 Any number of images, of the size given by -r. The file is read back and compared before it takes its place. ACT is
 written with the random projections of one draw. What a file cannot say is refused: ATS that drops tokens, whose number
-depends on the images; the published form of SMYRF, in which the images of a batch couple; and in ONNX the operators
-that torch cannot write of ATS and ACT.
+depends on the images; the published form of SMYRF, in which the images of a batch couple; and in ONNX the shifts
+of bits of ACT.
 """
 
 import argparse

@@ -21,9 +21,6 @@ ATTENTION = frozenset({"plain attention", "equal lengths"})
 EQUAL = frozenset({"equal lengths"})
 """What a method needs that knows no padding."""
 
-HASHES = "its random projections and the sorting by them are operators that ONNX has not"
-"""Why hashing methods cannot go there."""
-
 
 def check_layer(name: str, layer: int, facts: Facts) -> int:
     """The layer itself.

@@ -4,8 +4,7 @@
     export_torch(fast, "features.pt2", features=True)
 
 ACT and SMYRF draw random projections in every pass; a file has those of one draw. What a file cannot say is refused:
-numbers of tokens that depend on the images (ATS, unless it has ``drop=False``), and in ONNX the operators that torch
-cannot write of ATS and ACT.
+numbers of tokens that depend on the images (ATS, unless it has ``drop=False``), and in ONNX the shifts of bits of ACT.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from common.run.errors import ExportError, UsageError
 from common.run.export import export_onnx as write_onnx
 from common.run.export import export_program as write_program
 
-NOT_IN_ONNX = {"ats": "a search in sorted numbers", "act": "shifts of bits"}
+NOT_IN_ONNX = {"act": "shifts of bits"}
 """Methods that need what torch cannot write as ONNX."""
 
 
@@ -80,11 +79,8 @@ def _prepare(fast: Any, features: bool) -> tuple[nn.Module, Tensor]:
     if not isinstance(fast, Lean):
         raise UsageError(f"expected a network of leanvit.lean, got a {type(fast).__name__}")
     for method in fast.methods:
-        if method.drops_by_data:
-            raise ExportError(
-                f"the number of tokens that {method.name} keeps depends on the images, which a file cannot say: take "
-                f"{method.name} with drop=False"
-            )
+        if why := method.hinders_export:
+            raise ExportError(f"{method.name} cannot be exported: {why}")
         if getattr(method, "padded", True) is False:
             raise ExportError(
                 f"{method.name} with padded=False couples the images of a batch, so that a file for any number of them "

@@ -178,7 +178,8 @@ which ATS ends.
 Copies, pickles, `state_dict`, half precision, autocast, gradients and `torch.compile` work as they do for the network
 itself; ATS with `drop=True` reads a number from the images, where a compiled network breaks into two. So does
 `torch.export`, but for ATS with `drop=True` (`drop=False` keeps the length); ACT wants `torch.no_grad()` around it.
-There is no ONNX of ACT and SMYRF, whose projections are random. What cannot be exported says so.
+ACT and SMYRF draw random projections in every pass, which ONNX cannot: `common.hosts.export` writes SMYRF with those of
+one draw, and refuses ACT. What cannot be exported says so.
 
 Blocks in which a method acts are opened: their attention and their order are the runner's, so that a forward hook on
 the block or its attention would be silent. `lean` refuses a network with such hooks, and a hook that is put there later

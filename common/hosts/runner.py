@@ -87,11 +87,6 @@ class Method:
         return None
 
     @property
-    def hinders_onnx(self) -> str | None:
-        """Why there is no ONNX of what ``torch.export`` makes of the method; None if there is."""
-        return None
-
-    @property
     def depends_on_data(self) -> bool:
         """Whether the cost depends on weights and images."""
         return False
@@ -209,8 +204,7 @@ class Plan(nn.Module):
 
     def _check_export(self) -> None:
         for method in self.methods:
-            why = method.hinders_export or (method.hinders_onnx if torch.onnx.is_in_onnx_export() else None)
-            if why:
+            if why := method.hinders_export:
                 raise PlanError(f"{method.name} cannot be exported: {why}")
 
     def _attend(self, view: BlockView, acting: dict[str, list[Step]], tokens: Tokens) -> Tokens:

@@ -154,15 +154,6 @@ def test_a_length_that_images_decide_is_not_exported(strict: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", ["act", "smyrf"])
-def test_hashing_has_no_onnx(plan: str) -> None:
-    pytest.importorskip("onnxscript")
-    with torch.no_grad(), pytest.raises(torch.onnx.OnnxExporterError) as caught:
-        torch.onnx.export(build_lean("timm", plan), (images(2),), dynamo=True, verbose=False)
-    assert f"{plan} cannot be exported: its random projections" in str(caught.value.__cause__)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "plan"),
     [

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from common.hosts import Effect, Facts, Method, Parts, Tokens
 from hourglass_swag.host import publish
-from hourglass_swag.methods import ATTENTION, HASHES, check_layers
+from hourglass_swag.methods import ATTENTION, check_layers
 from hourglass_swag.models.ops.ACT.ada_clustering_attention import (
     BUCKET_WIDTH,
     AdaClusteringAttention,
@@ -65,10 +65,6 @@ class ACT(Method):
     @property
     def depends_on_data(self) -> bool:
         return bool(self.layers) and (self.queries or self.keys)
-
-    @property
-    def hinders_onnx(self) -> str | None:
-        return f"{HASHES}; its clusters are as many as the image makes" if self.depends_on_data else None
 
     def attend(self, layer: int, tokens: Tokens, parts: Parts) -> tuple[Tensor, Tokens, Parts]:
         """Attention between clusters."""

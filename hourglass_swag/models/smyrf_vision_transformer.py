@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.hosts import Effect, Facts, Method, Parts, PlanError, Tokens
 from hourglass_swag.host import publish
-from hourglass_swag.methods import ATTENTION, FIXED, HASHES, check_layer
+from hourglass_swag.methods import ATTENTION, FIXED, check_layer
 from hourglass_swag.models.ops.smyrf.attn import SmyrfAttention, cluster_lengths
 from hourglass_swag.models.plug_in import NEVER, caller, plugged_in
 from hourglass_swag.models.vision_transformer import VisionTransformer
@@ -55,10 +55,6 @@ class SMYRF(Method):
         }  # refuses what is out of range
         check_clusters(facts.tokens, self.hashes * facts.heads, *sizes, self.padded)
         return replace(self, cluster_size=sizes, layer=first, stop=stop).with_cores(cores)
-
-    @property
-    def hinders_onnx(self) -> str | None:
-        return HASHES if self.cores else None
 
     def effects(self) -> Sequence[Effect]:
         needs = ATTENTION if self.padded else ATTENTION | FIXED  # clusters were cut for the network's own length
