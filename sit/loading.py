@@ -153,9 +153,8 @@ def check_fits(model: LVViT, file: WeightsFile, *, evaluates: bool = False, stri
 
 
 def _refuse(file: WeightsFile, model: LVViT, reason: str) -> CheckpointError:
-    found = list(list_key_differences(model, file.state).lines())
-    shown = found[:12] + ([f"  ... and {len(found) - 12} more lines"] if len(found) > 12 else [])
-    return CheckpointError("\n".join([f"{file.source}: {reason}", *shown]))
+    found = list_key_differences(model, file.state).lines()
+    return CheckpointError("\n".join([f"{file.source}: {reason}", *found]))
 
 
 def _fit_positions(model: LVViT, file: WeightsFile) -> dict[str, Tensor]:

@@ -16,6 +16,10 @@ from common.run.program import get_logger
 logger = get_logger(__name__)
 
 
+MOST_LISTED = 10
+"""Differences of a kind that a message lists: a file of another network has hundreds."""
+
+
 @dataclass(frozen=True)
 class KeyDifferences:
     """How a state differs from a model; ``mismatched`` holds (key, shape in the model, shape in the state)."""
@@ -29,16 +33,18 @@ class KeyDifferences:
         return bool(self.missing or self.unexpected or self.mismatched)
 
     def lines(self) -> Iterable[str]:
-        """Every difference, grouped, one per line."""
-        if self.missing:
-            yield f"missing, in the model but not in the file ({len(self.missing)}):"
-            yield from (f"  {key}" for key in self.missing)
-        if self.unexpected:
-            yield f"unexpected, in the file but not in the model ({len(self.unexpected)}):"
-            yield from (f"  {key}" for key in self.unexpected)
-        if self.mismatched:
-            yield f"different shape ({len(self.mismatched)}):"
-            yield from (f"  {key}: model {list(model)}, file {list(file)}" for key, model, file in self.mismatched)
+        """The differences by kind, one per line; of many the first, and how many more."""
+        shapes = [f"{key}: model {list(model)}, file {list(file)}" for key, model, file in self.mismatched]
+        for kind, found in (
+            ("missing, in the model but not in the file", self.missing),
+            ("unexpected, in the file but not in the model", self.unexpected),
+            ("different shape", shapes),
+        ):
+            if found:
+                yield f"{kind} ({len(found)}):"
+                yield from (f"  {each}" for each in found[:MOST_LISTED])
+            if len(found) > MOST_LISTED:
+                yield f"  ... and {len(found) - MOST_LISTED} more"
 
 
 def list_key_differences(model: nn.Module, state: Mapping[str, Any]) -> KeyDifferences:
