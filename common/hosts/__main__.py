@@ -62,6 +62,8 @@ def _one(text: str) -> Wanted:
             key, equals, value = setting.partition("=")
             if not equals or not key.strip():
                 raise argparse.ArgumentTypeError(f"expected name:key=value,..., got {setting!r} in {text!r}")
+            if key.strip() in settings:
+                raise argparse.ArgumentTypeError(f"{key.strip()} is given twice in {text!r}; values to try: {key}=1|2")
             try:
                 word = value.strip()
                 settings[key.strip()] = ast.literal_eval(word.capitalize() if word in ("true", "false") else word)

@@ -66,6 +66,10 @@ def _split(data: Path, settings: DataSettings, transform: Transform, seed: int) 
     dataset: Any = open_split(settings, "val", transform)
     plain: Any = dataset.dataset if isinstance(dataset, SkipBadImages) else dataset
     labels = [label for _, label in plain.samples]
+    if len(set(labels)) < 2:
+        raise DataError(
+            f"--data {data}: expected at least two classes of images, found {', '.join(plain.classes)} alone"
+        )
     if few := [plain.classes[label] for label in sorted(set(labels)) if labels.count(label) < 2]:
         raise DataError(f"--data {data}: class {few[0]!r} has one image, and each needs two: to fit on, and to ask for")
     fit, ask = train_test_split(range(len(labels)), test_size=0.5, stratify=labels, random_state=seed)

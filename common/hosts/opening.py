@@ -399,7 +399,7 @@ def _open_function(spec: str, image_size: int | None, weights: Path | None) -> _
         net = function()
     except UsageError:
         raise
-    except Exception as error:  # whatever a file of the user raises
+    except (Exception, SystemExit) as error:  # whatever a file of the user raises
         raise UsageError(f"{spec} failed with {type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)

@@ -91,7 +91,11 @@ def image_files(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    found = sorted(file for file in path.glob("*") if file.suffix.lower() in SUFFIXES) if path.is_dir() else []
+    found = (
+        sorted(file for file in path.glob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        if path.is_dir()
+        else []
+    )
     if not found:
         raise UsageError(f"--images {path}: expected an image or a folder with some ({', '.join(SUFFIXES)})")
     return found

@@ -26,7 +26,17 @@ from common.hosts.draw import Principal, Strip, draw_sheet, spread
 from common.hosts.network import METHODS, find_host
 from common.hosts.opening import open_model
 from common.hosts.resizing import Smaller, resized
-from common.hosts.trade import Row, Trade, Wish, check_files, choose, default_sweep, front, tokens_of_patches
+from common.hosts.trade import (
+    Row,
+    Trade,
+    Wish,
+    check_files,
+    choose,
+    default_sweep,
+    front,
+    image_files,
+    tokens_of_patches,
+)
 from common.run.errors import CheckpointError, DataError, ExportError, UsageError
 from common.run.files import ROOT
 
@@ -46,6 +56,9 @@ def wrong():
 
 def broken():
     raise OSError("no such disk")
+
+def ends():
+    raise SystemExit(0)
 """
 
 
@@ -521,6 +534,32 @@ def test_the_default_sweep_can_be_built(options: dict[str, Any]) -> None:
         ((name, settings),) = wanted.methods
         if answers[name].startswith("possible"):
             lean(net, make_method(name, settings), verify=False)
+
+
+def test_a_function_that_ends_the_program_is_named(own: Path) -> None:
+    with pytest.raises(UsageError, match=r":ends failed with SystemExit"):
+        open_model(f"{own}:ends")
+
+
+def test_one_class_alone_is_no_accuracy(own: Path, photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "only").mkdir()
+    for index, file in enumerate(sorted(photographs.glob("*.png"))):
+        (tmp_path / "only" / f"{index}.png").write_bytes(file.read_bytes())
+    words = [f"{own}:no_class_token", "--images", str(photographs), "--methods", "tome:r=1", "--rounds", "1"]
+    with pytest.raises(DataError, match="at least two classes of images, found only alone"):
+        main([*words, "--data", str(tmp_path)])
+
+
+def test_a_setting_is_given_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["test_vit", "--images", "x", "--methods", "tome:r=2,r=3"])
+    assert "r is given twice in 'tome:r=2,r=3'" in capsys.readouterr().err
+
+
+def test_a_folder_called_like_an_image_is_none(tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    assert image_files(tmp_path) == [tmp_path / "image.png"]
 
 
 def test_which_output_is_which_class() -> None:
