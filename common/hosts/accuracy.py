@@ -19,6 +19,7 @@ from common.data.build import open_split
 from common.data.datasets import SPLIT_NAMES, SkipBadImages
 from common.data.loaders import Loader, eval_loader
 from common.data.transforms import Transform
+from common.hosts.network import floating
 from common.run.errors import DataError
 from common.run.settings import DataSettings
 
@@ -101,6 +102,7 @@ def measure_accuracy(
     Raises:
         DataError: if there are no class folders, or an image is broken.
     """
+    precision = floating(networks[dense]).dtype
     settings = DataSettings("folder", str(data), 0, batch_size, seed, skip_bad_images=skip_broken)
     held_out: Any = open_split(settings, "val", transform)
     chosen, why = outputs_of_classes(networks[dense], held_out.classes)
@@ -109,7 +111,7 @@ def measure_accuracy(
         for images, labels in tqdm(loader, desc="accuracy", unit="batch", delay=1, leave=False, disable=None):
             seen += len(labels)
             for name, network in networks.items():
-                found = logits(network(images.to(device)))[:, chosen].argmax(1).cpu()
+                found = logits(network(images.to(device, precision)))[:, chosen].argmax(1).cpu()
                 right[name] += int((found == labels).sum())
         if not seen:
             raise DataError(f"--data {data}: none of its images can be decoded")
@@ -145,11 +147,11 @@ def _collect(
     """Features of every network (N, C), labels (N,), and a word about broken images."""
     found: dict[str, list[Tensor]] = {name: [] for name in networks}
     seen: list[Tensor] = []
-    loader = eval_loader(dataset, batch_size=batch_size)
+    loader, precision = eval_loader(dataset, batch_size=batch_size), floating(next(iter(networks.values()))).dtype
     for images, labels in tqdm(loader, desc=title, unit="batch", delay=1, leave=False, disable=None):
         seen.append(labels)
         for name in networks:
-            found[name].append(features(name, images.to(device)).float().cpu())
+            found[name].append(features(name, images.to(device, precision)).float().cpu())
     if not seen:
         raise DataError("--data: none of its images can be decoded")
     return {name: torch.cat(parts) for name, parts in found.items()}, torch.cat(seen), _skipped(loader)

@@ -30,6 +30,7 @@ from common.hosts.network import load as load_object
 from common.hosts.runner import Method
 from common.run.checkpoint import load_safely, load_strict, read_description, save_described
 from common.run.errors import CheckpointError, UsageError
+from common.run.launch import choose_device
 from common.run.program import get_logger
 
 logger = get_logger(__name__)
@@ -294,8 +295,12 @@ def load(
 
     Raises:
         CheckpointError: naming the file, and the key of its header or the weight that is missing, unknown or damaged.
+        UsageError: for a network that is none.
+        LaunchError: for a device that is not there.
     """
-    path = Path(path)
+    path, device = Path(path), choose_device(str(device))
+    if network is not None and not isinstance(network, nn.Module):
+        raise UsageError(f"network: expected a network (torch.nn.Module), got {network!r}")
     content = read_description(path, KEY)
     if content is None:
         raise CheckpointError(f"{path}: its header has no {KEY!r}: expected a file of leanvit.save")
@@ -335,7 +340,7 @@ def _read_source(path: Path, source: Mapping[str, Any], dtype: torch.dtype) -> n
         )
     _check_names(path, "source", source, ("library", "name", "arguments"))
     library, name, arguments = (source[key] for key in ("library", "name", "arguments"))
-    if library not in LIBRARIES:
+    if not isinstance(library, str) or library not in LIBRARIES:
         raise CheckpointError(f"{path}: source.library: expected one of {', '.join(LIBRARIES)}, got {library!r}")
     if not isinstance(name, str) or not isinstance(arguments, dict):
         raise CheckpointError(f"{path}: source: expected a name and arguments, got {name!r} and {arguments!r}")

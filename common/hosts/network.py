@@ -128,7 +128,7 @@ class Lean:
             return images
         if names := ", ".join(method.name for method in self.plan.methods if getattr(method, needs)):
             raise UsageError(f"what {names} does depends on weights and images: give some, (B, C, H, W)")
-        parameter = _floating(self)
+        parameter = floating(self)
         facts = self.plan.host.facts
         return torch.zeros(1, facts.channels, *facts.image_size, device=parameter.device, dtype=parameter.dtype)
 
@@ -207,7 +207,7 @@ def check(host: Host) -> None:
     Raises:
         NotAHost: if they differ by more than ``TOLERANCES``.
     """
-    parameter = _floating(host.net)
+    parameter = floating(host.net)
     if parameter.is_meta:
         return
     generator = torch.Generator().manual_seed(0)
@@ -220,6 +220,12 @@ def check(host: Host) -> None:
             raise NotAHost(
                 f"{host.facts.name} fails on an image of its own size, {shape[2]}x{shape[3]}: {error}"
             ) from error
+        if not all(leaf.isfinite().all() for leaf in dense):
+            wrong = [name for name, value in host.net.named_parameters() if not value.isfinite().all()]
+            raise NotAHost(
+                f"{host.facts.name} gives values that are not finite on a random image"
+                + (f": {wrong[0]} holds some, with {len(wrong) - 1} other weights" if wrong else "")
+            )
         if not any(leaf.any() for leaf in dense) and (probe := _with_a_head(host.net)) is not None:
             check(type(host)(probe))  # zeros would equal zeros
             return
@@ -243,7 +249,7 @@ def _with_a_head(net: nn.Module) -> nn.Module | None:
     return probe if empty else None
 
 
-def _floating(net: Any) -> Tensor:
+def floating(net: Any) -> Tensor:
     """The first parameter that says the precision of images: whole numbers are those of a quantized layer."""
     return next(parameter for parameter in net.parameters() if parameter.dtype in TOLERANCES)
 

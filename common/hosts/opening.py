@@ -29,7 +29,7 @@ from torchvision import models as vision
 from common.data.datasets import load_image
 from common.data.transforms import Transform
 from common.hosts.host import Facts
-from common.hosts.network import find_host, load
+from common.hosts.network import find_host, floating, load
 from common.hosts.resizing import resized
 from common.run.checkpoint import (
     CheckpointError,
@@ -65,7 +65,8 @@ class Preprocessing:
         return made
 
     def pixels(self, images: Tensor) -> Tensor:
-        """The way back, (..., 3, H, W) in [0, 1]."""
+        """The way back, (..., 3, H, W) in [0, 1], float32."""
+        images = images.float()
         mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (images * std + mean).clamp(0, 1)
 
@@ -94,10 +95,15 @@ class Model:
     options: Mapping[str, Any]
     """of ``open_model``, where they are not the defaults"""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the images that the network takes."""
+        return floating(self.net).dtype
+
     def read(self, files: Iterable[str | Path]) -> Tensor:
         """Images as the network takes them, (B, 3, H, W)."""
         transform = self.preprocessing.transform()
-        return torch.stack([transform(load_image(file)) for file in files])
+        return torch.stack([transform(load_image(file)) for file in files]).to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -164,6 +170,8 @@ def _random(why: str) -> str:
 
 
 def _open_timm(name: str, image_size: int | None, weights: Path | None) -> _Found:
+    if not timm.is_model(name) and name.endswith(".py"):
+        raise UsageError(f"cannot open {name!r}: expected {name}:FUNCTION, a function that returns a network")
     if not timm.is_model(name):
         raise UsageError(f"timm has no network {name!r}{_near(name, timm.list_models(pretrained=False))}")
     options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
@@ -405,6 +413,8 @@ def _open_function(spec: str, image_size: int | None, weights: Path | None) -> _
         sys.path.pop(0)
     if not isinstance(net, nn.Module):
         raise UsageError(f"{spec} returned a {type(net).__name__}, expected a network (torch.nn.Module)")
+    if any(parameter.is_meta for parameter in find_host(net).net.parameters()):
+        raise UsageError(f"{spec} returned a network without weights (on the meta device): expected one with them")
     text = f"as {spec} made them"
     if weights is not None:
         load_strict(net, select_state(read_checkpoint(weights), source=str(weights)), source=str(weights))

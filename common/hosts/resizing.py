@@ -121,7 +121,8 @@ class Smaller(nn.Module):
 
     def shrink(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, 3, *size)."""
-        return F.interpolate(images, self.size, mode="bicubic", antialias=True)
+        wide = images.to(torch.promote_types(images.dtype, torch.float32))  # torch resizes no half precision
+        return F.interpolate(wide, self.size, mode="bicubic", antialias=True).to(images)
 
     def forward(self, images: Tensor) -> Any:
         return self.net(self.shrink(images))

@@ -108,7 +108,7 @@ class Live:
         from common.hosts.network import lean, make_method
         from common.hosts.trade import tokens_of_patches
 
-        images = self.model.preprocessing.transform()(image)[None].to(self.device)
+        images = self.model.preprocessing.transform()(image)[None].to(self.device, self.model.dtype)
         chosen = make_method(method, self.controls[method].settings(*values))
         fast = lean(self.model.net, chosen, verify=False)
         with torch.no_grad():

@@ -381,7 +381,8 @@ class Trade:
         lines = [head + "".join(f"{WORDS[key]:>9}" for key in measured)]
         for row in rows:
             against = "" if row.against_resizing is None else f"{row.against_resizing:+.4f}"
-            word = "" if row.against_resizing is None else " better" if row.against_resizing > 0 else " worse "
+            gain = row.against_resizing or 0.0
+            word = " better" if gain > 0 else " worse " if gain < 0 else ""
             lines.append(
                 f"{row.name:{width}}  {row.tokens:6d} {row.gmacs:8.3f} {row.own_gmacs:8.3f} {row.ms_per_image:9.2f} "
                 f"{row.speedup:8.2f}x {100 * row.realised:8.0f}% {row.patch_cosine:8.4f} {row.class_cosine:8.4f} "

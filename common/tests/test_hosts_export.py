@@ -73,3 +73,11 @@ def test_features_and_outputs_by_name(tmp_path: Path) -> None:
 def test_other_networks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"expected a network of leanvit\.lean, got a VisionTransformer"):
         export_onnx(build("timm"), tmp_path / "x.onnx")
+
+
+def test_outputs_of_zeros_are_said_to_prove_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    net: Any = build("timm")
+    torch.nn.init.zeros_(net.head.weight)
+    torch.nn.init.zeros_(net.head.bias)
+    assert export_torch(lean(net, "tome", r=1), tmp_path / "fast.pt2") == 0
+    assert "all outputs are zero" in caplog.text

@@ -18,7 +18,7 @@ from torchvision.models import VisionTransformer as TorchvisionViT
 import leanvit
 from common.hosts.files import KEY
 from common.hosts.network import METHODS, make_method
-from common.run.errors import CheckpointError, UsageError
+from common.run.errors import CheckpointError, LaunchError, UsageError
 from common.tests.small_methods import Halve
 from hourglass_swag.models import create
 
@@ -207,6 +207,7 @@ HEADERS: dict[str, tuple[Callable[[dict], Any], str]] = {
     "precision": (lambda c: c.update(dtype="float8"), "dtype: expected one of float64, .* got 'float8'"),
     "other precision": (lambda c: c.update(dtype="float16"), r"is torch\.float32, expected torch\.float16"),
     "library": (lambda c: c["source"].update(library="os"), r"source\.library: expected one of timm.* got 'os'"),
+    "kind of library": (lambda c: c["source"].update(library=[]), r"source\.library: expected one of timm.* got \[\]"),
     "name": (lambda c: c["source"].update(name="no_vit"), "source: timm's no_vit cannot be built: .*no network"),
     "hub": (lambda c: c["source"].update(name="hf-hub:a/b"), "cannot be built: .*no network 'hf-hub:a/b'"),
     "pretrained": (lambda c: c["source"]["arguments"].update(pretrained=True), "pretrained is no argument"),
@@ -282,6 +283,13 @@ def test_a_class_of_transformers_that_is_not_on_the_list(tmp_path: Path) -> None
     for change, message in changes:
         with pytest.raises(CheckpointError, match=message):
             leanvit.load(rewrite(path, tmp_path / "changed.safetensors", header=change))
+
+
+def test_what_a_file_is_opened_with_is_checked(written: Path) -> None:
+    with pytest.raises(UsageError, match=r"network: expected a network \(torch\.nn\.Module\), got 'test_vit'"):
+        leanvit.load(written, network="test_vit")
+    with pytest.raises(LaunchError, match="must be auto, cpu, cuda or cuda:N, got 'cdua'"):
+        leanvit.load(written, device="cdua")
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

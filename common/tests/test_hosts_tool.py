@@ -59,6 +59,21 @@ def broken():
 
 def ends():
     raise SystemExit(0)
+
+def half():
+    return net().half()
+
+def compiled():
+    import torch
+    return torch.compile(net())
+
+def empty():
+    return net().to("meta")
+
+def not_finite():
+    made = net()
+    made.blocks[1].mlp.fc1.weight.data[0, 0] = float("nan")
+    return made
 """
 
 
@@ -292,6 +307,10 @@ def test_a_function_of_a_file(own: Path) -> None:
         ("nowhere.py:net", "there is no file nowhere.py"),
         ("OWN:nett", "has no function 'nett'; near are net"),
         ("OWN:wrong", "returned a int, expected a network"),
+        ("OWN:compiled", "OptimizedModule wraps a network: give the network itself"),
+        ("OWN:empty", "returned a network without weights"),
+        ("OWN:not_finite", r"not finite on a random image: blocks\.1\.mlp\.fc1\.weight holds some"),
+        ("file.py", "cannot open 'file.py': expected file.py:FUNCTION"),
         ("OWN:broken", "failed with OSError: no such disk"),
         ("swin_tiny_patch4_window7_224", "SwinTransformer is not a host"),
     ],
@@ -369,6 +388,14 @@ def test_the_command_takes_every_family(
     assert max(fast.gmacs, small.gmacs) < dense.gmacs
     assert -1 <= small.patch_cosine < 1
     assert (dense.top1_percent is None) == (family != "hf")  # two labels, two folders
+    assert (tmp_path / "out" / "index.html").is_file()
+
+
+def test_a_network_of_half_precision(own: Path, photographs: Path, tmp_path: Path) -> None:
+    words = ["--methods", "tome:r=2", "--data", str(photographs / "classes"), "--output", str(tmp_path / "out")]
+    rows = main([f"{own}:half", *images_option(photographs), "--rounds", "1", *words])
+    assert [row.name for row in rows][:2] == ["dense", "tome:r=2"]
+    assert all(0.5 < row.patch_cosine <= 1.001 for row in rows)
     assert (tmp_path / "out" / "index.html").is_file()
 
 
