@@ -58,13 +58,13 @@ def test_ats_of_a_fixed_length(tmp_path: Path) -> None:
 
 def test_features_and_outputs_by_name(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="pip install -e .[export]")
-    fast = fast_network("timm, mixed", "tome").double()
+    fast = fast_network("timm, mixed", "hourglass").double()
     assert export_onnx(fast, tmp_path / "features.onnx", features=True) < 1e-4
     session = onnxruntime.InferenceSession(tmp_path / "features.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(["features"], {"images": images(5).numpy()})
     torch.testing.assert_close(torch.from_numpy(found).double(), fast.features(images(5).double()), rtol=0, atol=1e-4)
     assert fast.restore().head.weight.dtype == torch.float64
-    fast = fast_network("transformers, DINOv3", "tome")
+    fast = fast_network("transformers, DINOv3", "hourglass")
     assert export_onnx(fast, tmp_path / "bare.onnx") < 1e-5
     session = onnxruntime.InferenceSession(tmp_path / "bare.onnx", providers=["CPUExecutionProvider"])
     assert [each.name for each in session.get_outputs()] == ["last_hidden_state", "pooler_output"]

@@ -158,7 +158,6 @@ def test_a_length_that_images_decide_is_not_exported(strict: bool) -> None:
     ("name", "plan"),
     [
         ("timm, mixed", "three"),
-        ("transformers, a head", "three"),
         ("transformers, a head", "evo_vit"),
         ("transformers, DINOv3", "ats, padded"),
     ],

@@ -33,9 +33,7 @@ def words(name: str, *more: str) -> list[str]:
     return ["-m", name, *flags.get(name, []), *more]
 
 
-@pytest.mark.parametrize(
-    "name", ["vit_desk", "hourglass_vit_desk", "tome_vit_desk", "e_vit_desk", "evo_vit_desk", "act_vit_desk"]
-)
+@pytest.mark.parametrize("name", ["vit_desk", "hourglass_vit_desk", "e_vit_desk", "evo_vit_desk", "act_vit_desk"])
 def test_programs(name: str, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "made" / "net.pt2"
     errors = export.main(words(name, "--weights", str(weights), "--torch-export", str(path)))
@@ -70,9 +68,8 @@ def test_a_patched_network_is_as_usable_as_before(tmp_path: Path) -> None:
     net: Any = fill_(create("tome_vit_desk", tome_r=4), 1).eval()
     images = torch.randn(2, 3, 32, 32)
     expected = net(images)
-    for _ in range(2):
-        export_torch(net, tmp_path / "net.pt2")
-        assert torch.equal(copy.deepcopy(net)(images), expected)
+    assert export_torch(net, tmp_path / "net.pt2") < 1e-5
+    assert torch.equal(copy.deepcopy(net)(images), expected)
     net.r = 2
     assert net(images).shape == (2, 10)
     assert torch.equal(net._tome_info["size"].sum(1), torch.full((2, 1), 65.0))
