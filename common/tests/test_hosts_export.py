@@ -64,7 +64,7 @@ def test_features_and_outputs_by_name(tmp_path: Path) -> None:
     (found,) = session.run(["features"], {"images": images(5).numpy()})
     torch.testing.assert_close(torch.from_numpy(found).double(), fast.features(images(5).double()), rtol=0, atol=1e-4)
     assert fast.restore().head.weight.dtype == torch.float64
-    fast = fast_network("transformers, DINOv3", "hourglass")
+    fast = fast_network("transformers, DINOv3", "tome")
     assert export_onnx(fast, tmp_path / "bare.onnx") < 1e-5
     session = onnxruntime.InferenceSession(tmp_path / "bare.onnx", providers=["CPUExecutionProvider"])
     assert [each.name for each in session.get_outputs()] == ["last_hidden_state", "pooler_output"]
