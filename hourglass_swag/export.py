@@ -20,32 +20,24 @@ from common.run.program import run
 from hourglass_swag.models import create
 from hourglass_swag.tools.parser import (
     HelpFormatter,
+    add_any_network_args,
     add_model_args,
-    add_weight_args,
     check_method_flags,
     get_model_args,
-    model_choices,
-    positionals_first,
-    trained_resolution,
+    parse_any_network,
 )
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Network, weights and outputs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    choices = model_choices()
-    parser.add_argument(
-        "-m", "--model", required=True, choices=choices, metavar="NAME", help=f"one of {', '.join(choices)}"
-    )
-    parser.add_argument("-r", "--resolution", type=int, help="side of the images in pixels (default: as trained)")
-    add_weight_args(parser)
+    add_any_network_args(parser)
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="ONNX; weights of more than 2 GB lie beside it")
     parser.add_argument("--torch-export", type=Path, metavar="FILE", help="for torch.export.load, by habit .pt2")
     add_model_args(parser)
-    args = parser.parse_args(positionals_first(sys.argv[1:] if argv is None else argv))
+    args = parse_any_network(parser, argv)
     if not (args.onnx or args.torch_export):
         parser.error("give --onnx FILE or --torch-export FILE")
-    args.resolution = args.resolution or trained_resolution(args.model)
     return args
 
 
@@ -69,8 +61,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     errors = {}
     for path, of_dense, of_lean in zip((args.onnx, args.torch_export), dense, lean, strict=True):
         if path:
-            images = random_images(3, args.resolution)
-            errors[str(path)] = of_lean(model, path) if isinstance(model, Lean) else of_dense(model, images, path)
+            if isinstance(model, Lean):
+                errors[str(path)] = of_lean(model, path)
+            else:
+                errors[str(path)] = of_dense(model, random_images(3, args.resolution), path)
             print(f"written to {path}, {path.stat().st_size / 1e6:.1f} MB")
             print(f"largest difference of the logits: {errors[str(path)]:.1e} of the largest")
     return errors

@@ -25,12 +25,11 @@ from common.run.program import run  # noqa: E402
 from hourglass_swag.models import IMAGENET_CLASSES, create  # noqa: E402
 from hourglass_swag.tools.parser import (  # noqa: E402
     HelpFormatter,
+    add_any_network_args,
     add_model_args,
-    add_weight_args,
     check_method_flags,
     get_model_args,
-    model_choices,
-    positionals_first,
+    parse_any_network,
     trained_resolution,
 )
 
@@ -140,25 +139,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Images, network, and the flags of its method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="images, in any format that Pillow reads")
-    choices = model_choices()
-    parser.add_argument(
-        "-m",
-        "--model",
-        default="vit_h14_in1k",
-        choices=choices,
-        metavar="NAME",
-        help=f"one of {', '.join(choices)}",
-    )
-    parser.add_argument("-r", "--resolution", type=int, help="side of the input in pixels (default: as trained)")
+    add_any_network_args(parser, default="vit_h14_in1k")
     parser.add_argument("--topk", type=int, default=5, help="number of classes to name")
-    add_weight_args(parser)
     parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda or cuda:N")
     add_model_args(parser)
-    args = parser.parse_args(positionals_first(sys.argv[1:] if argv is None else argv))
+    args = parse_any_network(parser, argv)
     if args.topk < 1:
         parser.error(f"--topk must be at least 1, got {args.topk}")
-    if args.resolution is None:
-        args.resolution = trained_resolution(args.model)
     return args
 
 

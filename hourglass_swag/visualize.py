@@ -22,13 +22,11 @@ from common.run.program import run
 from hourglass_swag.models import create
 from hourglass_swag.tools.parser import (
     HelpFormatter,
+    add_any_network_args,
     add_model_args,
-    add_weight_args,
     check_method_flags,
     get_model_args,
-    model_choices,
-    positionals_first,
-    trained_resolution,
+    parse_any_network,
 )
 
 if TYPE_CHECKING:
@@ -54,13 +52,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Images, network, and the flags of its method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="images, in any format Pillow reads")
-    choices = model_choices()
     group = parser.add_argument_group("network")
-    group.add_argument(
-        "-m", "--model", required=True, choices=choices, metavar="NAME", help=f"one of {', '.join(choices)}"
-    )
-    group.add_argument("-r", "--resolution", type=int, help="side of the input in pixels; without it that of training")
-    add_weight_args(group)
+    add_any_network_args(group)
     group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda or cuda:N")
     group.add_argument("--seed", type=int, default=0, help="seed of random weights and of ACT's random projections")
     add_model_args(parser)
@@ -76,10 +69,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--output", type=Path, default=Path("output/visualize"), metavar="DIR", help="folder to write to"
     )
-    args = parser.parse_args(positionals_first(sys.argv[1:] if argv is None else argv))
-    if args.resolution is None:
-        args.resolution = trained_resolution(args.model)
-    return args
+    return parse_any_network(parser, argv)
 
 
 def build_model(args: argparse.Namespace) -> nn.Module:

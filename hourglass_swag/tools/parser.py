@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -77,6 +78,25 @@ def add_weight_args(group: Any) -> None:
         "torch.hub's cache or downloaded into it",
     )
     group.add_argument("--no-pretrained", action="store_true", help="random weights, for trying things out")
+
+
+def add_any_network_args(group: Any, default: str | None = None) -> None:
+    """Flags that say which network, by default at the resolution of its training, with which weights."""
+    choices = model_choices()
+    group.add_argument(
+        "-m", "--model", default=default, required=default is None, choices=choices, metavar="NAME",
+        help=f"one of {', '.join(choices)}",
+    )  # fmt: skip
+    group.add_argument("-r", "--resolution", type=int, help="side of the input in pixels (default: as trained)")
+    add_weight_args(group)
+
+
+def parse_any_network(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """A command line with ``add_any_network_args``; the resolution filled in."""
+    args = parser.parse_args(positionals_first(sys.argv[1:] if argv is None else argv))
+    if args.resolution is None:
+        args.resolution = trained_resolution(args.model)
+    return args
 
 
 def add_network_args(parser: argparse.ArgumentParser) -> None:
