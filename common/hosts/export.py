@@ -24,9 +24,6 @@ from common.run.errors import ExportError, UsageError
 from common.run.export import export_onnx as write_onnx
 from common.run.export import export_program as write_program
 
-NOT_IN_ONNX = {"act": "shifts of bits"}
-"""Methods that need what torch cannot write as ONNX."""
-
 
 class Features(nn.Module):
     """A lean network whose output is ``features``."""
@@ -58,8 +55,7 @@ def export_onnx(fast: Any, path: str | os.PathLike[str], *, features: bool = Fal
     """
     model, images = _prepare(fast, features)
     for method in fast.methods:
-        if method.name in NOT_IN_ONNX:
-            what = NOT_IN_ONNX[method.name]
+        if what := method.hinders_onnx:
             raise ExportError(f"{path}: {method.name} needs {what}, which torch cannot write as ONNX: use torch.export")
     with _at_rest(model), torch.no_grad():
         output = model(images[:1])
@@ -81,11 +77,8 @@ def _prepare(fast: Any, features: bool) -> tuple[nn.Module, Tensor]:
     for method in fast.methods:
         if why := method.hinders_export:
             raise ExportError(f"{method.name} cannot be exported: {why}")
-        if getattr(method, "padded", True) is False:
-            raise ExportError(
-                f"{method.name} with padded=False couples the images of a batch, so that a file for any number of them "
-                "cannot be compared: take padded=True"
-            )
+        if why := method.hinders_any_batch:
+            raise ExportError(f"{method.name} with {why}")
     facts, net = fast.plan.host.facts, cast(Any, fast)
     if any(tensor.is_floating_point() and (tensor.dtype, tensor.device.type) != (torch.float32, "cpu")
            for tensor in net.state_dict().values()):  # fmt: skip

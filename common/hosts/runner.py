@@ -47,6 +47,8 @@ class Method:
     """settings in which the published rows on SWAG differ from the defaults, which are what the method's paper means"""
     cores: ClassVar[Mapping[int, nn.Module]] = {}
     """layer -> the module, without parameters, that a resolved method calls there"""
+    hinders_onnx: ClassVar[str | None] = None
+    """what it needs that torch cannot write as ONNX"""
 
     def resolve(self, facts: Facts) -> Self:
         """A copy with every setting filled in and checked for a host.
@@ -84,6 +86,11 @@ class Method:
     @property
     def hinders_export(self) -> str | None:
         """Why ``torch.export`` cannot follow the method, and what to do; None if it can."""
+        return None
+
+    @property
+    def hinders_any_batch(self) -> str | None:
+        """Why a file for any number of images cannot hold the method, and what to do; None if it can."""
         return None
 
     @property

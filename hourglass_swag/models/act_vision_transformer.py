@@ -40,6 +40,7 @@ class ACT(Method):
     """
 
     name = "act"
+    hinders_onnx = "shifts of bits"
     hashes: int = 24
     layers: tuple[int, ...] | None = None
     bucket_width: float = BUCKET_WIDTH

@@ -56,6 +56,11 @@ class SMYRF(Method):
         check_clusters(facts.tokens, self.hashes * facts.heads, *sizes, self.padded)
         return replace(self, cluster_size=sizes, layer=first, stop=stop).with_cores(cores)
 
+    @property
+    def hinders_any_batch(self) -> str | None:
+        why = "padded=False couples the images of a batch, so that a file for any number of them cannot be compared"
+        return None if self.padded else f"{why}: take padded=True"
+
     def effects(self) -> Sequence[Effect]:
         needs = ATTENTION if self.padded else ATTENTION | FIXED  # clusters were cut for the network's own length
         return [Effect(layer, "attend", needs=needs) for layer in self.cores]
