@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from common.data.loaders import build_dataset, eval_loader
 from common.hosts import Effect, Facts, Method, Tokens, lean
 from common.hosts.host import take_tokens
+from common.hosts.resizing import Smaller
 from common.ledger.evidence import Arms, Job, Run
 from hourglass_swag import train
 from hourglass_swag.evaluation import swag_eval_transform
@@ -141,7 +141,7 @@ def measure_methods(job: Job, *, data_set: str = "fashion", images: int = 2000) 
         for x, y in islice(eval_loader(dataset, batch_size=min(images, 500)), -(-images // 500))
     ]
     sample = batches[0][0]
-    dense = _open(weights, SIZE, device)
+    dense: Any = create("vit_desk", image_size=SIZE, weights=weights).to(device).eval()
     plain = lean(dense)
     top1, features = look(plain, batches)
     whole = plain.gmacs()
@@ -155,9 +155,8 @@ def measure_methods(job: Job, *, data_set: str = "fashion", images: int = 2000) 
         curves.setdefault(family, [arms["dense"]]).append(found)
 
     for side in SIDES:
-        small = [(F.interpolate(x, (side, side), mode="bicubic", antialias=True), y) for x, y in batches]
-        network = lean(_open(weights, side, device))
-        add("resizing", f"{side} pixels", network, small, network.gmacs())
+        small = Smaller(dense, (side, side))
+        add("resizing", f"{side} pixels", small.fast, [(small.shrink(x), y) for x, y in batches], small.fast.gmacs())
     for family, settings in SWEEPS.items():
         for name, values in settings:
             method = CONTROLS[name](**values) if name in CONTROLS else name
@@ -181,15 +180,7 @@ def between(points: Sequence[dict[str, float]], cost: float) -> dict[str, float]
     return None
 
 
-def _open(weights: Path, side: int, device: torch.device) -> Any:
-    return create("vit_desk", image_size=side, weights=weights).to(device).eval()
-
-
-def _settings(*parts: object) -> str:
-    return "; ".join(str(part) for part in parts)
-
-
 RUNS = {
     "dense": Run(RECIPE, train_dense),
-    "methods": Run(_settings(RECIPE, SWEEPS, SIDES, SHARES), measure_methods),
+    "methods": Run("; ".join(map(str, (RECIPE, SWEEPS, SIDES, SHARES))), measure_methods),
 }

@@ -252,8 +252,9 @@ def table(claims: Sequence[Claim], *, root: Path = ROOT) -> str:
         "| claim, as published | compared here | n | mean | 95 % interval | bootstrap | verdict |",
         "| :-- | :-- | --: | --: | :-: | :-: | :-- |",
     ]
+    measured = {paper: recorded(paper, root=root) for paper in {claim.paper for claim in claims}}
     for claim in claims:
-        seeds = recorded(claim.paper, root=root)
+        seeds = measured[claim.paper]
         said = f"{claim.claim} ({claim.source}: {claim.published})"
         for comparison in claim.comparisons:
             finding = judge(comparison, seeds)
