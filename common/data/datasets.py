@@ -26,7 +26,7 @@ from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from common.data.memory import MemoryImages, open_fashion
-from common.data.paths import contents, existing_folder
+from common.data.paths import FETCHED, check_split, contents, existing_folder
 from common.data.transforms import Transform
 from common.run.cli import dataset_name
 from common.run.errors import DataError as DataError
@@ -36,7 +36,6 @@ SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "img_val", "valida
 FASHION = ("fashion", "fashion_tune", "fashion_full")
 NUM_CLASSES = {"imagenet": 1000, "inat18": 8142, "inat19": 1010, "cifar10": 10, "cifar100": 100, "digits": 10}
 NUM_CLASSES |= dict.fromkeys(FASHION, 10)
-TIMM_PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
 
 
 class BadImageError(DataError):
@@ -83,7 +82,7 @@ def build_dataset(
         dataset: Dataset[Any] = Digits(split, transform)
     elif name in FASHION:
         dataset = open_fashion(name, root, split, transform, download=download)
-    elif name.lower().startswith(TIMM_PREFIXES):
+    elif name.lower().startswith(FETCHED):
         stream = {"batch_size": batch_size, "seed": seed}
         dataset = _open_with_timm(name, root, split, transform, download=download, **stream)
         if isinstance(dataset, IterableImageDataset) and isinstance(dataset.reader, reader_wds.ReaderWds):
@@ -178,8 +177,7 @@ class Digits(MemoryImages):
         from sklearn.datasets import load_digits  # slow to import, and needed by this dataset only
         from sklearn.model_selection import train_test_split
 
-        if split not in SPLIT_NAMES:
-            raise DataError(f"digits has the splits train and val, not {split!r}")
+        check_split("digits", split)
         grey, labels = load_digits(return_X_y=True)
         chosen = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
         self.indices: list[int] = np.asarray(chosen[0 if split == "train" else 1]).tolist()
@@ -199,8 +197,7 @@ class INaturalist(Dataset[Any]):
     def __init__(self, root: Path, split: str, transform: Transform | None, *, year: int, category: str) -> None:
         if category not in INAT_CATEGORIES:
             raise DataError(f"--inat-category must be one of {', '.join(INAT_CATEGORIES)}, got {category!r}")
-        if split not in SPLIT_NAMES:
-            raise DataError(f"inat{year % 100} has the splits train and val, not {split!r}")
+        check_split(f"inat{year % 100}", split)
         categories = _read_json(root / "categories.json")
         annotations = _entries(root / f"train{year}.json", "annotations")
         names = [categories[int(entry["category_id"])][category] for entry in annotations]
@@ -374,8 +371,7 @@ def _check_same_classes(root: Path, path: Path, classes: Sequence[str]) -> None:
 def _open_cifar(
     name: str, root: str | Path | None, split: str, transform: Transform | None, download: bool
 ) -> Dataset[Any]:
-    if split not in SPLIT_NAMES:
-        raise DataError(f"{name} has the splits train and val, not {split!r}")
+    check_split(name, split)
     path = Path(root).expanduser() if root and download else existing_folder(name, root)
     kind = CIFAR10 if name == "cifar10" else CIFAR100
     try:

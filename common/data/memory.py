@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
 
+from common.data.paths import check_split
 from common.run.errors import DataError
 
 FASHION = Path(__file__).parent / "fashion" / "fashion.npz"
@@ -66,8 +67,7 @@ def open_fashion(name: str, root: str | Path | None, split: str, transform: Any,
     Raises:
         DataError: a split other than train and val, or files that are not there.
     """
-    if split not in IDX:
-        raise DataError(f"{name} has the splits train and val, not {split!r}")
+    check_split(name, split)
     if name == "fashion_full":
         images, labels = read_idx(_folder_of_idx(root, download), split)
     else:

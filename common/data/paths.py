@@ -1,4 +1,4 @@
-"""Whether a data folder is there, said before anything heavy is imported."""
+"""Whether a data set has its folder, said before anything heavy is imported, and the split that is asked for."""
 
 from pathlib import Path
 
@@ -15,6 +15,16 @@ def reads_folder(data_set: str, data_path: str | Path | None = None) -> bool:
     """Whether a data set is read from a folder that the user names; ``fashion_full`` is if one is given."""
     name = dataset_name(data_set)
     return bool(data_path) if name == "fashion_full" else not (name in INSIDE or name.lower().startswith(FETCHED))
+
+
+def check_split(name: str, split: str) -> None:
+    """Refuse a split that a data set of training and held-out images has not.
+
+    Raises:
+        DataError: naming those that it has.
+    """
+    if split not in ("train", "val"):
+        raise DataError(f"{name} has the splits train and val, not {split!r}")
 
 
 def existing_folder(name: str, root: str | Path | None) -> Path:
