@@ -580,8 +580,3 @@ def tokens_of_patches(fast: Any, images: Tensor, layers: Sequence[int]) -> Itera
         shares = tokens.membership()[0, tokens.prefix :, tokens.prefix :]  # (tokens left, patches)
         if shares.shape[1] == grid[0] * grid[1] and bool((shares.sum(0) > 0).all()):
             yield layer, tokens.x.shape[1], shares.argmax(0).unflatten(0, grid).cpu()
-
-
-def token_of_patch(fast: Any, image: Tensor) -> Tensor:
-    """Which token at the end each patch of an image (1, 3, H, W) is restored from, (rows, columns)."""
-    return next(tokens_of_patches(fast, image, [fast.plan.host.facts.depth]))[2]

@@ -18,7 +18,7 @@ from sklearn.datasets import load_sample_image
 from common.hosts import lean
 from common.hosts.__main__ import main, methods, parse_args
 from common.hosts.draw import CAPTION, MARGIN, TITLE, mosaic
-from common.hosts.trade import Row, best_within, own_gmacs, token_of_patch
+from common.hosts.trade import Row, best_within, own_gmacs, tokens_of_patches
 from common.run.errors import CheckpointError, UsageError
 from common.run.files import ROOT
 from common.tests.small_methods import Drop, Halve, Replace
@@ -190,7 +190,8 @@ def test_what_belongs_to_the_method() -> None:
 def test_tokens_of_patches_and_their_colours() -> None:
     net = timm.create_model(NAME).eval()
     rows, columns = net.patch_embed.grid_size
-    labels = token_of_patch(lean(net, Halve()), torch.randn(1, 3, *net.patch_embed.img_size))
+    halved, image = lean(net, Halve()), torch.randn(1, 3, *net.patch_embed.img_size)
+    ((_, _, labels),) = tokens_of_patches(halved, image, [halved.plan.host.facts.depth])
     assert torch.equal(labels, torch.arange(rows * columns // 2).repeat_interleave(2).unflatten(0, (rows, columns)))
     image = torch.zeros(3, 4, 4)
     image[0, :, 1] = 1.0
