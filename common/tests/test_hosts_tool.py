@@ -309,7 +309,6 @@ def test_a_function_of_a_file(own: Path) -> None:
         ("OWN:wrong", "returned a int, expected a network"),
         ("OWN:compiled", "OptimizedModule wraps a network: give the network itself"),
         ("OWN:empty", "returned a network without weights"),
-        ("OWN:not_finite", r"not finite on a random image: blocks\.1\.mlp\.fc1\.weight holds some"),
         ("file.py", "cannot open 'file.py': expected file.py:FUNCTION"),
         ("OWN:broken", "failed with OSError: no such disk"),
         ("swin_tiny_patch4_window7_224", "SwinTransformer is not a host"),
@@ -389,6 +388,12 @@ def test_the_command_takes_every_family(
     assert -1 <= small.patch_cosine < 1
     assert (dense.top1_percent is None) == (family != "hf")  # two labels, two folders
     assert (tmp_path / "out" / "index.html").is_file()
+
+
+def test_weights_that_are_not_finite_are_named(own: Path, photographs: Path) -> None:
+    message = r"not finite on a random image: blocks\.1\.mlp\.fc1\.weight holds some"
+    with pytest.raises(UsageError, match=message):
+        main([f"{own}:not_finite", *images_option(photographs), "--methods", "tome:r=2"])
 
 
 def test_a_network_of_half_precision(own: Path, photographs: Path, tmp_path: Path) -> None:
