@@ -11,10 +11,10 @@ from common.run.files import ROOT
 NOTEBOOK = ROOT / "docs" / "own_model.ipynb"
 
 
-def said(cell: Any) -> list[str]:
-    """Text of a cell's outputs; warnings aside."""
+def said(cell: Any) -> str:
+    """Text of a cell's outputs; warnings aside. A kernel cuts what is printed into as many outputs as it likes."""
     outputs = [each for each in cell.outputs if each.get("name") != "stderr"]
-    return [each.get("text") or each.get("data", {}).get("text/plain", "") for each in outputs]
+    return "".join(each.get("text") or each.get("data", {}).get("text/plain", "") for each in outputs)
 
 
 @pytest.mark.slow
