@@ -12,6 +12,7 @@ import gzip
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,7 @@ def open_fashion(name: str, root: str | Path | None, split: str, transform: Any,
         images, labels = read_idx(_folder_of_idx(root, download), split)
     else:
         source = "train" if name == "fashion_tune" else split
-        with np.load(FASHION, allow_pickle=False) as content:
-            images, labels = content[f"{source}_images"], content[f"{source}_labels"]
+        images, labels = _shipped(source)
     if name == "fashion_tune":
         order = np.argsort(labels, kind="stable")  # so that every sixth of a class is every sixth of all
         held_out = np.zeros(len(labels), bool)
@@ -81,6 +81,13 @@ def open_fashion(name: str, root: str | Path | None, split: str, transform: Any,
         images, labels = (values[held_out == (split == "val")] for values in (images, labels))
     pixels = torch.from_numpy(np.pad(images, ((0, 0), (FRAME, FRAME), (FRAME, FRAME))))
     return MemoryImages(pixels, torch.from_numpy(labels.astype(np.int64)), CLASSES, transform)
+
+
+@cache
+def _shipped(source: str) -> tuple[np.ndarray, np.ndarray]:
+    """Unpacked once a process: it takes as long as an epoch of a tiny network."""
+    with np.load(FASHION, allow_pickle=False) as content:
+        return content[f"{source}_images"], content[f"{source}_labels"]
 
 
 def read_idx(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
