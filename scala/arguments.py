@@ -28,6 +28,7 @@ DEFAULTS = {"smallest_ratio": 0.25, "largest_ratio": 1.0, "granularity": 0.03125
 """Of the slicing bound and the granularity, where neither a flag nor the checkpoint's own arguments say them."""
 NETWORK_FLAGS = (
     "model", *DEFAULTS, "input_size", "embed_dim", "depth", "num_heads", "patch_size", "official_anchors",
+    "isolated_activation",
 )  # fmt: skip
 """Those that make a network and do not show in its weights."""
 DEFAULT_MODEL = "deit_small_distilled_patch16_224_scala"
@@ -71,6 +72,10 @@ class NetworkSettings(Settings):
     official_anchors: bool | None = flag(
         None, "in a distilled model cut tokens, positions, last norm and heads as if the bound were 0.25 to 1, as the "
         "official code does (default: off)", action=Switch,
+    )  # fmt: skip
+    isolated_activation: bool | None = flag(
+        None, "widths between the bounds have the other end of the channels than the smallest; off, all lead, as in "
+        "slimmable networks (DeiT only; default: on)", action=Switch,
     )  # fmt: skip
     drop: float = flag(0.0, "dropout", type=fraction, metavar="RATE")
     drop_path: float = flag(

@@ -40,6 +40,7 @@ def build_model(settings: NetworkSettings, classes: int) -> Any:
         "img_size": settings.input_size, "drop_rate": settings.drop, "drop_path_rate": settings.drop_path,
         "official_layer_scale": settings.official_layer_scale or None,
         "official_anchors": settings.official_anchors or None,
+        "isolated_activation": None if settings.isolated_activation in (None, True) else False,
         "granularity": settings.granularity if name in BATCH_NORM_MODELS else None,
     }  # fmt: skip
     for key in ("smallest_ratio", "largest_ratio", "embed_dim", "depth", "num_heads", "patch_size", "init_values"):

@@ -284,6 +284,7 @@ class VisionTransformer_scala(SlicedNetwork, Sliced, nn.Module):
         weight_init: ``""`` (truncated normal), ``skip``, or timm's ``jax``, ``jax_nlhb``, ``moco``.
         norm_layer: a layer normalisation; its eps has no effect.
         official_layer_scale: LayerScale does nothing, as in the official code.
+        isolated_activation: off, every width uses the leading channels, see :class:`scala.slicing.SliceRule`.
 
     Source: arXiv:2412.04786.
     """
@@ -318,6 +319,7 @@ class VisionTransformer_scala(SlicedNetwork, Sliced, nn.Module):
         block_fn: Layer = Block,
         *,
         official_layer_scale: bool = False,
+        isolated_activation: bool = True,
     ) -> None:
         super().__init__()
         if global_pool not in ("", "avg", "token"):
@@ -359,6 +361,10 @@ class VisionTransformer_scala(SlicedNetwork, Sliced, nn.Module):
         self.norm = None if after_pooling else SlicedLayerNorm(self.rule, embed_dim)
         self.fc_norm = SlicedLayerNorm(self.rule, embed_dim) if after_pooling else None
         self.head = self._make_head()
+        if not isolated_activation:
+            for module in self.modules():
+                if isinstance(module, Sliced):
+                    module.rule = module.rule._replace(isolated=False)
         if weight_init != "skip":
             self.init_weights(weight_init)
 

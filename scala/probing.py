@@ -211,7 +211,9 @@ def probe_widths(
     test = partial(evaluate, loader=eval_loader(held_out, **loading), device=world.device, amp=run.amp)
     features, width = FrozenFeatures(trained.model.to(world.device)), int(trained.model.num_features)
     if settings.head == "sliced" or (settings.head == "auto" and is_clips):
-        rule = SliceRule(trained.model.smallest_ratio, trained.model.largest_ratio)
+        rule = SliceRule(
+            trained.model.smallest_ratio, trained.model.largest_ratio, isolated=trained.model.rule.isolated
+        )
         head: Head = SlicedHead(rule, width, classes, features.tokens)
         known = trained.ratios or ratios
         grid = WidthGrid(known[0], known[-1], known[1] - known[0]) if len(known) > 4 else None

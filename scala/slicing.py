@@ -77,18 +77,23 @@ class SliceRule(NamedTuple):
 
     In print the ends are swapped: the smallest width is trailing and the others lead. In the official code, on which
     every published file depends, the smallest leads.
+
+    Args:
+        isolated: off, every width leads, as in slimmable networks: an ablation that no published file is trained with.
     """
 
     smallest: float
     largest: float
+    isolated: bool = True
 
     def leads(self, ratio: Ratio) -> bool:
-        """Whether ``ratio`` takes the leading channels: it is one of the two bounds.
+        """Whether ``ratio`` takes the leading channels: it is one of the two bounds, or nothing is isolated.
 
         Source: arXiv:2412.04786, Section 4.2, Eq. 3: the smallest width at an end of its own (the other one in print).
         """
         width = exact(ratio)
-        return any(abs(width.steps / width.of - bound) < SNAP for bound in self)
+        bounds = (self.smallest, self.largest)
+        return not self.isolated or any(abs(width.steps / width.of - bound) < SNAP for bound in bounds)
 
     def span(self, full: int, ratio: Ratio, parts: int = 1) -> tuple[int, int]:
         """First channel of ``ratio`` out of ``full``, and how many they are.

@@ -103,6 +103,12 @@ def train_widths(
     )
     model = build_model(network, batches.classes)
     ratios = check_training(grid, model, alone=step.alone)
+    if step.alone and len(grid.ratios) > 1:
+        logger.warning(
+            "only the largest width is trained, the %d others stay at chance: --full_warm_epoch %d is not below "
+            "--epochs %d; that is separate training, and for all widths give fewer epochs of it",
+            len(grid.ratios) - 1, step.full_warm_epoch, step.epochs,
+        )  # fmt: skip
     model.to(world.device)
     parameters = count_parameters(model)
     logger.info("number of params: %d", parameters)

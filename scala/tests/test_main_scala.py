@@ -254,6 +254,34 @@ def test_combinations_that_failed_officially_train(words: list[str], imagenet: P
     assert row["images"] == 6
 
 
+def test_isolated_activation_switched_off_belongs_to_the_checkpoint(imagenet: Path, tmp_path: Path) -> None:
+    flags = ["--epochs", "1", "--full_warm_epoch", "0", "--granularity", "0.25", "--no-repeated-aug"]
+    folder = ["--data-path", str(imagenet), "--output_dir", str(tmp_path)]
+    row = main_scala.main([*TINY, *MODEL, *flags, *folder, "--no-isolated-activation"])
+    words = ["--eval", "--resume", str(tmp_path / "checkpoint.pth"), "--data-path", str(imagenet), "--device", "cpu"]
+    losses = [[width["loss"] for width in found["widths"]] for found in (
+        row, main_scala.main([*words, "--workers", "0", "--eval_ratio", "all"]),
+        main_scala.main([*words, "--workers", "0", "--eval_ratio", "all", "--isolated-activation"]),
+    )]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert [a == pytest.approx(b, rel=1e-6) for a, b in zip(losses[0], losses[2], strict=True)] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+
+
+@pytest.mark.parametrize(("warm", "warned"), [("2", True), ("1", True), ("0", False)])
+def test_a_run_that_trains_no_slim_width_says_so(
+    warm: str, warned: bool, imagenet: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = ["--epochs", "1", "--full_warm_epoch", warm, "--granularity", "0.25", "--no-repeated-aug"]
+    main_scala.main([*TINY, *MODEL, *flags, "--data-path", str(imagenet)])
+    text = f"the 3 others stay at chance: --full_warm_epoch {warm} is not below --epochs 1"
+    assert (text in caplog.text) == warned
+
+
 def test_separate_training_is_the_largest_width_alone(imagenet: Path, tmp_path: Path) -> None:
     flags = ["--model", "deit_tiny_patch16_224_scala", "--epochs", "1", "--full_warm_epoch", "1", "--no-repeated-aug"]
     folder = ["--data-path", str(imagenet), "--output_dir", str(tmp_path)]
@@ -278,6 +306,7 @@ def test_separate_training_is_the_largest_width_alone(imagenet: Path, tmp_path: 
         (["--finetune", "nowhere.pth"], "no such file"),
         (["--data-path", "nowhere"], "nowhere"),
         (["--official-anchors", "--model", "deit_tiny_patch16_224_scala"], "does not take one of the flags"),
+        (["--no-isolated-activation", "--model", "mobilenet_v2_scala"], "does not take one of the flags"),
     ],
 )
 def test_settings_that_are_refused(words: list[str], message: str, imagenet: Path) -> None:

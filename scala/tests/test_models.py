@@ -111,6 +111,19 @@ def test_leading_and_trailing() -> None:
     assert rule.cut(weight, 1.0, 0) is weight
     assert SliceRule(0.5, 1.0).cut(weight, 0.25, 0).tolist() == [6, 7]
     assert rule.cut(torch.arange(12), 0.5, 0, parts=3).tolist() == [6, 7, 8, 9, 10, 11]
+    assert SliceRule(0.25, 1.0, isolated=False).cut(weight, 0.5, 0).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("make", [plain, distilled])
+def test_without_isolated_activation_every_width_leads(make: Any) -> None:
+    """Each width's weights are the first ones of the next wider width's, in every layer."""
+    model = make(isolated_activation=False)
+    for narrow, wide in ((0.25, 0.5), (0.5, 0.75), (0.75, 1.0)):
+        inside = sliced_state_dict(model, wide)
+        for name, value in sliced_state_dict(model, narrow).items():
+            assert torch.equal(value, inside[name][tuple(slice(size) for size in value.shape)]), name
+    assert not torch.equal(model(X, 0.5), make()(X, 0.5))
+    assert torch.equal(model(X, 1.0), make()(X, 1.0))
 
 
 def test_a_ratio_that_the_heads_cannot_share_is_refused() -> None:
