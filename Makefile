@@ -44,8 +44,8 @@ $(STAMP): $(PACKAGES)
 operators: install  ## compile the optional operators of ACT, SMYRF and ToMe (a C++ compiler; nvcc for those on GPUs)
 	$(UV) --no-deps --no-build-isolation ./hourglass_swag/models/ops -e ./hourglass_swag/models/ops/tome
 
-reproduce: install  ## the main job: the ledger of published tables, and the desk experiments
-	$(PY) -m common.reproduce $(PAPER) --desk --report report $(if $(FORCE),--force) $(ARGS)
+reproduce: install  ## the main job: the ledger of published tables, and a live run of each paper
+	$(PY) -m common.reproduce $(PAPER) --live --report report $(if $(FORCE),--force) $(ARGS)
 
 test: install  ## the test suite (CPU; GPU tests skip themselves)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(ARGS)

@@ -22,13 +22,20 @@ from common.hosts import Effect, Facts, Method, Tokens, lean
 from common.hosts.host import take_tokens
 from common.hosts.resizing import Smaller
 from common.ledger.evidence import Arms, Job, Run
-from hourglass_swag import train
+from hourglass_swag import export, imagenet_1k_eval, train
 from hourglass_swag.evaluation import swag_eval_transform
 from hourglass_swag.methods import EQUAL, GRID, REDUCES, Undrop
 from hourglass_swag.models import create
 
 SIZE, LAYERS, PATCH = 32, 8, 4
 RECIPE = "-m vit_desk --data-set fashion --epochs 12 --batch-size 128 --lr 2e-3 --hflip 0.5 --no-model-ema"
+LIVE = "-m vit_desk --data-set fashion --epochs 2 --warmup-epochs 0 --batch-size 128 --lr 2e-3 --no-model-ema"
+LIVE_ROWS = {
+    "dense": "-m vit_desk",
+    "Hourglass": "-m hourglass_vit_desk -l 2 -n 16",
+    "ToMe": "-m tome_vit_desk --tome_r 6",
+    "EViT": "-m e_vit_desk --drop_loc 1 3 5 --base_keep_rate 0.7",
+}
 CLUSTERED = 2
 """Layer before which tokens are clustered, pooled or dropped. Chosen on ``fashion_tune`` with another seed, as were the
 layers of the others: the best of 1 to 4 for clustering and for dropping, within 0.2 points of the best for pooling."""
@@ -180,7 +187,19 @@ def between(points: Sequence[dict[str, float]], cost: float) -> dict[str, float]
     return None
 
 
+def measure_live(job: Job, recipe: str = LIVE, *, data_set: str = "fashion") -> Arms:
+    """Train shortly, evaluate without fine-tuning and export, each by its own program."""
+    folder = job.folder / "live"
+    train.main(f"{recipe} --seed {job.seed} --device {job.device} --output-dir {folder}".split())
+    weights = ["--weights", str(folder / "weights.pth"), "-r", str(SIZE)]
+    data = f"--dataset {data_set} -b 500 -j 0 --device {job.device} --seed {job.seed}".split()
+    rows = {name: imagenet_1k_eval.main([*words.split(), *weights, *data]) for name, words in LIVE_ROWS.items()}
+    export.main([*LIVE_ROWS["Hourglass"].split(), *weights, "--torch-export", str(folder / "hourglass.pt2")])
+    return {f"live: {name}": {"top1_percent": row["top1_percent"]} for name, row in rows.items()}
+
+
 RUNS = {
     "dense": Run(RECIPE, train_dense),
     "methods": Run("; ".join(map(str, (RECIPE, SWEEPS, SIDES, SHARES))), measure_methods),
+    "live": Run(f"{LIVE}; {LIVE_ROWS}", measure_live),
 }

@@ -1,4 +1,4 @@
-"""What the ledger asks of this paper: costs, speeds and accuracy of a published row, and the desk experiment."""
+"""What the ledger asks of this paper: costs, speeds and accuracy of a published row."""
 
 import shlex
 from functools import partial
@@ -12,7 +12,6 @@ from common.ledger.speeds import speeds_for_ledger
 from common.ledger.tables import Measured, NeedsWeights, Row
 from common.measure.benchmark import random_images
 from common.measure.flops import Counted, count_parameters, gmacs
-from hourglass_swag import desk as desk_experiment
 from hourglass_swag.models import REGISTRY
 from hourglass_swag.models.weights import TORCHVISION_FILES
 from hourglass_swag.tools.costs import build_network, count, depends_on_data, noise_image, parse_network
@@ -118,7 +117,3 @@ def accuracy(
 def file_names(weights: str) -> list[str]:
     """A published checkpoint's own name, and torchvision's if it has one there."""
     return [weights, *filter(None, [TORCHVISION_FILES.get(weights)])]
-
-
-desk = desk_experiment.run
-"""The paper's table on handwritten digits."""

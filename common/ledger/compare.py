@@ -12,7 +12,7 @@ from decimal import Decimal
 from functools import partial
 from typing import Any, NamedTuple
 
-from common.ledger.tables import DeskTable, Measured, Row, Table, Unavailable, column
+from common.ledger.tables import Measured, OwnTable, Row, Table, Unavailable, column
 
 
 class Status(NamedTuple):
@@ -115,8 +115,8 @@ class Ledger:
     """(paper, table/row) -> plain multiply-accumulates in G, beside the paper's own convention"""
     failures: list[str] = field(default_factory=list)
     """``paper/table/row: problem``: exceptions that did not affect the other rows"""
-    desk: list[tuple[str, DeskTable]] = field(default_factory=list)
-    """(paper, table) of the experiments at desk size"""
+    own: list[OwnTable] = field(default_factory=list)
+    """claims and live runs on small real images"""
 
     def counts(self) -> Counter[str]:
         """Entries per status, in the order of ``STATUSES``."""

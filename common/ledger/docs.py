@@ -11,7 +11,7 @@ Everything between a marker and ``<!-- end -->`` is replaced:
     <!-- plot: hourglass_swag-all-methods -->   a figure, written to docs/plots/
     <!-- realised: hourglass_swag -->           recorded speed-ups beside what the counted costs promise
     <!-- papers -->                             one line per paper: what it is, and its values by status
-    <!-- claims: hourglass_swag -->            what the paper claims, and whether it shows on images here; or all papers
+    <!-- claims: hourglass_swag -->            what a paper claims, and how it came out here; or all in short
     <!-- equations -->                          the paper's equations, each linked to its function
     <!-- tables -->29<!-- end -->               how many tables there are, inside a line
 
@@ -36,7 +36,7 @@ from common.ledger.plots import figures
 from common.ledger.realised import markdown_realised
 from common.ledger.report import count_table, markdown_of, tables_table
 from common.ledger.tables import TableError, load_tables, papers
-from common.ledger.view import TableView, view_tables
+from common.ledger.view import TableView, markdown_own, view_tables
 from common.plots import Figure, draw
 from common.run.files import ROOT, write_atomic
 
@@ -78,7 +78,7 @@ class Renderer:
     @cached_property
     def figures(self) -> Mapping[str, Figure]:
         """Every figure by its key."""
-        measured = [evidence.figure(paper, root=self.root) for paper in evidence.papers(self.root)]
+        measured = [own.figure for own in self.ledger.own if own.figure]  # empty ones too: nothing is recorded yet
         return {figure.key: figure for figure in [*figures(list(self.views.values())), *measured]}
 
     def plot_path(self, key: str) -> Path:
@@ -115,10 +115,9 @@ class Renderer:
         if kind == "papers":
             return papers_table(list(self.views.values()), self.root)
         if kind == "claims":
-            chosen = [name] if name else evidence.papers(self.root)
-            return evidence.table(
-                [claim for paper in chosen for claim in evidence.load_claims(paper, root=self.root)], root=self.root
-            )
+            if not name:
+                return evidence.claims_summary(evidence.papers(self.root), root=self.root)
+            return markdown_own(evidence.claims_table(name, root=self.root))
         if kind == "realised":
             return markdown_realised(self.ledger, name, root=self.root)
         known: Mapping[str, object] = self.views if kind == "table" else self.figures

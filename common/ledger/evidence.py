@@ -14,13 +14,18 @@ it lies below, *open* where it contains zero.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import importlib.util
+import io
 import json
 import os
+import shutil
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -29,7 +34,9 @@ from typing import Annotated, Any
 
 from common.ledger.reading import Reader, not_empty
 from common.ledger.results import Origin, current_commit, now
-from common.ledger.tables import TableError
+from common.ledger.tables import OwnTable, TableError
+from common.ledger.text import own_text
+from common.ledger.view import markdown_table
 from common.plots import Figure, Series
 from common.run.files import ROOT, write_atomic
 from common.run.flags import make_parser, positive_int
@@ -37,6 +44,10 @@ from common.run.flags import make_parser, positive_int
 CONFIDENCE = 0.95
 POWER = 0.8
 """of the smallest effect that is told beside an open comparison"""
+NOT_MEASURED = "not measured yet"
+VERDICTS = ("shown", "open", "refuted here", NOT_MEASURED)
+LIVE_SEED = 1000
+"""of live runs: not among those that are recorded"""
 
 Arms = Mapping[str, Mapping[str, float]]
 """What a run measured: side of a comparison -> metric -> value."""
@@ -110,6 +121,11 @@ class Finding:
     """of the two sides"""
 
     @property
+    def intervals(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """By the paired t distribution, and by the bootstrap."""
+        return (self.low, self.high), self.boot
+
+    @property
     def verdict(self) -> str:
         return "shown" if self.low > 0 else "refuted here" if self.high < 0 else "open"
 
@@ -149,7 +165,9 @@ def record_file(paper: str, seed: int, *, root: Path = ROOT) -> Path:
     return root / paper / "results" / "evidence" / f"seed-{seed}.json"
 
 
-def measure_seed(paper: str, seed: int, *, device: str, folder: Path, again: bool = False, root: Path = ROOT) -> Path:
+def measure_seed(
+    paper: str, seed: int, *, device: str, folder: Path, again: bool = False, verbose: bool = False, root: Path = ROOT
+) -> Path:
     """Do the runs of one seed that are not recorded yet, each kept as soon as it is done."""
     import torch
 
@@ -164,7 +182,7 @@ def measure_seed(paper: str, seed: int, *, device: str, folder: Path, again: boo
             continue
         say(f"{paper} seed {seed}: {name}")
         started = time.perf_counter(), time.process_time()
-        arms = run.measure(Job(seed, place, device))
+        arms = _measure(run, Job(seed, place, device), verbose)
         seconds = {"wall": time.perf_counter() - started[0], "processor": time.process_time() - started[1]}
         origin = Origin(now(), current_commit(root), describe_device(torch.device(device)), f"{paper} seed {seed}")
         known[name] = {
@@ -246,36 +264,105 @@ def judge(comparison: Comparison, seeds: Mapping[int, Mapping[str, Mapping[str, 
     )  # fmt: skip
 
 
-def table(claims: Sequence[Claim], *, root: Path = ROOT) -> str:
-    """Markdown: a row per comparison."""
-    lines = [
-        "| claim, as published | compared here | n | mean | 95 % interval | bootstrap | verdict |",
-        "| :-- | :-- | --: | --: | :-: | :-: | :-- |",
-    ]
-    measured = {paper: recorded(paper, root=root) for paper in {claim.paper for claim in claims}}
-    for claim in claims:
-        seeds = measured[claim.paper]
-        said = f"{claim.claim} ({claim.source}: {claim.published})"
+def claims_table(paper: str, *, root: Path = ROOT) -> OwnTable:
+    """A paper's claims with a row per comparison, and the figure of what was measured.
+
+    Raises:
+        TableError: of its claims or records.
+    """
+    seeds = recorded(paper, root=root)
+    groups: dict[str, list[list[str]]] = {}
+    for claim in load_claims(paper, root=root):
+        said = f"{claim.claim} ({claim.source}: {claim.published}). {claim.measured} {claim.note}".rstrip()
         for comparison in claim.comparisons:
-            finding = judge(comparison, seeds)
-            if finding is None:
-                cells = ["", "", "", "", "not measured yet"]
-            else:
-                verdict = f"**{finding.verdict}**"
-                if finding.verdict == "open":
-                    verdict += f"; {finding.smallest:.2g} could have been seen"
+            cells = ["", "", "", "", "", NOT_MEASURED]
+            if finding := judge(comparison, seeds):
+                digits = 1 if comparison.metric.endswith("_percent") else 3
                 cells = [
+                    " / ".join(f"{mean:.{digits}f}" for mean in finding.means),
+                    f"{finding.mean:+.{digits + 1}f} {comparison.unit}".rstrip(),
+                    *(f"{low:+.{digits + 1}f} to {high:+.{digits + 1}f}" for low, high in finding.intervals),
                     str(len(finding.differences)),
-                    f"{finding.mean:+.2f} {comparison.unit}",
-                    f"{finding.low:+.2f} to {finding.high:+.2f}",
-                    f"{finding.boot[0]:+.2f} to {finding.boot[1]:+.2f}",
-                    verdict,
+                    finding.verdict + f"; {finding.smallest:.2g} could have been seen" * (finding.verdict == "open"),
                 ]
-            lines.append(f"| {said} | {comparison.label} | " + " | ".join(cells) + " |")
-            said = ""
-        if claim.note:
-            lines.append(f"| | *{claim.note}* | | | | | |")
-    return "\n".join(lines)
+            groups.setdefault(said, []).append([comparison.label, *cells])
+    columns = ("compared here", "means", "difference", "95 % interval", "bootstrap", "seeds", "verdict")
+    return OwnTable(paper, "claims", "claims, on Fashion-MNIST", columns, groups, figure=figure(paper, root=root))
+
+
+def claims_summary(papers: Iterable[str], *, root: Path = ROOT) -> str:
+    """Markdown: a row per claim of some papers, with how its comparisons came out."""
+    rows = []
+    for paper in papers:
+        seeds = recorded(paper, root=root)
+        for claim in load_claims(paper, root=root):
+            found = [judge(comparison, seeds) for comparison in claim.comparisons]
+            counts = Counter(finding.verdict if finding else NOT_MEASURED for finding in found)
+            verdicts = ", ".join(f"{counts[word]} {word}" for word in VERDICTS if counts[word])
+            rows.append([f"[{paper}]({paper}/README.md)", claim.claim, verdicts])
+    return "\n".join(markdown_table(["Paper", "Claim", "Comparisons on Fashion-MNIST"], rows, left=3))
+
+
+def predicted(values: Sequence[float]) -> tuple[float, float]:
+    """Where one more seed comes out in 95 % of cases, by the t distribution; of at least two values."""
+    import numpy as np
+    from scipy import stats
+
+    spread = float(np.std(values, ddof=1)) * (1 + 1 / len(values)) ** 0.5
+    reach = spread * float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1))
+    return float(np.mean(values)) - reach, float(np.mean(values)) + reach
+
+
+def live_table(paper: str, arms: Arms, seconds: float, *, root: Path = ROOT) -> OwnTable:
+    """A live run beside what the recorded seeds lead to expect."""
+    seeds = recorded(paper, root=root).values()
+    rows = []
+    for arm, values in arms.items():
+        for metric, value in values.items():
+            known = [found[arm][metric] for found in seeds if metric in found.get(arm, {})]
+            cells = ["not recorded yet", ""]
+            if len(known) > 1:
+                low, high = predicted(known)
+                cells = [f"{low:.2f} to {high:.2f}", "" if low - 5e-3 <= value <= high + 5e-3 else "OUTSIDE"]
+            name = f"{arm.removeprefix('live: ')}, {metric.replace('_', ' ')}"
+            rows.append([name, f"{value:.2f}", *cells])
+    columns = ("trained, evaluated and exported now", "this run", f"recorded ({len(seeds)} seeds)", "")
+    note = (
+        f"Seed {LIVE_SEED}, {seconds:.0f} s. In 95 % of cases another seed comes out within the interval, so about one "
+        "number in twenty does not."
+    )
+    return OwnTable(paper, "live", "a live run", columns, {"": rows}, (note,))
+
+
+def live(paper: str, *, device: str, folder: Path, verbose: bool = False) -> tuple[Arms, float] | None:
+    """Do a paper's short run anew, with a seed that is not recorded; None if it has none.
+
+    Returns:
+        What was measured, and the seconds that it took.
+    """
+    if importlib.util.find_spec(f"{paper}.evidence") is None:
+        return None
+    runs: Mapping[str, Run] = importlib.import_module(f"{paper}.evidence").RUNS
+    if "live" not in runs:
+        return None
+    shutil.rmtree(folder, ignore_errors=True)
+    say(f"{paper}: training, evaluating and exporting")
+    started = time.perf_counter()
+    arms = _measure(runs["live"], Job(LIVE_SEED, folder, device), verbose)
+    return arms, time.perf_counter() - started
+
+
+def _measure(run: Run, job: Job, verbose: bool) -> Arms:
+    """Do a run; what its programs print is kept from the screen, and the last of it told if they fail."""
+    if verbose:
+        return run.measure(job)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            return run.measure(job)
+    except (Exception, SystemExit):
+        say("\n".join(["a program failed; it said last:", *printed.getvalue().splitlines()[-20:]]))
+        raise
 
 
 def figure(paper: str, *, root: Path = ROOT) -> Figure:
@@ -287,7 +374,7 @@ def figure(paper: str, *, root: Path = ROOT) -> Figure:
     for arm in dict.fromkeys(arm for arms in seeds for arm in arms):
         family, colon, _ = arm.partition(": ")
         found = [arms[arm] for arms in seeds if {"mmacs", "top1_percent"} <= arms.get(arm, {}).keys()]
-        if found and (colon or arm == "dense"):
+        if found and (colon or arm == "dense") and family != "live":
             line = series.setdefault(family, Series(family, baseline=arm == "dense"))
             mean = [float(np.mean([values[key] for values in found])) for key in ("mmacs", "top1_percent")]
             line.add((mean[0], mean[1]), "dense" if arm == "dense" else "")
@@ -309,6 +396,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--force", action="store_true", help="measure again what is recorded")
     parser.add_argument("--show", action="store_true", help="measure nothing")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show what the training programs print")
     return parser.parse_args(argv)
 
 
@@ -316,7 +404,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure what is not recorded yet, and print the table."""
     args = parse_args(argv)
     chosen = args.paper or papers()
-    claims = [claim for paper in chosen for claim in load_claims(paper)]
+    for paper in chosen:
+        load_claims(paper)
     if not args.show:
         from common.run.launch import choose_device
 
@@ -324,11 +413,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         jobs = 1 if device != "cpu" else min(args.jobs, args.seeds)
         threads = max((os.cpu_count() or 1) // jobs, 1)
         with ProcessPoolExecutor(jobs, get_context("spawn"), _prepare, (threads,)) as pool:
-            options: dict[str, Any] = {"device": device, "folder": args.folder, "again": args.force}
+            options: dict[str, Any] = {
+                "device": device,
+                "folder": args.folder,
+                "again": args.force,
+                "verbose": args.verbose,
+            }
             waiting = [
                 pool.submit(measure_seed, paper, seed, **options) for paper in chosen for seed in range(args.seeds)
             ]
             for done in as_completed(waiting):
                 done.result()
-    print(table(claims))
+    for paper in chosen:
+        print(f"\n{own_text(claims_table(paper))}")
     return 0

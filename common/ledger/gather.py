@@ -5,7 +5,6 @@ A paper takes part by a module ``<paper>/ledger.py``, found by name at run time,
     costs(row) -> {column: Measured}                           parameters, GMACs; "macs_g" for plain GMACs
     speeds(rows, *, columns, device, progress) -> {(row id, column): Measured}      rows[0] is the dense row
     accuracy(row, *, data, weights, device, progress) -> {column: Measured}
-    desk(*, folder, device, force, progress) -> DeskTable      the paper's experiment on small real images
 
 Each may raise a subclass of ``common.ledger.tables.Unavailable``. A paper without such a module is not implemented yet.
 The module is imported when something must be computed: what the cache holds needs neither it nor torch.
@@ -26,10 +25,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from common.ledger import evidence
 from common.ledger.cache import cached, source_files
 from common.ledger.compare import BrokenAdapter, Ledger, compare
 from common.ledger.results import Record, load_records
-from common.ledger.tables import NEEDS, Cited, DeskTable, Measured, NotImplementedYet, Row, Table, Unavailable, column
+from common.ledger.tables import NEEDS, Cited, Measured, NotImplementedYet, OwnTable, Row, Table, Unavailable, column
 from common.run.files import ROOT
 from common.run.flags import Settings
 
@@ -50,6 +50,8 @@ class Request(Settings):
     force: bool = False
     quiet: bool = True
     """no progress bars"""
+    verbose: bool = False
+    """show what the programs of live runs print"""
     root: Path = ROOT
 
     @property
@@ -103,6 +105,8 @@ def build(tables: Sequence[Table], request: Request, *, all_tables: Sequence[Tab
         known = {row.key: row for table in all_tables or tables if table.paper == paper for row in table.rows}
         with ledger.guard(paper):
             _build_paper(paper, own, known, request, ledger)
+            if paper in evidence.papers(request.root):
+                ledger.own.append(evidence.claims_table(paper, root=request.root))
     return ledger
 
 
@@ -280,13 +284,23 @@ def _speeds(
     return found
 
 
-def run_desk(papers: Iterable[str], request: Request, ledger: Ledger) -> None:
-    """Run the desk experiment of each paper that has one; results go to ``ledger.desk``."""
-    for paper in papers:
-        with ledger.guard(paper, what="desk experiment"), contextlib.suppress(NotImplementedYet):
-            options = {"folder": request.cache / "desk" / paper, "force": request.force, **request.running}
-            if (table := _ask(paper, "desk", request, [request.device], **options)) is not None:
-                ledger.desk.append((paper, DeskTable(**table)))
+def run_live(paper: str, request: Request, ledger: Ledger) -> OwnTable | None:
+    """Do a paper's live run, if it has one; what came out goes to ``ledger.own``, too."""
+
+    def compute() -> Any:
+        with warnings.catch_warnings(action="ignore"):
+            return evidence.live(
+                paper, device=request.device, folder=request.cache / "live" / paper, verbose=request.verbose
+            )
+
+    with ledger.guard(paper, what="live run"):
+        sources = source_files(paper, root=request.root)
+        job = ["live", paper, _device_name(request.device)]
+        found = cached(job, compute, files=sources, force=request.force, folder=request.cache)
+        if found is not None:
+            ledger.own.append(evidence.live_table(paper, *found, root=request.root))
+            return ledger.own[-1]
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers

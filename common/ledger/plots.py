@@ -8,15 +8,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from common.ledger.tables import DeskTable, Row, column
+from common.ledger.tables import OwnTable, Row, column
 from common.ledger.view import TableView
 from common.plots import Figure, Kind, Series
 
 # ------------------------------------------------------------------------------------------------------ what is drawn
 
 
-def figures(views: Sequence[TableView], desks: Iterable[tuple[str, DeskTable]] = ()) -> list[Figure]:
-    """Every figure: one per overview, one per table with a ``plot``, one per desk table with a ``plot``."""
+def figures(views: Sequence[TableView], own: Iterable[OwnTable] = ()) -> list[Figure]:
+    """Every figure: one per overview, one per table with a ``plot``, and those of what was measured here."""
     drawn = [view for view in views if view.table.plot]
     places = {(view.table.paper, row.key): (view, row) for view in views for row in view.rows}
     found: list[Figure] = []
@@ -33,7 +33,7 @@ def figures(views: Sequence[TableView], desks: Iterable[tuple[str, DeskTable]] =
             rows = [places[key] for key in keys if key in places and places[key][0] is not view]
             panels = _panels([*rows, *((view, row) for row in view.rows)])
             found.append(_figure(view.key, view.table.title, view.table.plot, panels))
-    found += [_desk(paper, desk) for paper, desk in desks if desk.plot]
+    found += [table.figure for table in own if table.figure]
     return [figure for figure in found if any(figure.panels.values())]
 
 
@@ -86,18 +86,6 @@ def _panels(shown: Sequence[tuple[TableView, Row]], *, apart: bool | None = None
                 line.add(points[row.dense][kind], "")
             line.add(point, label if kind == "published" else "")
     return {panel: list(lines.values()) for panel, lines in panels.items()}
-
-
-def _desk(paper: str, desk: DeskTable) -> Figure:
-    """A desk table: all of it was measured here."""
-    series: dict[str, Series] = {}
-    for row in desk.rows:
-        x, y = row.get(desk.plot["x"]), row.get(desk.plot["y"])
-        if isinstance(x, int | float) and isinstance(y, int | float):
-            name = str(row.get(desk.plot.get("series", ""), "measured"))
-            line = series.setdefault(name, Series(name, joined=False))
-            line.add((float(x), float(y)), str(row.get(desk.plot.get("label", ""), "")))
-    return _figure(f"{paper}-desk", desk.title, desk.plot, {"": list(series.values())})
 
 
 def axis_label(name: str) -> str:

@@ -29,11 +29,10 @@ from common.ledger.plots import figures
 from common.ledger.text import to_text
 from common.ledger.view import (
     TableView,
-    desk_cells,
     label_of,
+    markdown_own,
     markdown_table,
     markdown_text,
-    numeric_columns,
     plural,
     setting_of,
     view_tables,
@@ -147,12 +146,12 @@ def to_markdown(ledger: Ledger, *, pictures: Mapping[str, str] | None = None) ->
         pictures: key of a figure -> its path, relative to the file.
     """
     views = view_tables(ledger)
-    desks = [(paper, desk, "\n".join(markdown_table(desk.columns, desk_cells(desk)))) for paper, desk in ledger.desk]
+    own = [(table, markdown_own(table)) for table in ledger.own]
     tables = [(view, markdown_of(view)) for view in views]
     return (
         _templates("md")
         .get_template("report.md")
-        .render(ledger=ledger, summary=tables_table(views), tables=tables, desks=desks, pictures=pictures or {})
+        .render(ledger=ledger, summary=tables_table(views), tables=tables, own=own, pictures=pictures or {})
     )
 
 
@@ -168,7 +167,7 @@ def to_html(ledger: Ledger, *, drawn: Mapping[str, str] | None = None) -> str:
     """
     views = view_tables(ledger)
     if drawn is None:
-        found = figures(views, ledger.desk)
+        found = figures(views, ledger.own)
         drawn = {figure.key: plots.inline_svg(*plots.draw(figure, "svg")) for figure in found}
     papers = dict.fromkeys(table.paper for table in ledger.tables)
     return (
@@ -179,10 +178,7 @@ def to_html(ledger: Ledger, *, drawn: Mapping[str, str] | None = None) -> str:
             counts=ledger.counts(),
             made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
             papers={paper: [view for view in views if view.table.paper == paper] for paper in papers},
-            desks={
-                paper: [(desk, desk_cells(desk), numeric_columns(desk)) for name, desk in ledger.desk if name == paper]
-                for paper in papers
-            },
+            own={paper: [table for table in ledger.own if table.paper == paper] for paper in papers},
             tables=len(views),
             drawn=drawn,
         )
@@ -215,7 +211,7 @@ def write_report(ledger: Ledger, folder: Path, *, quiet: bool = True) -> list[Pa
     """
     drawn: dict[str, str] = {}
     contents: dict[str, Any] = {}
-    found = figures(view_tables(ledger), ledger.desk)
+    found = figures(view_tables(ledger), ledger.own)
     for figure in tqdm(found, desc="figures", delay=2, leave=False, disable=quiet):
         contents[f"plots/{figure.key}.png"], drawing = _draw_once(figure)
         drawn[figure.key] = plots.inline_svg(drawing)

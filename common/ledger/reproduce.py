@@ -19,10 +19,10 @@ from typing import TextIO
 
 from common.ledger import cache
 from common.ledger.compare import Ledger
-from common.ledger.gather import Request, build, run_desk, select
+from common.ledger.gather import Request, build, run_live, select
 from common.ledger.report import FORMATS, write_report
 from common.ledger.tables import TableError, column, load_tables, papers
-from common.ledger.text import legend, to_text
+from common.ledger.text import legend, own_text, to_text
 from common.ledger.view import plural
 from common.run.errors import LaunchError
 from common.run.files import ROOT, problem_with, write_atomic
@@ -55,12 +55,15 @@ def parse_args(argv: Sequence[str] | None = None, *, root: Path = ROOT) -> argpa
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--format", choices=sorted(FORMATS), default="text", help="form of the output (default: text)")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write to this file instead of the screen")
-    parser.add_argument("--desk", action="store_true", help="also run each paper's experiment at desk size")
+    parser.add_argument(
+        "--live", action="store_true", help="then train, evaluate and export with each paper's method: a minute each"
+    )
     parser.add_argument(
         "--report", metavar="DIR", type=Path, help="also write report.md, index.html, ledger.json, ledger.csv and plots"
     )
     parser.add_argument("--force", action="store_true", help="compute again what the local cache holds")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show what the programs of --live print")
     args = parser.parse_args(argv)
     for name in args.papers:
         if name not in papers(root):
@@ -148,23 +151,39 @@ def main(argv: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
     request = Request.of(args, columns=columns, device=device, measure_speed=measured, root=root)
     cache.skipped.clear()
     ledger = build(tables, request, all_tables=everything)
-    if args.desk:
-        run_desk(dict.fromkeys(table.paper for table in tables), request, ledger)
-    if args.format == "text":
-        text = to_text(ledger, full=bool(args.table or args.row or args.columns))
-    else:
-        text = FORMATS[args.format](ledger)
-    if args.output:
-        write_atomic(args.output, text)
-        print(f"{legend(ledger)}\nWritten: {args.output}")
-    else:
-        print(text, end="", flush=True)
     screen = sys.stdout if args.format == "text" or args.output else sys.stderr
-    if args.report:
-        files = write_report(ledger, args.report, quiet=args.quiet)
-        print(f"Report: {args.report / 'index.html'} and {len(files) - 1} other files in {args.report}", file=screen)
+    show(ledger, args, screen)
+    for paper in dict.fromkeys(table.paper for table in tables) if args.live else ():
+        if own := run_live(paper, request, ledger):
+            print(f"\n{own_text(own)}", file=screen, flush=True)
+            write(ledger, args)
     conclude(ledger, screen)
     return 1 if ledger.failures else 0
+
+
+def show(ledger: Ledger, args: argparse.Namespace, screen: TextIO) -> None:
+    """The ledger on the screen or in a file, and the report: before anything trains."""
+    if not args.output:
+        print(render(ledger, args), end="", flush=True)
+    number = write(ledger, args)
+    if args.output:
+        print(f"{legend(ledger)}\nWritten: {args.output}")
+    if args.report:
+        print(f"Report: {args.report / 'index.html'} and {number - 1} other files in {args.report}", file=screen)
+
+
+def render(ledger: Ledger, args: argparse.Namespace) -> str:
+    """The ledger in the form that was asked for."""
+    if args.format == "text":
+        return to_text(ledger, full=bool(args.table or args.row or args.columns))
+    return FORMATS[args.format](ledger)
+
+
+def write(ledger: Ledger, args: argparse.Namespace) -> int:
+    """The files that were asked for, again after each live run; how many are in the report."""
+    if args.output:
+        write_atomic(args.output, render(ledger, args))
+    return len(write_report(ledger, args.report, quiet=args.quiet)) if args.report else 0
 
 
 def conclude(ledger: Ledger, screen: TextIO) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from common.ledger.reading import Reader, not_empty
+from common.plots import Figure
 from common.run.files import ROOT
 
 Kind = Literal["cost", "speed", "accuracy"]
@@ -130,6 +131,25 @@ class Measured:
     """speed only: paired ratio to the dense row, if it was measured round by round; else the ratio of the values"""
     origin: str = ""
     """of a number from ``results/``: device, versions, commit and date"""
+
+
+@dataclass(frozen=True)
+class OwnTable:
+    """Something measured here, on small real images, with nothing published digit by digit to compare to."""
+
+    paper: str
+    kind: Literal["claims", "live"]
+    title: str
+    columns: Sequence[str]
+    groups: Mapping[str, Sequence[Sequence[str]]]
+    """what rows have in common, such as a claim, or nothing -> rows as text"""
+    notes: Sequence[str] = ()
+    figure: Figure | None = None
+
+    @property
+    def key(self) -> str:
+        """Of its section in a page."""
+        return f"{self.paper}-{self.kind}"
 
 
 @dataclass(frozen=True)

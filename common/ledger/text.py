@@ -4,8 +4,8 @@ import textwrap
 from collections.abc import Sequence
 
 from common.ledger.compare import STATUSES, Entry, Ledger
-from common.ledger.tables import DeskTable
-from common.ledger.view import ColumnView, TableView, desk_cells, numeric_columns, plural, view_tables
+from common.ledger.tables import OwnTable
+from common.ledger.view import ColumnView, TableView, plural, view_tables
 
 WIDTH = 140
 
@@ -20,7 +20,7 @@ def to_text(ledger: Ledger, *, full: bool = False) -> str:
     views = view_tables(ledger)
     parts = [_summary(views)]
     parts += [_table(view) for view in views] if full else [part for view in views if (part := _notes(view))]
-    parts += [_desk(paper, desk) for paper, desk in ledger.desk]
+    parts += [own_text(own) for own in ledger.own]
     return "\n\n".join([*parts, legend(ledger)]) + "\n"
 
 
@@ -126,9 +126,12 @@ def _details(entries: Sequence[Entry]) -> list[str]:
     return lines[:1] + [line for head, source in zip(lines[1:], sources, strict=True) for line in (head, *source)]
 
 
-def _desk(paper: str, desk: DeskTable) -> str:
-    cells = desk_cells(desk)
-    blocks = [[row[index] for row in cells] for index in range(len(desk.columns))]
-    left = numeric_columns(desk).index(True) if any(numeric_columns(desk)) else 1
-    lines = [f"{paper}, desk experiment: {desk.title}", *_side_by_side(desk.columns, blocks, left=max(left, 1))]
-    return "\n".join([*lines, *(line for note in desk.notes for line in _wrap(note, "  ", "  "))])
+def own_text(own: OwnTable) -> str:
+    """What was measured here, for a terminal."""
+    rows = [own.columns, *(row for rows in own.groups.values() for row in rows)]
+    lines = iter(align([[f"  {row[0]}", *row[1:]] for row in rows]))
+    shown = [f"{own.paper}: {own.title}", next(lines)]
+    for said, rows in own.groups.items():
+        shown += _wrap(said, "  ", "  ") if said else []
+        shown += [next(lines) for _ in rows]
+    return "\n".join([*shown, *(line for note in own.notes for line in _wrap(note, "  ", "  "))])

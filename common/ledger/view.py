@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.ledger.compare import Entry, Ledger, count_statuses
-from common.ledger.tables import DeskTable, Row, Table, column
+from common.ledger.tables import OwnTable, Row, Table, column
 
 WAITING = ("not implemented yet", "cited")
 """Statuses for which nothing can be done from the command line."""
@@ -138,37 +138,12 @@ def setting_of(row: Row) -> str:
     return ", ".join(word for word in (series, row.setting) if word)
 
 
-def format_value(name: str, value: Any) -> str:
-    """Value of a desk table by the unit in its column's name."""
-    if value is None:
-        return ""
-    if not isinstance(value, float):
-        return str(value)
-    if name.endswith("_percent"):
-        return f"{value:.2f}"
-    if name.endswith(("_ips", "fps")):
-        return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
-    if name.endswith("_m") or "macs" in name:
-        return f"{value:.4g}"
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
-
-
 def label_of(name: str) -> str:
     """Heading of a column: its meaning with the unit."""
     meaning = column(name)
     if meaning.unit in ("", "G") or meaning.kind == "speed":
         return meaning.label
     return f"{meaning.label} ({meaning.unit})"
-
-
-def desk_cells(desk: DeskTable) -> list[list[str]]:
-    """A desk table's rows as text."""
-    return [[format_value(name, row.get(name)) for name in desk.columns] for row in desk.rows]
-
-
-def numeric_columns(desk: DeskTable) -> list[bool]:
-    """For each column of a desk table, whether it holds numbers."""
-    return [any(isinstance(row.get(name), int | float) for row in desk.rows) for name in desk.columns]
 
 
 def markdown_text(text: Any) -> str:
@@ -181,3 +156,13 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, left:
     marks = [":--" if index < left else "--:" for index in range(len(heads))]
     escaped = ([markdown_text(cell).replace("|", "\\|") for cell in row] for row in (heads, marks, *rows))
     return [f"| {' | '.join(row)} |" for row in escaped]
+
+
+def markdown_own(own: OwnTable) -> str:
+    """What was measured here: a table for the rows that have something in common, under what that is."""
+    parts = [
+        part
+        for said, rows in own.groups.items()
+        for part in (said and markdown_text(said), "\n".join(markdown_table(own.columns, rows)))
+    ]
+    return "\n\n".join(part for part in [*parts, *own.notes] if part)

@@ -89,7 +89,7 @@ published = {gmacs = 6.5, top1_percent = 78.8}
 """
 
 ADAPTER = """
-from common.ledger.tables import DeskTable, Measured, NeedsWeights, NotImplementedYet
+from common.ledger.tables import Measured, NeedsWeights, NotImplementedYet
 
 CALLS = []
 COSTS = {"dense": 10.04, "half": 4.96, "slip": 4.02}
@@ -120,25 +120,52 @@ def accuracy(row, *, data, weights, device, progress):
         raise NeedsWeights(f"fetch {row.id}", "the file is missing")
     return {"top1_percent": Measured(TOP1[row.id], "float32", f"evaluated on {data.name}")}
 
+"""
 
-def desk(*, folder, device, force, progress):
-    CALLS.append(("desk", str(device)))
-    rows = [
-        {"setting": "dense", "top1_percent": 98.125, "mmacs": 20.0},
-        {"setting": "half", "top1_percent": 97.5, "mmacs": 10.0},
-    ]
-    plot = {"x": "mmacs", "y": "top1_percent", "label": "setting"}
-    return DeskTable("tiny pictures", ("setting", "top1_percent", "mmacs"), rows, ["a note"], plot=plot)
+CLAIMS = """
+[[claims]]
+id = "better"
+claim = "New is better than old"
+source = "Table 1"
+published = "+2.0"
+measured = "top-1"
+note = "Nobody knows why."
+comparisons = [
+    { label = "at full width", arm = ["new: all"], against = ["old: all"] },
+    { label = "x", arm = ["a"], against = ["b"] },
+]
+"""
+
+EVIDENCE = """
+from common.ledger.evidence import Run
+from fakepaper.ledger import CALLS
+
+
+def live(job):
+    print("epoch 1/1 done")
+    CALLS.append(("live", job.seed))
+    return {"live: half": {"top1_percent": 84.5}, "live: later": {"top1_percent": 90.0}}
+
+
+RUNS = {"live": Run("live", live)}
 """
 
 
-def write_paper(root: Path, *, table: str = TABLE, adapter: str | None = ADAPTER) -> Path:
+def write_paper(root: Path, *, table: str = TABLE, adapter: str | None = ADAPTER, evidence: str = EVIDENCE) -> Path:
     """Write the package ``fakepaper`` under a folder; returns the path of its table."""
     package = root / "fakepaper"
     (package / "tables").mkdir(parents=True, exist_ok=True)
     (package / "__init__.py").write_text("")
     if adapter is not None:
         (package / "ledger.py").write_text(adapter)
+        (package / "evidence.py").write_text(evidence)
+        (package / "tables" / "claims.toml").write_text(CLAIMS)
+        for seed, (new, old) in enumerate([(85.0, 82.0), (86.0, 83.5), (84.0, 82.0)]):
+            arms = {"new: all": new, "old: all": old, "live: half": new}
+            path = package / "results" / "evidence" / f"seed-{seed}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            measured = {arm: {"top1_percent": top1, "mmacs": 2.0} for arm, top1 in arms.items()}
+            path.write_text(json.dumps({"paper": "fakepaper", "seed": seed, "runs": {"all": {"arms": measured}}}))
     path = package / "tables" / "main.toml"
     path.write_text(table)
     return path

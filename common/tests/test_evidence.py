@@ -1,6 +1,7 @@
 """Evidence: claims are read strictly, runs resume one by one, and intervals are those of scipy."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -10,8 +11,20 @@ import pytest
 from scipy import stats
 
 from common.ledger import evidence
-from common.ledger.evidence import Comparison, Job, Run, judge, load_claims, measure_seed, recorded, table
+from common.ledger.evidence import (
+    Comparison,
+    Job,
+    Run,
+    claims_summary,
+    claims_table,
+    judge,
+    load_claims,
+    measure_seed,
+    predicted,
+    recorded,
+)
 from common.ledger.tables import TableError
+from common.ledger.view import markdown_own
 
 CLAIMS = """
 [[claims]]
@@ -62,7 +75,7 @@ def test_the_verdict_follows_the_interval(root: Path) -> None:
         found = judge(Comparison("", ["new"], ["old"]), recorded("paper", root=root))
         assert found is not None
         assert found.verdict == verdict
-        assert verdict in table(load_claims("paper", root=root), root=root)
+        assert verdict in markdown_own(claims_table("paper", root=root))
 
 
 def test_the_smallest_effect_is_seen_with_the_power_that_is_stated() -> None:
@@ -84,13 +97,24 @@ def test_the_smallest_effect_is_seen_with_the_power_that_is_stated() -> None:
 
 def test_what_is_not_measured_is_said(root: Path) -> None:
     write_seeds(root, [80.0, 81.0, 82.0], [79.0, 80.5, 81.0])
-    lines = table(load_claims("paper", root=root), root=root).splitlines()
-    assert "shown" in lines[2] or "open" in lines[2]
-    assert lines[3].endswith("not measured yet |")
-    assert "Nobody knows why." in lines[4]
+    lines = markdown_own(claims_table("paper", root=root)).splitlines()
+    assert "shown" in lines[4] or "open" in lines[4]
+    assert lines[5].endswith("not measured yet |")
+    assert "Nobody knows why." in lines[0]
+    summary = claims_summary(["paper"], root=root).splitlines()
+    assert re.fullmatch(
+        r"\| \[paper\]\(paper/README.md\) \| New is better than old \| 1 (shown|open), 1 not measured yet \|",
+        summary[2],
+    )
     assert (
         judge(Comparison("", ["new"], ["old"]), {0: {"new": {"top1_percent": 1}, "old": {"top1_percent": 1}}}) is None
     )
+
+
+def test_one_more_seed_comes_out_within_the_predicted_interval() -> None:
+    draws = np.random.default_rng(0).normal(80, 2, (2000, 6))
+    within = [low < draw[5] < high for draw in draws for low, high in [predicted(draw[:5].tolist())]]
+    assert 0.93 < np.mean(within) < 0.97
 
 
 def test_sides_of_several_arms_are_averaged() -> None:

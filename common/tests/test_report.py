@@ -8,27 +8,27 @@ from decimal import Decimal
 import pytest
 
 from common.ledger.compare import Entry, Ledger, compare
-from common.ledger.gather import Request, build, run_desk
+from common.ledger.gather import Request, build, run_live
 from common.ledger.plots import figures
 from common.ledger.report import markdown_of, tables_table, to_html, to_markdown, write_report
 from common.ledger.tables import NeedsCompute, load_tables, papers
 from common.ledger.text import WIDTH, to_text
-from common.ledger.view import format_value, view_tables
+from common.ledger.view import view_tables
 from common.plots import Figure, Series, draw, inline_svg
 from common.tests.fake_paper import TABLE, importable, record, write_paper, write_records
 
-DESK = "fakepaper, desk experiment: tiny pictures"
+CLAIMS = "fakepaper: claims, on Fashion-MNIST"
 
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory):
-    """Ledger of the made-up paper with speeds and a desk experiment."""
+    """Ledger of the made-up paper with speeds, claims and a live run."""
     root = tmp_path_factory.mktemp("papers")
     write_paper(root)
     with importable(root):
         request = Request(root=root, measure_speed=True)
         found = build(load_tables(root=root), request)
-        run_desk(["fakepaper"], request, found)
+        run_live("fakepaper", request, found)
     assert not found.failures
     return found
 
@@ -59,19 +59,6 @@ def test_ratios_are_marked():
     assert entry("12.7", None, "fps").here == ""
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "text"),
-    [
-        ("top1_percent", 98.3333, "98.33"),
-        ("throughput_ips", 5123.4, "5123"),
-        ("mmacs", 21.344, "21.34"),
-        ("a", None, ""),
-    ],
-)
-def test_desk_values_follow_their_unit(name, value, text):
-    assert format_value(name, value) == text
-
-
 def test_text_is_aligned_and_narrow(filled):
     text = to_text(filled, full=True)
     lines = text.splitlines()
@@ -83,7 +70,7 @@ def test_text_is_aligned_and_narrow(filled):
     assert max(map(len, lines)) <= WIDTH
     assert "differs: slip gmacs 4.02, published 4.1: a slip of rounding in the table" in text
     assert "needs weights: gmacs of 1 row, e.g. python fakepaper/cost.py -m sampled" in text
-    assert "a note" in text
+    assert "one number in twenty" in text
 
 
 def test_the_text_starts_with_a_line_for_each_table_and_without_its_rows(filled):
@@ -93,7 +80,7 @@ def test_the_text_starts_with_a_line_for_each_table_and_without_its_rows(filled)
     assert lines[1].split()[:2] == ["fakepaper/main", str(len(filled.entries))]
     assert lines[1].endswith("A made-up table")
     assert lines[2].startswith("1 table ")
-    assert not any(line.startswith(("row", "half  ")) for line in lines[: lines.index(DESK)])
+    assert not any(line.startswith(("row", "half  ")) for line in lines[: lines.index(CLAIMS)])
     assert "differs: slip gmacs 4.02, published 4.1: a slip of rounding in the table" in text
     assert "needs weights: gmacs of 1 row, e.g. python fakepaper/cost.py -m sampled" in text
 
@@ -209,7 +196,7 @@ def test_the_page_is_self_contained_and_sortable(filled):
     page.feed(to_html(filled))
     assert page.open == []
     assert all(link.startswith("#") for link in page.links)
-    assert page.counts["table"] == 2
+    assert page.counts["table"] == 3
     assert page.counts["svg"] == 2
     assert page.counts["script"] == 1
     assert "4.96" in page.cells
@@ -220,7 +207,7 @@ def test_the_page_has_an_index_a_search_and_filters(filled):
     text = to_html(filled, drawn={})
     page = Page()
     page.feed(text)
-    assert {"#fakepaper", "#fakepaper-main", "#fakepaper-desk"} <= set(page.links)
+    assert {"#fakepaper", "#fakepaper-main", "#fakepaper-claims", "#fakepaper-live"} <= set(page.links)
     assert all(f'id="{link[1:]}"' in text for link in page.links)
     assert page.counts["input"] == 1
     assert page.counts["button"] == len(filled.counts())
@@ -230,14 +217,17 @@ def test_the_page_has_an_index_a_search_and_filters(filled):
 
 
 def test_figures_show_published_and_measured_points(filled):
-    table, desk = figures(view_tables(filled), filled.desk)
+    table, measured = figures(view_tables(filled), filled.own)
     assert [series.kind for series in table.panels[""]] == ["published"] * 4, "without data nothing is measured"
     published = next(s for s in table.panels[""] if s.name == "ViT")
     assert published.x == [10.0, 5.0, 4.1]
     assert published.labels == ["Dense", "r = 0.5", "r = 0.4"]
     assert any(series.name == "cited baselines" for series in table.panels[""])
-    assert desk.panels[""][0].labels == ["dense", "half"]
-    assert desk.panels[""][0].kind == "here"
+    assert [(line.name, line.x, line.y) for line in measured.panels[""]] == [
+        ("new", [2.0], [85.0]),
+        ("old", [2.0], [82.5]),
+    ]
+    assert {line.kind for line in measured.panels[""]} == {"here"}
 
 
 def test_a_filled_point_has_both_coordinates_from_here(tmp_path):
@@ -330,7 +320,7 @@ def test_labels_do_not_cover_each_other():
 
 
 def test_drawing_is_deterministic(filled):
-    figure = figures(view_tables(filled), filled.desk)[0]
+    figure = figures(view_tables(filled), filled.own)[0]
     (first,), (second, picture) = draw(figure, "svg"), draw(figure, "svg", "png")
     assert first == second
     assert "currentColor" in inline_svg(first)

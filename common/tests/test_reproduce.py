@@ -11,14 +11,14 @@ from decimal import Decimal
 
 import pytest
 
-from common.ledger import cache
+from common.ledger import cache, evidence
 from common.ledger import compare as ledger
 from common.ledger.compare import KEYS, half_unit
-from common.ledger.gather import Request, _listing, build, run_desk
+from common.ledger.gather import Request, _listing, build, run_live
 from common.ledger.reproduce import main, parse_columns, resolve_device
 from common.ledger.tables import load_tables
 from common.run.files import ROOT
-from common.tests.fake_paper import ADAPTER, TABLE, importable, record, write_paper, write_records
+from common.tests.fake_paper import ADAPTER, EVIDENCE, TABLE, importable, record, write_paper, write_records
 
 
 @pytest.fixture
@@ -208,17 +208,17 @@ def test_a_broken_adapter_is_an_error_and_not_a_missing_one(tmp_path, capsys):
 
 
 def test_a_second_run_computes_nothing(paper, capsys):
-    assert main(["--quiet", "--desk", "--columns", "gmacs,fps", "--device", "cpu"], root=paper) == 0
+    assert main(["--quiet", "--live", "--columns", "gmacs,fps", "--device", "cpu"], root=paper) == 0
     first = len(calls())
     assert first > 0
     capsys.readouterr()
-    assert main(["--quiet", "--desk", "--columns", "gmacs,fps", "--device", "cpu"], root=paper) == 0
+    assert main(["--quiet", "--live", "--columns", "gmacs,fps", "--device", "cpu"], root=paper) == 0
     again = calls()[first:]
     assert [call for call in again if call != ("costs", "later")] == []
     out = capsys.readouterr().out
-    assert re.search(r"Not computed again.*: 4 costs, 1 desk, 1 speeds\. FORCE=1", out)
-    main(["--quiet", "--desk", "--force", "--device", "cpu"], root=paper)
-    assert ("desk", "cpu") in calls()[first + len(again) :]
+    assert re.search(r"Not computed again.*: 4 costs, 1 live, 1 speeds\. FORCE=1", out)
+    main(["--quiet", "--live", "--force", "--device", "cpu"], root=paper)
+    assert ("live", 1000) in calls()[first + len(again) :]
 
 
 def test_naming_a_speed_column_measures_it(paper, capsys):
@@ -269,12 +269,12 @@ def test_one_row_is_still_measured_against_its_dense_row(paper, capsys):
 
 def test_the_report_folder(paper, tmp_path, capsys):
     folder = tmp_path / "report"
-    assert main(["--quiet", "--desk", "--report", str(folder)], root=paper) == 0
+    assert main(["--quiet", "--live", "--report", str(folder)], root=paper) == 0
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    plots = {"plots/fakepaper-main.png", "plots/fakepaper-desk.png"}
+    plots = {"plots/fakepaper-main.png", "plots/fakepaper-evidence.png"}
     assert names == {"report.md", "index.html", "ledger.json", "ledger.csv", *plots}
     assert str(folder / "index.html") in capsys.readouterr().out
-    assert "98.12" in (folder / "report.md").read_text()
+    assert "84.50" in (folder / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -342,14 +342,29 @@ def test_half_of_the_last_digit(published, half):
     assert half_unit(Decimal(published)) == pytest.approx(half)
 
 
-def test_a_failing_desk_experiment_is_reported(tmp_path):
-    write_paper(
-        tmp_path, adapter=ADAPTER.replace('CALLS.append(("desk"', 'raise RuntimeError("only 90 %")\n    (("desk"')
-    )
+def test_a_failing_live_run_is_reported(tmp_path, capfd):
+    write_paper(tmp_path, evidence=EVIDENCE.replace("CALLS.append", 'raise RuntimeError("no loss")\n    CALLS.append'))
     with importable(tmp_path):
         found = build(load_tables(root=tmp_path), Request(root=tmp_path))
-        run_desk(["fakepaper"], Request(root=tmp_path), found)
-    assert "desk experiment: RuntimeError: only 90 %" in str(found.failures[0])
+        assert run_live("fakepaper", Request(root=tmp_path), found) is None
+    assert "live run: RuntimeError: no loss" in str(found.failures[0])
+    assert "it said last:\nepoch 1/1 done" in capfd.readouterr().err
+
+
+def test_the_report_is_there_before_anything_trains_and_renewed_after(paper, tmp_path, capsys, monkeypatch):
+    folder, before = tmp_path / "report", []
+    monkeypatch.setattr(evidence, "live", lambda name, **_: before.append((folder / "report.md").read_text()))
+    assert main(["--quiet", "--live", "--report", str(folder)], root=paper) == 0
+    assert "| at full width | 85.0 / 82.5 | +2.50 points |" in before[0]
+    monkeypatch.undo()
+    assert main(["--quiet", "--live", "--report", str(folder), "--force"], root=paper) == 0
+    out, err = capsys.readouterr()
+    assert "epoch 1/1 done" not in out + err
+    assert re.search(r"half, top1 percent +84\.50 +80\.03 to 89\.97\n", out), out
+    assert re.search(r"later, top1 percent +90\.00 +not recorded yet\n", out)
+    assert "half, top1 percent | 84.50" in (folder / "report.md").read_text()
+    assert main(["--quiet", "--live", "--force", "-v"], root=paper) == 0
+    assert "epoch 1/1 done" in capsys.readouterr().out
 
 
 def test_a_value_that_is_not_finite_is_an_error(tmp_path):

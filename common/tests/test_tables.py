@@ -4,7 +4,7 @@ from decimal import Decimal
 
 import pytest
 
-from common.ledger.tables import DeskTable, TableError, column, load_table, load_tables, papers
+from common.ledger.tables import TableError, column, load_table, load_tables, papers
 from common.measure.flops import CONVENTIONS
 from common.tests.fake_paper import TABLE, write_paper
 
@@ -106,14 +106,6 @@ def test_columns_of_other_data_sets_are_accuracies():
     assert column("remaining_percent").kind == "cost"
     with pytest.raises(KeyError):
         column("speed")
-
-
-def test_a_desk_table_declares_its_columns():
-    with pytest.raises(TableError, match=r"row 0: columns \['b'\] are not declared"):
-        DeskTable("t", ("a",), [{"b": 1}])
-    with pytest.raises(TableError, match=r"plot names unknown columns \['b'\]"):
-        DeskTable("t", ("a",), [{"a": 1}], plot={"x": "b"})
-    assert DeskTable("t", ("a",), [], "one note").notes == ("one note",)
 
 
 # ---------------------------------------------------------------------------------------------------- the real tables

@@ -73,5 +73,17 @@ def test_training_is_the_ordinary_program(tmp_path: Path) -> None:
     arms = evidence.train_dense(Job(0, tmp_path), words)
     assert 0 < arms["dense"]["top1_percent"] <= 100
     assert (tmp_path / "dense" / "weights.pth").is_file()
-    assert list(RUNS) == ["dense", "methods"]
+    assert list(RUNS) == ["dense", "methods", "live"]
     assert set(CONTROLS) < set(SWEEPS)
+
+
+def test_the_live_run_trains_evaluates_and_exports(tmp_path: Path) -> None:
+    words = evidence.LIVE.replace("--epochs 2", "--epochs 1").replace("fashion", "digits")
+    arms = evidence.measure_live(Job(0, tmp_path), words, data_set="digits")
+    assert list(arms) == [f"live: {name}" for name in evidence.LIVE_ROWS]
+    assert all(10 < values["top1_percent"] <= 100 for values in arms.values())
+    images = torch.rand(2, 3, 32, 32)
+    program = torch.export.load(tmp_path / "live" / "hourglass.pt2").module()
+    weights = tmp_path / "live" / "weights.pth"
+    net = create("hourglass_vit_desk", clustering_location=2, num_cluster=16, image_size=32, weights=weights)
+    assert torch.allclose(program(images), net.eval()(images), atol=1e-5)
