@@ -48,7 +48,7 @@ reproduce: install  ## the main job: the ledger of published tables, and a live 
 	$(PY) -m common.reproduce $(PAPER) --live --report report $(if $(FORCE),--force) $(ARGS)
 
 test: install  ## the test suite (CPU; GPU tests skip themselves)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 check: install  ## lint, format and types, changing nothing; lines of Python without tests
 	$(PY) -m ruff check .
