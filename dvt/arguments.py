@@ -20,7 +20,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "DVT_Deit_small": {"lr": 1e-3, "warmup_epochs": 5, "batch_size": 128},
     "DVT_desk": {
         "data_set": "digits", "num_classes": 10, "img_size": 32, "batch_size": 32, "workers": 0, "epochs": 36,
-        "cooldown_epochs": 0, "warmup_epochs": 2, "lr": 3e-3, "clip_grad": 1.0, "model_ema_decay": 0.99, "aa": "",
+        "cooldown_epochs": 0, "warmup_epochs": 2, "lr": 3e-3, "model_ema_decay": 0.99, "aa": "",
         "color_jitter": 0.0, "hflip": 0.0, "reprob": 0.0, "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0,
     },
 }  # fmt: skip

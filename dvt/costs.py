@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common.measure.flops import Counted, OpCounts, count_operations, gmacs
 from dvt.models.backbone import Backbone
 from dvt.models.cascade import Cascade
-from dvt.models.reuse import FEATURE_CHANNELS, padded
+from dvt.models.reuse import padded
 
 CONVENTION = "fvcore"
 """Of the published costs."""
@@ -47,8 +47,8 @@ def _official_resizes(stage: Backbone) -> OpCounts:
     tokens, source = math.prod(stage.grid) + 1, math.prod(stage.source_grid) + 1
     products = maps = 0  # a map has the grid of the stage before
     if stage.feature_reuse:
-        products += stage.depth * (tokens - 1) * FEATURE_CHANNELS * (source - 1)
-        maps += FEATURE_CHANNELS * stage.depth
+        products += stage.depth * (tokens - 1) * stage.feature_channels * (source - 1)
+        maps += stage.feature_channels * stage.depth
     if stage.relation_reuse:
         channels = stage.depth * stage.num_heads
         products += channels * (source + tokens) * padded(tokens) * source

@@ -23,7 +23,7 @@ from common.run.files import check_files, make_folder, write_atomic
 from common.run.program import get_logger, is_main, run
 from common.run.settings import DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
 from dvt import arguments
-from dvt.models import MODELS
+from dvt.models import MODELS, check_filled
 
 logger = get_logger(__name__)
 
@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     args = parse_args(argv)
     resumed = "" if args.resume == "auto" else args.resume
     start = args.eval_checkpoint or args.initial_checkpoint
+    if not args.eval_checkpoint:
+        check_filled(args.model, args.img_size)
     check_files(args.eval_checkpoint, args.initial_checkpoint, args.resume)
     check_data_path(args.data_set, args.data)
 

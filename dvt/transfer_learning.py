@@ -22,7 +22,7 @@ from common.run.flags import Group
 from common.run.program import get_logger, is_main, run
 from common.run.settings import DataSettings, RunSettings
 from dvt.arguments import DEAD_OPTIONS, add_network_args, network_options
-from dvt.models import MODELS
+from dvt.models import MODELS, check_filled
 
 logger = get_logger(__name__)
 
@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     last = args.output / "last.pth"
     if args.resume and not last.exists():
         raise CheckpointError(f"--resume: there is no {last}; leave the flag out to start a new run")
+    check_filled(args.model, args.img_size)
     check_files(args.transfer_model)
     if not args.download:
         check_data_path(args.dataset, args.data)

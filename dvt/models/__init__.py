@@ -23,8 +23,11 @@ SUFFIXES = ("_less_less_token", "_less_token", "")
 PATCHES = (32, 23, 16)
 """Patch sizes that give these grids with DeiT at 224 pixels."""
 
-DESK_PATCHES = (16, 8, 5)
-"""Patch sizes of the desk network, ours, for images of 32 pixels: 2x2, 4x4 and 6x6 tokens."""
+PADDING = {23: 3}
+"""Patch size -> padding of the image: 224 + 6 = 10 * 23."""
+
+DESK_STAGES = ({"patch_size": 12, "padding": 2}, {"patch_size": 8}, {"patch_size": 6, "padding": 2})
+"""Of the desk network, ours, for images of 32 pixels: 3x3, 4x4 and 6x6 tokens, which grow as the published ones do."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,9 @@ def _register() -> dict[str, Entry]:
     entries["T2t_vit_12_4x4"] = Entry("t2t", t2t["12"] | performer["_4x4"])
     entries |= {"deit_small" + suffix: Entry("deit", small | patches[suffix]) for suffix in SUFFIXES}
     entries["DVT_Deit_small"] = Entry("deit", small, tuple(patches.values()), range(224, 240))
-    desk = {"img_size": 32, **Size(64, 2, 4, 2.0)._asdict()}
-    entries["DVT_desk"] = Entry("deit", desk, tuple({"patch_size": patch} for patch in DESK_PATCHES))
+    desk = {"img_size": 32, **Size(64, 3, 2, 2.0)._asdict(), "feature_channels": 12, "feature_hidden": 32}
+    desk |= {"stem": 8, "pos_std": 0.5}  # with which few epochs suffice
+    entries["DVT_desk"] = Entry("deit", desk, DESK_STAGES)
     return entries
 
 
@@ -73,6 +77,40 @@ MODELS: dict[str, Entry] = _register()
 
 CASCADES: Sequence[str] = tuple(name for name, entry in MODELS.items() if entry.stages)
 """Names of the networks with three exits."""
+
+
+def padding_of(patch_size: int, padding: int | None = None) -> int:
+    """Pixels that DeiT adds to each side of an image before it is cut into patches."""
+    return PADDING.get(patch_size, 0) if padding is None else padding
+
+
+def check_filled(name: str, img_size: int | Sequence[int]) -> None:
+    """Refuse sizes of images that the patches of a DeiT do not fill: pixels would be cut off at the lower right.
+
+    Args:
+        name: key of ``MODELS``.
+        img_size: side in pixels, or height and width.
+
+    Raises:
+        ValueError: naming the patches, and the nearest sides that work.
+    """
+    entry = MODELS[name]
+    if entry.family != "deit":
+        return  # soft splits overlap; T2T-ViT checks its own sizes
+    patches = [{**entry.options, **stage} for stage in entry.stages or ({},)]
+    sides = [(patch["patch_size"], padding_of(patch["patch_size"], patch.get("padding"))) for patch in patches]
+
+    def filled(side: int) -> bool:
+        return all(side >= patch and (side + 2 * padding) % patch == 0 for patch, padding in sides)
+
+    for side in [img_size] if isinstance(img_size, int) else img_size:
+        if not filled(side):
+            working = sorted(filter(filled, range(1, 1025)), key=lambda other: abs(other - side))
+            shown = ", ".join(f"{patch}" + f" ({padding} of padding)" * (padding > 0) for patch, padding in sides)
+            raise ValueError(
+                f"{name}: patches of {shown} pixels do not fill img_size {side}; sizes that work: "
+                f"{', '.join(map(str, sorted(working[:4])))}"
+            )
 
 
 def create_model(name: str, **options: Any) -> Cascade | Backbone:
@@ -84,8 +122,9 @@ def create_model(name: str, **options: Any) -> Cascade | Backbone:
             cascade also ``feature_reuse`` and ``relation_reuse``.
 
     Raises:
-        ValueError: if there is no such network, or its grids cannot serve ``img_size``; the message names sizes that
-            work.
+        ValueError: if there is no such network, or its grids cannot serve ``img_size``, or its patches do not fill it
+            (the published cascade of DeiTs takes 224 to 239 pixels nevertheless, as the official code); the message
+            names sizes that work.
     """
     from dvt.models.cascade import make_cascade
     from dvt.models.deit import VisionTransformer
@@ -96,9 +135,11 @@ def create_model(name: str, **options: Any) -> Cascade | Backbone:
     entry = MODELS[name]
     make = {"t2t": T2T_ViT, "deit": VisionTransformer}[entry.family]
     settings = {**entry.options, **options}
+    size = settings.get("img_size", 224)
+    if not entry.sizes:
+        check_filled(name, size)
     if not entry.stages:
         return make(**settings)
-    size = settings.get("img_size", 224)
     if entry.sizes and not {*([size] if isinstance(size, int) else size)} <= {*entry.sizes}:
         raise ValueError(
             f"{name} has grids of 7x7, 10x10 and 14x14 tokens, which img_size {size} does not give; sizes that work: "

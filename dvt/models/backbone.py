@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from common.layers import init_linear
-from dvt.models.reuse import RELATION_RATIO, Grid, TokenResize, reuse_relations
+from dvt.models.reuse import FEATURE_CHANNELS, RELATION_RATIO, Grid, TokenResize, reuse_relations
 from dvt.models.transformer_block import Block, Norm, drop_path_rates
 
 Size = int | tuple[int, int]
@@ -44,7 +44,9 @@ class Backbone(nn.Module):
         source_grid: rows and columns of tokens of the stage before; needed for either reuse.
         feature_reuse, relation_reuse: take over the features, the attention logits, of the stage before, which must
             have the same width, depth and heads.
-        options: of every block: mlp_ratio, qkv_bias, qk_scale.
+        feature_channels: of the reused features that each block receives.
+        pos_std: of a position table that is trained, at the start.
+        options: of every block: mlp_ratio, qkv_bias, qk_scale, feature_hidden.
 
     Raises:
         ValueError: if a reuse has no stage to reuse from.
@@ -68,20 +70,23 @@ class Backbone(nn.Module):
         source_grid: Grid | None = None,
         feature_reuse: bool = False,
         relation_reuse: bool = False,
+        feature_channels: int = FEATURE_CHANNELS,
+        pos_std: float = 0.02,
         **options: Any,
     ) -> None:
         super().__init__()
         self.num_classes, self.embed_dim, self.depth, self.num_heads = num_classes, embed_dim, depth, num_heads
         self.grid: Grid = embed.grid  # pyright: ignore[reportAttributeAccessIssue]
         self.source_grid, self.feature_reuse, self.relation_reuse = source_grid, feature_reuse, relation_reuse
+        self.feature_channels = feature_channels
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = pos_embed
         self.add_module(self.embed_name, embed)
         self.pos_drop = nn.Dropout(drop_rate)
         options |= {"drop": drop_rate, "attn_drop": attn_drop_rate, "norm_layer": norm_layer}
+        options |= {"feature_reuse": feature_reuse, "feature_channels": feature_channels}
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, drop_path=rate, feature_reuse=feature_reuse, **options)
-            for rate in drop_path_rates(drop_path_rate, depth)
+            Block(embed_dim, num_heads, drop_path=rate, **options) for rate in drop_path_rates(drop_path_rate, depth)
         )
         self.norm = norm_layer(embed_dim)
         if relation_reuse:
@@ -96,7 +101,7 @@ class Backbone(nn.Module):
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         if pos_embed.requires_grad:
-            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+            nn.init.trunc_normal_(self.pos_embed, std=pos_std)
         self.apply(init_linear)
 
     @property
@@ -139,7 +144,7 @@ class Backbone(nn.Module):
             relations = before.relations if self.relation_reuse else None
             matrix = self.token_resize(before.features.dtype)
         x = self.embed(images)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         x = self.pos_drop(x + self.pos_embed)
         reused: tuple[Tensor | None, ...] = (None,) * self.depth
         if relations is not None and matrix is not None:

@@ -84,7 +84,8 @@ class Block(nn.Module):
         mlp_ratio: hidden width of the MLP as a multiple of D, with reused features too.
         drop_path: rate of both branches, drawn for each by itself.
         norm_layer: makes a normalisation from its width.
-        feature_reuse: own an f_l, and have 48 more inputs in ``norm2`` and ``mlp``.
+        feature_reuse: own an f_l, and have its channels as further inputs in ``norm2`` and ``mlp``.
+        feature_channels, feature_hidden: of f_l, its output and its hidden layer.
         others: of :class:`Attention`; ``drop`` of its output, of the MLP and of f_l.
 
     Source: arXiv:2105.15075, Section 3.2.
@@ -102,10 +103,12 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         norm_layer: Norm = nn.LayerNorm,
         feature_reuse: bool = False,
+        feature_channels: int = FEATURE_CHANNELS,
+        feature_hidden: int = FEATURE_HIDDEN,
     ) -> None:
         super().__init__()
         self.feature_reuse = feature_reuse
-        inputs = dim + FEATURE_CHANNELS if feature_reuse else dim
+        inputs = dim + feature_channels if feature_reuse else dim
         self.norm1 = norm_layer(dim)
         self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -113,7 +116,7 @@ class Block(nn.Module):
         self.mlp = Mlp(inputs, int(dim * mlp_ratio), dim, drop=drop)
         if feature_reuse:  # the name is that of the published state dicts
             self.feature_resuse_mlp = nn.Sequential(
-                norm_layer(dim), Mlp(dim, FEATURE_HIDDEN, FEATURE_CHANNELS, drop=drop)
+                norm_layer(dim), Mlp(dim, feature_hidden, feature_channels, drop=drop)
             )
 
     def forward(

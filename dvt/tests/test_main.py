@@ -21,7 +21,7 @@ from common.run.settings import OptimizerSettings
 from common.tests.forks import Ended, free_port, run_forked
 from dvt import build, main
 from dvt.loading import load_network
-from dvt.models import create_model
+from dvt.models import check_filled, create_model
 
 DESK = ["--model", "DVT_desk", "--data-set", "IMNET", "--img-size", "32", "--num-classes", "6", "--epochs", "2",
         "--warmup-epochs", "0", "--cooldown-epochs", "0", "-j", "0", "--device", "cpu"]  # fmt: skip
@@ -294,3 +294,14 @@ def test_bad_data_and_checkpoints_are_named(trained, imagenet, tmp_path):
         main.main([str(imagenet), *DESK, "--num-classes", "3", "--eval_checkpoint", str(tmp_path / "three.pth")])
     with pytest.raises(ValueError, match=r"img_size 256 does not give; sizes that work: 224-226"):
         main.main([str(imagenet), "--model", "DVT_T2t_vit_12", "--img-size", "256", *SMALL])
+
+
+def test_images_that_the_patches_do_not_fill_are_not_trained_on():
+    """Of the sizes at which the published cascade of DeiTs has its grids, all but one cut pixels off."""
+    message = r"patches of 32, 23 \(3 of padding\), 16 pixels do not fill img_size 230; sizes that work: 224, "
+    with pytest.raises(ValueError, match=message):
+        main.main(["DIR", "--model", "DVT_Deit_small", "--img-size", "230"])
+    with pytest.raises(ValueError, match="do not fill img_size 33; sizes that work: 32, "):
+        main.main(["--model", "DVT_desk", "--img-size", "33"])
+    check_filled("DVT_Deit_small", 224)
+    check_filled("DVT_T2t_vit_12", 226)  # soft splits overlap

@@ -220,12 +220,12 @@ def test_what_runs_costs_the_products_of_the_resizes():
     with torch.device("meta"):
         model = create_model("DVT_desk")
     published, executed = ([getattr(c, kind) for c in count_exits(model)] for kind in ("published", "executed"))
-    tokens, heads, depth = [5, 17, 37], 4, 2
+    tokens, heads, depth, channels = [10, 17, 37], 2, 3, 12
     products = pixels = 0
     for exit, (before, now) in enumerate(itertools.pairwise(tokens), 1):
         relations = heads * depth * (before * before + now * before) * (now + -now % 8)
-        products += relations + depth * 48 * (now - 1) * (before - 1)
-        pixels += 4 * (before - 1) * (48 * depth + heads * depth * (before + now))
+        products += relations + depth * channels * (now - 1) * (before - 1)
+        pixels += 4 * (before - 1) * (channels * depth + heads * depth * (before + now))
         assert executed[exit]["matmul"] - published[exit]["matmul"] == products
         assert published[exit]["pool"] == published[exit]["upsample"] == pixels
     assert executed[0] == published[0]
@@ -302,6 +302,16 @@ def test_rectangular_images(kind):
         (lambda: T2T_ViT(img_size=250, depth=1), "gives 16x16 tokens .* position table has 225; sizes that work"),
         (lambda: T2T_ViT(embed_dim=50, num_heads=4, depth=1), "embed_dim 50 must be a multiple of num_heads 4"),
         (lambda: VisionTransformer(img_size=8), "img_size 8 is smaller than a patch of 16"),
+        (lambda: VisionTransformer(32, 12, padding=1, stem=8), "must be even, got 12 and 1"),
+        (
+            lambda: create_model("deit_small", img_size=230),
+            "16 pixels do not fill img_size 230; sizes that work: 208, 224",
+        ),
+        (
+            lambda: create_model("DVT_desk", img_size=36),
+            r"12 \(2 of padding\), 8, .* img_size 36; sizes that work: 32, 56",
+        ),
+        (lambda: create_model("DVT_desk", img_size=(32, 40)), "do not fill img_size 40"),
         (lambda: VisionTransformer(feature_reuse=True), "need source_grid"),
         (lambda: Cascade([VisionTransformer(**DESK)]), "has 3 stages, got 1"),
         (lambda: small()(torch.zeros(1, 3, 31, 32)), "takes images of 32x32 pixels, got 31x32"),
