@@ -10,9 +10,10 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.measure.benchmark import synchronize
 from common.run.engine import check_labels
@@ -51,6 +52,13 @@ class DynamicResult:
         )
 
 
+class Alone(NamedTuple):
+    """A network with one exit that is timed beside a cascade."""
+
+    network: nn.Module  # in evaluation mode, images to logits
+    gmacs: float  # what it costs, in the unit of the cascade's costs
+
+
 @torch.no_grad()
 def measure_dynamic(
     cascade: Cascade,
@@ -61,6 +69,7 @@ def measure_dynamic(
     device: torch.device,
     compiled: bool = False,
     warmup: int = 1,
+    alone: Mapping[str, Alone] | None = None,
     show: bool = True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[DynamicResult]:
@@ -73,14 +82,16 @@ def measure_dynamic(
         gflops: cumulative cost of the exits.
         compiled: compile all of it; what the first batch compiles is not timed.
         warmup: untimed passes over the first batch.
+        alone: networks that take turns with the cascade, by names that no setting has.
 
     Returns:
-        The full cascade, then each setting.
+        The full cascade, then each setting, then each of ``alone``.
     """
+    alone = alone or {}
     exits = len(gflops)
     everything = {FULL: [NOBODY] * (exits - 1) + [-NOBODY], **settings}
     classifier = DynamicClassifier(cascade, everything[FULL], compiled=compiled)
-    names = list(everything)
+    names = [*everything, *alone]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     hits = dict.fromkeys(names, 0)
     left = {name: torch.zeros(exits, dtype=torch.float64) for name in names}
@@ -93,30 +104,35 @@ def measure_dynamic(
                 classifier.warm_up(images)
             shift = number % len(names)
             for name in names[shift:] + names[:shift]:
-                classifier.set_thresholds(everything[name])
+                if name in everything:
+                    classifier.set_thresholds(everything[name])
+                run = alone[name].network if name in alone else classifier
                 for _ in range(0 if number else warmup):
-                    classifier(images)
+                    run(images)
                 synchronize(device)
                 begin = clock()
-                output = classifier(images)
+                output = run(images)
                 synchronize(device)
                 seconds[name].append(clock() - begin)
-                hits[name] += int((output.logits.argmax(dim=1).cpu() == targets).sum())
-                left[name] += torch.bincount(output.exits.cpu(), minlength=exits)
+                logits = output.logits if name in everything else output
+                hits[name] += int((logits.argmax(dim=1).cpu() == targets).sum())
+                if name in everything:
+                    left[name] += torch.bincount(output.exits.cpu(), minlength=exits)
             count += len(targets)
             line.update(len(targets))
     if not count:
         raise ValueError("early exit: no image could be read; check the folder")
     results: list[DynamicResult] = []
     for name in names:
-        shares = (left[name] / count).tolist()
-        mean = sum(share * cost for share, cost in zip(shares, gflops, strict=True))
+        shares = (left[name] / count).tolist() if name in everything else [1.0]
+        cost_of = gflops if name in everything else [alone[name].gmacs]
+        mean = sum(share * cost for share, cost in zip(shares, cost_of, strict=True))
         ratios = [full / own for full, own in zip(seconds[FULL], seconds[name], strict=True)]
         speedup, promised = sum(seconds[FULL]) / sum(seconds[name]), gflops[-1] / mean
         results.append(
             DynamicResult(
                 name=name,
-                thresholds=torch.as_tensor(everything[name]).tolist(),
+                thresholds=torch.as_tensor(everything.get(name, ())).tolist(),
                 exit_percent=[100 * share for share in shares],
                 top1_percent=100 * hits[name] / count,
                 gmacs=mean,
