@@ -1,6 +1,6 @@
 """What thresholds are found on and judged by: confidence and correctness of every exit on every image.
 
-Shared by ``inference.py``, ``pack.py`` and the desk experiment. Images are taken as the official release takes them:
+Shared by ``inference.py``, ``pack.py`` and ``evidence.py``. Images are taken as the official release takes them:
 validation resized to 256 and cropped to 224, the search set 50,000 training images drawn at random, cropped and
 flipped at random. CIFAR has its own transforms, see ``cifar.py``.
 

@@ -1,4 +1,4 @@
-"""What the ledger asks of this paper: costs and accuracy of a published row, and the desk experiment.
+"""What the ledger asks of this paper: costs and accuracy of a published row.
 
 Speeds have no entry of their own: how fast a cascade is depends on the exits that its images take, hence on trained
 weights; ``inference.py --dynamic`` measures accuracy, cost and throughput together.
@@ -15,7 +15,6 @@ from common.ledger.desk import find_weights
 from common.ledger.tables import Measured, Row
 from common.measure.flops import count_parameters, gmacs
 from common.run.checkpoint import read_checkpoint
-from dvt import desk as desk_experiment
 from dvt.costs import CONVENTION, count_exits, exit_gflops
 from dvt.models import MODELS, STAGE_NAMES, create_model
 from dvt.models.cascade import Cascade
@@ -116,7 +115,3 @@ def pick_point(row: Row, result: dict[str, Any]) -> tuple[float, str]:
         reached = [point for point in points if point[1] >= float(row.published["top1_percent"])]
         cost, value = reached[0] if reached else max(points, key=lambda point: point[1])
     return value, f", at {cost:.3f} G"
-
-
-desk = desk_experiment.run
-"""The paper's table on handwritten digits."""
