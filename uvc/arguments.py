@@ -76,6 +76,7 @@ def add_common_arguments(
     add("--mixup-switch-prob", cli.fraction, 0.5, "probability of CutMix where both are on")
     add("--mixup-mode", ("batch", "pair", "elem"), "batch", "what one mixing ratio is drawn for")
     add("--smoothing", cli.fraction, 0.1, "label smoothing")
+    add("--no-aug", bool, False, "train on images as they are validated, neither cropped at random nor flipped")
 
     add = Group(parser, "optimisation")
     add("--learning_rate", rate, 1e-4, "learning rate of the weights")
@@ -251,6 +252,7 @@ def _shared(args: argparse.Namespace, model_type: str, model_path: str | None) -
         ),
         "optimizer": OptimizerSettings.of(args, lr=args.learning_rate, clip_grad=args.max_grad_norm),
         "parts": args.gradient_accumulation_steps,
+        "augment": not args.no_aug,
         "arguments": {**vars(args), "model_type": model_type},
     }  # fmt: skip
 

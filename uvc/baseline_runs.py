@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -52,8 +52,8 @@ def prepare(model: GatedTransformer, scratch: str | None) -> None:
 
 def scoring_batches(run: Run, model: GatedTransformer, images: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Training batches up to a number of images; each rank has its own, and rank 0's scores are taken."""
-    data = replace(run.data, input_size=model.image_size[0])
-    dataset = open_split(data, "train", build_transforms(data, run.augmentation)[0])
+    data, size = run.data, model.image_size[0]
+    dataset = open_split(data, "train", build_transforms(run, size)[0])
     device, seen = next(model.parameters()).device, 0
     for inputs, labels in train_loader(dataset, batch_size=data.batch_size, workers=0, seed=data.seed):
         yield inputs.to(device), labels.to(device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from common.data.datasets import num_classes
 from common.data.loaders import eval_loader, train_loader
 from common.data.transforms import Transform, eval_transform
 from common.run.errors import DataError
-from common.run.settings import AugmentationSettings, DataSettings
+from common.run.settings import AugmentationSettings
 from uvc.settings import Run
 
 HALF = (0.5, 0.5, 0.5)
@@ -26,19 +25,21 @@ HALF = (0.5, 0.5, 0.5)
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def build_transforms(data: DataSettings, augmentation: AugmentationSettings) -> tuple[Transform, Transform]:
-    """Transforms of training and validation images to (3, size, size).
+def build_transforms(settings: Run, size: int) -> tuple[Transform, Transform]:
+    """Transforms of training and validation images to (3, size, size); without augmentation they are the same.
 
     ImageNet: random resized crop and flip, bilinear, no further augmentation; validation resizes to 256/224 of the size
     and crops the centre. CIFAR: crops of at least 5 %, validation resizes. Digits and other images of up to 32
     pixels: padded random crops.
     """
-    size = data.input_size
-    if data.data_set in ("cifar10", "cifar100"):
+    if settings.data.data_set in ("cifar10", "cifar100"):
         tail = [transforms.ToTensor(), transforms.Normalize(mean=HALF, std=HALF)]
-        crop = transforms.RandomResizedCrop((size, size), scale=(0.05, 1.0))
-        return transforms.Compose([crop, *tail]), transforms.Compose([transforms.Resize((size, size)), *tail])
-    return build_train_transform(size, augmentation), eval_transform(size, interpolation="bilinear")
+        train = transforms.Compose([transforms.RandomResizedCrop((size, size), scale=(0.05, 1.0)), *tail])
+        held_out = transforms.Compose([transforms.Resize((size, size)), *tail])
+    else:
+        train = build_train_transform(size, settings.augmentation)
+        held_out = eval_transform(size, interpolation="bilinear")
+    return (train if settings.augment else held_out), held_out
 
 
 def open_batches(settings: Run, *, size: int, data_rate: float = 1.0) -> Batches:
@@ -51,8 +52,8 @@ def open_batches(settings: Run, *, size: int, data_rate: float = 1.0) -> Batches
     Raises:
         DataError: missing or unusable data, saying what to do.
     """
-    data, batches = replace(settings.data, input_size=size), None
-    train, held_out = build_transforms(data, settings.augmentation)
+    data, batches = settings.data, None
+    train, held_out = build_transforms(settings, size)
     kept = open_split(data, "val", held_out)
     if not settings.run.eval:
         images = first_of_each_class(open_split(data, "train", train), data_rate)

@@ -122,7 +122,7 @@ class JointSettings(Settings):
 class Run:
     """What both stages take. ``optimizer`` is of the weights; ``arguments`` is what files say of the flags.
 
-    ``parts``: pieces in which a batch is taken.
+    ``parts``: pieces in which a batch is taken. ``augment``: whether training images are cropped at random and flipped.
     """
 
     data: DataSettings
@@ -133,6 +133,7 @@ class Run:
     optimizer: OptimizerSettings
     arguments: Mapping[str, Any]
     parts: int
+    augment: bool
 
 
 @dataclass(frozen=True)

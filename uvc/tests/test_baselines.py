@@ -11,7 +11,7 @@ from common.measure.flops import CONVENTIONS
 from common.run.checkpoint import load_safely, save_atomic
 from common.run.errors import DataError
 from common.run.settings import DataSettings
-from uvc import baselines
+from uvc import arguments, baselines
 from uvc.baseline_scores import (
     best,
     density_of,
@@ -23,7 +23,7 @@ from uvc.baseline_scores import (
     synflow_scores,
     taylor_scores,
 )
-from uvc.data import first_of_each_class
+from uvc.data import build_transforms, first_of_each_class
 from uvc.loading import load_masked
 from uvc.models import create
 from uvc.models.gates import register_masks
@@ -167,6 +167,13 @@ def test_a_run_too_short_for_its_pruning_events_is_refused(dense, tmp_path):
     words = ["gmp", *FLAGS, "--model_path", str(dense), "--output_dir", str(tmp_path), "--t_start", "5"]
     with pytest.raises(baselines.UsageError, match="last event is before step 12, the run has 11 steps"):
         baselines.main([*words, "--delta_t", "2", "--pruning_times", "3"])
+
+
+def test_without_augmentation_images_are_trained_on_as_they_are_validated():
+    for words, plain in ((["--no-aug"], True), ([], False)):
+        args = baselines.parse_args(["omp", *FLAGS, "--model_path", "x", *words])
+        train, held_out = build_transforms(arguments.post_run(args, args.model_type), 32)
+        assert (repr(train) == repr(held_out)) is plain
 
 
 def test_a_share_of_each_class():
