@@ -18,7 +18,7 @@ from timm.layers.mlp import Mlp
 from timm.models import vision_transformer
 from torch import Tensor, nn
 
-from uvc.models.gates import GatedTransformer
+from uvc.models.gates import GatedTransformer, check_patches_fill
 
 
 class Block(vision_transformer.Block):
@@ -69,6 +69,9 @@ class GatedDeiT(GatedTransformer):
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias, norm_eps: of the network.
         distilled: distillation token and second head.
         drop_path_rate: stochastic depth of the last block; it grows linearly with depth.
+
+    Raises:
+        UsageError: the patches do not fill the image.
     """
 
     block_class: type[Block] = Block
@@ -90,6 +93,7 @@ class GatedDeiT(GatedTransformer):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(depth, embed_dim, num_heads, mlp_ratio, num_classes, distilled=distilled)
+        check_patches_fill(img_size, patch_size)
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         self.num_patches = self.patch_embed.num_patches
         self.image_size = cast(tuple[int, int], self.patch_embed.img_size)

@@ -17,6 +17,7 @@ from timm.layers import trunc_normal_  # pyright: ignore[reportPrivateImportUsag
 from torch import Tensor, nn
 
 from common.layers import init_linear
+from common.run.errors import UsageError
 
 GATE_TAU = 0.5
 """Temperature of the blocks' Gumbel softmax."""
@@ -317,6 +318,20 @@ class GatedTransformer(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names that stage 2 does not decay."""
         return {"pos_embed", "cls_token", "dist_token"}
+
+
+def check_patches_fill(img_size: int | tuple[int, int], patch_size: int) -> None:
+    """Whether patches fill an image of such sides in pixels; a strip beside the last patch would never be seen.
+
+    Raises:
+        UsageError: they do not.
+    """
+    for side in (img_size, img_size) if isinstance(img_size, int) else img_size:
+        if side % patch_size:
+            nearest = max(1, round(side / patch_size)) * patch_size
+            raise UsageError(
+                f"--img_size {side}: patches of {patch_size} pixels do not fill it; give a multiple, such as {nearest}"
+            )
 
 
 def register_masks(model: Network) -> Network:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from common.layers import Performer, TokensToToken, sinusoid_table
 from uvc.models.deit import Block
-from uvc.models.gates import GatedTransformer
+from uvc.models.gates import GatedTransformer, check_patches_fill
 
 
 def performer_macs(performer: Performer, tokens: int) -> int:
@@ -31,6 +31,9 @@ class GatedT2TViT(GatedTransformer):
         token_dim: width e of the tokens-to-token stages.
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias, norm_eps: of the blocks.
         scale: of attention scores; None for d ** -0.5. The published pretrained models use embed_dim ** -0.5.
+
+    Raises:
+        UsageError: the tokens, one for 16 pixels of a side, do not fill the image.
     """
 
     embeds_patches_apart = False  # every token of its first stages serves several patches
@@ -51,6 +54,7 @@ class GatedT2TViT(GatedTransformer):
         scale: float | None = None,
     ) -> None:
         super().__init__(depth, embed_dim, num_heads, mlp_ratio, num_classes)
+        check_patches_fill(img_size, 16)
         self.image_size = img_size, img_size
         self.tokens_to_token = TokensToToken(self.image_size, in_chans, token_dim, embed_dim)
         self.num_patches = self.tokens_to_token.num_patches

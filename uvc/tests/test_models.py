@@ -1,9 +1,12 @@
 """Gated backbones: their gates, patches and names."""
 
+import re
+
 import pytest
 import torch
 
 from common.measure.flops import count_operations
+from common.run.errors import UsageError
 from uvc.models import MODELS, create
 from uvc.models.gates import apply_masks_, gate_weights, gumbel_softmax, register_masks, select_tokens
 from uvc.tests.model_cases import float64
@@ -145,6 +148,19 @@ def test_masks_cover_every_weight_and_zero_it():
     assert not model.blocks[0].mlp.fc1.weight[3].any()
     weights = {name.removesuffix(".weight") for name, _ in model.named_parameters() if name.endswith(".weight")}
     assert weights == {name.removesuffix(".mask") for name, _ in model.named_buffers()}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("deit_desk8", 30, "--img_size 30: patches of 8 pixels do not fill it; give a multiple, such as 32"),
+        ("deit_desk", (32, 42), "--img_size 42: patches of 4 pixels"),
+        ("t2t_vit_7", 40, "--img_size 40: patches of 16 pixels do not fill it; give a multiple, such as 32"),
+    ],
+)
+def test_sizes_that_patches_do_not_fill_are_refused(name, size, message):
+    with torch.device("meta"), pytest.raises(UsageError, match=re.escape(message)):
+        create(name, img_size=size)
 
 
 @pytest.mark.parametrize("size", [48, (32, 48)])
