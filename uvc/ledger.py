@@ -1,4 +1,4 @@
-"""What the ledger asks of this paper: costs and parameters of a published row, accuracy, and the desk experiment."""
+"""What the ledger asks of this paper: costs and parameters of a published row, and accuracy."""
 
 import re
 import shlex
@@ -12,7 +12,6 @@ from common.ledger.desk import find_weights
 from common.ledger.speeds import speeds_for_ledger
 from common.ledger.tables import Measured, NeedsCompute, Row
 from common.measure.flops import count_operations, count_parameters
-from uvc import desk as desk_experiment
 from uvc.cost_model import CostModel
 from uvc.models import create
 from uvc.models.compact import CompactViT
@@ -131,7 +130,3 @@ def accuracy(
     result = post_train.main([*words, "--device", str(device), "--output_dir", ""])
     convention = f"{result.get('images', 'all')} images, {file.name}, float32"
     return {"top1_percent": Measured(result["top1_percent"], convention, f"post_train.py --eval of {name}")}
-
-
-desk = desk_experiment.run
-"""UVC, one-shot magnitude and uniform width reduction at three budgets, on handwritten digits."""
