@@ -23,5 +23,12 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
         "embed_dim": 64, "depth": 8, "num_heads": 4, "stage_blocks": (2, 2, 2, 2),
         "img_size": 32, "patch_size": 4, "p_emb": "naive",
     },
+    "sit_lvvit_mini": {
+        "embed_dim": 64, "depth": 6, "num_heads": 4, "stage_blocks": (1, 1, 1, 3),
+        "img_size": 32, "patch_size": 8, "p_emb": "3c",
+    },
 }  # fmt: skip
-"""Name -> what it differs in from ``COMMON``; the last, for images of 32 pixels, is ours and no published row."""
+"""Name -> what it differs in from ``COMMON``."""
+
+OURS = ("sit_lvvit_desk", "sit_lvvit_mini")
+"""Sizes for images of 32 pixels, which are no published rows."""

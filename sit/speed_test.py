@@ -21,7 +21,7 @@ from pathlib import Path
 
 from common.run.cli import make_parser, positive_float, positive_int
 from common.run.program import run
-from sit.sizes import SIZES
+from sit.sizes import OURS, SIZES
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -30,7 +30,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Networks and protocol."""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    names = [name for name in SIZES if name != "sit_lvvit_desk"]
+    names = [name for name in SIZES if name not in OURS]
     add("--model", nargs="+", default=names, choices=list(SIZES), metavar="NAME",
         help="students to time, each against its teacher (default: the five published)")  # fmt: skip
     add("--protocol", default="ours", choices=("ours", "levit", "both"), help="how to time (default: ours)")

@@ -42,11 +42,11 @@ Outputs = Tensor | tuple[Tensor, Tokens] | tuple[Tensor, Tensor, Tokens]
 
 
 class _ConvStem(nn.Module):
-    """3x3 convolutions with batch norm, a GELU between them and none after the last; total stride 16.
+    """3x3 convolutions with batch norm, a GELU between them and none after the last; total stride 16, or 8 of ``3c``.
 
     Args:
         img_size: pixels; they only say how many patches there are.
-        patch_size: must be 16, the stride of the convolutions.
+        patch_size: must be the stride of the convolutions.
         embed_dim: width C; the channels are fractions of it.
     """
 
@@ -95,6 +95,12 @@ class _ConvStem(nn.Module):
         return folded
 
 
+class PatchEmbed3CG(_ConvStem):
+    """Three convolutions, each of stride 2, for patches of 8 pixels of small images; ours."""
+
+    channels, strides = (4, 2, 1), (2, 2, 2)
+
+
 class PatchEmbed4CG(_ConvStem):
     """Four convolutions, each of stride 2."""
 
@@ -126,7 +132,7 @@ class PatchEmbedNaive(nn.Module):
 
 
 STEMS: Mapping[str, type[_ConvStem] | type[PatchEmbedNaive]] = {
-    "4c": PatchEmbed4CG, "6c": PatchEmbed6CG, "naive": PatchEmbedNaive, "4cg": PatchEmbedNaive,
+    "3c": PatchEmbed3CG, "4c": PatchEmbed4CG, "6c": PatchEmbed6CG, "naive": PatchEmbedNaive, "4cg": PatchEmbedNaive,
 }  # fmt: skip
 """``p_emb`` -> stem. ``4cg``, the published default, names four convolutions and gives the single one, as published:
 the published code compares with ``4c`` and ``6c`` and takes the single convolution for anything else."""
@@ -263,8 +269,8 @@ class LVViT(nn.Module):
         keeping_ratio: tokens of a stage over those of the one before.
         distillation_type: None or ``none`` for the teacher's network, ``frd`` for the slimmed one.
         conv_distillation: add a distillation token, which follows a CNN teacher; slimmed networks only.
-        p_emb: ``4c``, ``6c``, ``naive`` (the single convolution), or ``4cg``, the published default, which is the
-            single convolution too, against its name, and warns of it; see ``STEMS``.
+        p_emb: ``3c``, ``4c``, ``6c``, ``naive`` (the single convolution), or ``4cg``, the published default, which is
+            the single convolution too, against its name, and warns of it; see ``STEMS``.
         skip_lam: divisor of the residual branches.
         with_cp: recompute each block's activations in the backward pass instead of keeping them.
         keeped_patches: tokens of each stage after the first, in place of what the ratio gives: for images of

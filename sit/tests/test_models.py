@@ -291,7 +291,7 @@ def test_other_images_with_as_many_patches_pass():
         ({"keeped_patches": (8,)}, "must have 2 numbers"),
         ({"distillation_type": "tpyo"}, "distillation_type must be one of none, frd, got 'tpyo'"),
         ({"distillation_type": "fdr"}, "got 'fdr'; did you mean 'frd'"),
-        ({"p_emb": "4x"}, "p_emb must be one of 4c, 6c, naive, 4cg, got '4x'; did you mean '4c'"),
+        ({"p_emb": "4x"}, "p_emb must be one of 3c, 4c, 6c, naive, 4cg, got '4x'; did you mean '4c'"),
         ({"img_size": (64, 60)}, "do not fill 60 pixels"),
         ({"img_size": (64, 64, 3)}, "must be whole numbers of pixels"),
         ({"drop_path_rate": [0.1], "drop_path_decay": "list"}, "needs 4 rates, one per block, got 1"),
