@@ -1,4 +1,4 @@
-"""What the ledger asks of this paper: costs, speeds and accuracy of a published row, and the desk experiment."""
+"""What the ledger asks of this paper: costs, speeds and accuracy of a published row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from common.ledger.tables import Measured, NeedsWeights, Row, load_tables
 from common.measure.benchmark import BenchmarkError, PairedSpeed
 from common.measure.flops import gmacs
 from common.run.files import ROOT
-from sit import desk as desk_experiment
 from sit.arguments import parse_args
 from sit.models import LVViT, count_published_parameters
 from sit.models.lvvit import build_lvvit, count_ops
@@ -109,7 +108,3 @@ def accuracy(
     result = main.main(words)
     convention = f"{result['images']} images, {file.name}, {'float16 autocast' if 'cuda' in str(device) else 'float32'}"
     return {"top1_percent": Measured(result["acc1"], convention, f"sit/main.py --eval {row.arguments}")}
-
-
-desk = desk_experiment.run
-"""The paper's comparison on handwritten digits."""
