@@ -119,7 +119,8 @@ def at_cost(costs: Sequence[float], top1_percent: Sequence[float], cost: float) 
 def measure_budgets(job: Job) -> Arms:
     """Early exit over the published sweep, with and without reuse, and the single networks; cost in executed MACs.
 
-    ``early exit@6x6`` costs on average what the single network of 6x6 tokens costs.
+    ``early exit@6x6`` costs on average what the single network of 6x6 tokens costs. ``best single@6x6`` is that of the
+    single networks up to this one that is right most often on the images that thresholds are found on.
     """
     alone = open_cascade(job, "none")
     single = [mmacs(stage)[0] for stage in alone.stages]
@@ -128,6 +129,10 @@ def measure_budgets(job: Job) -> Arms:
         f"single: {grid}": {"top1_percent": right, "mmacs": cost}
         for grid, right, cost in zip(GRIDS, top1, single, strict=True)
     }
+    held_out = score(job, alone, FITTED).anytime
+    for number, grid in enumerate(GRIDS):
+        best = max(range(number + 1), key=held_out.__getitem__)
+        arms[f"best single@{grid}"] = arms[f"single: {GRIDS[best]}"]
     for family, model in (("early exit", open_cascade(job, "both")), ("early exit without reuse", alone)):
         settings = sweep(job, model)
         outcome = score(job, model, TESTED).leave(mmacs(model), torch.stack(list(settings.values())))

@@ -54,6 +54,8 @@ def test_every_run_measures_what_the_claims_compare(tmp_path: Path, monkeypatch)
         assert values["top1_percent"] == pytest.approx(arms[f"exit {k} with none"]["top1_percent"], abs=1e-4)
         timed = arms[f"timed single {evidence.GRIDS[k - 1]}"]
         assert timed["top1_percent"] == pytest.approx(values["top1_percent"], abs=1e-4)
+    assert arms["best single@3x3"] == single[0]
+    assert arms["best single@6x6"] in single
     assert arms["early exit: exit 1"]["top1_percent"] == pytest.approx(arms["exit 1 with both"]["top1_percent"])
     assert arms[f"timed {FULL}"]["top1_percent"] == pytest.approx(arms["exit 3 with both"]["top1_percent"], abs=1e-4)
     assert arms[f"timed {FULL}"]["microseconds"] > arms["timed exit 1"]["microseconds"] > 0
