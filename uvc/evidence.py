@@ -34,9 +34,9 @@ MODEL = "deit_desk8"
 GATES, NO_GATES = "--glr 2 --gating_weight 3.5e-4 --gating_interval 15", "--enable_block_gating 0"
 HEADS_REMOVED = 2
 """Of the four of each block, by uniform width and ``structured``; neurons go until the cost is met, about half, too."""
-GATES_ON, GATES_OFF = 0.96, 1.02
-"""Budget of stage 1 over the share that shall be executed. Its constraint is on the cost with soft gates, which let
-through less than a block that runs, and charges values by whole heads, which costs more than what is executed."""
+GATES_ON, GATES_OFF = 0.92, 1.0
+"""Budget of stage 1 over the share that shall be executed: its constraint is on the cost with soft gates, which let
+through less than a block that runs."""
 TRIES = (0.0, 0.05, 0.1)
 """Stage 1 is run again with its budget lower by so much where no epoch's structure is within the share."""
 
