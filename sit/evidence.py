@@ -34,7 +34,7 @@ LEARNT: Mapping[str, str] = {
 }
 """What a student learns from -> flags of ``main.py``; the weights of the losses that stay are the published ones."""
 
-LIVE_TEACHER, LIVE_STUDENT, LIVE_RATIO = "--epochs 2", "--epochs 1", 0.5
+LIVE_TEACHER, LIVE_STUDENT, LIVE_RATIO = "--epochs 3", "--epochs 2", 0.5
 
 
 def folder_of(job: Job, name: str) -> Path:
