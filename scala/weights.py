@@ -65,7 +65,7 @@ def load_for_finetuning(model: Any, state: Mapping[str, Tensor], *, source: str)
         del state[key]
     found = list_key_differences(model, state)
     fresh = [key for key in found.missing if key in (*HEADS, *TOKENS)]
-    if found.mismatched or found.unexpected or len(fresh) != len(found.missing):
+    if found.mismatched or found.kinds or found.unexpected or len(fresh) != len(found.missing):
         raise CheckpointError(f"--finetune {source} does not fit the model:\n" + "\n".join(found.lines()))
     if "head.weight" in dropped and "head.weight" in own:
         logger.warning("--finetune %s: its head of %d classes is replaced by a fresh one of %d", source,

@@ -174,6 +174,8 @@ def build_run(
     manager = None
     if folder:
         manager = CheckpointManager(folder, metric=metric, higher_is_better=higher_is_better, last=last, best=best)
+        if not settings.eval:
+            manager.lock()
     if resume is not None:
         resume(state)
     elif settings.resume:

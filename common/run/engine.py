@@ -297,12 +297,16 @@ class Trainer:
         if progress.epoch >= self.epochs:
             logger.info("all %d epochs are done: nothing is left to train (more with a larger --epochs)", self.epochs)
         row: dict[str, float] = {}
-        while progress.epoch < self.epochs:
-            network.train(self.train_mode)
-            means = self.run_epoch(epoch_start)
-            if evaluate_fn is not None and self.manager is not None:
-                self.manager.save(self.state)  # a run killed while it evaluates need not train the epoch again
-            row = self.finish_epoch(means, evaluate_fn)
+        try:
+            while progress.epoch < self.epochs:
+                network.train(self.train_mode)
+                means = self.run_epoch(epoch_start)
+                if evaluate_fn is not None and self.manager is not None:
+                    self.manager.save(self.state)  # a run killed while it evaluates need not train the epoch again
+                row = self.finish_epoch(means, evaluate_fn)
+        finally:
+            if self.manager is not None:
+                self.manager.unlock()
         return row
 
     def run_epoch(self, epoch_start: Callable[[int], None] | None) -> Means:

@@ -1,12 +1,17 @@
 """The checkout's root, checkpoints that must be there, and writing a file so that nobody ever reads a part of it."""
 
 import contextlib
+import fcntl
 import os
-from collections.abc import Iterator
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 from common.run.errors import CheckpointError, UsageError
+from common.run.program import get_logger
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout: the folder that holds ``common`` and the papers."""
@@ -51,6 +56,42 @@ def make_folder(path: Path) -> None:
         raise UsageError(f"cannot write to the output folder {path} (permission denied); name another")
 
 
+def lock_folder(folder: Path, name: str = ".lock") -> Callable[[], None]:
+    """Keep a folder for one run: no other process gets it until this one calls what is returned, or ends.
+
+    The system releases the lock of a process that died, also of one on another host where the folder is shared, and
+    after a restart. Where a file system knows no locks, that is said.
+
+    Raises:
+        UsageError: another run has it; the message says which.
+    """
+    path = folder / name
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            owner = os.read(descriptor, 1000).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise UsageError(
+                f"{folder} is in use by another run ({owner or 'unknown'}), and two would overwrite each other; "
+                "wait until it ends, stop it, or name another folder"
+            ) from error
+        except OSError as error:
+            get_logger(__name__).warning("%s: cannot be locked (%s); start no second run", folder, error.strerror)
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            break
+        os.close(descriptor)  # its owner took the file away in between
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n".encode())
+
+    def release() -> None:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+    return release
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of ``path`` when the block ends; until then, and after an error, the old one
@@ -60,9 +101,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     at every moment, also after a power cut. Missing parent folders are made.
     """
     make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -3,11 +3,14 @@ import collections
 import hashlib
 import http.server
 import logging
+import multiprocessing
 import os
 import pathlib
 import pickle
 import signal
 import threading
+import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,8 @@ from common.run.checkpoint import (
     save_atomic,
     select_state,
 )
-from common.run.files import check_files
+from common.run.errors import UsageError
+from common.run.files import check_files, replacing
 from common.tests.forks import run_forked
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,8 +290,49 @@ def test_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     assert ended.status == -signal.SIGKILL
     assert load_safely(file) == {"x": 1}
     assert len(list(tmp_path.iterdir())) == 2  # the half-written one beside it
-    CheckpointManager(tmp_path)
+    CheckpointManager(tmp_path).lock()
     assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
+
+
+def test_a_folder_is_one_run_s_until_it_ends_or_dies(tmp_path: Path) -> None:
+    inside, ended = multiprocessing.Pipe(duplex=False)
+
+    def hold() -> None:
+        manager = CheckpointManager(tmp_path)
+        manager.lock()
+        (tmp_path / ".last.pth.0123.tmp").write_bytes(b"half of a file")
+        ended.send(os.getpid())
+        time.sleep(60)
+
+    process = multiprocessing.get_context("fork").Process(target=hold)
+    process.start()
+    assert inside.poll(30)
+    owner = inside.recv()
+    try:
+        with pytest.raises(UsageError, match=rf"in use by another run \(process {owner} on .* since 20"):
+            CheckpointManager(tmp_path).lock()
+        assert (tmp_path / ".last.pth.0123.tmp").exists()
+    finally:
+        process.kill()
+        process.join()
+    manager = CheckpointManager(tmp_path)
+    manager.lock()
+    assert not (tmp_path / ".last.pth.0123.tmp").exists()
+    manager.unlock()
+
+    def take() -> None:
+        CheckpointManager(tmp_path).lock()
+
+    (free,) = run_forked(take)
+    assert free.status == 0
+
+
+def test_temporary_names_cannot_be_guessed(tmp_path: Path) -> None:
+    names = set()
+    for _ in range(3):
+        with replacing(tmp_path / "x"):
+            names |= {path.name for path in tmp_path.glob(".x.*.tmp")}
+    assert len(names) == 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -409,6 +454,73 @@ def test_a_model_without_storage_is_refused() -> None:
         model = nn.Linear(2, 2)
     with pytest.raises(CheckpointError, match="meta device"):
         load_strict(model, nn.Linear(2, 2).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("levels", "shared", "legacy"), [(40, True, False), (40, True, True), (200_000, False, False)], ids=str
+)
+def test_tuples_without_end_are_refused_at_once(tmp_path: Path, levels: int, shared: bool, legacy: bool) -> None:
+    each = b"0h\x00h\x00\x86q\x00" if shared else b"\x85"
+    bomb = b"\x80\x02})q\x00" + each * levels + b"K\x01s."
+    path = tmp_path / "bomb.pth"
+    torch.save({}, path, _use_new_zipfile_serialization=not legacy)
+    if legacy:
+        content = path.read_bytes()
+        empty = b"\x80\x02}q\x00."
+        assert content.count(empty) == 1
+        path.write_bytes(content.replace(empty, bomb))
+    else:
+        with zipfile.ZipFile(path) as archive:
+            parts = {entry: archive.read(entry) for entry in archive.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            for entry, content in parts.items():
+                archive.writestr(entry, bomb if entry.endswith("data.pkl") else content)
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"bomb\.pth: its tuples lie in each other or share parts without end"):
+        load_safely(path)
+    assert time.monotonic() - started < 5
+
+
+def test_shared_tuples_of_a_usual_size_are_read(tmp_path: Path) -> None:
+    shared = (1, (2, 3))
+    torch.save({"a": [shared, shared], "b": (shared, shared), ("k", shared): 1}, tmp_path / "shared.pth")
+    found = load_safely(tmp_path / "shared.pth")
+    assert found == {"a": [shared, shared], "b": (shared, shared), ("k", shared): 1}
+
+
+def test_compressed_archives_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "small.pth"
+    torch.save({"x": torch.zeros(1000)}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {entry: archive.read(entry) for entry in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry, content in parts.items():
+            archive.writestr(entry, content)
+    with pytest.raises(CheckpointError, match=r"small\.pth: found a compressed archive"):
+        load_safely(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "finding"),
+    [
+        (lambda state: state | {"weight": state["weight"].to(torch.complex64)}, r"weight \(complex64\)"),
+        (lambda state: state | {"weight": state["weight"].to_sparse()}, r"weight \(sparse_coo\)"),
+        (lambda state: state | {"weight": state["weight"].to("meta")}, r"weight \(without data\)"),
+        (lambda state: state | {"bias": state["bias"] * float("nan")}, r"bias \(not finite\)"),
+        (lambda state: state | {7: state["bias"]}, r"7 \(the name is a int\)"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_named(change: Any, finding: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"f holds tensors that are no weights: {finding}"):
+        select_state(change(dict(nn.Linear(2, 2).state_dict())), source="f")
+
+
+def test_whole_numbers_for_weights_are_named() -> None:
+    state = {key: value.to(torch.int8) for key, value in nn.Linear(2, 2).state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"different kind of numbers \(2\):\n  weight: model float32, file int8"):
+        load_strict(nn.Linear(2, 2), state, source="f")
+    halves = {key: value.half() for key, value in nn.Linear(2, 2).state_dict().items()}
+    load_strict(nn.Linear(2, 2), halves, source="f")
 
 
 def test_weights_are_found_in_the_usual_places() -> None:

@@ -164,8 +164,6 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         CheckpointError: if the file cannot be read, or listing every key that is missing, unexpected or misshapen.
     """
     state = select_state(load_safely(path), source=str(path))
-    if odd := [f"{key} ({kind})" for key, value in state.items() if (kind := _oddity(value))]:
-        raise CheckpointError(f"{path} holds tensors that are no weights: {', '.join(odd[:5])}; expected real numbers")
     dtype = torch.get_default_dtype()
     try:
         state = adapt_state(model, state)
@@ -176,16 +174,6 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"{path} does not fit {type(model).__name__}:\n{lines}")
     state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
     model.load_state_dict(state, assign=True)
-
-
-def _oddity(value: Any) -> str:
-    """What keeps an entry of a checkpoint from being a weight or a counter; empty if nothing does."""
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    if value.is_meta or value.layout is not torch.strided:
-        return "without data" if value.is_meta else str(value.layout).removeprefix("torch.")
-    counter = value.dim() == 0 and value.dtype == torch.int64  # BatchNorm's num_batches_tracked
-    return "" if value.is_floating_point() or counter else str(value.dtype).removeprefix("torch.")
 
 
 def adapt_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -140,19 +140,18 @@ def test_every_difference_is_listed(tmp_path):
 @pytest.mark.parametrize(
     ("change", "finding"),
     [
-        (lambda value: value.to(torch.int64), "int64"),
-        (lambda value: value.to(torch.complex64), "complex64"),
-        (lambda value: value.to_sparse(), "sparse_coo"),
-        (lambda value: value.to("meta"), "without data"),
+        (lambda value: value.to(torch.int64), "kind of numbers \\(1\\):\n  class_token: model float32, file int64"),
+        (lambda value: value.to(torch.complex64), "no weights: class_token \\(complex64\\)"),
+        (lambda value: value.to_sparse(), "no weights: class_token \\(sparse_coo\\)"),
+        (lambda value: value.to("meta"), "no weights: class_token \\(without data\\)"),
+        (lambda value: value / 0, "no weights: class_token \\(not finite\\)"),
     ],
 )
 def test_tensors_that_are_no_weights_are_named(tmp_path, change, finding):
     state = tiny().state_dict()
     state["class_token"] = change(state["class_token"])
     torch.save(state, tmp_path / "odd.pth")
-    with pytest.raises(
-        CheckpointError, match=rf"odd\.pth holds tensors that are no weights: class_token \({finding}\)"
-    ):
+    with pytest.raises(CheckpointError, match=rf"odd\.pth [^$]*{finding}"):
         weights.load_weights(tiny(2), tmp_path / "odd.pth")
 
 

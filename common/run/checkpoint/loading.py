@@ -22,15 +22,20 @@ MOST_LISTED = 10
 
 @dataclass(frozen=True)
 class KeyDifferences:
-    """How a state differs from a model; ``mismatched`` holds (key, shape in the model, shape in the state)."""
+    """How a state differs from a model.
+
+    ``mismatched`` holds (key, shape in the model, shape in the state), ``kinds`` (key, type in the model, in the
+    state).
+    """
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
+    kinds: tuple[tuple[str, str, str], ...] = ()
     tolerated: tuple[str, ...] = field(default=(), compare=False)
 
     def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.mismatched)
+        return bool(self.missing or self.unexpected or self.mismatched or self.kinds)
 
     def lines(self) -> Iterable[str]:
         """The differences by kind, one per line; of many the first, and how many more."""
@@ -39,6 +44,7 @@ class KeyDifferences:
             ("missing, in the model but not in the file", self.missing),
             ("unexpected, in the file but not in the model", self.unexpected),
             ("different shape", shapes),
+            ("different kind of numbers", [f"{key}: model {model}, file {file}" for key, model, file in self.kinds]),
         ):
             if found:
                 yield f"{kind} ({len(found)}):"
@@ -60,7 +66,16 @@ def list_key_differences(model: nn.Module, state: Mapping[str, Any]) -> KeyDiffe
         missing=tuple(key for key in own if key not in state),
         unexpected=tuple(str(key) for key in state if key not in own),
         mismatched=tuple((key, tuple(own[key].shape), shapes[key]) for key in differ),
+        kinds=tuple(
+            (key, _kind(value), _kind(state[key]))
+            for key, value in own.items()
+            if key in state and key not in differ and value.is_floating_point() != state[key].is_floating_point()
+        ),
     )
+
+
+def _kind(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
 
 
 def load_strict(
@@ -90,7 +105,7 @@ def load_strict(
     missing, unexpected = (
         tuple(key for key in keys if key not in tolerated) for keys in (found.missing, found.unexpected)
     )
-    rest = KeyDifferences(missing, unexpected, found.mismatched, tolerated)
+    rest = KeyDifferences(missing, unexpected, found.mismatched, found.kinds, tolerated)
     if rest:
         raise CheckpointError(f"{os.fspath(source)} does not fit {type(model).__name__}:\n" + "\n".join(rest.lines()))
     if any(value.is_meta for value in model.state_dict().values() if isinstance(value, Tensor)):

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import pathlib
 import pickletools
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ from common.run.errors import CheckpointError
 from common.run.files import existing_file
 
 NUMERIC_KINDS = "biufcSU"
+MOST_SHARED = 10_000_000
+"""values in a tuple, those that it holds more than once counted each time"""
+DEEPEST = 1_000
+"""tuples in each other"""
 
 
 class _Dtype:
@@ -126,7 +131,8 @@ def _finish(value: Any, seen: dict[int, Any]) -> Any:
         for key, item in vars(value).items():
             setattr(value, key, _finish(item, seen))
     elif type(value) is tuple:
-        value = tuple(_finish(item, seen) for item in value)
+        seen[id(value)] = finished = tuple(_finish(item, seen) for item in value)
+        return finished
     return value
 
 
@@ -147,6 +153,8 @@ def _describe(path: Path) -> str | None:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = {name.partition("/")[2] for name in archive.namelist()}
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                return "found a compressed archive, which torch never writes; unpacked it could be of any size"
         if "constants.pkl" in names:
             return "found a TorchScript archive, which holds code; expected weights alone"
         if "data.pkl" not in names:
@@ -158,6 +166,52 @@ def _describe(path: Path) -> str | None:
     if not head.startswith((b"PK", b"\x80")) and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
         return f"found a text file of {size} bytes that begins with {head[:40].decode('ascii')!r}"
     return None
+
+
+def _check_work(path: Path) -> None:
+    """Refuse tuples that share parts so often that going through them, as for their hash, takes practically forever.
+
+    A tuple of two times the same tuple, forty levels deep, takes 200 bytes and 2 ** 40 steps. Lists and dicts have no
+    hash, and are gone through once. Nothing is executed: sizes alone pass through the stack.
+    """
+    with contextlib.ExitStack() as stack:
+        if zipfile.is_zipfile(path):
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            name = next(name for name in archive.namelist() if name.partition("/")[2] == "data.pkl")
+            streams, file = 1, io.BytesIO(archive.read(name))
+        else:
+            streams, file = 5, stack.enter_context(open(path, "rb"))  # three of a head, the content, and its storages
+        for _ in range(streams):
+            with contextlib.suppress(ValueError, IndexError, KeyError):  # a damaged pickle is found by who reads it
+                _check_sizes(pickletools.genops(file))
+
+
+def _check_sizes(operations: Iterable[tuple[pickletools.OpcodeInfo, Any, int | None]]) -> None:
+    """Follow (values in it, levels of it) of everything on the stack of a pickle."""
+    stack: list[tuple[int, int] | None] = []  # None: a mark
+    memo: dict[Any, tuple[int, int] | None] = {}
+    for operation, argument, _ in operations:
+        name, before = operation.name, operation.stack_before
+        if "GET" in name:
+            stack.append(memo[argument])
+        elif name == "MEMOIZE" or "PUT" in name:
+            memo[len(memo) if argument is None else argument] = stack[-1]
+        elif name == "DUP":
+            stack.append(stack[-1])
+        else:
+            taken = []
+            marked = pickletools.markobject in before
+            while marked and (found := stack.pop()) is not None:
+                taken.append(found)
+            taken += [stack.pop() or (0, 0) for _ in range(len(before) - 2 * marked)]
+            if pickletools.markobject in operation.stack_after:
+                stack.append(None)
+            elif operation.stack_after:
+                held = taken if name.startswith("TUPLE") else []
+                size, depth = 1 + sum(size for size, _ in held), 1 + max((depth for _, depth in held), default=0)
+                if size > MOST_SHARED or depth > DEEPEST:
+                    raise CheckpointError("its tuples lie in each other or share parts without end")
+                stack.append((size, depth))
 
 
 def _pickled_names(path: Path) -> str:
@@ -224,10 +278,11 @@ def load_safely(path: str | os.PathLike[str]) -> Any:
             from safetensors.torch import load_file  # only where such a file is read
 
             return load_file(path)
+        _check_work(path)
         with torch.serialization.safe_globals(_safe_globals()):
             return _finish(torch.load(path, map_location="cpu", weights_only=True), {})
-    except CheckpointError:
-        raise
+    except CheckpointError as error:
+        raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}; {again}") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
     except Exception as error:  # a damaged or hostile file can fail in any way; all of them are this one finding
@@ -263,7 +318,8 @@ def select_state(checkpoint: Any, keys: Sequence[str] = ("model", "state_dict"),
     The prefixes of DistributedDataParallel (``module.``) and torch.compile (``_orig_mod.``) are removed.
 
     Raises:
-        CheckpointError: nothing in it maps names to tensors.
+        CheckpointError: nothing in it maps names to tensors; or one of them is sparse, without data, complex, or holds
+            NaN or infinity.
     """
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f"{source}: found a {type(checkpoint).__name__}, expected a dict of weights")
@@ -278,10 +334,23 @@ def select_state(checkpoint: Any, keys: Sequence[str] = ("model", "state_dict"),
             f"{source}: expected weights under one of the keys {', '.join(keys)} or at the top level, found the keys "
             f"{some([str(key) for key in checkpoint])}"
         )
+    if odd := [f"{key} ({kind})" for key, value in state.items() if (kind := _oddity(key, value))]:
+        raise CheckpointError(f"{source} holds tensors that are no weights: {some(odd)}; expected finite real numbers")
     for prefix in ("module.", "_orig_mod."):
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return dict(state)
+
+
+def _oddity(key: Any, value: Tensor) -> str:
+    """What keeps an entry of a checkpoint from being a weight, a counter or a mask; empty if nothing does."""
+    if not isinstance(key, str):
+        return f"the name is a {type(key).__name__}"
+    if value.is_meta or value.layout is not torch.strided:
+        return "without data" if value.is_meta else str(value.layout).removeprefix("torch.")
+    if value.is_complex() or value.is_quantized:
+        return str(value.dtype).removeprefix("torch.")
+    return "" if not value.is_floating_point() or value.isfinite().all() else "not finite"
 
 
 def some(names: Sequence[str], limit: int = 8) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from common.run.checkpoint.loading import load_strict
 from common.run.checkpoint.reading import load_safely, select_state, some
 from common.run.checkpoint.writing import plain, save_atomic
 from common.run.errors import CheckpointError
-from common.run.files import make_folder, stale
+from common.run.files import lock_folder, make_folder, stale
 from common.run.launch import gather_objects, get_world_size, main_process_first
 from common.run.program import get_logger, get_rank, is_main
 from common.run.wrapping import unwrap
@@ -233,10 +234,24 @@ class CheckpointManager:
         self.metric = metric
         self.higher_is_better = higher_is_better
         self.last, self.best = self.folder / last, self.folder / best
+        self._unlock: Callable[[], object] = lambda: None
         if is_main():
             make_folder(self.folder)
+
+    def lock(self) -> None:
+        """Keep the folder for this run until :meth:`unlock` or the end of the process, and clear up after killed ones.
+
+        Raises:
+            UsageError: another run has it.
+        """
+        if is_main():
+            self._unlock = weakref.finalize(self, lock_folder(self.folder))
             for half in (*stale(self.last), *stale(self.best)):
                 half.unlink(missing_ok=True)
+
+    def unlock(self) -> None:
+        """Let other runs have the folder; nothing without a lock."""
+        self._unlock()
 
     def improves(self, value: float, best: float | None) -> bool:
         """Strictly better; a value that is no number never is."""
