@@ -158,6 +158,9 @@ class ScalaAugmentation(AugmentationSettings):
     """DeiT's augmentation, and DeiT III's."""
 
     hflip: float = flag(0.5, "probability of a flip; digits: 0", type=fraction, metavar="P")
+    crop_padding: int = flag(
+        4, "border in pixels of images of up to 32, which are cropped at random", type=count, metavar="N"
+    )
     ThreeAugment: bool = flag(False, "3-Augment instead of --aa", "--ThreeAugment")
     src: bool = flag(False, "simple random crop, with --ThreeAugment")
 

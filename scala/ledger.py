@@ -1,4 +1,4 @@
-"""What the ledger asks of this paper: cost and accuracy of a published row, and the desk experiment."""
+"""What the ledger asks of this paper: cost and accuracy of a published row."""
 
 import shlex
 from dataclasses import replace
@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 
-from common.ledger.cache import FOLDER
 from common.ledger.desk import find_weights
-from common.ledger.tables import DeskTable, Measured, NeedsData, NeedsWeights, Row, load_tables
+from common.ledger.tables import Measured, NeedsData, NeedsWeights, Row, load_tables
 from common.measure.flops import gmacs
 from common.run.files import ROOT
-from scala import desk as desk_experiment
 from scala import linear_probe, main_scala
 from scala.arguments import NetworkSettings, given
 from scala.build import build_model
@@ -145,8 +143,3 @@ def weights_of(row: Row, folder: Path | None) -> Path:
     if row.checkpoint is not None and row.series != "separate training":  # one name for four networks there
         names.append(row.checkpoint.name)
     return find_weights([file for name in names for file in (f"{name}.pth", f"{name}/checkpoint.pth")], folder)
-
-
-def desk(*, folder: Path | None = None, device: torch.device | str, force: bool, progress: bool) -> DeskTable:
-    """The paper's first table on handwritten digits."""
-    return desk_experiment.run(folder or FOLDER / "desk" / "scala", device=device, force=force, progress=progress)

@@ -96,8 +96,9 @@ def train_widths(
     assert network.granularity is not None
     grid = WidthGrid(network.smallest_ratio, network.largest_ratio, network.granularity)
     transform = build_train_transform(
-        data.input_size, augmentation, three_augment=augmentation.ThreeAugment, simple_random_crop=augmentation.src
-    )
+        data.input_size, augmentation, three_augment=augmentation.ThreeAugment, simple_random_crop=augmentation.src,
+        crop_padding=augmentation.crop_padding,
+    )  # fmt: skip
     batches = build_loaders(
         data, augmentation, classes=classes, eval_batch_size=int(1.5 * data.batch_size), train=transform
     )

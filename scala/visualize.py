@@ -2,7 +2,7 @@
 
     python scala/visualize.py --output docs/plots/scala-channels.png
     python scala/visualize.py --embed-dim 768 --granularity 0.0625 --output channels.png
-    python scala/visualize.py --checkpoint .cache/leanvit/desk/scala/scala-x4/checkpoint.pth --output widths.png
+    python scala/visualize.py --checkpoint log/digits/checkpoint.pth --output widths.png
 
 Without a checkpoint nothing is trained or measured: a bar per width is what ``slicing.SliceRule`` cuts of a layer and
 of its fused projection; channels that a width shares with the smallest are dark. With a checkpoint of a plain ViT

@@ -31,13 +31,14 @@ def train_transform(
     erase_count: int = 1,
     three_augment: bool = False,
     simple_random_crop: bool = False,
+    crop_padding: int = 4,
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> transforms.Compose:
     """Training transform of a (3, size, size) tensor; the defaults are DeiT's.
 
     Random resized crop, flip, RandAugment (or colour jitter where ``auto_augment`` is empty), normalisation, random
-    erasing. At ``size`` <= 32 the crop becomes a random crop of the image padded by 4, as in DeiT.
+    erasing. At ``size`` <= 32 the crop becomes a random crop of the padded image, as in DeiT.
 
     Args:
         size: side of the result in pixels.
@@ -48,6 +49,7 @@ def train_transform(
         three_augment: DeiT III's 3-Augment (one of greyscale, solarise, blur, then colour jitter, no erasing) in
             place of ``auto_augment`` and the erasing.
         simple_random_crop: with ``three_augment``, resize and crop after a reflected border of 4 pixels.
+        crop_padding: pixels around an image of up to 32; 4 in DeiT.
 
     Source: DeiT, arXiv:2012.12877, Table 9; DeiT III, arXiv:2204.07118, section 3.
     """
@@ -75,7 +77,7 @@ def train_transform(
         border = transforms.RandomCrop(size, padding=4, padding_mode="reflect")
         pipeline.transforms = [transforms.Resize(size, interpolation=_mode(interpolation)), border, *rest]
     elif size <= SMALL and scale is None and ratio is None:
-        pipeline.transforms = [transforms.RandomCrop(size, padding=4), *rest]
+        pipeline.transforms = [transforms.RandomCrop(size, padding=crop_padding), *rest]
     else:
         pipeline.transforms = [crop, *rest]
     return accept_zero_bits(pipeline)

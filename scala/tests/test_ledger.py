@@ -132,31 +132,3 @@ def test_gain_of_probing_is_over_a_probe_of_the_separate_network(tmp_path: Path)
     assert found.value == 0  # one class
     assert found.source.endswith("minus 100.000 % of scala_b/b-separate-0.50")
     assert found.convention.startswith("1 clips")
-
-
-def test_desk_table_of_given_accuracies() -> None:
-    """The table says what was measured, whichever way it falls."""
-    from scala import desk
-
-    top1 = {name: {r: 10.0 * index + r for r in desk.RATIOS} for index, name in enumerate(desk.NETWORKS)}
-    table = desk.make_table(top1)
-    assert [row["networks"] for row in table.rows] == [4, 1, 1]
-    assert table.rows[1]["r_0.25"] == 10.25
-    assert "+20.0, +20.0, +20.0, +20.0" in table.notes[2]
-    main_scala.parse_args([*desk.NETWORK.split(), *desk.RECIPE.split()])
-
-
-@pytest.mark.slow
-def test_desk_experiment_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Every training and evaluation of it, for one epoch of large batches."""
-    from scala import desk
-
-    monkeypatch.setattr(desk, "EPOCHS", 1)
-    recipe = desk.RECIPE.replace("--batch-size 32", "--batch-size 400").replace("--epochs 36", "--epochs 1")
-    monkeypatch.setattr(desk, "RECIPE", recipe)
-    monkeypatch.setattr(desk, "NETWORK", desk.NETWORK.replace("--workers 1", "--workers 0"))
-    table = ledger.desk(folder=tmp_path, device="cpu", force=True, progress=False)
-    assert [row["method"] for row in table.rows] == ["separate training", "sliced without Scala", "Scala, X = 4"]
-    assert all(0 <= row[f"r_{ratio:.2f}"] <= 100 for row in table.rows for ratio in desk.RATIOS)
-    separate, sliced = table.rows[:2]
-    assert separate["r_1.00"] == sliced["r_1.00"]  # the same network
