@@ -24,7 +24,8 @@ def packed(tmp_path_factory) -> Path:
     torch.manual_seed(3)
     model = create_model("DVT_desk", num_classes=6)
     for stage in model.stages:  # pyright: ignore[reportAttributeAccessIssue]
-        stage.head.weight.data.normal_(std=0.4)
+        stage.embed.proj.weight.data *= 10  # what tells images apart
+        stage.head.weight.data.normal_(std=0.2)
     ramp = torch.linspace(0.2, 0.9, 59)
     file = tmp_path_factory.mktemp("packed") / "packed.pth.tar"
     content = {
