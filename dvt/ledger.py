@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from common.ledger.desk import find_weights
 from common.ledger.tables import Measured, Row
+from common.ledger.weights import find_weights
 from common.measure.flops import count_parameters, gmacs
 from common.run.checkpoint import read_checkpoint
 from dvt.costs import CONVENTION, count_exits, exit_gflops

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.ledger.desk import find_weights
 from common.ledger.speeds import speeds_for_ledger
 from common.ledger.tables import Measured, NeedsWeights, Row
+from common.ledger.weights import find_weights
 from common.measure.benchmark import random_images
 from common.measure.flops import Counted, count_parameters, gmacs
 from hourglass_swag.models import REGISTRY

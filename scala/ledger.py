@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from common.ledger.desk import find_weights
 from common.ledger.tables import Measured, NeedsData, NeedsWeights, Row, load_tables
+from common.ledger.weights import find_weights
 from common.measure.flops import gmacs
 from common.run.files import ROOT
 from scala import linear_probe, main_scala

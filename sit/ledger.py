@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.ledger.desk import find_weights
 from common.ledger.results import Record
 from common.ledger.speeds import record_of as row_record
 from common.ledger.speeds import speeds_for_ledger
 from common.ledger.tables import Measured, NeedsWeights, Row, load_tables
+from common.ledger.weights import find_weights
 from common.measure.benchmark import BenchmarkError, PairedSpeed
 from common.measure.flops import gmacs
 from common.run.files import ROOT

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.ledger.desk import find_weights
 from common.ledger.speeds import speeds_for_ledger
 from common.ledger.tables import Measured, NeedsCompute, Row
+from common.ledger.weights import find_weights
 from common.measure.flops import count_operations, count_parameters
 from uvc.cost_model import CostModel
 from uvc.models import create

@@ -88,7 +88,7 @@ def cached(
     once. An entry that cannot be read, or that belongs to another job, is computed again and replaced.
 
     Args:
-        job: what is computed: words, numbers, lists; the first says the kind ("costs", "speeds", "desk").
+        job: what is computed: words, numbers, lists; the first says the kind ("costs", "speeds", "live").
         compute: makes the result, which must survive JSON.
         files: source files whose content the result depends on.
         force: compute in any case, and replace the entry.

@@ -126,6 +126,8 @@ class Renderer:
             raise KeyError(f"there is no {what} {name!r}; the {what}s are {', '.join(known)}")
         if kind == "table":
             return markdown_of(self.views[name])
+        if not any(self.figures[name].panels.values()):
+            return "*Nothing is recorded yet.*"
         return f"![{self.figures[name].title}]({os.path.relpath(self.plot_path(name), path.parent)})"
 
 
@@ -169,9 +171,10 @@ def render_all(root: Path = ROOT, only: str | None = None, *, check: bool = Fals
     renewed = {path: renderer.render(text, path) for path, text in texts.items()}
     changed = [path for path in texts if renewed[path] != texts[path]]
     keys = dict.fromkeys(key for text in texts.values() for key in _plots(text))
+    keys = [key for key in keys if any(renderer.figures[key].panels.values())] if only in (None, "plot") else []
     if check:
         return changed + [path for path in map(renderer.plot_path, keys) if not path.exists()]
-    for key in keys if only in (None, "plot") else ():
+    for key in keys:
         write_atomic(renderer.plot_path(key), *draw(renderer.figures[key], "png"))
     for path in changed:
         write_atomic(path, renewed[path])

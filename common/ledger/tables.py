@@ -152,28 +152,6 @@ class OwnTable:
         return f"{self.paper}-{self.kind}"
 
 
-@dataclass(frozen=True)
-class DeskTable:
-    """The paper's table at desk size: measured here, on small real images, with nothing published to compare to."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Mapping[str, Any]]
-    """one mapping per row, by column: text, number or None"""
-    notes: Sequence[str] = ()
-    plot: Mapping[str, str] = field(default_factory=dict)
-    """``x`` and ``y``: columns to draw; ``label``: column with the text of a point; ``series``: column that groups"""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.notes, str):
-            object.__setattr__(self, "notes", (self.notes,) if self.notes else ())
-        for index, row in enumerate(self.rows):
-            if unknown := sorted(set(row) - set(self.columns)):
-                raise TableError(f"desk table {self.title!r}, row {index}: columns {unknown} are not declared")
-        if unknown := sorted(set(self.plot.values()) - set(self.columns)):
-            raise TableError(f"desk table {self.title!r}: plot names unknown columns {unknown}")
-
-
 def _is_column(name: str) -> str:
     try:
         column(name)
