@@ -133,7 +133,9 @@ def _styles(panels: Mapping[str, Sequence[Series]]) -> dict[str, tuple[str, str]
     """Colour and marker of each series, the same in all panels."""
     lines = {line.name: line for series in panels.values() for line in series}
     names = [name for name, line in lines.items() if not line.baseline and line.marked]
-    styles = {name: (COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)}
+    styles = {
+        name: (COLORS[i % len(COLORS)], MARKERS[(i + i // len(COLORS)) % len(MARKERS)]) for i, name in enumerate(names)
+    }
     return {name: styles.get(name, (INK, "*" if line.marked else "none")) for name, line in lines.items()}
 
 
@@ -173,7 +175,7 @@ def _clip_outliers(axes: Any, series: Sequence[Series], styles: Mapping[str, tup
                 f"\N{DOWNWARDS ARROW} {', '.join(f'{y:g}' for _, y in below)}",
                 (statistics.mean(x for x, _ in below), 0.012),
                 xycoords=("data", "axes fraction"),
-                ha="right",
+                ha="center",
                 va="bottom",
                 fontsize=8.5,
                 color=styles[line.name][0],

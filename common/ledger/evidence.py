@@ -379,7 +379,9 @@ def figure(paper: str, *, root: Path = ROOT) -> Figure:
             mean = [float(np.mean([values[key] for values in found])) for key in ("mmacs", "top1_percent")]
             line.add((mean[0], mean[1]), "dense" if arm == "dense" else "")
     title = f"{paper}: mean of {len(seeds)} networks trained on Fashion-MNIST"
-    return Figure(f"{paper}-evidence", title, "millions of MACs", "top-1 accuracy (%)", {"": list(series.values())})
+    return Figure(
+        f"{paper}-evidence", title, "millions of MACs", "top-1 accuracy (%)", {"": list(series.values())}, clip=True
+    )
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
