@@ -73,7 +73,7 @@ def open_fashion(name: str, root: str | Path | None, split: str, transform: Any,
         images, labels = read_idx(_folder_of_idx(root, download), split)
     else:
         source = "train" if name == "fashion_tune" else split
-        images, labels = _shipped(source)
+        images, labels = _shipped(FASHION, source)
     if name == "fashion_tune":
         order = np.argsort(labels, kind="stable")  # so that every sixth of a class is every sixth of all
         held_out = np.zeros(len(labels), bool)
@@ -84,9 +84,9 @@ def open_fashion(name: str, root: str | Path | None, split: str, transform: Any,
 
 
 @cache
-def _shipped(source: str) -> tuple[np.ndarray, np.ndarray]:
+def _shipped(file: Path, source: str) -> tuple[np.ndarray, np.ndarray]:
     """Unpacked once a process: it takes as long as an epoch of a tiny network."""
-    with np.load(FASHION, allow_pickle=False) as content:
+    with np.load(file, allow_pickle=False) as content:
         return content[f"{source}_images"], content[f"{source}_labels"]
 
 

@@ -179,10 +179,7 @@ def test_wrong_flags_and_missing_weights(capsys):
 
 def test_outputs_that_are_not_finite_are_an_error(tmp_path):
     model = models.create("vit_desk", image_size=32)
-    state = {
-        name: value.fill_(float("nan")) if name == "class_token" else value
-        for name, value in model.state_dict().items()
-    }
+    state = {name: value.fill_(3e38) if name == "class_token" else value for name, value in model.state_dict().items()}
     torch.save(state, tmp_path / "broken.pth")
     with pytest.raises(DataError, match="outputs that are not finite"):
         predict.main([PHOTOS[0], "-m", "vit_desk", "--weights", str(tmp_path / "broken.pth")])
