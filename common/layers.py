@@ -79,6 +79,11 @@ def check_image_size(images: Tensor, size: tuple[int, int]) -> None:
         raise ValueError(f"this network takes images of {wanted} pixels, got {found}")
 
 
+def nearest_side(pixels: int, patch_size: int) -> int:
+    """The side nearest to one of ``pixels`` that patches fill: itself, where they fill it."""
+    return max(1, round(pixels / patch_size)) * patch_size
+
+
 class Split(NamedTuple):
     """A soft split: patches of ``kernel`` pixels every ``stride`` pixels after ``padding``."""
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
-from common.layers import init_linear
+from common.layers import init_linear, nearest_side
 from common.measure.flops import OpCounts, count_operations
 from common.run.errors import CheckpointError
 from sit.models.slimming import ReverseTSM, TokenSlimmingModule, layer_tokens, slimming_blocks, stage_tokens
@@ -161,8 +161,7 @@ def patch_grid(img_size: Pixels, patch_size: int) -> tuple[int, int]:
     if len(sides) != 2 or not all(isinstance(number, int) for number in (*sides, patch_size)):
         raise ValueError(f"img_size and patch_size must be whole numbers of pixels, got {img_size!r}, {patch_size!r}")
     for side in sides:
-        if side < patch_size or side % patch_size:
-            nearest = max(1, round(side / patch_size)) * patch_size
+        if (nearest := nearest_side(side, patch_size)) != side:
             raise ValueError(
                 f"patches of {patch_size} pixels do not fill {side} pixels; give a multiple, such as {nearest}"
             )

@@ -16,7 +16,7 @@ import torch
 from timm.layers import trunc_normal_  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
-from common.layers import init_linear
+from common.layers import init_linear, nearest_side
 from common.run.errors import UsageError
 
 GATE_TAU = 0.5
@@ -327,8 +327,7 @@ def check_patches_fill(img_size: int | tuple[int, int], patch_size: int) -> None
         UsageError: they do not.
     """
     for side in (img_size, img_size) if isinstance(img_size, int) else img_size:
-        if side % patch_size:
-            nearest = max(1, round(side / patch_size)) * patch_size
+        if (nearest := nearest_side(side, patch_size)) != side:
             raise UsageError(
                 f"--img_size {side}: patches of {patch_size} pixels do not fill it; give a multiple, such as {nearest}"
             )
