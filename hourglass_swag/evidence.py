@@ -21,7 +21,7 @@ from common.data.loaders import build_dataset, eval_loader
 from common.hosts import Effect, Facts, Method, Tokens, lean
 from common.hosts.host import take_tokens
 from common.hosts.resizing import Smaller
-from common.ledger.evidence import Arms, Job, Run
+from common.ledger.evidence import Arms, Job, Run, mixture
 from hourglass_swag import export, imagenet_1k_eval, train
 from hourglass_swag.evaluation import swag_eval_transform
 from hourglass_swag.methods import EQUAL, GRID, REDUCES, Undrop
@@ -182,8 +182,7 @@ def between(points: Sequence[dict[str, float]], cost: float) -> dict[str, float]
     ordered = sorted(points, key=lambda point: point["mmacs"])
     for below, above in pairwise(ordered):
         if below["mmacs"] <= cost <= above["mmacs"]:
-            part = (cost - below["mmacs"]) / max(above["mmacs"] - below["mmacs"], 1e-12)
-            return {key: (1 - part) * below[key] + part * above[key] for key in below}
+            return mixture(below, above, cost)
     return None
 
 

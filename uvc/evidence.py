@@ -12,7 +12,7 @@ exactly the share is read off the straight line to the dense network: what a mix
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from types import ModuleType
 
 import torch
 
-from common.ledger.evidence import Arms, Job, Run
+from common.ledger.evidence import Arms, Job, Run, mixture
 from uvc import baselines, compress, joint_train, post_train
 from uvc.baseline_scores import magnitude_scores, masks_of, set_masks_
 from uvc.loading import load_masked, save_masked
@@ -139,12 +139,6 @@ def executed_mmacs(model: GatedTransformer) -> float:
         return CompactViT(config_of(model, Structure.from_model(model))).count().executed.macs / 1e6
 
 
-def at_cost(dense: Mapping[str, float], found: Mapping[str, float], mmacs: float) -> dict[str, float]:
-    """A mixture of a cheaper network with the dense one that costs ``mmacs``."""
-    part = (mmacs - found["mmacs"]) / (dense["mmacs"] - found["mmacs"])
-    return {key: (1 - part) * value + part * dense[key] for key, value in found.items()}
-
-
 def uniform_(model: GatedTransformer, heads: int, neurons: int) -> None:
     """Mask the weakest heads and neurons of every block, so many of each."""
     depth = len(model.blocks)
@@ -187,7 +181,7 @@ def omp_density(model: GatedTransformer, mmacs: float, *, steps: int = 4096) -> 
 def arms(bench: Bench, family: str, found: dict[str, float]) -> Arms:
     """What a way costs and reaches, and what it reaches at exactly the share."""
     dense, share = bench.evaluate(bench.dense), bench.setup.share
-    return {f"{family}: {share:g}": found, f"{family}@{share:g}": at_cost(dense, found, share * dense["mmacs"])}
+    return {f"{family}: {share:g}": found, f"{family}@{share:g}": mixture(found, dense, share * dense["mmacs"])}
 
 
 def train_dense(job: Job, setup: Setup) -> Arms:

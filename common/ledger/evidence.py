@@ -75,6 +75,12 @@ class Run:
     measure: Callable[[Job], Arms]
 
 
+def mixture(cheap: Mapping[str, float], dear: Mapping[str, float], mmacs: float) -> dict[str, float]:
+    """What two settings reach that are each taken for a part of the images, so that the mean cost is ``mmacs``."""
+    part = (mmacs - cheap["mmacs"]) / max(dear["mmacs"] - cheap["mmacs"], 1e-12)
+    return {key: (1 - part) * value + part * dear[key] for key, value in cheap.items()}
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Two sides; several names of one side are averaged."""

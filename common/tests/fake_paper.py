@@ -131,7 +131,7 @@ published = "+2.0"
 measured = "top-1"
 note = "Nobody knows why."
 comparisons = [
-    { label = "at full width", arm = ["new: all"], against = ["old: all"] },
+    { label = "at full width", arm = ["new"], against = ["old"] },
     { label = "x", arm = ["a"], against = ["b"] },
 ]
 """
@@ -161,7 +161,7 @@ def write_paper(root: Path, *, table: str = TABLE, adapter: str | None = ADAPTER
         (package / "evidence.py").write_text(evidence)
         (package / "tables" / "claims.toml").write_text(CLAIMS)
         for seed, (new, old) in enumerate([(85.0, 82.0), (86.0, 83.5), (84.0, 82.0)]):
-            arms = {"new: all": new, "old: all": old, "live: half": new}
+            arms = {"new": new, "new: all": new, "old": old, "old: all": old, "live: half": new}
             path = package / "results" / "evidence" / f"seed-{seed}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             measured = {arm: {"top1_percent": top1, "mmacs": 2.0} for arm, top1 in arms.items()}

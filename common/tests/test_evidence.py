@@ -25,20 +25,7 @@ from common.ledger.evidence import (
 )
 from common.ledger.tables import TableError
 from common.ledger.view import markdown_own
-
-CLAIMS = """
-[[claims]]
-id = "better"
-claim = "New is better than old"
-source = "Table 1"
-published = "+2.0"
-measured = "top-1"
-note = "Nobody knows why."
-comparisons = [
-    { label = "at full width", arm = ["new"], against = ["old"] },
-    { label = "x", arm = ["a"], against = ["b"] },
-]
-"""
+from common.tests.fake_paper import CLAIMS
 
 
 @pytest.fixture

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from common.data import memory
 from common.ledger.evidence import Job, load_claims
+from common.tests.few_images import few_images
 from dvt import evidence, main, models
 from dvt.costs import count_exits
 from dvt.evidence import RUNS, at_cost, weights
@@ -17,16 +16,8 @@ from dvt.models.cascade import Cascade
 from dvt.throughput import FULL
 
 
-def few_images(path: Path) -> None:
-    """A part of what ``fashion`` reads, in the same format."""
-    with np.load(memory.FASHION) as content:
-        kept = {name: content[name][: 360 if name.startswith("train") else 120] for name in content.files}
-    np.savez(path, **kept)
-
-
 def test_every_run_measures_what_the_claims_compare(tmp_path: Path, monkeypatch) -> None:
-    few_images(tmp_path / "few.npz")
-    monkeypatch.setattr(memory, "FASHION", tmp_path / "few.npz")
+    few_images(monkeypatch, tmp_path, train=slice(360), val=slice(120))
     entry = models.MODELS["DVT_desk"]
     tiny = models.Entry("deit", entry.options | {"embed_dim": 24, "depth": 1}, entry.stages)
     monkeypatch.setitem(models.MODELS, "DVT_desk", tiny)

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from common.data import memory
 from common.ledger.evidence import Arms, Job, load_claims
+from common.tests.few_images import few_images
 from sit import evidence, main
 from sit.evidence import LEARNT, RATIOS, RUNS, mmacs, student_words
 
@@ -18,10 +17,7 @@ def measured(tmp_path_factory) -> tuple[Job, dict[str, dict[str, float]]]:
     job = Job(0, tmp_path_factory.mktemp("evidence"))
     arms: Arms = {}
     with pytest.MonkeyPatch.context() as patch:
-        with np.load(memory.FASHION) as content:
-            few = {name: values[::40] for name, values in content.items()}
-        np.savez(job.folder / "few.npz", **few)
-        patch.setattr(memory, "FASHION", job.folder / "few.npz")
+        few_images(patch, job.folder, train=slice(None, None, 40), val=slice(None, None, 40))
         patch.setattr(evidence, "COMMON", evidence.COMMON.replace("--batch-size 128", "--batch-size 50"))
         for name in ("TEACHER", "STUDENT"):
             patch.setattr(evidence, name, f"{getattr(evidence, name)} --epochs 1 --linear-warmup 0")

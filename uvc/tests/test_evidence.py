@@ -3,15 +3,14 @@
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from common.data import memory
-from common.ledger.evidence import Job, load_claims
+from common.ledger.evidence import Job, load_claims, mixture
+from common.tests.few_images import few_images
 from uvc import evidence, joint_train, models
 from uvc.baseline_scores import magnitude_scores, masks_of, set_masks_
-from uvc.evidence import Setup, at_cost, executed_mmacs, least, neurons_to_remove, omp_density, runs, uniform_
+from uvc.evidence import Setup, executed_mmacs, least, neurons_to_remove, omp_density, runs, uniform_
 from uvc.models import create
 from uvc.models.gates import GatedTransformer, register_masks
 from uvc.structure import Structure
@@ -51,17 +50,14 @@ def test_the_smallest_that_fits_is_found() -> None:
 
 def test_a_cost_below_the_share_is_read_off_the_line_to_the_dense_network() -> None:
     dense, found = {"mmacs": 10.0, "top1_percent": 90.0}, {"mmacs": 4.0, "top1_percent": 84.0}
-    assert at_cost(dense, found, 5.0) == {"mmacs": 5.0, "top1_percent": 85.0}
-    assert at_cost(dense, found, 4.0) == found
+    assert mixture(found, dense, 5.0) == {"mmacs": 5.0, "top1_percent": 85.0}
+    assert mixture(found, dense, 4.0) == found
 
 
 def test_the_runs_measure_every_arm_of_the_claims(tmp_path: Path, monkeypatch) -> None:
     make, sizes = models.MODELS[evidence.MODEL]
     monkeypatch.setitem(models.MODELS, evidence.MODEL, (make, {**sizes, "depth": 2}))
-    with np.load(memory.FASHION) as content:
-        few = {name: values[: 960 if name.startswith("train") else 100] for name, values in content.items()}
-    np.savez(tmp_path / "few.npz", **few)
-    monkeypatch.setattr(memory, "FASHION", tmp_path / "few.npz")
+    few_images(monkeypatch, tmp_path, train=slice(960), val=slice(100))
     tiny = Setup(dense=1, search=1, tune=1, share=0.8)
     found = {}
     for run in runs(tiny, tiny).values():
