@@ -288,7 +288,7 @@ def run_live(paper: str, request: Request, ledger: Ledger) -> OwnTable | None:
     """Do a paper's live run, if it has one; what came out goes to ``ledger.own``, too."""
 
     def compute() -> Any:
-        with warnings.catch_warnings(action="ignore"):
+        with _programs(sys.stdout):
             return evidence.live(
                 paper, device=request.device, folder=request.cache / "live" / paper, verbose=request.verbose
             )
@@ -320,11 +320,15 @@ class _Screen:
 
 
 @contextlib.contextmanager
-def _programs() -> Iterator[None]:
-    """Keep the ledger's output free of what a paper's programs and their libraries have to say."""
-    screen: Any = _Screen(sys.stderr)
+def _programs(output: Any = None) -> Iterator[None]:
+    """Keep the ledger's output free of what a paper's programs and their libraries have to say.
+
+    Args:
+        output: where programs print to; None: standard error.
+    """
     silent, out, err = warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout, contextlib.redirect_stderr
-    with silent, out(screen), err(screen):
+    screen: Any = _Screen(sys.stderr)
+    with silent, out(output or screen), err(screen):
         try:
             yield
         except SystemExit as error:  # of a program's command line; the other rows must not be lost

@@ -10,6 +10,7 @@ when ``--columns`` names one. The exit status is 1 if a row failed, 2 if the com
 """
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -153,10 +154,11 @@ def main(argv: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
     ledger = build(tables, request, all_tables=everything)
     screen = sys.stdout if args.format == "text" or args.output else sys.stderr
     show(ledger, args, screen)
-    for paper in dict.fromkeys(table.paper for table in tables) if args.live else ():
-        if own := run_live(paper, request, ledger):
-            print(f"\n{own_text(own)}", file=screen, flush=True)
-            write(ledger, args)
+    with contextlib.redirect_stdout(screen):  # also of what the programs print
+        for paper in dict.fromkeys(table.paper for table in tables) if args.live else ():
+            if own := run_live(paper, request, ledger):
+                print(f"\n{own_text(own)}", flush=True)
+                write(ledger, args)
     conclude(ledger, screen)
     return 1 if ledger.failures else 0
 

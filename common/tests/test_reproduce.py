@@ -365,6 +365,19 @@ def test_the_report_is_there_before_anything_trains_and_renewed_after(paper, tmp
     assert "half, top1 percent | 84.50" in (folder / "report.md").read_text()
     assert main(["--quiet", "--live", "--force", "-v"], root=paper) == 0
     assert "epoch 1/1 done" in capsys.readouterr().out
+    assert main(["--quiet", "--live", "--force", "-v", "--format", "json"], root=paper) == 0
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)) == 17
+    assert "epoch 1/1 done" in err
+
+
+def test_a_program_that_ends_a_live_run_loses_nothing_else(tmp_path, capsys):
+    write_paper(tmp_path, evidence=EVIDENCE.replace("CALLS.append", 'raise SystemExit("--lr: no")\n    CALLS.append'))
+    with importable(tmp_path):
+        assert main(["--quiet", "--live"], root=tmp_path) == 1
+    out, err = capsys.readouterr()
+    assert "17 published values" in out
+    assert "ERROR fakepaper: live run: RuntimeError: --lr: no" in err
 
 
 def test_a_value_that_is_not_finite_is_an_error(tmp_path):
