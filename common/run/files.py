@@ -56,7 +56,7 @@ def make_folder(path: Path) -> None:
         raise UsageError(f"cannot write to the output folder {path} (permission denied); name another")
 
 
-def lock_folder(folder: Path, name: str = ".lock") -> Callable[[], None]:
+def lock_folder(folder: Path) -> Callable[[], None]:
     """Keep a folder for one run: no other process gets it until this one calls what is returned, or ends.
 
     The system releases the lock of a process that died, also of one on another host where the folder is shared, and
@@ -65,7 +65,7 @@ def lock_folder(folder: Path, name: str = ".lock") -> Callable[[], None]:
     Raises:
         UsageError: another run has it; the message says which.
     """
-    path = folder / name
+    path = folder / ".lock"
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
