@@ -28,7 +28,7 @@ from tqdm import tqdm
 from common.ledger import evidence
 from common.ledger.cache import cached, source_files
 from common.ledger.compare import BrokenAdapter, Ledger, compare
-from common.ledger.results import Record, load_records
+from common.ledger.results import Record, load_file, record_files
 from common.ledger.tables import NEEDS, Cited, Measured, NotImplementedYet, OwnTable, Row, Table, Unavailable, column
 from common.run.files import ROOT
 from common.run.flags import Settings
@@ -113,8 +113,8 @@ def build(tables: Sequence[Table], request: Request, *, all_tables: Sequence[Tab
 def _build_paper(
     paper: str, tables: Sequence[Table], known: Mapping[str, Row], request: Request, ledger: Ledger
 ) -> None:
-    records = best_records(load_records(paper, root=request.root))
     rows = [(table, row) for table in tables for row in table.rows]
+    records = _recorded(paper, {row.key: row for _, row in rows}, request, ledger)
     costs: dict[str, Answer] = {row.key: Cited("", f"quoted in: {table.source}") for table, row in rows if row.cited}
     for table, row in _bar([(table, row) for table, row in rows if not row.cited], f"{paper}: costs", request):
         with ledger.guard(paper, table.name, row.id):
@@ -137,12 +137,12 @@ def _build_paper(
             ]
 
 
-def _find(row: Row, name: str, answer: Answer, record: Record | None) -> Measured | Unavailable:
+def _find(row: Row, name: str, answer: Answer, record: Measured | None) -> Measured | Unavailable:
     """What there is for one value: computed here, else recorded, else what is missing."""
     if not isinstance(answer, Unavailable) and name in answer:
         return answer[name]
     if record is not None:
-        return _as_recorded(row, name, record)
+        return record
     if isinstance(answer, Unavailable):
         return answer
     kind = column(name).kind
@@ -152,29 +152,44 @@ def _find(row: Row, name: str, answer: Answer, record: Record | None) -> Measure
     return NEEDS[need]("", f"the cost of this row depends on its {need}" if kind == "cost" else "")
 
 
-def _as_recorded(row: Row, name: str, record: Record) -> Measured:
+def _recorded(paper: str, rows: Mapping[str, Row], request: Request, ledger: Ledger) -> dict[tuple[str, str], Measured]:
+    """What is filed for (table/row, column); a file or a record that cannot be used loses no other, nor any value."""
+    records: list[Record] = []
+    for path in record_files(paper, root=request.root):
+        with ledger.guard(paper, what="results"):
+            records += load_file(paper, path)
+    found: dict[tuple[str, str], Measured] = {}
+    for record in best_last(records):
+        if row := rows.get(f"{record.table}/{record.row}"):
+            with ledger.guard(paper, row.table, row.id):
+                found[row.key, record.column] = _as_recorded(row, record)
+    return found
+
+
+def _as_recorded(row: Row, record: Record) -> Measured:
     """A record as a value to compare."""
+    name = record.column
     is_speed = column(name).kind == "speed"
     ratio = record.ratio
     if is_speed and row.dense:
+        if not record.is_ratio_to(row.dense):
+            raise ValueError(f"{name}: the record in results/ is not a ratio to {row.dense!r}: {record.origin.path}")
         if ratio is None and record.reference_value is not None:
             ratio = record.value / record.reference_value
-        if record.reference_key != row.dense or ratio is None:
-            raise ValueError(f"{name}: the record in results/ is not a ratio to {row.dense!r}: {record.origin.path}")
     text = record.origin.text
     convention = record.conditions if is_speed else row.convention[name]
     return Measured(record.value, convention, f"recorded: {text}", ratio, text)
 
 
-def best_records(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
-    """One record per (table/row, column): eager float32 as published, an accelerator before a CPU, then the newest."""
+def best_last(records: Iterable[Record]) -> list[Record]:
+    """The records, those to prefer last: eager float32 as published, an accelerator before a CPU, then the newest."""
 
     def rank(record: Record) -> tuple[bool, bool, bool, str]:
         accelerator = record.origin.device.get("type") != "cpu"
         eager = not record.compiled and not record.cuda_graph
         return (record.dtype == "float32", accelerator, eager, record.origin.created)
 
-    return {(f"{record.table}/{record.row}", record.column): record for record in sorted(records, key=rank)}
+    return sorted(records, key=rank)
 
 
 # -------------------------------------------------------------------------------------------------- asking the papers

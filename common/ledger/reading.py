@@ -86,7 +86,7 @@ class Reader:
         if hint is Any:
             return value
         if hint in (float, Decimal) and type(value) in (int, hint):
-            if not math.isfinite(value):
+            if not math.isfinite(Decimal(value)):  # an int that no float holds raises otherwise
                 raise self.error(f"{where}: expected a finite number, got {value!r}")
             return Decimal(value) if hint is Decimal else value
         if type(value) is not hint:

@@ -11,6 +11,7 @@ values as ``recorded``, so a file is checked strictly before it is filed.
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -33,23 +34,46 @@ class RecordError(ValueError):
     """A record file that cannot be used; the message names file, record and key."""
 
 
+DEEPEST = 20
+"""How deep the values of a file may be nested."""
+
+
+def _is_line(text: str) -> str:
+    return "" if text.isprintable() and len(text) <= 1000 else "expected one line of at most 1000 characters"
+
+
+def _names_something(text: str) -> str:
+    return not_empty(text) or _is_line(text)
+
+
 def _is_date(text: str) -> str:
     try:
         datetime.fromisoformat(text)
     except ValueError:
         return f"expected an ISO date, got {text!r}"
-    return ""
+    return _is_line(text)
 
 
 def _describes_device(device: Mapping[str, Any]) -> str:
-    return "" if {"name", "type", "torch"} <= set(device) else "expected an object with at least name, type and torch"
+    if not {"name", "type", "torch"} <= set(device):
+        return "expected an object with at least name, type and torch"
+    wrong = [key for key in ("name", "type", "torch") if not (isinstance(device[key], str) and device[key])]
+    wrong += [key for key, value in device.items() if isinstance(value, str) and _is_line(value)]
+    return f"expected one line of text under {wrong[0]}" if wrong else ""
 
 
 def _is_positive(value: float) -> str:
     return "" if value > 0 else f"expected a positive number, got {value!r}"
 
 
-Positive = Annotated[float, _is_positive]
+def _is_measured(value: float) -> str:
+    """A check; within these bounds, no ratio or difference overflows."""
+    possible = 1e-9 <= value <= 1e15
+    return _is_positive(value) or ("" if possible else f"expected a number from 1e-9 to 1e15, got {value!r}")
+
+
+Line = Annotated[str, _names_something]
+Positive = Annotated[float, _is_measured]
 
 
 @dataclass(frozen=True)
@@ -58,11 +82,11 @@ class Origin:
 
     created: Annotated[str, _is_date]
     """date and time, ISO 8601"""
-    commit: Annotated[str, not_empty]
+    commit: Line
     device: Annotated[Mapping[str, Any], _describes_device]
     """``common.measure.benchmark.describe_device``: name, driver, versions"""
     command: Annotated[str, not_empty]
-    part: str = ""
+    part: Annotated[str, _is_line] = ""
     """which part of a longer job; names the file"""
     left_out: Sequence[str] = ()
     """what the job did not get to"""
@@ -101,7 +125,7 @@ class Record:
     reference_value: Positive | None = None
     ratio: Positive | None = None
     """median of the ratios of single rounds"""
-    dtype: str = "float32"
+    dtype: Line = "float32"
     batch_size: Annotated[int, _is_positive] = 1
     resolution: int | None = None
     compiled: bool = False
@@ -117,6 +141,10 @@ class Record:
         """``table/row`` of the row that it was measured against; empty if there is none."""
         reference = self.reference_row or ""
         return reference if "/" in reference or not reference else f"{self.table}/{reference}"
+
+    def is_ratio_to(self, dense: str) -> bool:
+        """Whether it says how fast the row is beside ``dense``, a ``table/row``."""
+        return self.reference_key == dense and (self.ratio is not None or self.reference_value is not None)
 
     @property
     def conditions(self) -> str:
@@ -165,24 +193,62 @@ def parse(text: str, *, where: str) -> tuple[Origin, list[Record]]:
     """What a file says, checked except for the names of tables and rows.
 
     Raises:
-        RecordError: if anything is missing, unknown or of the wrong type.
+        RecordError: if anything is missing, unknown, of the wrong type, or more than a file may hold.
     """
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
+        data = json.loads(text, parse_int=_parse_int, object_pairs_hook=_parse_object)
+    except ValueError as error:
         raise RecordError(f"{where}: not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise RecordError(f"{where}: its values are nested more than {DEEPEST} deep") from error
     found = data.pop("format", None) if isinstance(data, dict) else type(data).__name__
     if found != FORMAT:
         raise RecordError(f"{where}: not a record file of format {FORMAT} (found {found!r})")
     records = data.pop("records", None)
     if not isinstance(records, list):
         raise RecordError(f"{where}: records: expected a list")
+    _check_values(data, where)
+    for index, entry in enumerate(records):
+        _check_values(entry, f"{where}: record {index}")
     origin = READER.section(Origin, data, where, path=None)
     keys = {field.name for field in fields(Record)} - {"origin", "cuda_graph"}  # files written earlier lack the latter
     return origin, [
         READER.section(Record, entry, f"{where}: record {index}", keys, origin=origin)
         for index, entry in enumerate(records)
     ]
+
+
+def _parse_int(digits: str) -> float:
+    """An integer of 64 bits at most; a longer one is a number like any other, or infinite."""
+    return int(digits) if len(digits) < 19 else float(digits)
+
+
+def _parse_object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return found
+
+
+def _check_values(value: Any, where: str, depth: int = 0) -> None:
+    """Refuse what JSON can say, and the ledger cannot write."""
+    if depth > DEEPEST:
+        raise RecordError(f"{where}: nested more than {DEEPEST} deep")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise RecordError(f"{where}: expected text, got half of a character: {value!r}") from error
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise RecordError(f"{where}: expected a finite number, got {value!r}")
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_values(key, where)
+            _check_values(inner, f"{where}: {key}", depth + 1)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            _check_values(inner, f"{where}: {index}", depth + 1)
 
 
 def check_rows(records: Sequence[Record], *, where: str, root: Path = ROOT) -> None:
@@ -216,6 +282,10 @@ def check_rows(records: Sequence[Record], *, where: str, root: Path = ROOT) -> N
         key = record.reference_key
         if key and key not in {row.key for table in tables.values() for row in table.rows}:
             raise RecordError(f"{here}: reference_row: {record.paper} has no row {key!r}")
+        if is_speed and (dense := rows[record.row].dense) and not record.is_ratio_to(dense):
+            raise RecordError(
+                f"{here}: reference_row and ratio: expected a ratio to {dense!r}, of which it is a speed-up"
+            )
 
 
 def load_records(paper: str, *, root: Path = ROOT) -> list[Record]:
@@ -224,14 +294,35 @@ def load_records(paper: str, *, root: Path = ROOT) -> list[Record]:
     Raises:
         RecordError: if a filed file is damaged.
     """
-    records: list[Record] = []
-    for path in sorted((root / paper / "results").glob("*.json")):
-        where = f"{paper}/results/{path.name}"
-        for record in parse(path.read_text(encoding="utf-8"), where=where)[1]:
-            if record.paper != paper:
-                raise RecordError(f"{where}: holds a record of {record.paper!r}")
-            records.append(replace(record, origin=replace(record.origin, path=path)))
+    records = [record for path in record_files(paper, root=root) for record in load_file(paper, path)]
     return sorted(records, key=lambda record: record.origin.created)
+
+
+def record_files(paper: str, *, root: Path = ROOT) -> list[Path]:
+    """The filed files of a paper, by name."""
+    return sorted((root / paper / "results").glob("*.json"))
+
+
+def load_file(paper: str, path: Path) -> list[Record]:
+    """The records of one filed file.
+
+    Raises:
+        RecordError: if it is damaged, or of another paper.
+    """
+    where = f"{paper}/results/{path.name}"
+    records = parse(_read(path, where), where=where)[1]
+    if other := [record.paper for record in records if record.paper != paper]:
+        raise RecordError(f"{where}: holds a record of {other[0]!r}")
+    return [replace(record, origin=replace(record.origin, path=path)) for record in records]
+
+
+def _read(path: Path, where: str) -> str:
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no file")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"{where}: cannot be read: {error}") from error
 
 
 def add(file: Path, *, force: bool = False, root: Path = ROOT) -> list[Path]:
@@ -244,11 +335,7 @@ def add(file: Path, *, force: bool = False, root: Path = ROOT) -> list[Path]:
         RecordError: if the file is not valid, or a file of that name is there already and differs (``force`` replaces
             it).
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecordError(f"{file}: cannot be read: {error}") from error
-    origin, records = parse(text, where=str(file))
+    origin, records = parse(_read(file, str(file)), where=str(file))
     if origin.rehearsal:
         raise RecordError(f"{file}: is a rehearsal, in which nothing was measured; only what ran on a GPU is filed")
     if not records and origin.tests:
@@ -264,7 +351,9 @@ def add(file: Path, *, force: bool = False, root: Path = ROOT) -> list[Path]:
         own = {name: output for name, output in origin.programs.items() if name.split("/")[0] == paper}
         content = render([record for record in records if record.paper == paper], replace(origin, programs=own))
         part = origin.part or hashlib.sha256(content.encode()).hexdigest()[:8]
-        name = "-".join(_slug(word) for word in (str(origin.device["name"]), origin.created[:10], part))
+        name = "-".join(_slug(word) for word in (origin.device["name"], origin.created[:10], part))
+        if len(name) > 200:
+            raise RecordError(f"{file}: device and part: {len(name)} characters do not make a file name; shorten them")
         contents[root / paper / "results" / f"{name}.json"] = content
     if not force:
         for path, content in contents.items():

@@ -134,12 +134,21 @@ def test_records_fill_in_what_cannot_be_measured_here(paper):
     assert measured["half", "fps"].reproduced == 1.9
 
 
-def test_a_record_against_another_row_is_an_error(paper):
-    more = {"reference_row": "main/slip", "reference_value": 50.0, "ratio": 1.6}
-    write_records(paper, "gpu", [record("half", "fps", 80.0, **more)], kind="cuda", created="2026-01-01T00:00:00")
+def test_a_record_changes_no_number_of_values_and_hides_no_other(paper):
+    """Against another row, without a ratio, in a damaged file: an error each, and the good record still counts."""
+    before = {(entry.row, entry.column) for entry in build(load_tables(root=paper), Request(root=paper)).entries}
+    good = record("half", "fps", 80.0, reference_row="main/dense", reference_value=50.0)
+    write_records(paper, "good", [good], kind="cuda", created="2026-01-01T00:00:00")
+    other = good | {"reference_row": "main/slip"}
+    write_records(paper, "other", [other, record("half", "fps", 1.0)], kind="cuda", created="2026-01-02T00:00:00")
+    (paper / "fakepaper/results/cut.json").write_text('{"format": 1, "re')
     found = build(load_tables(root=paper), Request(root=paper))
-    assert [failure.split(":")[0] for failure in found.failures] == ["fakepaper/main/half"]
-    assert "is not a ratio to 'main/dense'" in str(found.failures[0])
+    assert {(entry.row, entry.column): entry.reproduced for entry in found.entries}["half", "fps"] == 1.6
+    assert {(entry.row, entry.column) for entry in found.entries} == before
+    places = [failure.split(":")[0] for failure in found.failures]
+    assert places == ["fakepaper", "fakepaper/main/half", "fakepaper/main/half"]
+    assert "fakepaper/results/cut.json: not valid JSON" in found.failures[0]
+    assert all("is not a ratio to 'main/dense'" in failure for failure in found.failures[1:])
 
 
 def test_one_failing_row_does_not_lose_the_others(tmp_path, capsys):

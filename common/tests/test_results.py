@@ -1,6 +1,7 @@
 """Record files: what is accepted, what is refused and why, and how they are filed."""
 
 import json
+import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -72,6 +73,10 @@ def edit(file: Path, **changes: Any) -> Path:
     return file
 
 
+def nested(depth: int) -> list[Any]:
+    return [nested(depth - 1)] if depth else []
+
+
 def test_a_file_is_filed_and_read_back(file: Path, root: Path) -> None:
     assert add(file, root=root) == [root / "shrink/results/nvidia-h200-2026-01-02-part2.json"]
     (record,) = load_records("shrink", root=root)
@@ -137,6 +142,23 @@ def test_a_speed_up_over_the_dense_row_needs_no_published_speed(file: Path, root
         ({"_row": "large"}, "table 'main' has no row 'large'; the rows are .'dense', 'small'"),
         ({"_column": "gmacs"}, "row 'small' publishes no 'gmacs'"),
         ({"_reference_row": "big"}, "reference_row: shrink has no row 'main/big'"),
+        ({"_reference_row": "small"}, "record 0: reference_row and ratio: expected a ratio to 'main/dense'"),
+        ({"_ratio": None, "_reference_value": None}, "record 0: reference_row and ratio: expected a ratio to"),
+        ({"part": 5}, "part: expected text, got 5"),
+        ({"part": "x" * 300}, "device and part: 323 characters do not make a file name"),
+        ({"commit": "a\nb"}, "commit: expected one line"),
+        ({"_dtype": "a\n| b"}, "record 0: dtype: expected one line"),
+        ({"created": "2026-01-02\n03:04"}, "created: expected one line"),
+        ({"device": {"name": 5, "type": "cpu", "torch": "2"}}, "device: expected one line of text under name"),
+        ({"device": {"name": "x", "type": "cpu", "torch": "2", "driver": "a\nb"}}, "one line of text under driver"),
+        ({"_value": 10**400}, "record 0: value: expected a finite number, got inf"),
+        ({"_value": 1e300}, "record 0: value: expected a number from 1e-9 to 1e15, got 1e.300"),
+        ({"_ratio": 1e-300}, "record 0: ratio: expected a number from 1e-9"),
+        ({"_batch_size": 10**30}, "record 0: batch_size: expected a whole number, got 1e.30"),
+        ({"device": {"name": "x", "type": "cpu", "torch": "2", "watts": 10**400}}, "device: watts: expected a finite"),
+        ({"programs": {"shrink/x": [{"a": float("nan")}]}}, "programs: shrink/x: 0: a: expected a finite number"),
+        ({"programs": {"shrink/x": "\ud800"}}, "programs: shrink/x: expected text, got half of a character"),
+        ({"programs": {"shrink/x": nested(50)}}, "nested more than 20 deep"),
     ],
 )
 def test_a_wrong_file_is_refused_with_the_reason(changes: dict, message: str, file: Path, root: Path) -> None:
@@ -164,6 +186,30 @@ def test_what_is_no_record_file_at_all(tmp_path: Path) -> None:
         add(tmp_path / "cut.json")
     with pytest.raises(RecordError, match="not a record file"):
         parse("[1, 2]", where="list.json")[1]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("9" * 5000, "record 0: value: expected a finite number, got inf"),
+        ("1e999", "record 0: value: expected a finite number, got inf"),
+        ("[" * 100_000 + "]" * 100_000, "nested more than 20 deep"),
+        ('1, "value": 2', "'value' is given twice"),
+    ],
+)
+def test_what_json_can_say_and_a_record_cannot_hold(value: str, message: str, file: Path, root: Path) -> None:
+    text = file.read_text()
+    file.write_text(text.replace('"value": 41.5', f'"value": {value}'))
+    assert file.read_text() != text
+    with pytest.raises(RecordError, match=message) as caught:
+        add(file, root=root)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RecordError, match="pipe: cannot be read: it is no file"):
+        add(tmp_path / "pipe")
 
 
 def test_write_records_refuses_what_could_not_be_read(tmp_path: Path) -> None:
