@@ -4,7 +4,6 @@ The lines are those of the published script; the sums behind the last one are ex
 """
 
 import math
-import os
 import time
 from collections.abc import Iterable, Sequence
 from enum import Enum
@@ -15,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import Compose
 
+from common.data.images import to_rgb
 from common.data.loaders import DataError, eval_transform
 from common.run.launch import World, reduce_sums
 from common.run.precision import autocast
@@ -25,24 +25,9 @@ def swag_eval_transform(resolution: int) -> Compose:
     return eval_transform(resolution, crop_ratio=1.0, interpolation="bicubic")
 
 
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """An image in RGB.
-
-    Raises:
-        DataError: naming the file, if it is missing or is no image.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if getattr(error, "errno", None) is None and not isinstance(error, Image.DecompressionBombError):
-            raise DataError(f"{path} is not an image that Pillow can read") from error
-        raise DataError(f"cannot read the image {path}: {error}") from error
-
-
 def transform_image(image: Image.Image, resolution: int) -> Tensor:
     """One image as a batch, (1, 3, resolution, resolution)."""
-    return torch.stack([swag_eval_transform(resolution)(image.convert("RGB"))])  # pyright: ignore[reportArgumentType]
+    return torch.stack([swag_eval_transform(resolution)(to_rgb(image))])  # pyright: ignore[reportArgumentType]
 
 
 def accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list[Tensor]:

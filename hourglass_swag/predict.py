@@ -129,9 +129,11 @@ class Predictor(BasePredictor):  # pyright: ignore[reportGeneralTypeIssues, repo
             raise ValueError(f"model_name must be one of {', '.join(PLAIN)}, got {model_name!r}")
         if not 1 <= topk <= 10:
             raise ValueError(f"topk must be 1 to 10, got {topk}")
-        from hourglass_swag.evaluation import read_image
+        from common.data.images import load_image
 
-        guesses = classify(self.load(model_name), read_image(image), trained_resolution(model_name), topk)
+        guesses = classify(
+            self.load(model_name), load_image(image, skippable=False), trained_resolution(model_name), topk
+        )
         return [name for name, _ in guesses]
 
 
@@ -154,10 +156,10 @@ def main(argv: Sequence[str] | None = None) -> list[list[Guess]]:
     args = parse_args(argv)
     check_method_flags(args)
     check_files(args.weights)
+    from common.data.images import load_image
     from common.run.launch import choose_device
-    from hourglass_swag.evaluation import read_image
 
-    images = [read_image(path) for path in args.images]
+    images = [load_image(path, skippable=False) for path in args.images]
     device = choose_device(args.device)
     model = create(
         args.model,

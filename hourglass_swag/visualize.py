@@ -137,10 +137,11 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     check_files(args.weights)
     import torch
 
-    from hourglass_swag.evaluation import read_image, transform_image
+    from common.data.images import load_image
+    from hourglass_swag.evaluation import transform_image
     from hourglass_swag.tools.tracing import trace
 
-    images = [read_image(path) for path in args.images]
+    images = [load_image(path, skippable=False) for path in args.images]
     model = build_model(args)
     notes = [legend for part, legend in LEGENDS.items() if part in args.model][:1]
     if args.no_pretrained and not args.weights:

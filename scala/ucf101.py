@@ -28,9 +28,9 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from common.data.loaders import BadImageError, DataError, load_image
+from common.data.images import BadImageError, is_image, load_image, to_rgb
+from common.run.errors import DataError
 
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 ANIMATED = (".gif", ".webp", ".tif", ".tiff", ".apng", ".png")
 VIDEOS = (".avi", ".mp4", ".mkv", ".webm", ".mov", ".mpg", ".mpeg")
 LIST_FOLDERS = ("", "ucfTrainTestlist")
@@ -125,6 +125,8 @@ def read_frames(path: Path, frames: int, *, random: bool) -> Tensor:
     if path.is_dir():
         files = _frame_files(path)
         images = [load_image(files[index]) for index in frame_indices(len(files), frames, random=random)]
+    elif not path.is_file():
+        raise BadImageError(f"clip {path} is neither a folder nor a file; replace it")
     else:
         decode = _read_video if path.suffix.lower() in VIDEOS else _read_animation
         images = decode(path, partial(frame_indices, frames=frames, random=random))
@@ -135,9 +137,9 @@ def read_frames(path: Path, frames: int, *, random: bool) -> Tensor:
 
 def _frame_files(folder: Path) -> list[Path]:
     """Frames of a folder in the order of their numbers: frame10 comes after frame9."""
-    found = [path for path in folder.iterdir() if path.suffix.lower() in IMAGES]
+    found = [path for path in folder.iterdir() if is_image(path.name)]
     if not found:
-        raise DataError(f"{folder} holds no frames: expected images ({', '.join(IMAGES)}), numbered in order")
+        raise DataError(f"{folder} holds no frames: expected images, numbered in order")
     parts = {path: re.split(r"(\d+)", path.stem) for path in found}
     return sorted(found, key=lambda path: [int(part) if part.isdigit() else part for part in parts[path]])
 
@@ -145,8 +147,8 @@ def _frame_files(folder: Path) -> list[Path]:
 def _read_animation(path: Path, choose: Callable[[int], list[int]]) -> list[Image.Image]:
     try:
         with Image.open(path) as animation:
-            frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(animation)]
-    except OSError as error:
+            frames = [to_rgb(frame) for frame in ImageSequence.Iterator(animation)]
+    except (OSError, DataError) as error:
         raise BadImageError(f"cannot decode clip {path} ({error}); replace it") from error
     return [frames[index] for index in choose(len(frames))]
 

@@ -138,7 +138,8 @@ def open_image(name: Path) -> Image.Image:
     Raises:
         DataError: if it is neither.
     """
-    from common.data.loaders import build_dataset, load_image
+    from common.data.images import load_image
+    from common.data.loaders import build_dataset
 
     kind, _, number = name.name.partition("-")
     if not name.exists() and kind == "digit" and number.isdigit():
@@ -149,7 +150,7 @@ def open_image(name: Path) -> Image.Image:
         from sklearn.datasets import load_sample_image
 
         return Image.fromarray(load_sample_image(str(name)))
-    return load_image(name)
+    return load_image(name, skippable=False)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -7,39 +7,40 @@ image in place of one that does not decode, so its readers are used without it.
 
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
-from io import BytesIO
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
 from traceback import walk_tb
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data.dataset import ImageDataset, IterableImageDataset
 from timm.data.dataset_factory import create_dataset
-from timm.data.readers import reader_wds
+from timm.data.readers import reader_wds, set_img_extensions
 from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.transforms import Compose
 
+from common.data.images import SUFFIXES, UnknownRange, bad_image, decode_image, images_below, to_rgb
+from common.data.images import BadImageError as BadImageError
+from common.data.images import load_image as load_image
 from common.data.memory import MemoryImages, open_fashion
 from common.data.paths import FETCHED, check_split, contents, existing_folder
 from common.data.transforms import Transform
 from common.run.cli import dataset_name
 from common.run.errors import DataError as DataError
+from common.run.files import read_file
 from common.run.settings import INAT_CATEGORIES
 
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "img_val", "validation", "valid")}
 FASHION = ("fashion", "fashion_tune", "fashion_full")
 NUM_CLASSES = {"imagenet": 1000, "inat18": 8142, "inat19": 1010, "cifar10": 10, "cifar100": 100, "digits": 10}
 NUM_CLASSES |= dict.fromkeys(FASHION, 10)
-
-
-class BadImageError(DataError):
-    """An image that cannot be decoded; the only error that ``on_bad_image="skip"`` passes over."""
 
 
 def build_dataset(
@@ -82,6 +83,10 @@ def build_dataset(
         dataset: Dataset[Any] = Digits(split, transform)
     elif name in FASHION:
         dataset = open_fashion(name, root, split, transform, download=download)
+    elif name.lower() in ("torch/image_folder", "torch/folder"):
+        folder = existing_folder(name, root)
+        inside = (folder / part for part in SPLIT_NAMES.get(split, (split,)))
+        dataset = _open_classes(next((path for path in inside if path.is_dir()), folder), transform)
     elif name.lower().startswith(FETCHED):
         stream = {"batch_size": batch_size, "seed": seed}
         dataset = _open_with_timm(name, root, split, transform, download=download, **stream)
@@ -115,37 +120,6 @@ def num_classes(dataset: Dataset[Any]) -> int:
     if not classes:
         raise DataError(f"{type(dataset).__name__} does not say its classes: give --num-classes")
     return len(classes)
-
-
-def decode_image(file: IO[bytes], name: str) -> Image.Image:
-    """Decode a whole image to RGB.
-
-    Raises:
-        BadImageError: naming the image, whatever its decoder raised.
-    """
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except Exception as error:  # damaged data makes Pillow's decoders raise nearly any type
-        raise _bad_image(name, error) from error
-
-
-def _bad_image(name: str, error: Exception) -> BadImageError:
-    unknown = isinstance(error, UnidentifiedImageError)  # whose text names a buffer in memory
-    reason = "not in a format that Pillow knows" if unknown else f"{type(error).__name__}: {error}"
-    return BadImageError(
-        f"cannot decode image {name} ({reason}); replace it, "
-        "or leave such images out and count them with --skip-bad-images"
-    )
-
-
-def load_image(path: str | Path) -> Image.Image:
-    """Read and decode an image file; a file that cannot be read at all is a ``DataError``, never skipped."""
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read image {path}: {error.strerror}") from error
-    return decode_image(BytesIO(content), str(path))
 
 
 class SkipBadImages(Dataset[Any]):
@@ -224,6 +198,24 @@ class INaturalist(Dataset[Any]):
         return (self.transform(image) if self.transform else image), target
 
 
+class ClassFolders(ImageFolder):
+    """torchvision's, of every image of a class once: links that lead round in circles add nothing."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        root = Path(directory)
+        for entry in root.iterdir():
+            if entry.is_symlink() and (not entry.exists() or root.resolve().is_relative_to(entry.resolve())):
+                raise DataError(f"{entry} is a link that leads nowhere or to a folder that it lies in; remove it")
+        return super().find_classes(directory)
+
+    @staticmethod
+    def make_dataset(directory: str | Path, class_to_idx: dict[str, int], **unused: Any) -> list[tuple[str, int]]:
+        files = {name: images_below(Path(directory, name)) for name in class_to_idx}
+        if empty := [name for name, found in files.items() if not found]:
+            raise FileNotFoundError(f"no image in the class folders {', '.join(empty)}")
+        return [(file, class_to_idx[name]) for name, found in files.items() for file in found]
+
+
 class ReaderImages(Dataset[Any]):
     """Images of a timm reader (tar files, Hugging Face datasets), decoded here so that a bad one is named."""
 
@@ -249,7 +241,7 @@ class ShardStream(IterableDataset[Any]):
 
     timm's reader logs a warning and goes on, so that accuracy would be of an unknown part of the images. Its error
     handler is a name in its module, looked up once, when the reader builds its pipeline in the process that iterates;
-    the name stands for ``handle`` during that moment only.
+    the name stands for ``handle`` during that moment only, and that of its decoder for :func:`_decode_exactly`.
     """
 
     def __init__(self, stream: IterableImageDataset, *, skip: bool) -> None:
@@ -272,22 +264,23 @@ class ShardStream(IterableDataset[Any]):
         sample = next((frame.f_locals["sample"] for frame in frames if "sample" in frame.f_locals), None)
         if not sample or "__key__" not in sample:
             raise DataError(f"cannot read a shard of {self.reader.root} ({type(error).__name__}: {error})") from error
-        if not isinstance(error, (OSError, SyntaxError, Image.DecompressionBombError)):  # what Pillow raises
+        if not isinstance(error, (OSError, SyntaxError, Image.DecompressionBombError, UnknownRange)):
             raise DataError(
                 f"cannot use sample {sample['__key__']} of {sample.get('__url__')} ({type(error).__name__}: {error})"
             ) from error
         if not self.skip:
-            raise _bad_image(f"{sample.get('__url__')}: {sample['__key__']}", error) from error
+            raise bad_image(f"{sample.get('__url__')}: {sample['__key__']}", error) from error
         self.left_out += 1
         return True
 
     def __iter__(self) -> Iterator[Any]:
         if self.reader.ds is None:
-            timms, reader_wds.log_and_continue = reader_wds.log_and_continue, self.handle
+            timms = reader_wds.log_and_continue, reader_wds._decode
+            reader_wds.log_and_continue, reader_wds._decode = self.handle, partial(_decode_exactly, timms[1])
             try:
                 self.reader._lazy_init()
             finally:
-                reader_wds.log_and_continue = timms
+                reader_wds.log_and_continue, reader_wds._decode = timms
         self.left_out = reported = 0
         for sample in chain(self.stream, (None,)):  # the last round is for what was left out at the end
             yield from repeat(None, self.left_out - reported)
@@ -296,9 +289,15 @@ class ShardStream(IterableDataset[Any]):
                 yield sample
 
 
+def _decode_exactly(decode: Callable[..., Any], sample: Any, **options: Any) -> Any:
+    """timm's decoding of a sample, without its conversion to RGB, which cuts 16 bits at 255."""
+    found = decode(sample, **{**options, "image_mode": ""})
+    return found and {**found, "jpg": to_rgb(found["jpg"])}
+
+
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(read_file(path).decode())
     except OSError as error:
         raise DataError(f"cannot read {path} ({error.strerror}): iNaturalist's JSON lists belong there") from error
     except ValueError as error:
@@ -328,7 +327,7 @@ def _find_split(name: str, root: Path, split: str) -> Path:
 
 def _first_of(root: Path, names: Sequence[str]) -> Path | None:
     candidates = [root / f"{name}{suffix}" for name in names for suffix in ("", ".tar")]
-    return next((path for path in candidates if path.exists()), None)
+    return next((path for path in candidates if path.is_dir() or path.is_file()), None)
 
 
 def _holds_tars(path: Path) -> bool:
@@ -340,6 +339,9 @@ def _holds_tars(path: Path) -> bool:
 def _open_folder(name: str, root: Path, split: str, transform: Transform | None) -> Dataset[Any]:
     path = _find_split(name, root, split)
     if name == "tar" or _holds_tars(path):
+        if pipes := [str(file) for file in path.glob("*.tar") if not file.is_file()]:
+            raise DataError(f"not a regular file: {', '.join(pipes)}; expected tar files alone")
+        set_img_extensions(SUFFIXES)  # timm's own are three
         try:  # a handle kept open would be shared by the workers, who would move its position under each other
             reader = ReaderImageInTar(str(path), cache_tarfiles=False)
         except (tarfile.TarError, AssertionError, ValueError) as error:
@@ -347,12 +349,16 @@ def _open_folder(name: str, root: Path, split: str, transform: Transform | None)
         return ReaderImages(reader, transform, source=str(path))
     if path.is_file():
         raise DataError(f"{path} is neither a folder of class folders nor a .tar file")
-    try:
-        dataset = ImageFolder(str(path), transform=transform, loader=load_image)
-    except FileNotFoundError as error:  # torchvision names the class folders that hold no image
-        raise DataError(f"{path}: {error}; it {contents(path)}") from error
+    dataset = _open_classes(path, transform)
     _check_same_classes(root, path, dataset.classes)
     return dataset
+
+
+def _open_classes(path: Path, transform: Transform | None) -> ClassFolders:
+    try:
+        return ClassFolders(str(path), transform=transform, loader=load_image)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: {error}; it {contents(path)}") from error
 
 
 def _check_same_classes(root: Path, path: Path, classes: Sequence[str]) -> None:
@@ -389,7 +395,7 @@ def _open_with_timm(
 ) -> Dataset[Any]:
     options |= {"root": None if root is None else str(root), "split": "validation" if split == "val" else split}
     try:
-        dataset = create_dataset(name, is_training=split == "train", transform=transform, **options)
+        dataset: Any = create_dataset(name, is_training=split == "train", transform=transform, **options)
     except (ImportError, AssertionError, OSError, RuntimeError, ValueError, KeyError) as error:
         raise DataError(
             f"timm cannot open dataset {name!r} (root {root}, split {options['split']!r}): "
@@ -397,4 +403,9 @@ def _open_with_timm(
         ) from error
     if isinstance(dataset, ImageDataset):
         return ReaderImages(dataset.reader, transform, source=name)
+    if isinstance(dataset, ImageFolder):
+        dataset.loader = load_image
+    elif name.lower().startswith("hfids/"):
+        dataset.reader.input_img_mode = ""  # timm's conversion cuts 16 bits at 255
+        dataset.transform = to_rgb if transform is None else Compose([to_rgb, transform])
     return dataset

@@ -27,6 +27,7 @@ from torchvision import transforms
 
 from common.data.paths import check_split
 from common.run.errors import DataError
+from common.run.files import read_file
 
 FASHION = Path(__file__).parent / "fashion" / "fashion.npz"
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -101,7 +102,7 @@ def read_idx(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
         path = folder / f"{IDX[split]}-{kind}-ubyte"
         path = path if path.is_file() else path.with_name(path.name + ".gz")
         try:
-            content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            content = gzip.decompress(read_file(path)) if path.suffix == ".gz" else read_file(path)
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"cannot read {path} ({error}): expected the IDX files of Fashion-MNIST") from error
         shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, 4 + 4 * dimensions, 4)]

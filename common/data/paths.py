@@ -36,6 +36,8 @@ def existing_folder(name: str, root: str | Path | None) -> Path:
     if root is None or not str(root):
         raise DataError(f"dataset {name!r} needs a data directory: give DIR (--data-path DIR)")
     path = Path(root).expanduser()
+    if path.exists() and not (path.is_dir() or path.is_file()):
+        raise DataError(f"data directory {path} is a pipe or a device: give a folder")
     if not path.exists():
         parent = next(parent for parent in path.absolute().parents if parent.exists())
         raise DataError(f"data directory {path} does not exist; the nearest that does, {parent}, {contents(parent)}")

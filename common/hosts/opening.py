@@ -26,7 +26,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision import models as vision
 
-from common.data.datasets import load_image
+from common.data.images import load_image
 from common.data.transforms import Transform
 from common.hosts.host import Facts
 from common.hosts.network import find_host, floating, load

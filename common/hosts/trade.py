@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from tqdm import tqdm
 
-from common.data.datasets import BadImageError, load_image
+from common.data.images import SUFFIXES, BadImageError, is_image, load_image
 from common.hosts.accuracy import KNN, PROBE, TOP1, measure_accuracy
 from common.hosts.draw import Principal, Strip, mosaic, spread
 from common.hosts.host import Facts, Tokens
@@ -25,8 +25,6 @@ from common.hosts.resizing import Smaller
 from common.hosts.runner import Method, PlanError
 from common.measure.benchmark import compare, describe_device, device_name
 from common.run.errors import UsageError
-
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -89,13 +87,10 @@ def image_files(path: Path) -> list[Path]:
     Raises:
         UsageError: if there is none.
     """
-    if path.is_file():
-        return [path]
-    found = (
-        sorted(file for file in path.glob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-        if path.is_dir()
-        else []
-    )
+    if not path.is_dir():
+        found = [path] if path.exists() else []
+    else:
+        found = sorted(file for file in path.glob("*") if is_image(file.name) and not file.is_dir())
     if not found:
         raise UsageError(f"--images {path}: expected an image or a folder with some ({', '.join(SUFFIXES)})")
     return found

@@ -1,6 +1,7 @@
 """The checkout's root, checkpoints that must be there, and writing a file so that nobody ever reads a part of it."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -28,17 +29,36 @@ def check_files(*sources: str | os.PathLike[str] | None) -> None:
             existing_file(text)
 
 
+class NotAFile(OSError):
+    """A folder, a pipe or a device where a file was expected."""
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """Content of a regular file.
+
+    Raises:
+        NotAFile: it is something else, which could keep a reader waiting or never end.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise NotAFile(errno.EINVAL, "not a regular file")
+    return path.read_bytes()
+
+
 def existing_file(source: str | os.PathLike[str]) -> Path:
     """``source`` as the path of a checkpoint.
 
     Raises:
-        CheckpointError: nothing is there, or a folder.
+        CheckpointError: nothing is there, or no file.
     """
     path = Path(source)
     if path.is_dir():
         raise CheckpointError(f"{path}: found a folder, expected a checkpoint file; name a file inside it")
     if not path.exists():
         raise CheckpointError(f"{path}: no such file, expected a checkpoint; check the path, or download the file")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: found a pipe or a device, expected a checkpoint file; copy it to one")
     return path
 
 

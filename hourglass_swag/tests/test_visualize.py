@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from common.data.images import load_image
 from common.run.errors import DataError
 from hourglass_swag import visualize
-from hourglass_swag.evaluation import read_image
 from hourglass_swag.models import create
 from hourglass_swag.models.act_vision_transformer import attentions
 from hourglass_swag.models.ops.cluster import TokenClusteringBlock
@@ -304,14 +304,16 @@ def test_wrong_images_end_with_one_line(photo, tmp_path, monkeypatch, capsys):
     (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "cut.jpg").write_bytes(photo.read_bytes()[:700])
     for name, message in (
-        ("text.jpg", "is not an image that Pillow can read"),
-        ("cut.jpg", "is not an image that Pillow can read"),
+        ("text.jpg", "not in a format that Pillow knows"),
+        ("cut.jpg", "truncated"),
         ("missing.jpg", "No such file"),
     ):
         with pytest.raises(DataError, match=rf"{name}.*{message}"):
-            read_image(tmp_path / name)
+            load_image(tmp_path / name)
     monkeypatch.setattr(sys, "argv", ["visualize.py", "-m", "e_vit_desk", str(tmp_path / "text.jpg")])
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(visualize.__file__, run_name="__main__")
     assert caught.value.code == 2
-    assert capsys.readouterr().err == f"error: {tmp_path / 'text.jpg'} is not an image that Pillow can read\n"
+    assert capsys.readouterr().err == (
+        f"error: cannot decode image {tmp_path / 'text.jpg'} (not in a format that Pillow knows); replace it\n"
+    )
