@@ -41,7 +41,7 @@ $(STAMP): $(PACKAGES)
 	@$(PY) -m compileall -q $(DIRECTORIES)
 	@touch $@
 
-operators: install  ## compile the optional operators of ACT, SMYRF and ToMe (a C++ compiler; nvcc for those on GPUs)
+operators: install  ## compile the optional operators of ACT and SMYRF (a C++ compiler; nvcc for those on GPUs)
 	$(UV) --no-deps --no-build-isolation ./hourglass_swag/models/ops -e ./hourglass_swag/models/ops/tome
 
 reproduce: install  ## the main job: the ledger of published tables, and a live run of each paper

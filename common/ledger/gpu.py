@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def run_tests(limit_s: float, root: Path = ROOT, *, only_collect: bool = False) 
     if not files:
         return 1, "no test is marked gpu"
     words = ["-q", "-rs", "--durations=8", "-m", "gpu", "-p", "no:cacheprovider"]
-    words += ["--collect-only"] if only_collect else []
+    words += ["--collect-only"] if only_collect else ["-n", "4"] if find_spec("xdist") else []
     status, text = run_python(["-m", "pytest", *words, *map(str, files)], limit_s, root)
     return status or int(not only_collect and " passed" not in text), text
 

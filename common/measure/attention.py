@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.measure.flops import CUSTOM_OPERATORS
+
 
 def attention(
     q: Tensor,
@@ -40,9 +42,7 @@ def attention(
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
     if not dropout and has_kernel(q, k, v, key_bias):
         scale = float(q.shape[3] ** -0.5) if scale is None else scale
-        if torch.compiler.is_compiling():
-            return torch.ops.leanvit.attend_with_key_bias(q, k, v, key_bias, scale)
-        return _launch(q, k, v, key_bias, scale)
+        return torch.ops.leanvit.attend_with_key_bias(q, k, v, key_bias, scale)
     mask = key_bias.to(q.dtype)[:, None, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
 
@@ -63,16 +63,15 @@ def _serves(width: int) -> bool:
     return split_width(width) is not None
 
 
-def _launch(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, scale: float) -> Tensor:
+@torch.library.custom_op("leanvit::attend_with_key_bias", mutates_args=(), device_types="cuda")
+def _operator(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, scale: float) -> Tensor:
+    """The kernel as an operator: a compiler, and what counts operations, see its shape and do not look inside."""
     from common.measure.attention_kernel import launch  # Triton is imported where it is used
 
     return launch(q, k, v, key_bias, scale)
 
 
-@torch.library.custom_op("leanvit::attend_with_key_bias", mutates_args=(), device_types="cuda")
-def _operator(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, scale: float) -> Tensor:
-    """The kernel as an operator: a compiler sees its shape and does not look inside."""
-    return _launch(q, k, v, key_bias, scale)
+CUSTOM_OPERATORS["leanvit::attend_with_key_bias"] = lambda args, result: 2 * args[0].numel() * args[1].shape[2]
 
 
 @_operator.register_fake

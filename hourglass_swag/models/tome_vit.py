@@ -21,6 +21,7 @@ from hourglass_swag.models.ops.tome.tome.ops import check_form
 from hourglass_swag.models.ops.tome.tome.utils import R, parse_r
 from hourglass_swag.models.vision_transformer import VisionTransformer
 
+CUSTOM_OPERATORS["tome::match"] = lambda args, result: args[0].numel() * args[0].shape[1] // 4  # half of them by half
 CUSTOM_OPERATORS["tome::merge_wavg"] = lambda args, result: {  # tokens times their sizes, rows divided by theirs
     "mul": args[0].numel(),
     "div": result[0].numel(),

@@ -170,8 +170,8 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
         "--scatter",
         choices=FORMS,
         default="auto",
-        help="beyond the published flags: how merged tokens are averaged; auto: by the fused operator where it was "
-        "built, else in plain PyTorch",
+        help="beyond the published flags: how tokens are matched and averaged; auto: by kernels on an NVIDIA GPU, "
+        "else in plain PyTorch",
     )
     group = parser.add_argument_group("EViT (e_vit_*)")
     group.add_argument(

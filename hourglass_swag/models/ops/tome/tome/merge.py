@@ -97,13 +97,31 @@ class Matching:
             Tokens (m B, U, C) of the type of ``x`` and sizes (m B, U, 1). Sizes of half-precision tokens are float32:
             bfloat16 cannot count beyond 256.
         """
-        if ops.choose(self.scatter, x, fusible=size is None or not size.requires_grad) == "fused":
+        if ops.fuses(self.scatter, x, size):
             return ops.merge_wavg(x, size, *self._tile(x.shape[0]))
-        if size is None:
-            size = torch.ones_like(x[..., :1], dtype=ops.accumulation_type(x.dtype))
-        reduce = self._reducer(x)
-        total = reduce(size, "sum")
-        return (reduce(x * size, "sum") / total).to(x.dtype), total
+        wide = ops.accumulation_type(x.dtype)
+        size = torch.ones_like(x[..., :1], dtype=wide) if size is None else size
+        if self.scatter == "torch_scatter" or x.is_meta:  # on meta operations are counted, those of the published code
+            reduce = self._reducer(x)
+            total = reduce(size, "sum")
+            return (reduce(x * size, "sum") / total).to(x.dtype), total
+        # Only what joins a row moves it, by its share of the distance: most rows are copied as they are.
+        keep, source, into = self._tile(x.shape[0])
+        rows, weight = take_rows(x, keep), take_rows(size, source)
+        total = take_rows(size, keep).scatter_add(1, into[..., None], weight)
+        flat = flat_index(into, rows.shape[1])
+        joined = rows.flatten(0, 1).index_select(0, flat).view(*into.shape, -1)
+        moves = (take_rows(x, source).to(wide) - joined) * (weight / total.gather(1, into[..., None]))
+        if x.dtype != wide:  # moves of a row are added before they are rounded, in the place of one of them
+            ranks = torch.arange(into.shape[1], device=x.device).expand_as(into)
+            place = into.new_zeros(rows.shape[:2]).scatter(1, into, ranks).gather(1, into)
+            moves = (
+                moves.new_zeros(moves.shape)
+                .flatten(0, 1)
+                .index_add_(0, flat_index(place, into.shape[1]), moves.flatten(0, 1))
+            )
+        rows.flatten(0, 1).index_add_(0, flat, moves.flatten(0, -2).to(x.dtype))
+        return rows, total
 
     def unmerge(self, x: Tensor, *, restore_order: bool = False) -> Tensor:
         """Put rows back at their positions; a merged token gets a copy of the row it joined.
@@ -142,12 +160,11 @@ class Matching:
         shape = keep.shape
         keep, source = flat_index(keep, x.shape[1]), flat_index(source, x.shape[1])
         into = flat_index(into, shape[1])
-        form = ops.choose(self.scatter, x, fusible=False)
 
         def reduce(x: Tensor, mode: str) -> Tensor:
             x = x.flatten(0, 1)
             rows, merged = x.index_select(0, keep), x.index_select(0, source)
-            if form == "torch_scatter":
+            if self.scatter == "torch_scatter":
                 rows = ops.torch_scatter().scatter(merged, into, dim=0, out=rows, reduce=_TORCH_SCATTER_NAMES[mode])
             elif mode == "sum":
                 rows.index_add_(0, into, merged)  # rows are a copy: nobody's tensor is changed
@@ -208,6 +225,10 @@ def bipartite_soft_matching(
     r = min(r, merge_limit(num_tokens, rows + columns))
     if r <= 0:
         return do_nothing, do_nothing
+    if not columns and ops.fuses(scatter, metric.detach()):
+        keep, source, into = ops.match(metric.detach(), r, rows, columns)
+        matching = Matching(keep, source, into, num_tokens, scatter)
+        return matching, matching.unmerge
     with torch.no_grad():
         scores = similarity(metric[:, ::2], metric[:, 1::2])  # (B, ceil(N / 2), floor(N / 2))
         scores[:, :rows] = -torch.inf

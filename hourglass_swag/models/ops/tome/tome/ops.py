@@ -1,34 +1,27 @@
-"""The forms that merging can take, and the fused operator: where its library is, how it is loaded, what it computes.
+"""The forms that merging can take, and those that need something: kernels for NVIDIA GPUs, the package torch-scatter.
 
-The operator ``tome::merge_wavg`` averages merged tokens in one pass: it reads each token once and writes each row once,
-where the plain form gathers, scatters, and divides. It comes from ``csrc``, compiled for the CPU and, with nvcc, for
-CUDA. Nothing needs it: without it the plain PyTorch form runs, and a line says so once.
+Plain PyTorch takes some fifty small operations for a layer's matching and merging, which on a GPU cost more time than
+the layer. The kernels are three: proposals, choice, average. They are for passes without gradients.
 """
 
 import importlib
-import importlib.util
-import logging
-from collections.abc import Iterator
-from pathlib import Path
+from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 FORMS = {
-    "auto": "the fused operator where it was built, the plain PyTorch form elsewhere",
+    "auto": "the kernels on an NVIDIA GPU, plain PyTorch elsewhere and for gradients",
     "native": "plain PyTorch",
-    "fused": "the fused operator for weighted averages; an error where it was not built",
+    "fused": "the kernels; an error where they cannot run",
     "torch_scatter": "the package torch-scatter, which the published code uses; an error where it is not installed",
 }
-"""Values of ``scatter``: how merged tokens are reduced into the rows they join. All give the same result."""
+"""Values of ``scatter``: how tokens are matched and merged into the rows they join. All give the same result."""
 
-_SOURCE = Path(__file__).resolve().parent.parent
-BUILD = f"pip install --no-build-isolation -e {_SOURCE if (_SOURCE / 'setup.py').exists() else 'FOLDER_OF_SETUP_PY'}"
-
-_log = logging.getLogger(__name__)
-_devices: frozenset[str] | None = None  # kinds of device the operator was built for; None: not looked for yet
-_said = False
+MAX_TOKENS = 8192
+"""The choice holds all proposals of an image at once."""
 
 
 def accumulation_type(dtype: torch.dtype) -> torch.dtype:
@@ -41,13 +34,12 @@ def check_form(scatter: str) -> str:
 
     Raises:
         ValueError: for a name that is not in ``FORMS``.
-        ImportError: if it needs something that is not installed or not built.
+        ImportError: if it needs something that is not here.
     """
     if scatter not in FORMS:
         raise ValueError(f"scatter must be one of {', '.join(FORMS)}, got {scatter!r}")
-    devices = load()
-    if scatter == "fused" and not devices:
-        raise ImportError(f"scatter = 'fused', but the operators of tome are not built; build them with: {BUILD}")
+    if scatter == "fused" and not (torch.cuda.is_available() and torch.version.cuda and find_spec("triton")):
+        raise ImportError("scatter = 'fused' needs an NVIDIA GPU and the package triton; 'auto' goes without")
     if scatter == "torch_scatter":
         torch_scatter()
     return scatter
@@ -68,83 +60,78 @@ def torch_scatter() -> ModuleType:
         ) from error
 
 
-def choose(scatter: str, x: Tensor, *, fusible: bool) -> str:
-    """The form to use for ``x``: "native", "fused" or "torch_scatter".
+def fuses(scatter: str, *tensors: Tensor | None) -> bool:
+    """Whether the kernels take these tensors (B, N, C).
 
     Args:
         scatter: a key of ``FORMS``.
-        x: tokens.
-        fusible: whether the operator computes what is wanted.
 
     Raises:
-        ValueError, ImportError: see ``check_form``.
-        RuntimeError: if the operator was asked for and not built for this device.
+        ValueError: for another form.
+        RuntimeError: if the kernels were asked for and do not.
     """
-    if scatter == "torch_scatter" or not fusible:
-        return "torch_scatter" if scatter == "torch_scatter" else "native"
     if scatter not in FORMS:
         raise ValueError(f"scatter must be one of {', '.join(FORMS)}, got {scatter!r}")
-    kind = x.device.type
-    if scatter == "native" or kind == "meta":
-        return "native"
-    built = _devices if _devices is not None or torch.compiler.is_compiling() else load()
-    if built is not None and kind in built:
-        return "fused"
-    if scatter == "fused":
-        where = ", ".join(sorted(built)) if built else "no device"
-        raise RuntimeError(f"scatter = 'fused', but the operator is built for {where}, not for {kind}; build: {BUILD}")
-    if not torch.compiler.is_compiling():
-        _say_once(kind)
-    return "native"
+    if scatter in ("native", "torch_scatter"):
+        return False
+    given = [x for x in tensors if x is not None]
+    fits = all(
+        x.is_cuda and x.dtype != torch.float64 and x.shape[1] <= MAX_TOKENS and x.shape[2] <= MAX_TOKENS for x in given
+    )
+    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    serves = fits and not gradient and torch.version.cuda is not None and find_spec("triton") is not None
+    if scatter == "fused" and not serves:
+        where = ", ".join(f"{x.dtype} on {x.device}" for x in given)
+        raise RuntimeError(
+            f"scatter = 'fused' needs half or single precision, an NVIDIA GPU and no gradients, got {where}"
+        )
+    return serves
 
 
-def _say_once(kind: str) -> None:
-    """Tell that the plain form runs."""
-    global _said
-    if not _said:
-        _said = True
-        _log.warning("tome: the fused merge is not built for %s, plain PyTorch runs instead; to build: %s", kind, BUILD)
-
-
-def find_libraries() -> Iterator[Path]:
-    """Compiled libraries beside this file, then in a package ``tome`` that was installed by itself."""
-    folders = [Path(__file__).parent]
-    if spec := importlib.util.find_spec("tome"):
-        folders += [Path(folder) for folder in spec.submodule_search_locations or ()]
-    for folder in dict.fromkeys(folder.resolve() for folder in folders):
-        yield from sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd"))
-
-
-def is_loaded() -> bool:
-    """Whether this process knows the operator."""
-    return hasattr(torch.ops.tome, "merge_wavg")
-
-
-def load(libraries: Iterator[Path] | None = None) -> frozenset[str]:
-    """Load the operator, the first time this is called, and return the kinds of device that it was built for.
-
-    A library that cannot be loaded (built for another torch, say) is named in a warning.
+@torch.library.custom_op("tome::match", mutates_args=())
+def match(metric: Tensor, r: int, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Bipartite soft matching.
 
     Args:
-        libraries: files to try; None for ``find_libraries``.
+        metric: what is compared, (B, N, c).
+        r: tokens merged away, at least 1.
+        rows, columns: a-tokens and b-tokens at the beginning that merge with none.
+
+    Returns:
+        ``keep`` (B, N - r), ``source`` and ``into`` (B, r) of ``merge.Matching``.
     """
-    global _devices
-    if _devices is None:
-        if not is_loaded():  # this file may be imported under two names
-            for path in find_libraries() if libraries is None else libraries:
-                try:
-                    torch.ops.load_library(path)
-                except OSError as error:
-                    _log.warning("tome: %s cannot be loaded (%s); to build it again: %s", path, error, BUILD)
-                else:
-                    _register()
-                    break
-        _devices = frozenset(torch.ops.tome.devices().split()) if is_loaded() else frozenset()
-    return _devices
+    from . import kernels
+
+    batch, tokens, channels = metric.shape
+    num_a, num_b = (tokens + 1) // 2, tokens // 2
+    best = metric.new_empty(batch, num_a, dtype=torch.float32)
+    partner = metric.new_empty(batch, num_a, dtype=torch.int64)
+    keep, source, into = _empty_match(metric, r)
+    propose: Any = kernels.propose
+    accept: Any = kernels.accept
+    width = max(_power(channels), 16)
+    propose[-(-num_a // 32), batch](
+        metric, best, partner, tokens, *metric.stride(), rows, columns, channels=channels, WIDTH=width, TILE=32, STEP=64
+    )
+    width = max(_power(num_a), 16)
+    accept[batch,](
+        best, partner, keep, source, into, num_a, num_b, r,
+        ORDERED=rows > 0, WIDTH=width, STEP=max(8192 // width, 1), num_warps=16 if width > 256 else 4,
+    )  # fmt: skip
+    return keep, source, into
 
 
+@match.register_fake
+def _empty_match(metric: Tensor, r: int, rows: int = 0, columns: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens = metric.shape[:2]
+    shapes = ((batch, tokens - r), (batch, r), (batch, r))
+    keep, source, into = (metric.new_empty(shape, dtype=torch.int64) for shape in shapes)
+    return keep, source, into
+
+
+@torch.library.custom_op("tome::merge_wavg", mutates_args=())
 def merge_wavg(x: Tensor, size: Tensor | None, keep: Tensor, source: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted average of merged tokens by the fused operator; ``size`` gets no gradient.
+    """Weighted average of merged tokens.
 
     Args:
         x: tokens, (B, N, C).
@@ -152,42 +139,28 @@ def merge_wavg(x: Tensor, size: Tensor | None, keep: Tensor, source: Tensor, int
         keep, source, into: see ``merge.Matching``.
 
     Returns:
-        Rows (B, U, C) of the type of ``x`` and their sizes (B, U, 1).
+        Rows (B, U, C) of the type of ``x`` and their sizes (B, U, 1), float32.
     """
-    if size is not None:
-        size = size.to(accumulation_type(x.dtype)).contiguous()
-    return torch.ops.tome.merge_wavg(x.contiguous(), size, keep.contiguous(), source.contiguous(), into.contiguous())
+    from . import kernels
+
+    batch, tokens, channels = x.shape
+    out, total = _empty_rows(x, size, keep, source, into)
+    rows, r = keep.shape[1], source.shape[1]
+    weights = x.new_ones(batch, tokens, dtype=torch.float32) if size is None else size.float()
+    average: Any = kernels.average
+    average[rows, batch](
+        x.contiguous(), weights.contiguous(), keep.contiguous(), source.contiguous(), into.contiguous(),
+        out, total, tokens, rows, r, channels, MERGED=max(_power(r), 16), WIDTH=max(_power(channels), 16),
+    )  # fmt: skip
+    return out, total
 
 
-def _register() -> None:
-    """Give the operator a shape function, so that it traces and compiles, and a gradient."""
-
-    @torch.library.register_fake("tome::merge_wavg")
-    def _(x: Tensor, size: Tensor | None, keep: Tensor, source: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
-        rows = x.new_empty(keep.shape[0], keep.shape[1], x.shape[2])
-        return rows, x.new_empty(keep.shape[0], keep.shape[1], 1, dtype=accumulation_type(x.dtype))
-
-    torch.library.register_autograd("tome::merge_wavg", _backward, setup_context=_save)
+@merge_wavg.register_fake
+def _empty_rows(x: Tensor, size: Tensor | None, keep: Tensor, source: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (*keep.shape, x.shape[2])
+    return x.new_empty(shape), x.new_empty(*keep.shape, 1, dtype=torch.float32)
 
 
-def _save(ctx, inputs, output) -> None:
-    x, size, keep, source, into = inputs
-    ctx.num_tokens = x.shape[1]
-    ctx.save_for_backward(size, keep, source, into, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx, gradient: Tensor, _) -> tuple[Tensor, None, None, None, None]:
-    """Gradient of x: that of the row which a token joined, times the token's share in it."""
-    size, keep, source, into, total = ctx.saved_tensors
-    batch, width = keep.shape[0], gradient.shape[2]
-    position = torch.cat([keep, source], dim=1)  # (B, U + r)
-    row = torch.cat([torch.arange(keep.shape[1], device=keep.device).expand_as(keep), into], dim=1)
-    share = 1 / total.squeeze(2).gather(1, row)
-    if size is not None:
-        share = share * size.squeeze(2).gather(1, position)
-    # Positions that are in neither (behind the last whole group of a k-th matching) have no share.
-    shares = share.new_zeros(batch, ctx.num_tokens).scatter(1, position, share)
-    rows = row.new_zeros(batch, ctx.num_tokens).scatter(1, position, row)
-    joined = gradient.gather(1, rows[..., None].expand(-1, -1, width))
-    return (joined * shares[..., None]).to(gradient.dtype), None, None, None, None
+def _power(number: int) -> int:
+    """The next power of two."""
+    return 1 << max(number - 1, 0).bit_length()
