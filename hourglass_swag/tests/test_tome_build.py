@@ -53,6 +53,31 @@ def test_kernels_interpreted_on_the_cpu():
     assert "as plain PyTorch" in run(words, ROOT, TRITON_INTERPRET="1", PYTHONPATH=str(ROOT))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_kernels_compile_without_a_gpu(dtype):
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from hourglass_swag.models.ops.tome.tome import kernels
+
+    constants = {
+        "propose": {"channels": 80, "WIDTH": 128, "TILE": 32, "STEP": 64},
+        "accept": {"ORDERED": True, "WIDTH": 1024, "STEP": 8},
+        "average": {"MERGED": 64, "WIDTH": 2048},
+    }
+    kinds = {"metric": dtype, "x": dtype, "out": dtype, "size": "fp32", "total": "fp32", "best": "fp32"}
+    kinds |= dict.fromkeys(("partner", "keep", "source", "into"), "i64")
+    for name, fixed in constants.items():
+        kernel = getattr(kernels, name)
+        signature = {word: f"*{kinds[word]}" if word in kinds else "i32" for word in kernel.arg_names}
+        source = ASTSource(fn=kernel, signature=signature | dict.fromkeys(fixed, "constexpr"), constexprs=fixed)
+        built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_stages": 2})
+        assert built.asm["cubin"]
+        assert built.metadata.shared <= 99 * 1024, "what a small GPU has"
+
+
 @pytest.mark.gpu
 def test_kernels_on_the_gpu():
     if not torch.cuda.is_available():

@@ -111,7 +111,18 @@ def match(metric: Tensor, r: int, rows: int, columns: int) -> tuple[Tensor, Tens
     accept: Any = kernels.accept
     width = max(_power(channels), 16)
     propose[-(-num_a // 32), batch](
-        metric, best, partner, tokens, *metric.stride(), rows, columns, channels=channels, WIDTH=width, TILE=32, STEP=64
+        metric,
+        best,
+        partner,
+        tokens,
+        *metric.stride(),
+        rows,
+        columns,
+        channels=channels,
+        WIDTH=width,
+        TILE=32,
+        STEP=64,
+        num_stages=2,  # of float32: 80 of the 99 KB that small GPUs have
     )
     width = max(_power(num_a), 16)
     accept[batch,](
