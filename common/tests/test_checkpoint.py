@@ -2,6 +2,7 @@ import argparse
 import collections
 import hashlib
 import http.server
+import json
 import logging
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from common.run.checkpoint import (
@@ -32,7 +33,9 @@ from common.run.checkpoint import (
     load_strict,
     locate,
     plain,
+    read_description,
     save_atomic,
+    save_described,
     select_state,
 )
 from common.run.errors import UsageError
@@ -272,6 +275,57 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
 
+def sealed_files(folder: Path) -> Iterator[tuple[Path, Any]]:
+    """A file of each kind that is written here, and what it holds."""
+    content = {"bias": torch.zeros(2), "weight": torch.arange(6.0)}
+    yield save_atomic({"model": content, "epoch": 3}, folder / "net.pth"), {"model": content, "epoch": 3}
+    save_described(folder / "net.safetensors", content, "uvc", json.dumps({"format": "here"}))
+    yield folder / "net.safetensors", content
+
+
+def test_no_flipped_bit_is_read(tmp_path: Path) -> None:
+    for path, content in sealed_files(tmp_path):
+        assert str(load_safely(path)) == str(content)
+        whole = path.read_bytes()
+        wrong = [(place, 1 << place % 8) for place in range(len(whole))]
+        wrong += [(place, 1 << bit) for place in range(len(whole) - 120, len(whole)) for bit in range(8)]
+        wrong += [(place, 1 << bit) for place in range(min(120, len(whole))) for bit in range(8)]
+        damaged = path.with_name(f"damaged{path.suffix}")
+        for place, bit in wrong:
+            damaged.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+            with pytest.raises(CheckpointError, match=rf"damaged{path.suffix}: .*(again|anew)"):
+                load_safely(damaged)
+        for cut in range(1, 200):
+            damaged.write_bytes(whole[:-cut])
+            with pytest.raises(CheckpointError):
+                load_safely(damaged)
+        middle = len(whole) * 3 // 4
+        damaged.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+        with pytest.raises(CheckpointError, match="its SHA-256 is not the one that it was written with: it is damaged"):
+            load_safely(damaged)
+
+
+def test_a_flipped_bit_in_a_description_is_not_read(tmp_path: Path) -> None:
+    *_, (path, _) = sealed_files(tmp_path)
+    assert read_description(path, "uvc") == {"format": "here"}
+    path.write_bytes(path.read_bytes().replace(b"here", b"hero"))
+    with pytest.raises(CheckpointError, match=r"net.safetensors: its SHA-256 is not .* make the file anew"):
+        read_description(path, "uvc")
+
+
+def test_other_programs_read_our_files_and_we_theirs(tmp_path: Path) -> None:
+    (ours, content), (described, weights) = sealed_files(tmp_path)
+    assert str(torch.load(ours, weights_only=True)) == str(torch.load(ours, weights_only=True, mmap=True))
+    assert str(torch.load(ours, weights_only=True)) == str(content)
+    assert str(load_file(described)) == str(weights)
+    assert zipfile.ZipFile(ours).testzip() is None
+    torch.save(content, tmp_path / "theirs.pth")
+    save_file(weights, tmp_path / "theirs.safetensors", {"format": "pt"})
+    for name in ("theirs.pth", "theirs.safetensors"):
+        assert b"sha256" not in (tmp_path / name).read_bytes()
+        load_safely(tmp_path / name)
+
+
 def test_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     file = save_atomic({"x": 1}, tmp_path / "last.pth")
 
@@ -386,6 +440,48 @@ def test_fetch_downloads_once_and_checks_the_hash(
     assert fetch(f"{address}/other.torch", progress=False).read_bytes() == body
     assert locate(f"{address}/other.torch").name == "other.torch"
     assert locate("some/file.pth") == Path("some/file.pth")
+
+
+def test_fetch_remembers_a_file_whose_hash_nobody_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: tuple[str, dict[str, bytes], list[str]]
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    address, files, _ = server
+    files["vit.torch"] = body = b"weights" * 1000
+    path = fetch(f"{address}/vit.torch", progress=False)
+    record = path.with_name("vit.torch.sha256")
+    assert record.read_text() == f"{hashlib.sha256(body).hexdigest()}  vit.torch\n"
+    path.write_bytes(body[:-1] + b"t")
+    with pytest.raises(CheckpointError, match=r"vit.torch: its SHA-256 .*; if it was .* delete .*torch.sha256"):
+        fetch(f"{address}/vit.torch", progress=False)
+    path.unlink()
+    assert fetch(f"{address}/vit.torch", progress=False).read_bytes() == body
+    path.unlink()
+    files["vit.torch"] = b"others" * 1000
+    with pytest.raises(CheckpointError, match=r"the download's SHA-256 is .* or delete .*vit.torch.sha256"):
+        fetch(f"{address}/vit.torch", progress=False)
+    assert [file.name for file in path.parent.iterdir()] == [record.name]
+    record.unlink()
+    path.write_bytes(b"from elsewhere")  # put there by hand, recorded when it is first used
+    assert fetch(f"{address}/vit.torch", progress=False) == path
+    assert record.read_text().startswith(hashlib.sha256(b"from elsewhere").hexdigest())
+    record.write_text("no digest")
+    with pytest.raises(CheckpointError, match=r"vit.torch.sha256 holds no SHA-256"):
+        fetch(f"{address}/vit.torch", progress=False)
+
+
+def test_a_cache_that_may_only_be_read_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub" / "checkpoints" / "vit.torch"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"weights")
+
+    def refuse(*unused: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    assert fetch("http://127.0.0.1:9/vit.torch") == path
+    assert [file.name for file in path.parent.iterdir()] == ["vit.torch"]
 
 
 def test_fetch_explains_failures_and_leaves_nothing(

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from common.run.checkpoint.reading import load_safely
-from common.run.errors import CheckpointError
+from common.run.errors import CheckpointError, UsageError
+from common.run.files import write_atomic
 from common.run.launch import main_process_first
 from common.run.program import is_main
 
@@ -30,9 +31,12 @@ def hub_folder() -> Path:
 def fetch(url: str, *, progress: bool = True, timeout_s: float = 30) -> Path:
     """Path of the published file at ``url``, from torch.hub's cache or downloaded into it.
 
+    A name like ``net-0676ba61.pth`` ends with the first hexadecimal digits of the file's SHA-256. Where they are
+    unknown, the SHA-256 is recorded in ``NAME.sha256`` beside the file when it is first used. Downloads and cached
+    files are checked by either.
+
     Args:
-        url: http(s) or file address; a name like ``net-0676ba61.pth`` ends with the first hexadecimal digits of the
-            file's SHA-256, which are checked, of a cached file too.
+        url: http(s) or file address.
         progress: show a bar.
         timeout_s: how long to wait for the server, in seconds.
 
@@ -42,13 +46,17 @@ def fetch(url: str, *, progress: bool = True, timeout_s: float = 30) -> Path:
     name = os.path.basename(urllib.request.url2pathname(url.split("?")[0].split("#")[0]))
     target = hub_folder() / name
     found = HASH_IN_NAME.search(name)
-    prefix = found.group(1) if found else None
+    record = target.with_name(name + ".sha256")
+    prefix = found.group(1) if found else _recorded(record)
     if target.is_file():
-        if prefix and not _sha256(target).startswith(prefix):
+        digest = _sha256(target)
+        if prefix and not digest.startswith(prefix):
             raise CheckpointError(
-                f"{target}: its SHA-256 does not begin with {prefix}; it is damaged or another file. "
-                f"Delete it to download it again from {url}"
+                f"{target}: its SHA-256 does not begin with {prefix}; it is damaged or another file. Delete it to "
+                f"download it again from {url}" + f"; if it was replaced on purpose, delete {record}" * (not found)
             )
+        if not prefix:
+            _record(record, digest)
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -62,8 +70,8 @@ def fetch(url: str, *, progress: bool = True, timeout_s: float = 30) -> Path:
     except RuntimeError as error:  # the hash
         digest = str(error).rstrip('")').rpartition('"')[2]
         raise CheckpointError(
-            f"{url}: the download's SHA-256 is {digest}, expected {prefix}...; it was interrupted or the "
-            "file was replaced; try again"
+            f"{url}: the download's SHA-256 is {digest}, expected {prefix}...; it was interrupted or the file was "
+            "replaced; try again" + f", or delete {record}, which remembers the file of before" * (not found)
         ) from error
     except OSError as error:  # urllib's errors are OSErrors
         reason = getattr(error, "reason", None) or error
@@ -71,7 +79,25 @@ def fetch(url: str, *, progress: bool = True, timeout_s: float = 30) -> Path:
             f"cannot download {name} from {url}: {reason}. Without a connection, get the file elsewhere and put it at "
             f"{target} (or set TORCH_HOME), or name a local file"
         ) from error
+    if not prefix:
+        _record(record, _sha256(target))
     return target
+
+
+def _recorded(record: Path) -> str | None:
+    """The SHA-256 that a file had when it was first used, None if it never was."""
+    if not record.is_file():
+        return None
+    digest = record.read_text(errors="replace").partition(" ")[0]
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise CheckpointError(f"{record} holds no SHA-256: it is damaged; delete it, and check the file beside it")
+    return digest
+
+
+def _record(record: Path, digest: str) -> None:
+    """In the form of ``sha256sum``; a cache that may only be read stays without."""
+    with contextlib.suppress(OSError, UsageError):
+        write_atomic(record, f"{digest}  {record.stem}\n")
 
 
 def _sha256(path: Path) -> str:

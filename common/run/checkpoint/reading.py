@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.run.checkpoint.sealing import check_seal
 from common.run.errors import CheckpointError
 from common.run.files import existing_file
 
@@ -264,12 +265,13 @@ def load_safely(path: str | os.PathLike[str]) -> Any:
         What was saved. Namespaces and paths come back as such; a WindowsPath as a ``PureWindowsPath`` elsewhere.
 
     Raises:
-        CheckpointError: missing, a folder, empty, truncated, not a checkpoint, or naming anything that is no plain
-            value; the message says which.
+        CheckpointError: missing, a folder, empty, truncated, damaged, not a checkpoint, or naming anything that is no
+            plain value; the message says which.
     """
     path = existing_file(path)
     again = "download or copy the file again, or name another"
     try:
+        check_seal(path)
         safetensors = _is_safetensors(path)  # first: the length that such a file begins with can look like a pickle
         finding = None if safetensors else _describe(path)
         if finding is not None:
@@ -299,8 +301,11 @@ def read_description(path: str | os.PathLike[str], key: str) -> dict[str, Any] |
     from safetensors import safe_open  # only where such a file is read
 
     try:
+        check_seal(path)
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(key)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}; make the file anew") from error
     except Exception as error:  # safetensors raises its own kind for a file that is none
         raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); make the file anew") from error
     try:

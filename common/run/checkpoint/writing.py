@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.run.checkpoint.sealing import seal, unsealed_entry
 from common.run.errors import CheckpointError
-from common.run.files import replacing, write_atomic
+from common.run.files import replacing
 
 
 def plain(value: Any, where: str = "checkpoint") -> Any:
@@ -59,6 +60,8 @@ def plain(value: Any, where: str = "checkpoint") -> Any:
 def save_atomic(obj: Any, path: str | os.PathLike[str]) -> Path:
     """Write ``obj`` so that ``path`` is at every moment the old file or the whole new one, also after a power cut.
 
+    The file holds a checksum, see ``common.run.checkpoint.sealing``.
+
     Call it on one rank only.
     """
     path = Path(path)
@@ -66,13 +69,18 @@ def save_atomic(obj: Any, path: str | os.PathLike[str]) -> Path:
     try:
         with replacing(path) as file:
             torch.save(content, file)
+            seal(file)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"cannot write {path}: {error}; is the disk full or the folder read-only?") from error
     return path
 
 
 def save_described(path: Path, state: Mapping[str, Tensor], key: str, description: str) -> None:
-    """Write weights as safetensors with a JSON description under ``key`` of the header, see ``read_description``."""
+    """Write weights as safetensors with a checksum and a JSON description under ``key`` of the header, see
+    ``read_description``.
+    """
     from safetensors.torch import save  # only where such a file is written
 
-    write_atomic(path, save(dict(state), metadata={"format": "pt", key: description}))
+    with replacing(path) as file:
+        file.write(save(dict(state), metadata={"format": "pt", key: description, **unsealed_entry()}))
+        seal(file)
