@@ -132,7 +132,7 @@ def published_weights(file: str, *, progress: bool = True) -> Path:
     """A published checkpoint, from torch.hub's cache or fetched into it.
 
     torchvision's conversion is taken where it is in the cache and the original is not. The SHA-256 of the originals is
-    not published, so only torchvision's files are checked.
+    not published: it is recorded when one is first used, and a file that changes afterwards is refused.
 
     Args:
         file: name of the original, such as ``vit_l16_in1k.torch``.
