@@ -110,6 +110,7 @@ def match(metric: Tensor, r: int, rows: int, columns: int) -> tuple[Tensor, Tens
     propose: Any = kernels.propose
     accept: Any = kernels.accept
     width = max(_power(channels), 16)
+    # Two stages: of float32 and 80 channels they take 80 KB, and a small GPU has 99.
     propose[-(-num_a // 32), batch](
         metric,
         best,
@@ -122,7 +123,7 @@ def match(metric: Tensor, r: int, rows: int, columns: int) -> tuple[Tensor, Tens
         WIDTH=width,
         TILE=32,
         STEP=64,
-        num_stages=2,  # of float32: 80 of the 99 KB that small GPUs have
+        num_stages=2,
     )
     width = max(_power(num_a), 16)
     accept[batch,](
