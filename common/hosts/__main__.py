@@ -127,16 +127,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def write_network(trade: Any, row: Any, flag: str, path: Path) -> None:
-    """Write the network of a row as a flag says.
-
-    Raises:
-        UsageError: if there is none, as nothing is within the budget; or what the writer says.
-    """
+    """Write the network of a row as a flag says; raises what the writer says."""
     from common.hosts import export, files
     from common.hosts.resizing import Smaller
 
-    if row is None:
-        raise UsageError(f"--{flag.replace('_', '-')} {path}: no network is within the budget, so nothing was written")
     network = trade.networks[row.name]
     small = isinstance(network, Smaller)
     fast = network.fast if small else network
@@ -187,18 +181,19 @@ def main(argv: Sequence[str] | None = None) -> Any:
     if any(value is not None for value in args.wish.values()):
         said = best_within(rows, **args.wish)
         best = next(iter(choose(rows, Wish(**args.wish))), None)
-        print(said)
     elif args.chooses:
         best = next(row for row in rows if row.name in trade.lean)
     if best is not None:
         code = python_lines(trade, best)
-        print(f"\n{code}\n")
-    for flag, folder in WRITTEN.items():
-        if not folder and (path := getattr(args, flag)):
-            write_network(trade, best, flag, path)
+        print("\n\n".join(filter(None, (said, code))), end="\n\n")
     if args.output:
         write_all(trade, rows, args.output, layers=layers, chosen=said, code=code)
         print(f"everything is in {args.output / 'index.html'}")
+    if said and best is None:
+        raise UsageError(f"{said}; no network was chosen")
+    for flag, folder in WRITTEN.items():
+        if not folder and (path := getattr(args, flag)):
+            write_network(trade, best, flag, path)
     return rows
 
 

@@ -6,6 +6,7 @@ import fcntl
 import os
 import secrets
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -152,7 +153,11 @@ def problem_with(path: Path, *, folder: bool = False) -> str:
     if found.is_dir():
         if found == path and not folder:
             return f"{path} is a folder, expected the name of a file"
-        return "" if os.access(found, os.W_OK) else f"no permission to write in {found}"
+        try:
+            tempfile.TemporaryFile(dir=found).close()  # permissions alone say nothing of /proc or of a read-only mount
+        except OSError as error:
+            return f"cannot write in {found}: {error.strerror}"
+        return ""
     return f"{found} is a file, not a folder" if folder or found != path else ""
 
 

@@ -430,9 +430,11 @@ def test_one_method_is_saved_without_a_choice(own: Path, photographs: Path, tmp_
     images = torch.randn(2, 3, 160, 160)
     fast = leanvit.load(tmp_path / "fast.safetensors")
     assert torch.equal(fast(images), lean(net.eval(), "tome", r=5)(images))
-    with pytest.raises(UsageError, match="no network is within the budget"):
+    with pytest.raises(UsageError, match=r"Nothing is within .*: the least is .*; no network was chosen"):
         main([f"{own}:net", *images_option(photographs), "--methods", "tome:r=5", "--budget-gmacs", "0.0000001",
-              "--save", str(tmp_path / "none")])  # fmt: skip
+              "--save", str(tmp_path / "none"), "--output", str(tmp_path / "page")])  # fmt: skip
+    assert not list(tmp_path.glob("none*"))
+    assert (tmp_path / "page" / "index.html").is_file(), "what was measured is kept"
 
 
 def test_the_chosen_network_is_exported(
