@@ -50,11 +50,6 @@ def build_model(settings: NetworkSettings, classes: int) -> Any:
         model: Any = timm.create_model(name, num_classes=classes, **given)
     except TypeError as error:
         raise UsageError(f"--model {name} does not take one of the flags given: {error}") from error
-    embed = getattr(model, "patch_embed", None)  # which UniFormer has not
-    if embed is not None and any(side % patch for side, patch in zip(embed.img_size, embed.patch_size, strict=True)):
-        raise UsageError(
-            f"--input-size {embed.img_size[0]} is no multiple of the patch of --model {name}, {embed.patch_size[0]}"
-        )
     if settings.grad_checkpointing:
         if not hasattr(model, "set_grad_checkpointing"):
             raise UsageError(f"--model {name} has no gradient checkpointing")

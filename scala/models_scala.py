@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.measure.flops import OpCounts, gmacs
+from common.run.errors import UsageError
 from scala.layers import Sliced, SlicedConv2d, SlicedLayerNorm, SlicedLinear, SlicedNetwork, register
 from scala.slicing import PUBLISHED_RULE, Ratio, SliceRule, Width, check_ratio, sliced_size
 
@@ -215,6 +216,9 @@ class PatchEmbed(nn.Module):
         flatten: (B, N, d) instead of (B, d, rows, columns).
         output_fmt: must be None; the official code fails otherwise.
         strict_img_size: refuse images of another size; else the sides need only be multiples of the patch.
+
+    Raises:
+        UsageError: patches that do not fill the sides.
     """
 
     def __init__(
@@ -237,6 +241,8 @@ class PatchEmbed(nn.Module):
         rule = SliceRule(smallest_ratio, largest_ratio)
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.img_size = (height, width)
+        if wrong := [side for side in self.img_size if side < patch_size or side % patch_size]:
+            raise UsageError(f"--input-size (img_size) {wrong[0]} is no multiple of the patch of {patch_size} pixels")
         self.patch_size = (patch_size, patch_size)
         self.grid_size = (height // patch_size, width // patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]

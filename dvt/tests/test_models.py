@@ -12,8 +12,11 @@ import torch.nn.functional as F
 
 from common.layers import Performer, Split, soft_split
 from common.measure.flops import CONVENTIONS, count_parameters
+from common.tests.apart import check_images_apart
 from common.tests.reference import array, image
 from dvt.costs import count_exits, exit_gflops
+from dvt.dynamic import DynamicClassifier
+from dvt.exits import NOBODY, confidence_and_prediction
 from dvt.models import SUFFIXES, create_model
 from dvt.models.backbone import Backbone
 from dvt.models.cascade import Cascade, make_cascade
@@ -21,7 +24,7 @@ from dvt.models.deit import VisionTransformer
 from dvt.models.reuse import resize_relations, resize_side, resize_tokens
 from dvt.models.t2t_vit import T2T_ViT
 from dvt.models.transformer_block import Block
-from dvt.tests.tiny import resize_grid
+from dvt.tests.tiny import resize_grid, small_cascade, t2t_cascade
 
 VECTORS = Path(__file__).parent / "vectors"
 DESK = {"img_size": 32, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 1.0, "num_classes": 5}
@@ -366,3 +369,15 @@ def test_half_precision_on_a_gpu_stays_near_full_precision(name):
     sum(logits.float().square().mean() for logits in half).backward()  # pyright: ignore[reportAttributeAccessIssue]
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in trained)
+
+
+@pytest.mark.parametrize(("cascade", "size"), [(small_cascade, 24), (t2t_cascade, 224)])
+def test_what_is_not_finite_stays_in_its_image(cascade, size):
+    """Also where images leave: thresholds that split the batch."""
+    net = cascade()
+    images = torch.randn(3, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    check_images_apart(net, images, atol=1e-11)
+    with torch.no_grad():
+        first, _ = confidence_and_prediction(net(images)[0])
+    classifier = DynamicClassifier(net, [float(first.median()), NOBODY, 0.0])
+    check_images_apart(lambda batch: tuple(classifier(batch)), images, atol=1e-6)

@@ -187,7 +187,7 @@ def published(
         ValueError: if one of ``ats_blocks`` is no layer, ``num_tokens`` would bind, or the residual is unknown.
     """
     layers = tuple(sorted(set(ats_blocks)))
-    if layers and num_tokens != 1 and num_tokens < net.seq_length:
+    if num_tokens < 1 or (layers and 1 < num_tokens < net.seq_length):
         raise ValueError(
             f"num_tokens (--ats_num_tokens) must be at least {net.seq_length}, the tokens that enter the network at "
             f"{net.image_size} pixels, got {num_tokens}: it is a bound that ATS cannot keep to"

@@ -106,7 +106,7 @@ class EViT(Method):
         if len(keep) != len(layers):
             raise PlanError(f"evit: keep must be a number, or one for each of {len(layers)} layers, got {len(keep)}")
         keep = tuple(keep[given.index(layer)] for layer in layers)
-        if wrong := [rate for rate in keep if not 0 < rate <= 1]:
+        if wrong := [rate for rate in (*keep, self.keep) if not isinstance(rate, tuple) and not 0 < rate <= 1]:
             raise PlanError(f"evit: keep (--base_keep_rate) must be in (0, 1], got {wrong[0]}")
         score = self.score or ("class" if facts.class_token else "mean")
         if score == "class" and not facts.class_token:

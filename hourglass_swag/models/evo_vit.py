@@ -75,12 +75,14 @@ class EvoViT(Method):
 
     def resolve(self, facts: Facts) -> "EvoViT":
         depth, keep, tradeoff = facts.depth, self.keep, self.tradeoff
+        first = max(depth // 3, 1) if self.layer is None else self.layer
+        prunes = not isinstance(keep, tuple) and keep != 1
+        if not prunes <= first < depth and (prunes or self.layer is not None):
+            raise PlanError(
+                f"evo_vit: layer (--evo_prune_location) must be {int(prunes)} to {depth - 1}, got {first!r}"
+                + f": {UNRANKED}" * prunes
+            )
         if not isinstance(keep, tuple):
-            first = max(depth // 3, 1) if self.layer is None else self.layer
-            if keep != 1 and not 1 <= first < depth:
-                raise PlanError(
-                    f"evo_vit: layer (--evo_prune_location) must be 1 to {depth - 1}, got {first!r}: {UNRANKED}"
-                )
             keep = tuple(1.0 if index < first else float(keep) for index in range(depth))
         tradeoff = tradeoff if isinstance(tradeoff, tuple) else (tradeoff,) * depth
         for name, values in (("keep (--evo_prune_ratio)", keep), ("tradeoff (--evo_tradeoff)", tradeoff)):
@@ -185,7 +187,7 @@ def published(
     *,
     prune_ratio: float | Sequence[float] = 1.0,
     tradeoff: float | Sequence[float] = 0.5,
-    prune_location: int = 3,
+    prune_location: int | None = None,
 ) -> VisionTransformer:
     """The network of a published row, under the published names of the settings.
 
@@ -193,7 +195,7 @@ def published(
         net: the backbone, with a class token.
         prune_ratio: p, the kept fraction from the layer ``prune_location`` on; or one number per layer.
         tradeoff: t; or one number per layer.
-        prune_location: first pruned layer, unless there is one ratio per layer.
+        prune_location: first pruned layer, unless there is one ratio per layer; default: 3.
 
     Raises:
         ValueError: if a number is out of range, or the first layer were to prune, which nothing has scored yet.
@@ -201,4 +203,6 @@ def published(
     keep, weight = (
         float(value) if isinstance(value, (int, float)) else tuple(value) for value in (prune_ratio, tradeoff)
     )
+    if prune_location is None and keep != 1 and not isinstance(keep, tuple):
+        prune_location = 3
     return publish(net, EvoViT(keep=keep, layer=prune_location, tradeoff=weight, **EvoViT.swag))

@@ -18,7 +18,7 @@ from torch import Tensor
 from common.hosts import Effect, Facts, Method, PlanError, Tokens
 from hourglass_swag.host import publish
 from hourglass_swag.methods import EQUAL, GRID, REDUCES, check_layer
-from hourglass_swag.models.ops.cluster import TokenClusteringBlock, average_tokens, cluster_free_of_scale, cluster_grid
+from hourglass_swag.models.ops.cluster import TokenClusteringBlock, average_tokens, cluster_free_of_scale
 from hourglass_swag.models.ops.reconstruction import reconstruction_weights, weights_free_of_scale
 from hourglass_swag.models.vision_transformer import VisionTransformer
 
@@ -160,7 +160,7 @@ def published(
             f"clustering_location (-l, --clustering_location) must be 0 to {net.num_layers - 1}, or {OFF} for "
             f"nowhere, got {clustering_location}"
         )
-    cluster_grid(num_cluster)  # refuses what is no square, by its flag
+    TokenClusteringBlock(num_cluster, cluster_iters, cluster_temperture, cluster_window_size)  # refuses, by its flags
     settings = {"iters": cluster_iters, "temperature": cluster_temperture, "window": cluster_window_size}
     number = num_cluster if isinstance(num_cluster, int) else (num_cluster[0], num_cluster[1])
     where = {"layer": clustering_location, "behind": cluster_after_output}

@@ -12,19 +12,31 @@ import torch
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torchvision.models import VisionTransformer as TorchvisionViT
 
 from common.hosts import NotAHost, Parts, Plan, PlanError, Tokens, lean
 from common.hosts.network import METHODS as NAMES
 from common.hosts.network import find_host, load, make_method
 from common.hosts.settings import describe, fits
+from common.tests.apart import check_images_apart
 from hourglass_swag.models import create
 from hourglass_swag.models.act_vision_transformer import ACT
 from hourglass_swag.models.ats_vision_transformer import ATS
 from hourglass_swag.models.evit import EViT
 from hourglass_swag.models.evo_vit import EvoViT
 from hourglass_swag.models.hourglass_vit import Hourglass
-from hourglass_swag.models.ops.cluster import cluster_free_of_scale
-from hourglass_swag.models.ops.reconstruction import weights_free_of_scale
+from hourglass_swag.models.ops.ACT.ada_clustering_attention import AdaClusteringAttention
+from hourglass_swag.models.ops.ats import sample_tokens
+from hourglass_swag.models.ops.cluster import TokenClusteringBlock, cluster_free_of_scale
+from hourglass_swag.models.ops.reconstruction import reconstruction_weights, weights_free_of_scale
+from hourglass_swag.models.ops.smyrf.attn import SmyrfAttention
+from hourglass_swag.models.ops.tome.tome.merge import (
+    bipartite_soft_matching,
+    kth_bipartite_soft_matching,
+    merge_wavg,
+    random_bipartite_soft_matching,
+)
 from hourglass_swag.models.smyrf_vision_transformer import SMYRF
 from hourglass_swag.models.tome_vit import ToMe
 
@@ -46,20 +58,27 @@ ALL: dict[str, Any] = {
 ALL["smyrf"] = SMYRF(cluster_size=4)
 
 
-def swag() -> Any:
+SHAPE: dict[str, Any] = {
+    "img_size": 40, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5
+}  # fmt: skip
+
+
+def swag(**options: Any) -> Any:
     torch.manual_seed(0)
-    net: Any = create("vit_desk").double().eval()
+    net: Any = create("vit_desk", **options).double().eval()
     torch.nn.init.normal_(net.head.layers.head.weight)
+    return net
+
+
+def filled(net: Any) -> Any:
+    for parameter in net.double().eval().parameters():
+        torch.nn.init.normal_(parameter, 0.05 if parameter.dim() > 1 else 0.3, 0.2)
     return net
 
 
 def timm(**options: Any) -> TimmViT:
     torch.manual_seed(0)
-    shape = {"img_size": 40, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
-    net = TimmViT(**shape | options).double().eval()
-    for parameter in net.parameters():
-        torch.nn.init.normal_(parameter, 0.05 if parameter.dim() > 1 else 0.3, 0.2)
-    return net
+    return filled(TimmViT(**SHAPE | options))
 
 
 def images(side: int = 32, batch: int = 2) -> Tensor:
@@ -110,8 +129,7 @@ def test_features_are_restored_on_every_grid(name: str, prefix: dict[str, Any]) 
 @pytest.mark.parametrize("name", METHODS)
 def test_networks_that_rotate(name: str) -> None:
     torch.manual_seed(0)
-    shape = {"img_size": 40, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
-    net = Eva(**shape, use_rot_pos_emb=True, num_reg_tokens=2).double().eval()
+    net = Eva(**SHAPE, use_rot_pos_emb=True, num_reg_tokens=2).double().eval()
     fast = lean(net, METHODS[name])
     features = fast.features(images(40))
     assert features.shape == (2, 32, 5, 5)
@@ -124,12 +142,100 @@ def seeded(fast: Any, batch: Tensor) -> Tensor:
     return fast(batch)
 
 
+HOSTS: dict[str, Any] = {
+    "timm": timm,
+    "eva": lambda: filled(Eva(**SHAPE, use_rot_pos_emb=True, num_reg_tokens=2)),
+    "torchvision": lambda: filled(TorchvisionViT(40, 8, 4, 2, 32, 64, num_classes=5)),
+    "swag": lambda: swag(image_size=40),
+}
+
+
+@pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("name", ALL)
-def test_a_nan_stays_in_its_image(name: str) -> None:
-    fast, batch = lean(timm(), ALL[name]), images(40, 3)
-    expected = seeded(fast, batch)
-    batch[0, 0, 0, 0] = torch.nan
-    torch.testing.assert_close(seeded(fast, batch)[1:], expected[1:], rtol=0, atol=1e-11)
+def test_what_is_not_finite_stays_in_its_image(name: str, host: str) -> None:
+    fast = lean(HOSTS[host](), ALL[name])
+    check_images_apart(lambda batch: (fast(batch), fast.features(batch)), images(40, 3), atol=1e-11)
+
+
+ROWS: dict[str, dict[str, Any]] = {
+    "hourglass_vit": {"clustering_location": 3, "num_cluster": 25},
+    "tome_vit": {"tome_r": 6},
+    "e_vit": {"drop_loc": (2, 5), "fuse_token": True},
+    "evo_vit": {"prune_ratio": 0.5},
+    "ats_vit": {"ats_blocks": (5, 7)},
+    "act_vit": {"act_q_hashes": 8, "act_group_k": True},
+    "smyrf_vit": {"smyrf_n_hashes": 8, "smyrf_q_cluster_size": 4, "smyrf_k_cluster_size": 4, "smyrf_padded": True},
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_what_is_not_finite_stays_in_its_image_of_a_published_row(name: str) -> None:
+    check_images_apart(create(f"{name}_desk", image_size=36, **ROWS[name]).double().eval(), images(36, 3), atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("evo_vit", {"prune_location": 99}, r"layer .--evo_prune_location. must be 0 to 7, got 99"),
+        ("evo_vit", {"prune_ratio": 0.5, "prune_location": 0}, "must be 1 to 7, got 0: the first layer"),
+        ("evo_vit", {"prune_ratio": [1.0] * 8, "prune_location": 8}, "must be 0 to 7, got 8"),
+        ("e_vit", {"drop_loc": (), "base_keep_rate": 5.0}, r"--base_keep_rate. must be in \(0, 1\], got 5.0"),
+        ("hourglass_vit", {"clustering_location": -1, "cluster_window_size": 4}, "cluster_window_size. must be odd"),
+        ("hourglass_vit", {"clustering_location": -1, "cluster_iters": -1}, "cluster_iters. must not be negative"),
+        ("ats_vit", {"num_tokens": 0}, "--ats_num_tokens. must be at least"),
+    ],
+)
+def test_settings_out_of_range_are_refused_also_where_nothing_would_use_them(
+    name: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        create(f"{name}_desk", **options)
+
+
+def test_published_clusters_of_smyrf_couple_images() -> None:
+    """82 tokens of 4 heads in clusters of 16: some hold tokens of two images, as ``SMYRF.padded`` says."""
+    sizes = {"smyrf_n_hashes": 16, "smyrf_q_cluster_size": 16, "smyrf_k_cluster_size": 16}
+    net, batch = create("smyrf_vit_desk", image_size=36, **sizes).double().eval(), images(36, 3)
+    assert seeded(net, batch).isfinite().all()
+    batch[1] = torch.nan
+    assert seeded(net, batch).isnan().all(1).sum() > 1
+
+
+def act(groups: dict[str, bool]) -> Any:
+    return lambda x: AdaClusteringAttention(**groups, q_hashes=8)(x, x / 2, x)
+
+
+def clustered(x: Tensor) -> Any:
+    return TokenClusteringBlock(4)(x.mT.unflatten(2, (5, 5)))
+
+
+def merged(x: Tensor, **options: Any) -> Any:
+    merge, unmerge = bipartite_soft_matching(x, 5, **options)
+    return merge(x), merge(x, "amax"), merge_wavg(merge, x), unmerge(merge(x))
+
+
+OPERATORS: dict[str, Any] = {
+    "act, queries": act({"group_Q": True}),
+    "act, keys": act({"group_K": True}),
+    "smyrf": lambda x: SmyrfAttention(8, 4, 4, padded=True)(x, x, x),
+    "smyrf, clusters that fit": lambda x: SmyrfAttention(8, 5, 5)(x, x, x),
+    "clusters": clustered,
+    "reconstruction": lambda x: reconstruction_weights(x, x[:, :6], 3, 0.05, "l2"),
+    "tome": lambda x: merged(x, class_token=True, distill_token=True),
+    "tome, patches": merged,
+    "tome, k-th": lambda x: merge_wavg(kth_bipartite_soft_matching(x, 3)[0], x),
+    "tome, random": lambda x: merge_wavg(random_bipartite_soft_matching(x, 7)[0], x),
+    "ats": lambda x: sample_tokens(*[x[:, None]] * 3, None, n_ref_tokens=25, drop_tokens=False)[0],
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_keep_images_apart_and_take_none(name: str) -> None:
+    x = torch.randn(3, 25, 16, generator=torch.Generator().manual_seed(1))
+    check_images_apart(lambda batch: OPERATORS[name](batch[:, 0]), x[:, None])
+    found = [leaf for leaf in tree_leaves(OPERATORS[name](x[:0])) if isinstance(leaf, Tensor)]
+    assert found
+    assert all(len(leaf) == 0 for leaf in found)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -194,8 +300,7 @@ def test_evit_behind_tome_ranks_by_the_attention_that_counts_sizes() -> None:
 @pytest.mark.parametrize("method", [EViT(fuse=True), EvoViT()])
 def test_patches_without_any_attention_give_no_nan_where_tokens_rotate(method: Any) -> None:
     torch.manual_seed(0)
-    shape = {"img_size": 40, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
-    net = Eva(**shape, use_rot_pos_emb=True).eval()
+    net = Eva(**SHAPE, use_rot_pos_emb=True).eval()
     with torch.no_grad():
         for block in net.blocks:
             block.attn.qkv.weight.mul_(3000)

@@ -300,7 +300,7 @@ def test_separate_training_is_the_largest_width_alone(imagenet: Path, tmp_path: 
         (["--smallest_ratio", "0.5", "--granularity", "0.25"], "at least 4 widths"),
         (["--granularity", "0.0625"], "valid ratios are the multiples of 4/32"),
         (["--model", "resnet50"], "no model of this package"),
-        (["--input-size", "33"], "--input-size 33 is no multiple of the patch"),
+        (["--input-size", "33"], "--input-size .img_size. 33 is no multiple of the patch"),
         (["--global-batch-size", "3"], "need an even batch"),
         (["--num-classes", "1"], "has 2 classes and the network 1"),
         (["--finetune", "nowhere.pth"], "no such file"),

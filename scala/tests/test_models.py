@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from common.measure.flops import count_parameters
+from common.run.errors import UsageError
+from common.tests.apart import check_images_apart
 from common.tests.reference import build, image
 from scala import models_scala
 from scala.layers import sliced_state_dict
@@ -298,3 +300,15 @@ def test_grids_that_are_refused() -> None:
 def test_what_is_no_number_is_no_width(ratio):
     with pytest.raises(WidthError, match="a width ratio must be a number"):
         check_ratio(ratio, 96, 3)
+
+
+@pytest.mark.parametrize("make", [plain, distilled])
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_what_is_not_finite_stays_in_its_image(make: Any, ratio: float) -> None:
+    check_images_apart(lambda images: make().eval()(images, ratio), image(3, 32, seed=1), atol=1e-6)
+
+
+@pytest.mark.parametrize("img_size", [33, (32, 40), 0])
+def test_create_refuses_images_that_patches_do_not_fill(img_size: Any) -> None:
+    with pytest.raises(UsageError, match=r"--input-size \(img_size\) \d+ is no multiple of the patch of 16 pixels"):
+        create("deit_tiny_patch16_224_scala", img_size=img_size)

@@ -9,6 +9,7 @@ from torch import nn
 
 from common.measure.flops import CONVENTIONS, count_operations
 from common.run.errors import CheckpointError
+from common.tests.apart import check_images_apart
 from common.tests.reference import fill_
 from sit.models import SIZES, LVViT, PatchEmbed4CG, PatchEmbedNaive, ReverseTSM, TokenSlimmingModule, slim_tokens
 from sit.models.lvvit import count_ops
@@ -349,3 +350,10 @@ def test_initialisation():
     stem = PatchEmbed4CG(64, 16, 3, 128).conv2.weight  # PyTorch's own: uniform within 1 / sqrt(fan in)
     assert stem.abs().max().item() <= (16 * 9) ** -0.5
     assert stem.std().item() == pytest.approx((16 * 9) ** -0.5 / 3**0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", [None, "frd"])
+def test_what_is_not_finite_stays_in_its_image(kind):
+    model, images = make(kind), torch.cat([IMAGES, IMAGES[:1].flip(3)])
+    check_images_apart(model, images)
+    check_images_apart(model.deployed(), images)

@@ -7,6 +7,7 @@ import torch
 
 from common.measure.flops import count_operations
 from common.run.errors import UsageError
+from common.tests.apart import check_images_apart
 from uvc.models import MODELS, create
 from uvc.models.gates import apply_masks_, gate_weights, gumbel_softmax, register_masks, select_tokens
 from uvc.tests.model_cases import float64
@@ -182,3 +183,8 @@ def test_performer_tokens_keep_to_half_precision():
         half = stage.half()(images.half())
     assert half.dtype == torch.float16
     torch.testing.assert_close(half.float(), exact, rtol=0, atol=0.02 * exact.abs().max().item())
+
+
+def test_what_is_not_finite_stays_in_its_image(model, images):
+    check_images_apart(model, images, atol=1e-11)
+    check_images_apart(create("t2t_vit_7", num_classes=10, depth=1).eval(), torch.randn(3, 3, 224, 224))

@@ -289,7 +289,7 @@ def sample_tokens(
     else:
         scored, padding = score_patches(logits, v, policy, prefix)
     positions, counts = inverse_transform_sampling(*scored, n_ref_tokens, prefix, padding)
-    if drop_tokens:
+    if drop_tokens and len(counts):
         fewest, number = torch.stack(torch.aminmax(counts)).tolist()
     if fewest == number:
         return positions[:, :number], None, scored

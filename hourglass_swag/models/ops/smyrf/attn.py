@@ -174,14 +174,14 @@ def attend_in_clusters(
         attended = (weights.to(V.dtype) @ V.view(-1, c_k, V.shape[1])).to(precise) / total
         rounds = order_q[part].shape[0]
         index = places[part] + R * length_q * torch.arange(rounds, device=q.device)[:, None, None]
-        o = attended.flatten(0, 1).index_select(0, index.flatten()).view(rounds, R * N, -1)
+        o = attended.flatten(0, 1).index_select(0, index.flatten()).view(rounds, R * N, v.shape[1])
         z = (highest + total.log()).flatten().index_select(0, index.flatten()).view(rounds, R * N, 1)
         new_mass = z.logsumexp(0) if mass is None else torch.logaddexp(mass, z.logsumexp(0))
         new = ((z - new_mass).exp() * o).sum(0)
         out = new if out is None or mass is None else out * (mass - new_mass).exp() + new
         mass = new_mass
     assert out is not None
-    return out.view(R, N, -1).to(v.dtype)
+    return out.view(R, N, v.shape[1]).to(v.dtype)
 
 
 def _parts(
@@ -192,7 +192,7 @@ def _parts(
         return [slice(0, T)]
     unit = math.lcm(*(size // math.gcd(R * length, size) for length, size in zip(lengths, sizes, strict=True)))
     elements = R * max(max(lengths) * width, lengths[0] * sizes[1])
-    at_once = max(MAX_ELEMENTS.get(device_type, DEFAULT_MAX_ELEMENTS) // (elements * unit), 1) * unit
+    at_once = max(MAX_ELEMENTS.get(device_type, DEFAULT_MAX_ELEMENTS) // max(elements * unit, 1), 1) * unit
     return [slice(start, start + at_once) for start in range(0, T, at_once)]
 
 

@@ -32,7 +32,7 @@ def number_groups(hashes: Tensor) -> tuple[Tensor, Tensor]:
 
 def count_groups(groups: Tensor) -> int:
     """Groups of the row that has most."""
-    return int(groups.max()) + 1
+    return int(groups.max()) + 1 if groups.numel() else 0
 
 
 def weighted_sum_(x: Tensor, groups: Tensor, weights: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def copy_groups(y: Tensor, groups: Tensor) -> Tensor:
     """The row of ``y`` (R, C, D) that belongs to each token's group, (R, N, D); a token without one gets group 0's."""
     R, C, D = y.shape
     index = groups.long().clamp(0, C - 1) + C * torch.arange(R, device=y.device)[:, None]
-    return y.reshape(R * C, D).index_select(0, index.flatten()).view(R, -1, D)
+    return y.reshape(R * C, D).index_select(0, index.flatten()).view(R, groups.shape[1], D)
 
 
 def _flat_index(groups: Tensor, number: int) -> Tensor:

@@ -134,25 +134,24 @@ class Matching:
         Returns:
             (m B, N, C).
         """
-        keep, source, into = self._tile(x.shape[0])
-        if not restore_order:
-            keep = self.unordered.repeat(x.shape[0] // self.unordered.shape[0], 1)
+        keep, source, into = self._tile(x.shape[0], ordered=restore_order)
         row = into.new_zeros(x.shape[0], self.num_restored)
         ranks = torch.arange(keep.shape[1], device=x.device).expand_as(keep)
         row = row.scatter(1, keep, ranks).scatter(1, source, into)
         return take_rows(x, row)
 
-    def _tile(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """``keep``, ``source`` and ``into`` repeated for a batch that is a multiple of B."""
+    def _tile(self, batch: int, *, ordered: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """``keep`` (or ``unordered``), ``source`` and ``into`` repeated for a batch that is a multiple of B."""
+        keep = self.keep if ordered else self.unordered
+        if batch == self.keep.shape[0]:  # also without any image
+            return keep, self.source, self.into
         times, rest = (
             batch // self.keep.shape[0],
             batch % self.keep.shape[0],
         )  # divmod of symbolic sizes cannot be compiled
         if rest:
             raise ValueError(f"the batch must be a multiple of the {self.keep.shape[0]} samples matched, got {batch}")
-        if times == 1:
-            return self.keep, self.source, self.into
-        return self.keep.repeat(times, 1), self.source.repeat(times, 1), self.into.repeat(times, 1)
+        return keep.repeat(times, 1), self.source.repeat(times, 1), self.into.repeat(times, 1)
 
     def _reducer(self, x: Tensor) -> Callable[[Tensor, str], Tensor]:
         """A function that reduces tensors with batch and tokens of ``x`` by "sum" or "amax"."""
@@ -170,7 +169,7 @@ class Matching:
                 rows.index_add_(0, into, merged)  # rows are a copy: nobody's tensor is changed
             else:
                 rows = rows.scatter_reduce(0, into[:, None].expand_as(merged), merged, mode, include_self=True)
-            return rows.view(*shape, -1)
+            return rows.view(*shape, rows.shape[1])
 
         return reduce
 
@@ -180,7 +179,7 @@ _TORCH_SCATTER_NAMES = {"sum": "sum", "amax": "max"}
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """Rows of ``x`` (B, N, C) at ``index`` (B, K): (B, K, C). Flat, because one index per row beats one per element."""
-    return x.flatten(0, 1).index_select(0, flat_index(index, x.shape[1])).view(*index.shape, -1)
+    return x.flatten(0, 1).index_select(0, flat_index(index, x.shape[1])).view(*index.shape, x.shape[2])
 
 
 def flat_index(index: Tensor, rows: int) -> Tensor:
