@@ -11,6 +11,10 @@ import contextlib
 import os
 import random
 import re
+import socket
+import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,10 +24,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] - documented, but not in __all__
 
 from common.run import program
 from common.run.errors import LaunchError
 from common.run.program import get_rank, is_main
+
+ANSWER_S = 6.0
+"""How long rank 0 may take to answer who has reached its port, in seconds."""
+SIZE, RANK = "leanvit/size", "leanvit/rank {}"
+"""Keys of the store: of how many processes the job is, and which of them have come."""
 
 
 @dataclass(frozen=True)
@@ -160,24 +170,92 @@ def launch(device: str = "auto", *, local_rank: int | None = None, start_timeout
 
 
 def _meet(place: _Place, wait_s: float) -> Any:
-    """torch's rendezvous by the environment's variables: the store through which all ranks find each other."""
+    """The store through which all ranks find each other: torchrun's, else one that rank 0 opens at MASTER_PORT."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise LaunchError(
                 f"environment variable {name} is missing; start through torchrun (on Slurm: srun --ntasks-per-node=1 "
                 "torchrun --nnodes=... --nproc-per-node=...), or export it"
             )
+    host, port = os.environ["MASTER_ADDR"], _integer(os.environ, "MASTER_PORT")
+    began = time.monotonic()
     try:
-        meet: Any = dist.rendezvous  # pyright: ignore[reportPrivateImportUsage] - documented, but not in __all__
-        meeting = meet("env://", place.rank, place.size, timeout=timedelta(seconds=wait_s))
-        return next(iter(meeting))[0]
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            meet: Any = dist.rendezvous  # pyright: ignore[reportPrivateImportUsage] - documented, but not in __all__
+            return next(iter(meet("env://", place.rank, place.size, timeout=timedelta(seconds=wait_s))))[0]
+        return _open_store(host, port, place, wait_s)
     except (RuntimeError, ValueError, OSError) as error:
-        host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        if isinstance(error, LaunchError):
+            raise
         raise LaunchError(
-            f"rank {place.rank} of {place.size} waited {wait_s:.0f} s and could not meet the other processes at "
-            f"{host}:{port} (MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0]}. Are all {place.size} processes "
-            "started, and is the port free and open?"
+            f"rank {place.rank} of {place.size} waited {time.monotonic() - began:.0f} s and could not meet the other "
+            f"processes at {host}:{port} (MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0]}. Are all "
+            f"{place.size} processes started, and is the port free and open?"
         ) from error
+
+
+def _open_store(host: str, port: int, place: _Place, wait_s: float) -> Any:
+    """A store on rank 0, in which every other rank notes that it is here.
+
+    Who finds something else at the port, perhaps another job's store, knows it in seconds: there is no answer, or not
+    this job's size, or its own note already.
+    """
+    end = time.monotonic() + wait_s
+    taken = (
+        f"port {port} of {host} (MASTER_PORT, MASTER_ADDR) is in use by something else, perhaps another job or what is "
+        "left of one: choose another port, for torchrun by --master-port"
+    )
+    if not place.rank:
+        try:
+            store = TCPStore(
+                host, port, place.size, is_master=True, timeout=timedelta(seconds=wait_s), wait_for_workers=False
+            )
+        except RuntimeError as error:
+            if re.search("EADDRINUSE|address already in use", str(error), re.IGNORECASE):
+                raise LaunchError(taken) from error
+            raise
+        store.set(SIZE, str(place.size))
+        store.wait([RANK.format(rank) for rank in range(1, place.size)], timedelta(seconds=wait_s))
+        return store
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=ANSWER_S).close()
+            break
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+    found: list[Any] = []
+
+    def greet() -> None:
+        with contextlib.suppress(RuntimeError):
+            answer = timedelta(seconds=ANSWER_S)
+            store = TCPStore(host, port, is_master=False, timeout=answer, wait_for_workers=False)
+            if store.get(SIZE).decode() == str(place.size) and store.add(RANK.format(place.rank), 1) == 1:
+                found.append(store)
+
+    with _silent_stderr():  # torch tells of each attempt with its stack
+        greeting = threading.Thread(target=greet, daemon=True)  # it waits for ever for one that keeps silent
+        greeting.start()
+        greeting.join(ANSWER_S)
+    if not found:
+        raise LaunchError(taken)
+    found[0].set_timeout(timedelta(seconds=wait_s))
+    return found[0]
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Discard what this process writes to its standard error, also from C++."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def get_world_size() -> int:

@@ -1,20 +1,26 @@
+import contextlib
 import json
 import logging
 import os
 import random
+import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] - documented, but not in __all__
 
 from common.run import launch as launching
 from common.run import program, wrapping
@@ -88,6 +94,76 @@ def test_slurm_step_makes_a_group() -> None:
     )
     assert [process.status for process in ended] == [0, 0], ended
     check_two_ranks([process.result for process in ended])
+
+
+def refused() -> tuple[float, Any]:
+    """How long it takes to end, and the status."""
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as ended:
+        join()
+    return time.monotonic() - began, ended.value.code
+
+
+def silent(port: int) -> Any:
+    return socket.create_server(("127.0.0.1", port))
+
+
+def closing(port: int) -> Any:
+    """Something that hangs up on everybody."""
+    server = silent(port)
+
+    def answer() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                server.accept()[0].close()
+
+    threading.Thread(target=answer, daemon=True).start()
+    return server
+
+
+def foreign(port: int) -> Any:
+    """The store of some other program."""
+    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+
+
+def another(port: int) -> Any:
+    """The store of another job of two ranks, which are both there."""
+    store = foreign(port)
+    store.set(launching.SIZE, "2")
+    store.add(launching.RANK.format(1), 1)
+    return store
+
+
+def larger(port: int) -> Any:
+    store = foreign(port)
+    store.set(launching.SIZE, "3")
+    return store
+
+
+@pytest.mark.parametrize("owner", [silent, closing, foreign, another, larger])
+def test_a_port_in_use_ends_every_rank_soon(owner: Callable[[int], Any]) -> None:
+    variables = torchrun_variables(2)
+    port = int(variables[0]["MASTER_PORT"])
+    taken = owner(port)
+    for rank, process in enumerate(run_forked(refused, variables)):
+        seconds, status = process.result
+        assert seconds < (9 if rank else 1)
+        assert status == 2
+        (line,) = process.output.splitlines()
+        assert re.match(rf"error: port {port} of 127.0.0.1 .* is in use by something else.*--master-port", line)
+    if isinstance(taken, socket.socket):
+        taken.close()
+
+
+def test_who_is_missing_is_said_with_the_time_that_was_waited(bare: pytest.MonkeyPatch) -> None:
+    for name, value in torchrun_variables(3)[0].items():
+        bare.setenv(name, value)
+    with pytest.raises(LaunchError, match=r"rank 0 of 3 waited 1 s and could not meet .*rank 1"):
+        launch("cpu", start_timeout_s=1)
+    bare.setenv("RANK", "2")
+    bare.setenv("MASTER_PORT", str(free_port()))
+    with pytest.raises(LaunchError, match=r"rank 2 of 3 waited 1 s and could not meet .*refused"):
+        launch("cpu", start_timeout_s=1)
 
 
 @pytest.mark.parametrize(
