@@ -6,6 +6,7 @@
     fast(images)                # what net(images) returns
     fast.features(images)       # (B, C, H / p, W / p), on the full grid again
     leanvit.explain(net)        # which methods this network can have, or why not
+    leanvit.cascade([fast, net], [0.9])  # asks the second only about images that the first is not sure of
     leanvit.save(fast, "fast.safetensors")
     fast = leanvit.load("fast.safetensors")
 
@@ -22,8 +23,16 @@ from common.hosts.network import load as load_object
 __all__ = ["Lean", "Method", "NotAHost", "PlanError", "explain", "lean", "load", "save"]
 
 
+FROM_PAPERS = {
+    "cascade": "dvt.networks:cascade",
+}
+"""Functions from network to network, before any token method."""
+
+
 def __getattr__(name: str) -> Any:
-    """A method's class by its name; imported when asked for."""
+    """A method's class or a paper's function by its name; imported when asked for."""
+    if name in FROM_PAPERS:
+        return load_object(FROM_PAPERS[name])
     for place in METHODS.values():
         if place.endswith(f":{name}"):
             return load_object(place)

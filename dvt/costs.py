@@ -5,6 +5,7 @@ in the official code.
 """
 
 import math
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from common.measure.flops import Counted, OpCounts, count_operations, gmacs
 from dvt.models.backbone import Backbone
-from dvt.models.cascade import Cascade
+from dvt.models.cascade import Cascade, Exits
 from dvt.models.reuse import padded
 
 CONVENTION = "fvcore"
@@ -55,6 +56,18 @@ def _official_resizes(stage: Backbone) -> OpCounts:
         maps += channels * (source + tokens)  # along keys, along queries
     pixels = 4 * math.prod(stage.source_grid) * maps
     return OpCounts(matmul=-products, upsample=pixels, pool=pixels)
+
+
+def exit_gmacs(exits: Exits, images: Tensor) -> list[float]:
+    """Cumulative multiply-accumulates per image in 1e9 that are executed up to each exit.
+
+    Args:
+        images: (B, 3, H, W); on the meta device nothing is computed, which serves where costs do not depend on them.
+    """
+    if isinstance(exits, Cascade):
+        return [gmacs(counted.executed) for counted in count_exits(exits)]
+    each = (gmacs(count_operations(stage, images).executed) / len(images) for stage in exits.stages)
+    return list(accumulate(each))
 
 
 def count_exits(model: nn.Module) -> list[Counted]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dvt.exits import NOBODY, confidence_and_prediction
 from dvt.models.backbone import StageOutput
-from dvt.models.cascade import Cascade
+from dvt.models.cascade import Exits
 
 SMALL = 8
 """Compiled exits see powers of two up to here, then multiples of it."""
@@ -52,7 +52,7 @@ class DynamicClassifier(nn.Module):
 
     def __init__(
         self,
-        cascade: Cascade,
+        cascade: Exits,
         thresholds: Tensor | Sequence[float],
         *,
         compiled: bool = False,
@@ -62,8 +62,20 @@ class DynamicClassifier(nn.Module):
         self.cascade = cascade
         self.compiled = compiled
         self.set_thresholds(thresholds)
-        runs = [_separate(cascade, k) for k in range(len(cascade.stages))]
-        self._runs = [torch.compile(run, backend=backend, fullgraph=True) for run in runs] if compiled else runs
+        self.backend = backend
+        self._runs = self._make_runs()
+
+    def _make_runs(self) -> list[Callable[..., StageOutput]]:
+        runs = [_separate(self.cascade, k) for k in range(len(self.cascade.stages))]
+        return [torch.compile(run, backend=self.backend, fullgraph=True) for run in runs] if self.compiled else runs
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy runs its own cascade."""
+        return {key: value for key, value in vars(self).items() if key != "_runs"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._runs = self._make_runs()
 
     def _run(self, k: int, images: Tensor, before: StageOutput | None) -> StageOutput:
         """One exit; torch.compile is told that the number of images changes, and nothing else."""
@@ -91,7 +103,7 @@ class DynamicClassifier(nn.Module):
         total, device, last = len(images), images.device, len(self._runs) - 1
         exits = torch.zeros(total, dtype=torch.int64, device=device)
         confidence = torch.empty(total, device=device)
-        answers = images.new_empty(0, self.cascade.num_classes)
+        answers = images.new_empty(0, self.cascade.num_classes or 0)
         if not total:
             return DynamicOutput(answers, exits, confidence)
         rows = torch.arange(total, device=device)  # numbers of the images that are left
@@ -143,7 +155,7 @@ def bucket(count: int) -> int:
     return -(-count // SMALL) * SMALL
 
 
-def _separate(cascade: Cascade, index: int) -> Callable[..., StageOutput]:
+def _separate(cascade: Exits, index: int) -> Callable[..., StageOutput]:
     """One exit of this cascade as a function with a code object of its own.
 
     torch.compile keeps what it compiled per code object, and gives up beyond a few: so no exit, and no other cascade of

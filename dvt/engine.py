@@ -21,8 +21,7 @@ from common.run.metrics import ProgressLine
 from common.run.precision import autocast
 from common.run.wrapping import unwrap
 from dvt.losses import exit_logits, summed_loss
-from dvt.models import EXITS
-from dvt.models.cascade import Cascade
+from dvt.models.cascade import Exits
 
 
 @dataclass
@@ -113,7 +112,7 @@ def evaluate_exits(
     """
     model = unwrap(model)
     broadcast_buffers(model)
-    exits = EXITS if isinstance(model, Cascade) else 1
+    exits = len(model.stages) if isinstance(model, Exits) else 1
     names = ["loss", *(f"exit{number}_top1" for number in range(1, exits + 1)), f"exit{exits}_top5", "images"]
     sums = torch.zeros(len(names), dtype=torch.float64, device=device)
     for answers, targets in run_exits(model, loader, device=device, amp=amp, title=title, show=show_progress):

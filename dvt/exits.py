@@ -197,6 +197,23 @@ def thresholds_for_budget(confidence: Tensor, gmacs: Sequence[float], budget: fl
     return max(reversed(fitting), key=lambda found: found[0])[1]
 
 
+def complete_thresholds(values: Sequence[float] | Tensor, exits: int) -> Tensor:
+    """Thresholds of all exits, (K,), of all of them or of all but the last, which always answers.
+
+    Raises:
+        ValueError: if there are others, or one is not a number.
+    """
+    given = torch.as_tensor(values, dtype=torch.float32).flatten()
+    if len(given) not in (exits - 1, exits):
+        raise ValueError(
+            f"expected the thresholds of the first {exits - 1} exits (the last always answers), got {len(given)} "
+            "numbers"
+        )
+    if bool(given.isnan().any()):
+        raise ValueError("nan is not a confidence; give numbers between 0 and 1")
+    return torch.cat([given, given.new_tensor([EVERYBODY])])[:exits]
+
+
 def pick_budget(thresholds: Tensor, costs: Sequence[float], gmacs: Sequence[float], budget: float) -> Tensor:
     """The row of a stored curve that comes nearest to a budget from below; everybody at exit 1 if none does.
 

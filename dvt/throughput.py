@@ -5,7 +5,6 @@ setting of thresholds take turns on every batch, so that a machine that gets slo
 and copying images is not timed.
 """
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
@@ -20,8 +19,8 @@ from common.run.engine import check_labels
 from common.run.metrics import ProgressLine
 from dvt.dynamic import DynamicClassifier
 from dvt.evaluation import Scores
-from dvt.exits import NOBODY, pick_budget, thresholds_for_budget
-from dvt.models.cascade import Cascade
+from dvt.exits import NOBODY, complete_thresholds, pick_budget, thresholds_for_budget
+from dvt.models.cascade import Exits
 
 FULL = "full cascade"
 SHOWN = (1, 5, 10, 15, 20, 30, 40, 50, 59)
@@ -61,7 +60,7 @@ class Alone(NamedTuple):
 
 @torch.no_grad()
 def measure_dynamic(
-    cascade: Cascade,
+    cascade: Exits,
     settings: Mapping[str, Sequence[float] | Tensor],
     loader: Iterable[tuple[Tensor, Tensor]],
     gflops: Sequence[float],
@@ -98,7 +97,6 @@ def measure_dynamic(
     count = 0
     with ProgressLine("early exit", len(loader) if isinstance(loader, Sized) else None, show=show) as line:
         for number, (images, targets) in enumerate(loader):
-            check_labels(targets, cascade.num_classes)
             images = images.to(device, non_blocking=True)
             if number == 0 and compiled:
                 classifier.warm_up(images)
@@ -115,6 +113,7 @@ def measure_dynamic(
                 synchronize(device)
                 seconds[name].append(clock() - begin)
                 logits = output.logits if name in everything else output
+                check_labels(targets, logits.shape[1])
                 hits[name] += int((logits.argmax(dim=1).cpu() == targets).sum())
                 if name in everything:
                     left[name] += torch.bincount(output.exits.cpu(), minlength=exits)
@@ -168,15 +167,7 @@ def choose_settings(
     exits = len(gflops)
     chosen: dict[str, Tensor] = {}
     if thresholds:
-        if len(thresholds) not in (exits - 1, exits):
-            raise ValueError(
-                f"--threshold takes the thresholds of the first {exits - 1} exits (the last always answers), got "
-                f"{len(thresholds)} numbers"
-            )
-        if any(math.isnan(value) for value in thresholds):
-            raise ValueError("--threshold: nan is not a confidence; give numbers between 0 and 1")
-        values = [*thresholds, -NOBODY][:exits]
-        chosen["thresholds " + " ".join(f"{value:g}" for value in thresholds)] = torch.tensor(values)
+        chosen["thresholds " + " ".join(f"{value:g}" for value in thresholds)] = complete_thresholds(thresholds, exits)
     for budget in budgets:
         if search is not None:
             chosen[f"budget {budget:g}"] = thresholds_for_budget(search.confidence, gflops, budget)

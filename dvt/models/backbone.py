@@ -23,15 +23,15 @@ class StageOutput(NamedTuple):
     """What a stage answers and hands on: relations only if asked to; they include what was reused."""
 
     logits: Tensor  # (B, C)
-    features: Tensor  # output of the last block, before the final normalisation, class token first, (B, N+1, D)
+    features: Tensor | None = None  # output of the last block, before the final normalisation, (B, N+1, D)
     relations: Tensor | None = None  # attention logits of all blocks and heads, block-major, (B, L·H, N+1, N+1)
 
     def select(self, index: Tensor) -> "StageOutput":
         """The same for some images of the batch: their numbers (int64), or a mask (bool, B)."""
         rows = index.nonzero().squeeze(1) if index.dtype == torch.bool else index
-        relations = self.relations  # on a CPU index_select is several times faster than indexing
-        kept = None if relations is None else relations.index_select(0, rows)
-        return StageOutput(self.logits.index_select(0, rows), self.features.index_select(0, rows), kept)
+        # on a CPU index_select is several times faster than indexing
+        features, relations = (value if value is None else value.index_select(0, rows) for value in self[1:])
+        return StageOutput(self.logits.index_select(0, rows), features, relations)
 
 
 class Backbone(nn.Module):
@@ -140,6 +140,7 @@ class Backbone(nn.Module):
                 raise ValueError("this stage reuses features or relations: run it in a cascade, or pass `before`")
             if self.relation_reuse and before.relations is None:
                 raise ValueError("this stage reuses relations, but the stage before was not asked to hand them on")
+            assert before.features is not None
             features = before.features if self.feature_reuse else None
             relations = before.relations if self.relation_reuse else None
             matrix = self.token_resize(before.features.dtype)

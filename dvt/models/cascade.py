@@ -1,4 +1,4 @@
-"""The cascade: three backbones at growing token grids, each with an exit, run in order.
+"""The cascade: backbones at growing token grids, each with an exit, run in order.
 
 Paper: Not All Images are Worth 16x16 Words, arXiv:2105.15075, Section 3.1.
 """
@@ -13,7 +13,35 @@ from dvt.models import EXITS, STAGE_NAMES
 from dvt.models.backbone import Backbone, StageOutput
 
 
-class Cascade(nn.Module):
+class Exits(nn.Module):
+    """Networks over one image, run in order, each with an exit."""
+
+    stages: Sequence[nn.Module]
+    """in the order in which they run"""
+    num_classes: int | None
+    """None where no network says it"""
+
+    def run_exit(self, exit: int, images: Tensor, before: StageOutput | None = None) -> StageOutput:
+        """Run one stage.
+
+        Args:
+            exit: from 0.
+            images: (B, 3, size, size).
+            before: output of exit ``exit - 1`` for the same images; None for exit 0.
+        """
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Class logits of all exits, each (B, C); every stage runs, in training and in evaluation."""
+        logits: list[Tensor] = []
+        output: StageOutput | None = None
+        for exit in range(len(self.stages)):
+            output = self.run_exit(exit, images, output)
+            logits.append(output.logits)
+        return tuple(logits)
+
+
+class Cascade(Exits):
     """Three exits over one image.
 
     Args:
@@ -41,10 +69,10 @@ class Cascade(nn.Module):
                 )
         for name, stage in zip(STAGE_NAMES, stages, strict=True):
             self.add_module(name, stage)
-        self.num_classes = stages[0].num_classes
+        self.num_classes: int = stages[0].num_classes
 
     @property
-    def stages(self) -> tuple[Backbone, ...]:
+    def stages(self) -> tuple[Backbone, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The stages in the order in which they run."""
         return tuple(getattr(self, name) for name in STAGE_NAMES)
 
@@ -59,15 +87,6 @@ class Cascade(nn.Module):
         stages = self.stages
         wanted = exit + 1 < len(stages) and stages[exit + 1].relation_reuse
         return stages[exit].run(images, before, hand_on=wanted)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Class logits of all exits, each (B, C); every stage runs, in training and in evaluation."""
-        logits: list[Tensor] = []
-        output: StageOutput | None = None
-        for exit in range(EXITS):
-            output = self.run_exit(exit, images, output)
-            logits.append(output.logits)
-        return tuple(logits)
 
 
 def make_cascade(
