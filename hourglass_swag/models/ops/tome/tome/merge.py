@@ -110,7 +110,7 @@ class Matching:
         rows, weight = take_rows(x, keep), take_rows(size, source)
         total = take_rows(size, keep).scatter_add(1, into[..., None], weight)
         flat = flat_index(into, rows.shape[1])
-        joined = rows.flatten(0, 1).index_select(0, flat).view(*into.shape, -1)
+        joined = rows.flatten(0, 1).index_select(0, flat).view(*into.shape, x.shape[2])
         moves = (take_rows(x, source).to(wide) - joined) * (weight / total.gather(1, into[..., None]))
         if x.dtype != wide:  # moves of a row are added before they are rounded, in the place of one of them
             ranks = torch.arange(into.shape[1], device=x.device).expand_as(into)
