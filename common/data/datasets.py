@@ -29,7 +29,7 @@ from torchvision.transforms import Compose
 from common.data.images import SUFFIXES, UnknownRange, bad_image, decode_image, images_below, to_rgb
 from common.data.images import BadImageError as BadImageError
 from common.data.images import load_image as load_image
-from common.data.memory import MemoryImages, open_fashion
+from common.data.memory import MemoryImages, download, open_fashion
 from common.data.paths import FETCHED, check_split, contents, existing_folder
 from common.data.transforms import Transform
 from common.run.cli import dataset_name
@@ -375,13 +375,15 @@ def _check_same_classes(root: Path, path: Path, classes: Sequence[str]) -> None:
 
 
 def _open_cifar(
-    name: str, root: str | Path | None, split: str, transform: Transform | None, download: bool
+    name: str, root: str | Path | None, split: str, transform: Transform | None, fetch: bool
 ) -> Dataset[Any]:
     check_split(name, split)
-    path = Path(root).expanduser() if root and download else existing_folder(name, root)
+    path = Path(root).expanduser() if root and fetch else existing_folder(name, root)
     kind = CIFAR10 if name == "cifar10" else CIFAR100
+    if fetch:
+        download(name, path, lambda: kind(str(path), download=True))
     try:
-        return kind(str(path), train=split == "train", transform=transform, download=download)
+        return kind(str(path), train=split == "train", transform=transform)
     except RuntimeError as error:
         raise DataError(
             f"{name} is not (or not completely) under {path}: expected {path / kind.base_folder}/, "

@@ -10,7 +10,7 @@ image is a function of seed, epoch, image and repeat, as it is for the loaders o
 
 import gzip
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from common.data.paths import check_split
+from common.run.checkpoint.fetching import BROKEN, persist
 from common.run.errors import DataError
 from common.run.files import read_file
 
@@ -116,7 +117,7 @@ def read_idx(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def _folder_of_idx(root: str | Path | None, download: bool) -> Path:
+def _folder_of_idx(root: str | Path | None, fetch: bool) -> Path:
     if not root:
         if DEBIAN.is_dir():
             return DEBIAN
@@ -126,12 +127,27 @@ def _folder_of_idx(root: str | Path | None, download: bool) -> Path:
             "download=True)); the data set fashion, a part of it, needs none"
         )
     folder = Path(root).expanduser()
-    if download:
+    if fetch:
         from torchvision.datasets import FashionMNIST
 
-        FashionMNIST(str(folder), download=True)
+        download("Fashion-MNIST", folder, lambda: FashionMNIST(str(folder), download=True))
     inside = folder / "FashionMNIST" / "raw"  # where torchvision puts them
     return inside if inside.is_dir() else folder
+
+
+def download(name: str, folder: Path, get: Callable[[], Any]) -> Any:
+    """What torchvision's ``get()`` returns once it has fetched a data set into a folder.
+
+    Raises:
+        DataError: no connection, or one that broke three times; a file that is not what it should be.
+    """
+    try:
+        return persist(get, name)
+    except (*BROKEN, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(
+            f"cannot download {name} to {folder} ({reason}); try again, or get its files elsewhere and put them there"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ report (see ``common.run.program``).
 import logging
 import sys
 
+from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
@@ -18,6 +19,10 @@ def main() -> None:
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         torchrun()
+    except DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        sys.exit(f"error: the port is in use, choose another by --master-port: {str(error).splitlines()[0]}")
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         if failure.exitcode <= 1:  # a bug, or a signal

@@ -1,6 +1,7 @@
 import argparse
 import collections
 import hashlib
+import http.client
 import http.server
 import json
 import logging
@@ -9,6 +10,8 @@ import os
 import pathlib
 import pickle
 import signal
+import socket
+import struct
 import threading
 import time
 import zipfile
@@ -22,11 +25,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from common.data.memory import download
 from common.run.checkpoint import (
     CheckpointError,
     CheckpointManager,
     TrainingState,
     fetch,
+    fetching,
     keep_own_heads,
     list_key_differences,
     load_safely,
@@ -38,7 +43,7 @@ from common.run.checkpoint import (
     save_described,
     select_state,
 )
-from common.run.errors import UsageError
+from common.run.errors import DataError, UsageError
 from common.run.files import check_files, replacing
 from common.tests.forks import run_forked
 
@@ -403,10 +408,27 @@ def server(tmp_path: Path) -> Iterator[tuple[str, dict[str, bytes], list[str]]]:
         def do_GET(self) -> None:
             seen.append(self.path)
             body = files.get(self.path.lstrip("/"))
+            how, *_ = self.path.strip("/").partition("-")
+            if how in ("reset", "chunks", "short", "busy") and seen.count(self.path) < 3:
+                self.fail(how)
+                return
             self.send_response(200 if body is not None else 404)
             self.send_header("Content-Length", str(len(body or b"")))
             self.end_headers()
             self.wfile.write((body or b"")[: 10 if "cut" in self.path else None])
+
+        def fail(self, how: str) -> None:
+            if how == "reset":
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            elif how == "busy":
+                self.send_error(503)
+            else:
+                self.send_response(200)
+                self.send_header(*(("Transfer-Encoding", "chunked") if how == "chunks" else ("Content-Length", "900")))
+                self.end_headers()
+                self.wfile.write(b"100\r\ncut" if how == "chunks" else b"cut")
+                self.wfile.flush()
+            self.connection.close()
 
         def log_message(self, *unused: object) -> None:
             pass
@@ -430,7 +452,7 @@ def test_fetch_downloads_once_and_checks_the_hash(
     assert path == tmp_path / "home" / "hub" / "checkpoints" / name
     assert path.read_bytes() == body
     assert fetch(f"{address}/{name}", progress=False) == path
-    assert len(seen) == 1
+    assert len(seen) == 2  # its size, and itself
     path.write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="Delete it to download it again"):
         fetch(f"{address}/{name}", progress=False)
@@ -484,6 +506,48 @@ def test_a_cache_that_may_only_be_read_is_read(tmp_path: Path, monkeypatch: pyte
     assert [file.name for file in path.parent.iterdir()] == ["vit.torch"]
 
 
+@pytest.mark.parametrize("how", ["reset", "chunks", "short", "busy"])
+def test_a_download_that_breaks_off_is_tried_again(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    server: tuple[str, dict[str, bytes], list[str]],
+    how: str,
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(fetching.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(fetching.logger, "parent", logging.getLogger())
+    address, files, seen = server
+    body = b"weights" * 1000
+    files[name := f"{how}-{hashlib.sha256(body).hexdigest()}.pth"] = body
+    assert fetch(f"{address}/{name}", progress=False).read_bytes() == body
+    assert "broke off" in caplog.text
+    assert name in caplog.text
+    seen[:] = []
+    monkeypatch.setattr(fetching, "ATTEMPTS", 1)
+    with pytest.raises(CheckpointError, match=f"cannot download {how}-net.pth from {address}/{how}-net.pth: "):
+        fetch(f"{address}/{how}-net.pth", progress=False)
+    assert [file.name for file in (tmp_path / "hub" / "checkpoints").iterdir()] == [name]
+
+
+def test_a_data_set_that_breaks_off_is_tried_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(fetching.time, "sleep", lambda seconds: None)
+    failures: list[Exception] = [http.client.IncompleteRead(b"cut"), ConnectionResetError("reset")]
+
+    def get() -> str:
+        if failures:
+            raise failures.pop()
+        return "images"
+
+    assert download("cifar10", tmp_path, get) == "images"
+    failures[:] = [http.client.IncompleteRead(b"cut")] * 3
+    with pytest.raises(DataError, match=r"cannot download cifar10 to .* .IncompleteRead: .*3 bytes read"):
+        download("cifar10", tmp_path, get)
+    failures[:] = [RuntimeError("File not found or corrupted.")]
+    with pytest.raises(DataError, match=r"cifar10 .*corrupted"):
+        download("cifar10", tmp_path, get)
+
+
 def test_fetch_explains_failures_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: tuple[str, dict[str, bytes], list[str]]
 ) -> None:
@@ -495,6 +559,11 @@ def test_fetch_explains_failures_and_leaves_nothing(
         (f"{address}/cut.pth", "10 of 1000|Incomplete"),
         (f"{address}/gone.pth", "404|Not Found"),
         ("http://127.0.0.1:9/offline.pth", "refused"),
+        ("http://127.0.0.1:port/net.pth", "nonnumeric port"),
+        ("http://exa mple/net.pth", "control characters"),
+        ("http://[::1/net.pth", "Invalid IPv6"),
+        ("http:///net.pth", "no host"),
+        ("http://%s.org/net.pth" % ("x" * 70), "too long"),
     ):
         with pytest.raises(CheckpointError, match=reason) as caught:
             fetch(url, progress=False, timeout_s=5)

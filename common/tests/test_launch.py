@@ -274,13 +274,13 @@ LAUNCHERS = {
 }
 
 
-def start(launcher: str, *words: str) -> subprocess.CompletedProcess[str]:
+def start(launcher: str, *words: str, port: int | None = None) -> subprocess.CompletedProcess[str]:
     """The small job of two ranks."""
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
     script = Path(__file__).with_name("place_job.py")
     return subprocess.run(
-        [sys.executable, "-m", *LAUNCHERS[launcher], "--nproc_per_node=2", f"--master_port={free_port()}", str(script),
-         *words],
+        [sys.executable, "-m", *LAUNCHERS[launcher], "--nproc_per_node=2",
+         f"--master_port={port or free_port()}", str(script), *words],
         env={**environment, "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[2], capture_output=True, text=True,
         timeout=120, check=False,
     )  # fmt: skip
@@ -328,6 +328,15 @@ def test_a_users_mistake_is_one_line_under_torchrun(
     shown = [line for line in done.stderr.splitlines() if not line.startswith((" ", "usage:"))]
     assert shown == lines, done.stderr
     assert done.stdout == ""
+
+
+def test_torchrun_says_in_a_line_that_its_port_is_in_use() -> None:
+    port = free_port()
+    with silent(port):
+        done = start("ours", port=port)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert re.match(rf"error: the port is in use, choose another by --master-port: .*{port}.*EADDRINUSE", line)
 
 
 def test_seeds_differ_by_rank_and_cover_all_generators() -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import os
 import re
+import secrets
 import socket
+import time
+import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,7 +22,15 @@ from common.run.checkpoint.reading import load_safely
 from common.run.errors import CheckpointError, UsageError
 from common.run.files import write_atomic
 from common.run.launch import main_process_first
-from common.run.program import is_main
+from common.run.program import get_logger, is_main
+
+logger = get_logger(__name__)
+
+Result = TypeVar("Result")
+
+ATTEMPTS = 3
+BROKEN = (OSError, http.client.HTTPException, ValueError)
+"""What urllib raises: ValueError where an address is none."""
 
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[A-Za-z0-9.]+$")
 
@@ -41,7 +53,8 @@ def fetch(url: str, *, progress: bool = True, timeout_s: float = 30) -> Path:
         timeout_s: how long to wait for the server, in seconds.
 
     Raises:
-        CheckpointError: no connection (saying which file, from where, and where to put it) or a wrong hash.
+        CheckpointError: no connection, or one that broke three times (saying which file, from where, and where to put
+            it), an address that is none, or a wrong hash.
     """
     name = os.path.basename(urllib.request.url2pathname(url.split("?")[0].split("#")[0]))
     target = hub_folder() / name
@@ -58,30 +71,62 @@ def fetch(url: str, *, progress: bool = True, timeout_s: float = 30) -> Path:
         if not prefix:
             _record(record, digest)
         return target
+    if not name:
+        raise CheckpointError(f"{url}: expected the address of a file, which ends with its name")
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    part = target.with_name(f".{name}.{secrets.token_hex(8)}.part")
+
+    def download() -> None:
         with _patience(timeout_s):
-            size = None if prefix else _announced_size(url)
-            torch.hub.download_url_to_file(url, str(target), prefix, progress and is_main())
-        if size is not None and target.stat().st_size != size:
-            received = target.stat().st_size
-            target.unlink()
-            raise OSError(f"received {received} of {size} bytes")
-    except RuntimeError as error:  # the hash
-        digest = str(error).rstrip('")').rpartition('"')[2]
-        raise CheckpointError(
-            f"{url}: the download's SHA-256 is {digest}, expected {prefix}...; it was interrupted or the file was "
-            "replaced; try again" + f", or delete {record}, which remembers the file of before" * (not found)
-        ) from error
-    except OSError as error:  # urllib's errors are OSErrors
+            size = _announced_size(url)
+            torch.hub.download_url_to_file(url, str(part), None, progress and is_main())
+        if size is not None and part.stat().st_size != size:
+            raise ConnectionResetError(f"received {part.stat().st_size} of {size} bytes")
+
+    try:
+        persist(download, name)
+        digest = _sha256(part)
+        if prefix and not digest.startswith(prefix):
+            raise CheckpointError(
+                f"{url}: the download's SHA-256 is {digest}, expected {prefix}...; it was interrupted or the file was "
+                "replaced; try again" + f", or delete {record}, which remembers the file of before" * (not found)
+            )
+        os.replace(part, target)
+    except BROKEN as error:
         reason = getattr(error, "reason", None) or error
         raise CheckpointError(
             f"cannot download {name} from {url}: {reason}. Without a connection, get the file elsewhere and put it at "
             f"{target} (or set TORCH_HOME), or name a local file"
         ) from error
+    finally:
+        part.unlink(missing_ok=True)
     if not prefix:
-        _record(record, _sha256(target))
+        _record(record, digest)
     return target
+
+
+def persist(download: Callable[[], Result], what: str) -> Result:
+    """What ``download()`` returns; it is called again, twice at most, where a connection broke or a server was busy."""
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return download()
+        except BROKEN as error:
+            if not _may_pass(error):
+                raise
+            logger.warning("downloading %s broke off (%s: %s): trying again", what, type(error).__name__, error)
+            time.sleep(attempt)
+    return download()
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another attempt may succeed: not where nobody listens, or there is no such file or address."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code == 429 or error.code >= 500
+    if isinstance(error, urllib.error.URLError):  # before there was a connection
+        error = error.reason if isinstance(error.reason, Exception) else error
+        return isinstance(error, ConnectionResetError)
+    broken = ConnectionResetError, ConnectionAbortedError, BrokenPipeError, TimeoutError, http.client.HTTPException
+    return isinstance(error, broken) and not isinstance(error, http.client.InvalidURL)
 
 
 def _recorded(record: Path) -> str | None:
