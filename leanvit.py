@@ -25,6 +25,7 @@ __all__ = ["Lean", "Method", "NotAHost", "PlanError", "explain", "lean", "load",
 
 FROM_PAPERS = {
     "cascade": "dvt.networks:cascade",
+    "slice_width": "scala.standalone:slice_width",
 }
 """Functions from network to network, before any token method."""
 

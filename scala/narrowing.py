@@ -27,8 +27,39 @@ State = dict[str, Tensor]
 FULL = Width(1, 1)
 
 
-class NarrowedNetwork(SlicedNetwork, nn.Module):
-    """A network whose every forward pass takes a width ratio.
+class Narrowed(SlicedNetwork, nn.Module):
+    """A network whose widths are plain networks, which run with a part of its weights.
+
+    Args:
+        make: builds the plain network of a width, whose weights have the names that they have here.
+        rule: which end a width is cut from.
+    """
+
+    def __init__(self, make: Callable[[Width], nn.Module], rule: SliceRule) -> None:
+        super().__init__()
+        self.make, self.rule = make, rule
+        self.smallest_ratio, self.largest_ratio = rule.smallest, rule.largest
+        self._plain: dict[Width, nn.Module] = {}  # on the meta device: their weights are those of this network
+
+    def plain(self, width: Width) -> Any:
+        """The network that a width is, on the meta device."""
+        if width not in self._plain:
+            with torch.device("meta"):
+                self._plain[width] = self.make(width)
+        return self._plain[width].train(self.training)
+
+    def trunk(self, width: Width) -> State:
+        """Parameters of the plain network of a width, views."""
+        own = dict(self.named_parameters())
+        plain = self.plain(width).named_parameters()
+        return {name: self.rule.cut_to(own[name], width, value.shape) for name, value in plain}
+
+    def sliced_parameters(self, width: Width) -> State:
+        return self.trunk(width)
+
+
+class NarrowedNetwork(Narrowed):
+    """A network with batch statistics per width, whose every forward pass takes a width ratio.
 
     It has the weights of the plain network of full width under the same names, and a classifier. ``running_mean`` and
     its companions are the statistics of the largest width, so that a checkpoint of an ordinary network fits; rows of
@@ -60,15 +91,12 @@ class NarrowedNetwork(SlicedNetwork, nn.Module):
         in_chans: int = 3,
         drop_rate: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(make, SliceRule(smallest_ratio, largest_ratio))
         self.img_size, self.num_classes, self.in_chans = img_size, num_classes, in_chans
-        self.smallest_ratio, self.largest_ratio, self.drop_rate = smallest_ratio, largest_ratio, drop_rate
-        self.make, self.classifier_name, self.num_features = make, classifier, num_features
-        self.rule = SliceRule(smallest_ratio, largest_ratio)
+        self.classifier_name, self.num_features, self.drop_rate = classifier, num_features, drop_rate
         *narrow, self.largest = (exact(ratio) for ratio in make_grid(smallest_ratio, largest_ratio, granularity).ratios)
         self.rows = {width: row for row, width in enumerate(narrow)}
         self.calibrated: dict[Width, State] = {}
-        self._plain: dict[Width, nn.Module] = {}  # on the meta device: their weights are those of this network
         for name, child in make(FULL).named_children():
             self.add_module(name, child)
         for norm in batch_norms(self).values():
@@ -81,13 +109,6 @@ class NarrowedNetwork(SlicedNetwork, nn.Module):
     @property
     def head_layer(self) -> SlicedLinear | None:
         return self._modules[self.classifier_name]  # pyright: ignore[reportReturnType] - built above
-
-    def plain(self, width: Width) -> nn.Module:
-        """The network that a width is, on the meta device."""
-        if width not in self._plain:
-            with torch.device("meta"):
-                self._plain[width] = self.make(width)
-        return self._plain[width].train(self.training)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -103,13 +124,7 @@ class NarrowedNetwork(SlicedNetwork, nn.Module):
 
     def sliced_parameters(self, width: Width) -> State:
         head = {} if self.head_layer is None else self.head_layer.sliced(width)
-        return self._trunk(width) | {f"{self.classifier_name}.{name}": value for name, value in head.items()}
-
-    def _trunk(self, width: Width) -> State:
-        """Parameters of the plain network of a width."""
-        own = dict(self.named_parameters())
-        plain = self.plain(width).named_parameters()
-        return {name: self.rule.cut_to(own[name], width, value.shape) for name, value in plain}
+        return self.trunk(width) | {f"{self.classifier_name}.{name}": value for name, value in head.items()}
 
     def knows(self, ratio: Ratio) -> bool:
         """Whether there are batch statistics for a width."""
@@ -145,7 +160,7 @@ class NarrowedNetwork(SlicedNetwork, nn.Module):
     def forward_features(self, images: Tensor, ratio: Ratio) -> Tensor:
         """Images (B, 3, height, width) to the last map, (B, c, height / 32, width / 32)."""
         width = self.check_ratio(ratio)
-        return functional_call(self.plain(width), self._trunk(width) | self.statistics(width), (images,))
+        return functional_call(self.plain(width), self.trunk(width) | self.statistics(width), (images,))
 
     def forward_head(self, x: Tensor, ratio: Ratio, pre_logits: bool = False) -> Tensor:
         """Pooled features (B, c), or the logits (B, K)."""
@@ -182,7 +197,7 @@ def calibrate_(model: NarrowedNetwork, ratio: Ratio, batches: Iterable[Tensor]) 
     width = model.check_ratio(ratio)
     with torch.device("meta"):
         plain = model.make(width).eval()
-    weights = model._trunk(width)
+    weights = model.trunk(width)
     found: State = {}
     for name, norm in batch_norms(plain).items():
         norm.train()

@@ -1,9 +1,9 @@
 """One width of a sliced network as a network of its own: weights, constructor arguments, and how to build it again.
 
-A slice of width r of a DeiT is a DeiT of width d = r D with the same number of heads, but its attention still scales by
+A slice of width r of a ViT is a DeiT of width d = r D with the same number of heads, but its attention still scales by
 the full head dimension: sqrt(D/H) where a network of its own has sqrt(d/H). Multiplying the query rows of the fused
 projection by sqrt(d/D) makes the two equal. The normalisation's eps stays 1e-5. So timm's own VisionTransformer runs a
-slice with the same logits.
+slice with the same logits; :func:`slice_width` gives it.
 
 Slices of the other backbones are networks of the same class, at ratio 1.
 
@@ -13,8 +13,7 @@ Legend: D full width, d sliced width, H heads, r width ratio.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,17 +26,17 @@ from torch import Tensor, nn
 
 from common.measure.benchmark import random_images
 from common.run.checkpoint import load_safely, load_strict, read_description, save_described
-from common.run.errors import CheckpointError
+from common.run.errors import CheckpointError, UsageError
 from common.run.export import difference, export_onnx, export_program
 from common.run.files import write_atomic
 from common.run.program import get_logger
 from scala.engine_scala import AtRatio
 from scala.layers import NORM_EPS, SlicedNetwork, sliced_state_dict
 from scala.models_mobilenet import MobileNetV2_scala
-from scala.models_scala import Attention, DistilledVisionTransformer_scala, VisionTransformer_scala
+from scala.models_scala import DistilledVisionTransformer_scala, VisionTransformer_scala
+from scala.models_timm import TIMM_NETWORK, TimmViT_scala, create, scale_queries
 from scala.models_uniformer import UniFormer_scala
 from scala.narrowing import NarrowedNetwork
-from scala.slicing import sliced_size
 from scala.sweep import costs
 
 logger = get_logger(__name__)
@@ -45,7 +44,14 @@ logger = get_logger(__name__)
 METADATA_KEY = "leanvit_standalone"
 
 
-CLASSES: dict[str, type[nn.Module]] = {
+def _from_registry(model_name: str, **arguments: Any) -> nn.Module:
+    return TIMM_NETWORK(model_name, arguments)
+
+
+CLASSES: Mapping[str, Callable[..., nn.Module]] = {
+    "timm.create_model": _from_registry,
+    "scala.models_timm.TimmViT_scala": create,
+} | {
     f"{cls.__module__}.{cls.__name__}": cls
     for cls in (
         VisionTransformer,
@@ -65,7 +71,7 @@ class Standalone:
     Attributes:
         ours, timm: class and constructor arguments in this package (called with ratio 1) and in timm; ``timm`` is None
             where timm has no such network. timm's ``norm_layer`` is nn.LayerNorm with ``norm_eps``.
-        norm_eps: of every layer normalisation; None where a network has none.
+        norm_eps: of every layer normalisation; None where the class knows it, or has none.
         source: where it comes from: network, ratio, slicing bound.
         input_size: side of the images in pixels.
     """
@@ -82,18 +88,20 @@ class Standalone:
         Raises:
             ValueError: if timm has none.
         """
-        if self.timm is None or self.norm_eps is None:
+        if self.timm is None:
             raise ValueError(f"timm has no class for a slice of {self.ours['class']}; build ours")
-        norm = partial(nn.LayerNorm, eps=self.norm_eps)
-        return CLASSES[self.timm["class"]](**self.timm["arguments"], norm_layer=norm)
+        norm = {} if self.norm_eps is None else {"norm_layer": partial(nn.LayerNorm, eps=self.norm_eps)}
+        return CLASSES[self.timm["class"]](**self.timm["arguments"], **norm)
 
     def build_ours(self) -> AtRatio:
         """This package's network at ratio 1, called with images only; random weights."""
         return AtRatio(CLASSES[self.ours["class"]](**self.ours["arguments"]), 1.0)
 
     def load(self, state: Mapping[str, Tensor], *, source: str = "slice") -> nn.Module:
-        """timm's network where there is one, else ours, with weights and in evaluation mode."""
+        """timm's network where there is one, else ours, with weights, in their precision, and in evaluation mode."""
         model = self.build_timm() if self.timm is not None else self.build_ours()
+        weight = next(value for value in state.values() if value.is_floating_point())
+        model.to(weight.device, weight.dtype)
         load_strict(model.model if isinstance(model, AtRatio) else model, state, source=source)
         return model.eval()
 
@@ -112,21 +120,21 @@ def describe(model: SlicedNetwork, ratio: float) -> Standalone:
         ValueError: an invalid ratio, or a ViT with options that timm's class does not have.
     """
     shared, alone = model.slice_arguments(model.check_ratio(ratio))
-    theirs = None
+    theirs, name = None, "{0.__module__}.{0.__name__}".format
     if isinstance(model, VisionTransformer_scala):
         if model.patch_embed.norm is not None:
             raise ValueError(
                 "timm's VisionTransformer has no normalisation after the patch embedding; nothing to export to"
             )
-        theirs = VisionTransformer
-        if isinstance(model, DistilledVisionTransformer_scala):
-            theirs = VisionTransformerDistilled
-    name = "{0.__module__}.{0.__name__}".format
+        distilled = isinstance(model, DistilledVisionTransformer_scala)
+        theirs = name(VisionTransformerDistilled if distilled else VisionTransformer)
+    elif isinstance(model, TimmViT_scala):
+        theirs = "timm.create_model"
     bound = {"smallest_ratio": model.smallest_ratio, "largest_ratio": model.largest_ratio}
     return Standalone(
         ours={"class": name(type(model)), "arguments": {**shared, **alone}},
-        timm={"class": name(theirs), "arguments": shared} if theirs is not None else None,
-        norm_eps=None if isinstance(model, MobileNetV2_scala) else NORM_EPS,
+        timm={"class": theirs, "arguments": shared} if theirs is not None else None,
+        norm_eps=None if isinstance(model, (MobileNetV2_scala, TimmViT_scala)) else NORM_EPS,
         source={"network": type(model).__name__, "ratio": ratio, **bound},
         input_size=max(model.input_shape[1:]),
     )
@@ -139,19 +147,47 @@ def standalone_state(model: Any, ratio: float) -> dict[str, Tensor]:
     Raises:
         ValueError: an invalid ratio, or one without batch statistics.
     """
-    state = {name: value.detach().clone().contiguous() for name, value in sliced_state_dict(model, ratio).items()}
+    width = model.check_ratio(ratio)
+    state = scale_queries(model, sliced_state_dict(model, ratio), width.steps / width.of)
+    state = {name: value.detach().clone().contiguous() for name, value in state.items()}
     for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
-        if isinstance(module, Attention):
-            width, full = sliced_size(module.proj.in_features, ratio), module.proj.in_features
-            for leaf in ("qkv.weight", "qkv.bias"):
-                if prefix + leaf in state:
-                    state[prefix + leaf][:width] *= math.sqrt(width / full)
-        elif getattr(module, "official", False):  # a LayerScale that does nothing
-            state.pop(prefix + "gamma", None)
+        if getattr(module, "official", False):  # a LayerScale that does nothing
+            state.pop(f"{name}.gamma", None)
     if isinstance(model, NarrowedNetwork):
         state |= {name: value.clone() for name, value in model.statistics(ratio).items()}
     return state
+
+
+def slice_width(
+    model: nn.Module, width: float, *, smallest_ratio: float | None = None, largest_ratio: float | None = None
+) -> nn.Module:
+    """One width of a network as a plain network of its own, of timm's class wherever timm has one.
+
+    Args:
+        model: a plain ViT of timm, with weights that Scala trained or any other; or a network of this package, such as
+            ``scala.loading.load_trained`` gives.
+        width: the ratio r in (0, 1].
+        smallest_ratio, largest_ratio: the slicing bound that a ViT of timm was trained with, which decides the end that
+            a width is cut from (default: 0.25 and 1); a network of this package knows its own.
+
+    Returns:
+        A network (B, 3, height, width) to logits (B, C) in the mode of ``model``, with copies of its weights, that
+        shares nothing with it.
+
+    Raises:
+        NotAHost: a network that cannot be sliced, naming the module.
+        WidthError: a ratio that the heads cannot share, naming those that they can.
+        UsageError: a bound for a network that has its own.
+    """
+    bound = {"smallest_ratio": smallest_ratio, "largest_ratio": largest_ratio}
+    given: dict[str, Any] = {name: value for name, value in bound.items() if value is not None}
+    if not isinstance(model, SlicedNetwork):
+        model = TimmViT_scala(model, **given)
+    elif given:
+        raise UsageError(f"{', '.join(given)} cannot be given: {type(model).__name__} has its own slicing bound")
+    if isinstance(model, TimmViT_scala):
+        return model.alone(model.check_ratio(width))
+    return describe(model, width).load(standalone_state(model, width)).train(model.training)
 
 
 def save_standalone(path: Path, state: Mapping[str, Tensor], standalone: Standalone) -> None:
