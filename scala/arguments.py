@@ -31,6 +31,8 @@ NETWORK_FLAGS = (
     "isolated_activation",
 )  # fmt: skip
 """Those that make a network and do not show in its weights."""
+TIMM = "timm:"
+"""Of ``--model``, in front of the name of a plain ViT of timm; as ``--weights``, without the colon, timm's own."""
 DEFAULT_MODEL = "deit_small_distilled_patch16_224_scala"
 
 REJECTED = {
@@ -56,12 +58,14 @@ class NetworkSettings(Settings):
     smallest_ratio: float
     largest_ratio: float
     model: str = flag(
-        None, f"a model of this package (default: the checkpoint's with --eval, else {DEFAULT_MODEL})", own=MISSING,
-        metavar="NAME",
+        None, f"a model of this package, or {TIMM}NAME for any plain ViT of timm (default: the checkpoint's with "
+        f"--eval, else {DEFAULT_MODEL})", own=MISSING, metavar="NAME",
     )  # fmt: skip
     granularity: float | None = None
     input_size: int | None = None
-    embed_dim: int | None = flag(None, "width, in place of the model's (DeiT only)", type=positive_int, metavar="N")
+    embed_dim: int | None = flag(
+        None, "width, in place of the model's (DeiT and timm's only)", type=positive_int, metavar="N"
+    )
     depth: int | None = flag(None, "number of blocks, likewise", type=positive_int, metavar="N")
     num_heads: int | None = flag(None, "number of heads, likewise", type=positive_int, metavar="N")
     patch_size: int | None = flag(None, "side of a patch in pixels, likewise", type=positive_int, metavar="N")
@@ -82,7 +86,10 @@ class NetworkSettings(Settings):
         0.1, "stochastic depth of the last block; rises linearly from 0", own=0.0, type=fraction, metavar="RATE"
     )
     grad_checkpointing: bool = flag(False, "recompute blocks in the backward pass, for less memory")
-    finetune: str = flag("", "start from these weights of a DeiT: path, URL (default: random weights)", metavar="FILE")
+    finetune: str = flag(
+        "", "start from these weights of the network, or of a DeiT: path, URL, or timm for timm's own with --model "
+        "timm:NAME (default: random weights)", "--weights", metavar="FILE",
+    )  # fmt: skip
     attn_only: bool = flag(False, "train attention, class head and positions only")
     train_mode: bool = flag(True, "train in training mode, with dropout and stochastic depth")
 
@@ -296,6 +303,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         (teaching and not args.teacher_path,
          "--distillation-type needs --teacher-path: the teacher's weights, a path, a URL, or timm"),
         (teaching and args.finetune, "--finetune together with --distillation-type is not defined; leave one out"),
+        (args.finetune == "timm" and not (args.model or "").startswith(TIMM),
+         f"--weights timm needs --model {TIMM}NAME: timm has no weights of the models of this package"),
         (args.cosub and kind != "none",
          "--cosub replaces the loss of the largest width: leave --distillation-type out"),
         (args.bce_loss and mixing and args.smoothing,

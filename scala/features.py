@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from common.run.checkpoint import load_strict, read_checkpoint, select_state
 from common.run.errors import CheckpointError
-from scala.build import create_teacher
+from scala.build import create_timm
 from scala.layers import Sliced, SlicedLayerNorm, SlicedLinear
 from scala.losses import transfer_loss
 from scala.models_scala import DistilledVisionTransformer_scala, VisionTransformer_scala, create
@@ -159,8 +159,8 @@ def load_teacher(name: str, path: str, *, img_size: int, num_classes: int | None
     Raises:
         CheckpointError: no such network or file, or a download that failed; says what to do.
     """
-    options = {"img_size": img_size} if num_classes is None else {"img_size": img_size, "num_classes": num_classes}
-    network = create_teacher(name, pretrained=not path, **options)
+    options: dict[str, Any] = {"img_size": img_size} | ({} if num_classes is None else {"num_classes": num_classes})
+    network = create_timm(name, pretrained=not path, **options)
     if not isinstance(network, VisionTransformer) or not network.has_class_token:
         raise CheckpointError(f"--teacher-model {name} is a {type(network).__name__}, not a plain ViT with class token")
     if path:

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, or with ``--eval`` evaluate; returns the last width's row, with those of all under ``widths``."""
     args = parse_args(argv)
     check_data_path(args.data_set, args.data_path)
-    check_files(args.resume, args.finetune, args.teacher_path if args.teacher_path != "timm" else "")
+    check_files(args.resume, *(file for file in (args.finetune, args.teacher_path) if file != "timm"))
     from common.run.build import scaled_lr
     from common.run.launch import launch, seed_everything
     from scala import sweep, training

@@ -42,8 +42,8 @@ def load_for_finetuning(model: Any, state: Mapping[str, Tensor], *, source: str)
     """Load what fits; heads of other classes, and heads and tokens that only one side has, keep or lose their weights.
 
     Args:
-        model: a network of ``models_scala``.
-        state: of a DeiT or Scala network of the same width and depth.
+        model: a network of ``models_scala``, or a ViT of timm.
+        state: of a DeiT, Scala network or such a ViT of the same width and depth.
         source: the file's name, for messages.
 
     Raises:
@@ -53,14 +53,15 @@ def load_for_finetuning(model: Any, state: Mapping[str, Tensor], *, source: str)
     own = model.state_dict()
     dropped = [key for key in HEADS if key in state and (key not in own or own[key].shape != state[key].shape)]
     dropped += [key for key in TOKENS if key in state and key not in own]
-    if "pos_embed" in state and state["pos_embed"].shape[-1] == own["pos_embed"].shape[-1]:
-        count = state["pos_embed"].shape[1]
+    table, fits = state.get("pos_embed"), own.get("pos_embed")
+    if table is not None and fits is not None and fits.shape != table.shape and fits.shape[-1] == table.shape[-1]:
+        count = table.shape[1]
         old = 2 if "dist_token" in state else 1 if "cls_token" in state else 0
         if math.isqrt(count) ** 2 == count:  # no_embed_class: positions of the patches only
             old = 0
-        new = own["pos_embed"].shape[1] - model.patch_embed.num_patches
+        new = fits.shape[1] - model.patch_embed.num_patches
         grid = model.patch_embed.grid_size
-        state["pos_embed"] = fit_positions(state["pos_embed"], grid, old=old, new=new, source=source)
+        state["pos_embed"] = fit_positions(table, grid, old=old, new=new, source=source)
     for key in dropped:
         del state[key]
     found = list_key_differences(model, state)

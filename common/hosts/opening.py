@@ -190,7 +190,7 @@ def _open_timm(name: str, image_size: int | None, weights: Path | None) -> _Foun
     except (AssertionError, RuntimeError, TypeError) as error:
         raise UsageError(f"{name} cannot be built with --img-size {image_size}: {error}") from error
     if state is not None:
-        load_strict(net, _fitted(net, state, _timm_filter(name)), source=str(weights))
+        load_strict(net, timm_state(name, net, state), source=str(weights))
     config = timm.data.resolve_model_data_config(net)  # pyright: ignore[reportAttributeAccessIssue]
     return _Found(net, text, trained, _of_timm(config))
 
@@ -217,6 +217,11 @@ def _cached_by_timm(name: str) -> Path | None:
             if isinstance(found, str):
                 return Path(found)
     return None
+
+
+def timm_state(name: str, net: nn.Module, state: dict[str, Any]) -> Mapping[str, Any]:
+    """The state as it is if it fits the network of this name, otherwise as timm translates it: names and sizes."""
+    return _fitted(net, state, _timm_filter(name))
 
 
 def _timm_filter(name: str) -> Any:
