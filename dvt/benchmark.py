@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common.run import cli
-from common.run.files import write_atomic
+from common.run.files import check_output, write_atomic
 from common.run.flags import Group
 from common.run.program import run
 from dvt import BUDGETS
@@ -47,6 +47,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Time one model at every batch size; returns all rows."""
     args = parse_args(argv)
+    check_output(args.output)
     import torch
 
     from common.measure.benchmark import choose_clock, random_images

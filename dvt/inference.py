@@ -19,7 +19,7 @@ from typing import Any
 
 from common.data.paths import check_data_path
 from common.run import cli
-from common.run.files import check_files, write_atomic
+from common.run.files import check_files, check_output, write_atomic
 from common.run.flags import Group
 from common.run.program import run
 from dvt.arguments import add_image_args, add_network_args, add_search_args, network_options
@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     mode, file = args.eval_mode, args.checkpoint_path
     check_files(file)
+    check_output(args.output)
     if mode:
         check_data_path(args.dataset, args.data_url)
     from common.run.checkpoint import read_checkpoint

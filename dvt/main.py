@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from common.data.paths import check_data_path
-from common.run.files import check_files, make_folder, write_atomic
+from common.run.files import check_files, check_output, make_folder, write_atomic
 from common.run.program import get_logger, is_main, run
 from common.run.settings import DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
 from dvt import arguments
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if not args.eval_checkpoint:
         check_filled(args.model, args.img_size)
     check_files(args.eval_checkpoint, args.initial_checkpoint, args.resume)
+    check_output(args.output, folder=True)
     check_data_path(args.data_set, args.data)
 
     import torch

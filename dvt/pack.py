@@ -15,7 +15,7 @@ from typing import Any
 
 from common.data.paths import check_data_path, reads_folder
 from common.run import cli
-from common.run.files import check_files
+from common.run.files import check_files, check_output
 from common.run.program import get_logger, run
 from dvt.arguments import add_image_args, add_network_args, add_search_args, network_options
 from dvt.models import CASCADES
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
     """Evaluate, search, write; returns what was written."""
     args = parse_args(argv)
     check_files(args.checkpoint)
+    check_output(args.output)
     check_data_path(args.dataset, args.data)
     from common.run.checkpoint import read_checkpoint, save_atomic
     from common.run.launch import choose_device

@@ -17,7 +17,7 @@ from pathlib import Path
 from common.data.paths import check_data_path
 from common.run import cli
 from common.run.errors import CheckpointError, UsageError
-from common.run.files import check_files
+from common.run.files import check_files, check_output
 from common.run.flags import Group
 from common.run.program import get_logger, is_main, run
 from common.run.settings import DataSettings, RunSettings
@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         raise CheckpointError(f"--resume: there is no {last}; leave the flag out to start a new run")
     check_filled(args.model, args.img_size)
     check_files(args.transfer_model)
+    check_output(args.output, folder=True)
     if not args.download:
         check_data_path(args.dataset, args.data)
     import torch

@@ -21,7 +21,7 @@ from common.data.paths import check_data_path
 from common.plots import Figure, Series, draw
 from common.run import cli
 from common.run.errors import UsageError
-from common.run.files import check_files, write_atomic
+from common.run.files import check_files, check_output, write_atomic
 from common.run.program import get_logger, run
 from dvt.arguments import add_image_args, add_network_args, budget_row, network_options
 from dvt.models import CASCADES
@@ -133,6 +133,7 @@ def draw_exits(args: argparse.Namespace) -> dict[str, str | bytes]:
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Draw; returns the files written."""
     args = parse_args(argv)
+    check_output(args.output, folder=True)
     if args.command == "curves":
         check_files(*args.files)
         drawn = draw_curves(args.files, args.title)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from common.data.paths import check_data_path, reads_folder
 from common.run.cli import default_workers
 from common.run.errors import DataError
-from common.run.files import check_files
+from common.run.files import check_files, check_output
 from common.run.program import get_logger, run
 from hourglass_swag.tools.parser import check_method_flags, get_default_parser, get_model_args, positionals_first
 from hourglass_swag.tools.processes import device_name, images_per_process, set_environment, start_one_per_gpu
@@ -134,6 +134,7 @@ def warn_of_classes(dataset: Dataset[Any], model: nn.Module) -> None:
 def evaluate_network(args: argparse.Namespace) -> dict[str, Any]:
     """What one process does."""
     check_files(args.weights)
+    check_output(args.output)
     check_data_path(args.dataset, args.data)
     import torch
 

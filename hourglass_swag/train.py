@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from common.data.paths import check_data_path
 from common.run import cli
 from common.run.errors import UsageError
-from common.run.files import check_files
+from common.run.files import check_files, check_output
 from common.run.program import get_logger, is_main, run
 from common.run.settings import AugmentationSettings, DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
 from hourglass_swag.tools.parser import model_choices
@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train, or with ``--eval`` only evaluate; returns the last epoch's numbers."""
     args = parse_args(argv)
     check_files(args.resume)
+    check_output(args.output_dir, folder=True)
     check_data_path(args.data_set, args.data_path)
     from common.data.build import build_loaders, build_mixup
     from common.run.build import build_run, scaled_lr

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.run import cli
-from common.run.files import write_atomic
+from common.run.files import check_output, write_atomic
 from common.run.flags import Settings, add_flags, count, flag, positive_int
 from common.run.program import run
 from scala.arguments import DEFAULT_MODEL
@@ -91,6 +91,7 @@ def measure(settings: SpeedSettings, ratio: float, device: torch.device, clock: 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     settings = SpeedSettings.of(parse_args(argv))
+    check_output(settings.output)
     from common.measure.benchmark import choose_clock, describe_device
     from common.run.launch import choose_device
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.run import cli
-from common.run.files import check_files
+from common.run.files import check_files, check_output
 from common.run.flags import add_flags
 from common.run.program import run
 from scala import arguments
@@ -51,6 +51,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     args = parse_args(argv)
     check_files(args.checkpoint)
+    check_output(args.output)
     from common.run.checkpoint import read_checkpoint
     from scala.loading import load_trained
     from scala.standalone import export_slice

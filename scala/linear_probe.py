@@ -16,7 +16,7 @@ from typing import Any
 
 from common.data.paths import check_data_path
 from common.run import cli
-from common.run.files import check_files
+from common.run.files import check_files, check_output
 from common.run.flags import add_flags
 from common.run.program import run
 from common.run.settings import DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train the probe, or only evaluate it; returns the row of the largest width, all of them under ``widths``."""
     args = parse_args(argv)
     check_data_path(args.data_set, args.data_path)
+    check_output(args.output_dir, folder=True)
     check_files(args.checkpoint, args.resume)
     from common.run.build import scaled_lr
     from common.run.checkpoint import read_checkpoint

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from common.data.paths import check_data_path
 from common.run import cli
-from common.run.files import check_files
+from common.run.files import check_files, check_output
 from common.run.flags import add_flags
 from common.run.program import is_main, run
 from common.run.settings import AugmentationSettings, DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train; returns the last epoch's numbers."""
     args = parse_args(argv)
     check_data_path(args.data_set, args.data_path)
+    check_output(args.output_dir, folder=True)
     check_files(args.resume, args.teacher_path)
     from common.run.build import scaled_lr
     from common.run.launch import launch, seed_everything

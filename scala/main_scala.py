@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from common.data.paths import check_data_path
-from common.run.files import check_files
+from common.run.files import check_files, check_output
 from common.run.program import is_main, run
 from common.run.settings import DataSettings, OptimizerSettings, RunSettings
 from scala import arguments
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, or with ``--eval`` evaluate; returns the last width's row, with those of all under ``widths``."""
     args = parse_args(argv)
     check_data_path(args.data_set, args.data_path)
+    check_output(args.output_dir, folder=True)
     check_files(args.resume, *(file for file in (args.finetune, args.teacher_path) if file != "timm"))
     from common.run.build import scaled_lr
     from common.run.launch import launch, seed_everything

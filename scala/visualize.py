@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.run import cli
 from common.run.errors import UsageError
-from common.run.files import check_files
+from common.run.files import check_files, check_output, replacing
 from common.run.program import run
 from scala.arguments import add_width_args
 from scala.slicing import WidthGrid, make_grid
@@ -156,6 +156,7 @@ def draw_widths(trained: Trained, source: str) -> Figure:
 def main(argv: Sequence[str] | None = None) -> Path:
     args = parse_args(argv)
     check_files(args.checkpoint)
+    check_output(args.output)
     if args.checkpoint:
         from common.run.checkpoint import read_checkpoint
         from scala.loading import load_trained
@@ -163,9 +164,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
         figure = draw_widths(load_trained(read_checkpoint(args.checkpoint), args.checkpoint), args.checkpoint)
     else:
         figure = draw(make_grid(args.smallest_ratio, args.largest_ratio, args.granularity), args.embed_dim)
-    figure.savefig(args.output, dpi=110)
-    print(args.output)
-    return Path(args.output)
+    path = Path(args.output)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=110, format=path.suffix.removeprefix(".") or None)
+    print(path)
+    return path
 
 
 if __name__ == "__main__":

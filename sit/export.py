@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.run.cli import make_parser, positive_int
-from common.run.files import check_files
+from common.run.files import check_files, check_output, replacing
 from common.run.flags import add_flags
 from common.run.program import run
 from sit.arguments import NetworkSettings, network_options
@@ -34,7 +34,9 @@ def export_script(model: nn.Module, images: Tensor, path: Path) -> float:
 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer, about sizes that are fixed in it
-        torch.jit.save(torch.jit.trace(model, images[:2]), str(path))
+        traced = torch.jit.trace(model, images[:2])
+        with replacing(path) as file:
+            torch.jit.save(traced, file)
         return difference(torch.jit.load(str(path)), images, model(images), path)
 
 
@@ -69,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> float:
     """
     args = parse_args(argv)
     check_files(args.weights)
+    check_output(args.output)
     from common.measure.benchmark import random_images
     from common.run.export import export_onnx, export_program
     from sit.loading import load_for_evaluation, read_weights
@@ -81,7 +84,6 @@ def main(argv: Sequence[str] | None = None) -> float:
     else:
         print("warning: no --weights, so the weights are random", file=sys.stderr)
     model = model.deployed()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     exports = dict(zip(SUFFIXES, (export_onnx, export_program, export_script), strict=True))
     images = random_images(3, model.image_shape[0])
     error = exports[args.output.suffix](model, images, args.output)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.data.paths import check_data_path
-from common.run.files import check_files, make_folder
+from common.run.files import check_files, check_output
 from common.run.program import get_logger, is_main, run
 from sit import arguments
 from sit.arguments import Job
@@ -119,8 +119,7 @@ def train_model(job: Job, world: World) -> dict[str, float]:
 
 def run_with(args: argparse.Namespace) -> dict[str, float]:
     """What one process does."""
-    if args.output_dir:
-        make_folder(Path(args.output_dir))
+    check_output(args.output_dir, folder=True)
     check_files(args.finetune, args.resume, "" if args.eval else args.teacher_path)
     check_data_path(args.data_set, args.data_path)
     from common.run.launch import launch, seed_everything

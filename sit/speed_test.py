@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.run.cli import make_parser, positive_float, positive_int
+from common.run.files import check_output
 from common.run.program import run
 from sit.sizes import OURS, SIZES
 
@@ -57,6 +58,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Time what the flags name; returns the speed-up of each student, or of each training step its milliseconds."""
     args = parse_args(argv)
+    check_output(args.output)
     import torch
 
     from common.ledger import results

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.run.cli import make_parser
-from common.run.files import check_files
+from common.run.files import check_files, check_output
 from common.run.program import run
 
 
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     """Write the file and say what is gone."""
     args = parse_args(argv)
     check_files(args.checkpoint)
+    check_output(args.output)
     from common.run.checkpoint.loading import summarise
     from sit.loading import read_weights, strip
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.run.cli import make_parser, positive_int
 from common.run.errors import DataError
-from common.run.files import check_files
+from common.run.files import check_files, check_output, replacing
 from common.run.flags import add_flags
 from common.run.program import run
 from sit.arguments import NetworkSettings, network_options
@@ -170,7 +170,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Draw every image, on the CPU, where one takes less than a second; returns the files written."""
     args = parse_args(argv)
+    single = args.output.suffix == ".png" and len(args.images) == 1
     check_files(args.weights)
+    check_output(args.output, folder=not single)
     for path in args.images:
         if not path.exists() and not path.name.startswith("digit-") and str(path) not in SAMPLES:
             raise DataError(f"{path}: no such file, and no image inside scikit-learn: {', '.join(SAMPLES)}, digit-N")
@@ -190,8 +192,6 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     side = model.image_shape[0]
     transform = eval_transform(side)
     shown = Compose([Resize(448, InterpolationMode.BICUBIC), CenterCrop(448 if side <= 32 else 392)])
-    single = args.output.suffix == ".png" and len(args.images) == 1
-    (args.output.parent if single else args.output).mkdir(parents=True, exist_ok=True)
     files = []
     for path in args.images:
         image = open_image(path)
@@ -201,7 +201,8 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         weights = "/".join(Path(args.weights).parts[-2:]) if args.weights else "random weights"
         title = f"{path.name} in {args.model}, {weights}: what the slimmed tokens are made of."
         file = args.output if single else args.output / f"{path.stem}_{args.model}.png"
-        draw_sheet(shown(image), stages, model.grid, args.tokens, title).savefig(file)
+        with replacing(file) as target:
+            draw_sheet(shown(image), stages, model.grid, args.tokens, title).savefig(target, format="png")
         print(f"written to {file}")
         files.append(file)
     return files

@@ -13,7 +13,7 @@ from typing import Any
 from common.data.paths import check_data_path, reads_folder
 from common.run import cli
 from common.run.errors import DataError, UsageError
-from common.run.files import check_files
+from common.run.files import check_files, check_output
 from common.run.flags import Group, add_flags
 from common.run.settings import AugmentationSettings, DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
 from uvc.config import config_text, with_config
@@ -224,6 +224,7 @@ def check_paths(args: argparse.Namespace) -> None:
         CheckpointError, DataError: one does not.
     """
     check_files(*(getattr(args, name, None) for name in ("checkpoint_dir", "model_path", "teacher_path", "resume")))
+    check_output(args.output_dir, folder=True)
     if not args.data_dir and reads_folder(args.dataset):
         raise DataError(f"--data_dir is missing: name the folder of the dataset {args.dataset!r}")
     check_data_path(args.dataset, args.data_dir)

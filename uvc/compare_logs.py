@@ -22,7 +22,7 @@ from common.plots import Figure, Series, draw
 from common.run import program
 from common.run.cli import make_parser
 from common.run.errors import UsageError
-from common.run.files import write_atomic
+from common.run.files import check_output, write_atomic
 
 STAGE2 = "deit-small-stage2"
 
@@ -250,6 +250,7 @@ def draw_courses(run: Sequence[Epoch], log: PublishedLog) -> bytes:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare; the exit status is 1 if a check does not hold."""
     args = parse_args(argv)
+    check_output(args.plot)
     run, arguments = read_run(args.run)
     log = PUBLISHED[args.against]
     print_courses(run, log)

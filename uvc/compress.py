@@ -18,7 +18,7 @@ from typing import Any
 
 from common.run import cli
 from common.run.errors import CheckpointError
-from common.run.files import check_files
+from common.run.files import check_files, check_output
 from common.run.program import run
 
 AGREEMENT = 1e-4
@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Compress, write, check; returns costs, agreement and speeds."""
     args = parse_args(argv)
     check_files(args.checkpoint)
+    check_output(args.output, args.export, args.onnx)
     from common.run.export import export_onnx, export_program
     from common.run.launch import choose_device
     from uvc import compact_files

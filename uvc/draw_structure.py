@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.run.cli import make_parser
-from common.run.files import check_files, write_atomic
+from common.run.files import check_files, check_output, write_atomic
 from common.run.program import run
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def load_structure(file: str, model_type: str = "") -> tuple[Structure, float | 
 def main(argv: Sequence[str] | None = None) -> Structure:
     """Draw; returns what was drawn."""
     args = parse_args(argv)
+    check_output(args.output)
     structure, percent = load_structure(args.file, args.model_type)
     running = f"{len(structure.running)} of {len(structure.blocks)} blocks run"
     title = running if percent is None else f"{running}, {percent:.2f} % of the cost remain"

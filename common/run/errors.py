@@ -16,6 +16,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be read, written or matched; the message names the file, the finding and the way out."""
 
 
+class OutputError(OSError):
+    """A result cannot be written; the message names the file and the system's reason. What was there stays."""
+
+
 class ExportError(RuntimeError):
     """A network that cannot be exported, or whose file computes something else; the message says which and why."""
 
@@ -28,4 +32,4 @@ class NonFiniteLoss(RuntimeError):
     """The loss became infinite or not a number; the message gives epoch, step and every term."""
 
 
-EXPECTED = (UsageError, DataError, CheckpointError, ExportError, LaunchError, NonFiniteLoss)
+EXPECTED = (UsageError, DataError, CheckpointError, OutputError, ExportError, LaunchError, NonFiniteLoss)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from common.run.errors import ExportError
+from common.run.files import make_folder
 from common.run.program import get_logger
 
 logger = get_logger(__name__)
@@ -157,7 +158,7 @@ def _said_by(who: str, path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
     """A place for a file, and those that lie beside it, that take their place at the end if all is well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         yield Path(folder) / path.name
         for file in sorted(Path(folder).iterdir(), reverse=True):  # FILE.data before FILE

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from common.run.errors import CheckpointError, UsageError
+from common.run.errors import CheckpointError, OutputError, UsageError
 from common.run.program import get_logger
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,7 +88,8 @@ def lock_folder(folder: Path) -> Callable[[], None]:
     """
     path = folder / ".lock"
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        with _said(path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
@@ -103,8 +104,10 @@ def lock_folder(folder: Path) -> Callable[[], None]:
         if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             break
         os.close(descriptor)  # its owner took the file away in between
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n".encode())
+    owner = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n"
+    with contextlib.suppress(OSError):  # a full disk; the lock holds without these words
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, owner.encode())
 
     def release() -> None:
         path.unlink(missing_ok=True)
@@ -120,18 +123,50 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
     It is written under a temporary name in the same folder, flushed to the disk and renamed, so that ``path`` is whole
     at every moment, also after a power cut. Missing parent folders are made.
+
+    Raises:
+        OutputError: it cannot be written, or is a pipe or a device, whose place no file should take.
+        UsageError: nor can its folder.
     """
     make_folder(path.parent)
+    if path.exists() and not path.is_file():
+        raise OutputError(f"cannot write {path}: found a folder, a pipe or a device there; name a file")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    with _said(path):
+        try:
+            with open(temporary, "x+b") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _said(path: Path) -> Iterator[None]:
     try:
-        with open(temporary, "x+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(f"cannot write {path} ({reason}): is the disk full, or the folder read-only?") from error
+
+
+def append(path: Path, text: str) -> None:
+    """Add to the end of a file, all of it or nothing.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with _said(path), open(path, "ab", buffering=0) as file:  # a buffer would write its rest when it is closed
+        size, content = file.tell(), memoryview(text.encode())
+        try:
+            while content:
+                content = content[file.write(content) :]
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def stale(path: Path) -> Iterator[Path]:
@@ -147,9 +182,22 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def check_output(*paths: str | os.PathLike[str] | None, folder: bool = False) -> None:
+    """Raise what writing would where a result cannot go: for ``main``, after parsing. Empty paths pass.
+
+    Raises:
+        UsageError: see :func:`problem_with`.
+    """
+    for path in paths:
+        if path and (problem := problem_with(Path(path), folder=folder)):
+            raise UsageError(f"no place for the output: {problem}; name another")
+
+
 def problem_with(path: Path, *, folder: bool = False) -> str:
     """Why a file, or a folder of files, cannot be written here; empty if it can. Parents that are missing get made."""
     found = next(part for part in (path, *path.absolute().parents) if part.exists())
+    if not found.is_dir() and not found.is_file():
+        return f"{found} is a pipe or a device"
     if found.is_dir():
         if found == path and not folder:
             return f"{path} is a folder, expected the name of a file"

@@ -7,14 +7,15 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from common.run.errors import UsageError
-from common.run.files import make_folder, write_atomic
+from common.run.files import append, make_folder, write_atomic
 from common.run.launch import get_world_size, reduce_sums
 from common.run.program import is_main
 
@@ -221,21 +222,29 @@ class Record:
                 kept.append(line)
         write_atomic(self.path, "".join(line + "\n" for line in kept))
 
-    def write(self, event: str, row: Mapping[str, Any]) -> None:
-        """Append one row; TensorBoard gets its numbers at ``row["step"]``."""
-        plain = _plain_row(row)
+    def replace(self, event: str, rows: Iterable[Mapping[str, Any]], *, step: int) -> None:
+        """Append rows of ``event`` at ``step``, all of them or none; those that a run before wrote there go."""
+        if self.path is not None and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if (row := json.loads(line))["event"] != event or row.get("step") != step]
+            if len(kept) < len(lines):
+                write_atomic(self.path, "".join(line + "\n" for line in kept))
+        self.write(event, *({"step": step, **row} for row in rows))
+
+    def write(self, event: str, *rows: Mapping[str, Any]) -> None:
+        """Append rows, all of them or none; TensorBoard gets the numbers of each at its ``step``."""
+        plain = [_plain_row(row) for row in rows]
         if self.path is not None:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"event": event, **plain}) + "\n")
+            append(self.path, "".join(json.dumps({"event": event, **row}) + "\n" for row in plain))
             if self.published is not None and event not in ("start", "step"):
                 name, text_of = self.published
-                rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-                write_atomic(self.path.with_name(name), text_of(rows))
+                all_rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+                write_atomic(self.path.with_name(name), text_of(all_rows))
         if self.writer is not None and event != "start":
-            for name, value in plain.items():
-                if name not in ("step", "epoch"):
-                    for path, number in _numbers(f"{event}/{name}", value):
-                        self.writer.add_scalar(path, number, int(plain.get("step", 0)))
+            for row in plain:
+                values = {f"{event}/{name}": value for name, value in row.items() if name not in ("step", "epoch")}
+                for path, number in chain.from_iterable(_numbers(name, value) for name, value in values.items()):
+                    self.writer.add_scalar(path, number, int(row.get("step", 0)))
             self.writer.flush()
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ if __name__ == "__main__":
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import os
 import re
@@ -30,6 +31,11 @@ Result = TypeVar("Result")
 AGENTS = ("torch.distributed.run", "torch.distributed.launch")
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal to get when the parent ends
 PATIENCE_S = 2.0
+DISK = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
+    errno.EEXIST,
+}  # fmt: skip
+"""Reasons of the system for which no program is to blame."""
 farewells: list[Callable[[], None]] = []
 """What a job does in good order at its end; a module that begins something (a process group) adds how it ends."""
 LOST_PEER = r"(?i)connection (closed|reset) by peer|gloo.*(closed|timed out)|NCCL.*remote process"
@@ -54,8 +60,9 @@ def _process_group() -> Any:
 def run(main: Callable[[], Result], *, expected: tuple[type[Exception], ...] = ()) -> Result:
     """Call ``main()``; a failure on one rank ends the whole job, printing that rank's error.
 
-    A user's mistake (an error of ``common.run.errors``, a ``SystemExit`` with a text) prints one line, on rank 0 of a
-    job of several ranks, and ends with status 2, as argparse's do. A bug shows its traceback and ends with status 1.
+    A user's mistake (an error of ``common.run.errors``, a ``SystemExit`` with a text), or a disk that is full or closed
+    to him, prints one line, on rank 0 of a job of several ranks, and ends with status 2, as argparse's do. A bug shows
+    its traceback and ends with status 1.
 
     Args:
         main: the entry point; it calls ``common.run.launch.launch`` itself.
@@ -69,6 +76,7 @@ def run(main: Callable[[], Result], *, expected: tuple[type[Exception], ...] = (
         result = main()
     except BaseException as error:
         mistake = isinstance(error, (*EXPECTED, *expected, SystemExit))
+        mistake = mistake or (isinstance(error, OSError) and error.errno in DISK)
         if isinstance(error, SystemExit) and not error.code:
             _shutdown()
         elif "TORCHELASTIC_RUN_ID" in os.environ or _process_group():

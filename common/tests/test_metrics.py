@@ -129,6 +129,16 @@ def test_record_forgets_what_a_resumed_run_repeats(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["log.jsonl"]
 
 
+def test_rows_of_a_step_are_replaced_together(tmp_path: Path) -> None:
+    record = Record(tmp_path / "log.jsonl")
+    record.write("epoch", {"epoch": 0, "step": 5})
+    record.replace("width", [{"ratio": 0.5}, {"ratio": 1}], step=5)
+    record.replace("width", [{"ratio": 0.5}], step=7)
+    record.replace("width", [{"ratio": 0.75}], step=5)
+    kept = [(row["event"], row["step"], row.get("ratio")) for row in events(tmp_path / "log.jsonl")]
+    assert kept == [("epoch", 5, None), ("width", 7, 0.5), ("width", 5, 0.75)]
+
+
 def test_record_without_a_file_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     record = Record(None)

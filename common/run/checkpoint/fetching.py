@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from common.run.checkpoint.reading import load_safely
-from common.run.errors import CheckpointError, UsageError
+from common.run.errors import CheckpointError, OutputError, UsageError
 from common.run.files import write_atomic
 from common.run.launch import main_process_first
 from common.run.program import get_logger, is_main
@@ -141,7 +141,7 @@ def _recorded(record: Path) -> str | None:
 
 def _record(record: Path, digest: str) -> None:
     """In the form of ``sha256sum``; a cache that may only be read stays without."""
-    with contextlib.suppress(OSError, UsageError):
+    with contextlib.suppress(OutputError, UsageError):
         write_atomic(record, f"{digest}  {record.stem}\n")
 
 

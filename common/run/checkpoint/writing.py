@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from common.run.checkpoint.sealing import seal, unsealed_entry
-from common.run.errors import CheckpointError
 from common.run.files import replacing
 
 
@@ -63,15 +62,19 @@ def save_atomic(obj: Any, path: str | os.PathLike[str]) -> Path:
     The file holds a checksum, see ``common.run.checkpoint.sealing``.
 
     Call it on one rank only.
+
+    Raises:
+        OutputError: it cannot be written.
     """
     path = Path(path)
     content = plain(obj)
-    try:
-        with replacing(path) as file:
+    with replacing(path) as file:
+        try:
             torch.save(content, file)
-            seal(file)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"cannot write {path}: {error}; is the disk full or the folder read-only?") from error
+        except RuntimeError as error:  # of torch's writer, which fails again when it ends after the system's error
+            first = error.__context__
+            raise first if isinstance(first, OSError) else OSError(str(error).partition("\n")[0]) from error
+        seal(file)
     return path
 
 
