@@ -142,8 +142,7 @@ def train_widths(
     trainer.fit(coordination, batches.train, evaluate_fn=lambda: test(grid.largest, show_progress=False))
     rows = sweep(model, batches.held_out, ratios, device=world.device, amp=run.amp)
     if trainer.record is not None:
-        for row in rows:
-            trainer.record.write("width", {"step": trainer.state.progress.step, **row})
+        trainer.record.replace("width", rows, step=trainer.state.progress.step)
     write(rows, run.output_dir, known)
     return rows
 

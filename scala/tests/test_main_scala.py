@@ -16,7 +16,7 @@ import torch
 from common.run.errors import UsageError
 from common.run.files import ROOT
 from common.tests.forks import free_port
-from scala import main_scala
+from scala import main_scala, sweep
 from scala.models_scala import create
 from scala.slicing import WidthError
 
@@ -80,8 +80,8 @@ def test_training_leaves_what_the_published_program_leaves(trained: Path) -> Non
     assert second["train_loss"] == pytest.approx(parts, rel=1e-5)
     assert set(second) >= {"train_lr", "test_loss", "test_acc1", "test_acc5", "n_parameters"}
     assert [row["Width ratio"] for row in widths] == [0.25 + 0.125 * step for step in range(7)]
-    sweep = json.loads((trained / "widths.json").read_text())["widths"]
-    assert [row["top1_percent"] for row in sweep] == [row["Acc1"] for row in widths]
+    measured = json.loads((trained / "widths.json").read_text())["widths"]
+    assert [row["top1_percent"] for row in measured] == [row["Acc1"] for row in widths]
     assert (trained / "widths.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -194,6 +194,37 @@ def test_killed_and_resumed_is_bit_identical(tmp_path: Path, imagenet: Path) -> 
     for part in ("model", "model_ema"):
         assert all(torch.equal(expected[part][key], found[part][key]) for key in expected[part])
     assert (whole / "log.txt").read_text() == (broken / "log.txt").read_text()
+
+
+def test_a_finished_run_resumed_repeats_no_width(
+    tmp_path: Path, imagenet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(epochs: int) -> list[tuple[int, float]]:
+        more = ["--epochs", str(epochs), "--full_warm_epoch", "0", "--granularity", "0.25", "--no-repeated-aug"]
+        files = ["--data-path", str(imagenet), "--output_dir", str(tmp_path), "--resume", "auto"]
+        main_scala.main([*TINY, *MODEL, *more, *files])
+        rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+        return [(row["step"], row["ratio"]) for row in rows if row["event"] == "width"]
+
+    widths = [(4, 0.25), (4, 0.5), (4, 0.75), (4, 1.0)]
+    assert train(1) == widths
+    published = (tmp_path / "log.txt").read_text()
+    assert train(1) == widths
+    assert (tmp_path / "log.txt").read_text() == published
+    evaluate, calls = sweep.evaluate_width, iter((True, None))
+
+    def die(*args: Any, **options: Any) -> Any:
+        if next(calls) is None:
+            raise KeyboardInterrupt
+        return evaluate(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "evaluate_width", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(1)
+    assert train(1) == widths
+    assert (tmp_path / "log.txt").read_text() == published
+    assert train(2) == [*widths, *((8, ratio) for _, ratio in widths)]  # a longer run keeps those of the shorter
 
 
 @pytest.mark.slow
