@@ -12,7 +12,7 @@ from common.run import cli
 from common.run.flags import Group
 from common.run.program import get_logger
 from dvt import BUDGETS, SEARCH_IMAGES, TRANSFORMS
-from dvt.models import MODELS
+from dvt.models import GRIDS, MODELS, TIMM, Names, find_entry
 
 logger = get_logger(__name__)
 
@@ -60,7 +60,9 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     known, _ = first.parse_known_args(argv)
     parser = build_parser(description)
     settings = read_config(parser, known.config) if known.config else {}
-    parser.set_defaults(**RECIPES.get(known.model or settings.get("model", ""), {}) | settings)
+    model = known.model or settings.get("model", "")
+    recipe = {"num_classes": None} if model.startswith(TIMM) else RECIPES.get(model, {})
+    parser.set_defaults(**recipe | settings)
     args = parser.parse_args(argv)
     check_args(parser, args)
     return args
@@ -103,14 +105,15 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--skip-bad-images", cli.Switch, False, "leave out images that cannot be decoded, and count them")
 
     add = Group(parser, "network")
-    names = tuple(sorted(MODELS))
-    add("--model", names, "T2t_vit_14", f"one of {', '.join(names)}", metavar="NAME")
-    add("--num-classes", cli.positive_int, 1000, "classes", metavar="C")
+    add_model_args(add, MODELS, "T2t_vit_14")
+    add("--num-classes", cli.positive_int, 1000, f"classes (default: 1000; of {TIMM}NAME the data's)", metavar="C")
     add("--feature-reuse", cli.Switch, True, "later exits of a cascade reuse features")
     add("--relation-reuse", cli.Switch, True, "later exits of a cascade reuse attention logits")
     add("--drop", cli.fraction, 0.0, "dropout rate")
     add("--drop-path", cli.fraction, 0.1, "drop-path rate of the last block")
     add("--initial-checkpoint", str, "", "weights to start from, of any kind of checkpoint", metavar="FILE")
+    add("--weights", str, "", f"of {TIMM}NAME: weights of the plain network, which every stage begins with",
+        metavar="FILE")  # fmt: skip
     add("--pretrained", bool, False, "refused: there are no such weights; see --initial-checkpoint")
     add("--no-decay-tokens", bool, False,
         "leave cls_token and pos_embed out of the weight decay; the published cascades decay them")  # fmt: skip
@@ -164,14 +167,21 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what cannot work, before anything is loaded."""
-    exits = MODELS[args.model].exits
+    try:
+        exits = find_entry(args.model, args.grids).exits
+    except ValueError as error:
+        parser.error(f"--grids: {error}")
     metrics = ["loss", *(f"exit{number}_top1" for number in range(1, exits + 1)), f"exit{exits}_top5"]
     metric = args.eval_metric = args.eval_metric or f"exit{exits}_top1"
     mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
     inside = cli.dataset_name(args.data_set) in INSIDE
     for wrong, message in (
         (metric not in metrics, f"--eval-metric {metric}: {args.model} has {', '.join(metrics)}"),
-        (metric.endswith("top5") and args.num_classes < 6,
+        (args.weights and not args.model.startswith(TIMM),
+         f"--weights belongs to --model {TIMM}NAME; {args.model} begins with --initial-checkpoint"),
+        (args.weights and args.initial_checkpoint,
+         "--weights is a plain network, --initial-checkpoint a whole cascade: give one of them"),
+        (metric.endswith("top5") and args.num_classes is not None and args.num_classes < 6,
          f"--eval-metric {metric}: with {args.num_classes} classes it is always 100 %; use top1"),
         (args.pretrained, "--pretrained: there are no such weights; give --initial-checkpoint FILE"),
         (not args.data and reads_folder(args.data_set), "DIR is missing: the folder with train/ and val/"),
@@ -194,12 +204,24 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     args.amp = bool(args.amp or args.apex_amp or args.amp_dtype)
 
 
-def add_network_args(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
+def add_model_args(add: Group, names: Collection[str], default: str, *, any_vit: bool = True) -> None:
+    """--model, one of these names or, with ``any_vit``, of timm's; and --grids."""
+    known = sorted(names)
+    shown, kind = ", ".join(known), Names if any_vit else tuple
+    more = f", or {TIMM}NAME for any plain Vision Transformer of timm" if any_vit else ""
+    add("--model", kind(known), default, f"one of {shown}{more}", metavar="NAME")
+    if any_vit:
+        shown = " ".join(map(str, GRIDS))
+        said = f"of {TIMM}NAME: tokens along a side of each stage, from few to many; one for a network with one exit"
+        add("--grids", cli.positive_int, None, f"{said} (default: {shown})", nargs="+", metavar="N")
+
+
+def add_network_args(parser: argparse.ArgumentParser, names: Collection[str], *, any_vit: bool = True) -> None:
     """Flags of the network that a checkpoint holds, shared by the programs that read one."""
     add = Group(parser, "network")
-    known = tuple(sorted(names))
-    add("--model", known, "DVT_T2t_vit_12", f"one of {', '.join(known)}", metavar="NAME")
-    add("--num-classes", cli.positive_int, None, "classes (default: the data set's)", metavar="C")
+    add_model_args(add, names, "DVT_T2t_vit_12", any_vit=any_vit)
+    add("--num-classes", cli.positive_int, None, f"classes (default: the data set's; of {TIMM}NAME the file's)",
+        metavar="C")  # fmt: skip
     add("--img-size", cli.positive_int, None, "side of the input (default: the network's)", metavar="PIXELS")
     for kind in ("feature", "relation"):
         add(f"--{kind}-reuse", cli.Switch, None,
@@ -210,9 +232,13 @@ def network_options(args: argparse.Namespace) -> dict[str, Any]:
     """What these flags say, as options of ``dvt.loading.load_network``."""
     from common.data.loaders import default_num_classes
 
+    if args.model.startswith(TIMM):
+        own: dict[str, Any] = {"grids": args.grids, "num_classes": args.num_classes}
+    else:
+        own = {"num_classes": args.num_classes or default_num_classes(args.dataset)}
     return {
-        "img_size": args.img_size or MODELS[args.model].img_size,
-        "num_classes": args.num_classes or default_num_classes(args.dataset),
+        **own,
+        "img_size": args.img_size or find_entry(args.model).img_size,
         "feature_reuse": args.feature_reuse,
         "relation_reuse": args.relation_reuse,
     }

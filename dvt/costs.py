@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from common.measure.flops import Counted, OpCounts, count_operations, gmacs
-from dvt.models.backbone import Backbone
+from dvt.models.backbone import Stage
 from dvt.models.cascade import Cascade, Exits
 from dvt.models.reuse import padded
 
@@ -41,14 +41,14 @@ class _FirstExits(nn.Module):
         return inside
 
 
-def _official_resizes(stage: Backbone) -> OpCounts:
+def _official_resizes(stage: Stage) -> OpCounts:
     """What the tool counts for a stage's resizes, less what they cost here."""
     if stage.source_grid is None or not (stage.feature_reuse or stage.relation_reuse):
         return OpCounts()
-    tokens, source = math.prod(stage.grid) + 1, math.prod(stage.source_grid) + 1
+    tokens, source = (math.prod(grid) + stage.prefix for grid in (stage.grid, stage.source_grid))
     products = maps = 0  # a map has the grid of the stage before
     if stage.feature_reuse:
-        products += stage.depth * (tokens - 1) * stage.feature_channels * (source - 1)
+        products += stage.depth * math.prod(stage.grid) * stage.feature_channels * math.prod(stage.source_grid)
         maps += stage.feature_channels * stage.depth
     if stage.relation_reuse:
         channels = stage.depth * stage.num_heads
@@ -72,10 +72,11 @@ def exit_gmacs(exits: Exits, images: Tensor) -> list[float]:
 
 def count_exits(model: nn.Module) -> list[Counted]:
     """Operations up to each exit, cumulative; of a network with one exit, all of them."""
-    assert isinstance(model, (Cascade, Backbone))
+    assert isinstance(model, (Cascade, Stage))
     stages = model.stages if isinstance(model, Cascade) else (model,)
-    images = torch.empty(1, 3, *stages[0].embed.img_size, device="meta")
-    if isinstance(model, Backbone):
+    dtype = next(model.parameters()).dtype
+    images = torch.empty(1, 3, *stages[0].img_size, device="meta", dtype=dtype)
+    if isinstance(model, Stage):
         return [count_operations(model, images)]
     return [count_operations(_FirstExits(model, number + 1), images) for number in range(len(stages))]
 

@@ -23,7 +23,7 @@ from common.run.files import check_files, check_output, write_atomic
 from common.run.flags import Group
 from common.run.program import run
 from dvt.arguments import add_image_args, add_network_args, add_search_args, network_options
-from dvt.models import MODELS
+from dvt.models import MODELS, find_entry
 
 STORED = ("flops", "anytime_classification", "budgeted_batch_classification")
 """Entries that mode 0 prints, and names of the three lines that every mode ends with."""
@@ -47,13 +47,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "let images leave early for real, and measure accuracy, GFLOPs and throughput together")  # fmt: skip
     early("--budget", float, [], "mean GFLOPs per image; thresholds from the training images (mode 2) or the stored "
         "curve (mode 1)", nargs="+", metavar="G")  # fmt: skip
-    early("--threshold", float, [], "confidence of the first two exits", nargs="+", metavar="T")
+    early("--threshold", float, [], "confidence of the exits but the last", nargs="+", metavar="T")
     early("--compile", bool, False, "compile every exit, for any number of images left")
     args = parser.parse_args(argv)
     for flag in ("budget", "threshold", "compile"):
         if getattr(args, flag) and not args.dynamic:
             parser.error(f"--{flag} belongs to --dynamic: add it")
-    if not MODELS[args.model].stages and (args.dynamic or args.eval_mode != 2):
+    try:
+        args.exits = find_entry(args.model, args.grids).exits
+    except ValueError as error:
+        parser.error(f"--grids: {error}")
+    if args.exits == 1 and (args.dynamic or args.eval_mode != 2):
         parser.error(f"{args.model} has one exit and no thresholds: use --eval_mode 2, without --dynamic")
     if args.dynamic and args.eval_mode == 0:
         parser.error("--dynamic runs images: use --eval_mode 1 (thresholds of the file) or 2 (of training images)")
@@ -85,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if "flops" not in needed and isinstance(content, dict) and "flops" in content:
         needed = (*needed, "flops")
     why = f"--eval_mode {mode}" + (" with --dynamic" if args.dynamic else "")
-    packed = read_packed(content, needed, source=file, why=why)
+    packed = read_packed(content, needed, source=file, why=why, exits=args.exits)
     if mode == 0:
         return report(packed, vars(args), args.output)
 

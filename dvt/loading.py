@@ -20,8 +20,8 @@ from common.run.checkpoint import (
     select_state,
 )
 from common.run.program import get_logger
-from dvt.models import EXITS, MODELS, create_model
-from dvt.models.backbone import Backbone
+from dvt.models import EXITS, create_model, find_entry
+from dvt.models.backbone import Stage
 from dvt.models.cascade import Cascade
 
 logger = get_logger(__name__)
@@ -60,22 +60,30 @@ def load_network(
     new_heads: bool = False,
     feature_reuse: bool | None = None,
     relation_reuse: bool | None = None,
+    own: Mapping[str, Any] | None = None,
     **options: Any,
-) -> Cascade | Backbone:
-    """A network by its published name with the weights of a checkpoint.
+) -> Cascade | Stage:
+    """A network by its name with the weights of a checkpoint.
 
     Args:
         content, source, average: see :func:`select_weights`; None for fresh weights. Without ``new_heads`` every key
             must be there, and no other.
         new_heads: begin a transfer, see :func:`load_backbone`.
         feature_reuse, relation_reuse: of a cascade; None: as the checkpoint was trained, on without one.
-        options: of ``create_model``.
+        own: options of a network of timm: ``grids``, and what it begins with.
+        options: of ``create_model``; ``num_classes`` None: as the checkpoint's last head says.
 
     Raises:
         CheckpointError: listing what does not fit.
     """
     state = {} if content is None else select_weights(content, source, average)
-    if MODELS[name].stages:
+    if content is not None and options.get("num_classes", 0) is None:
+        heads = [value for key, value in state.items() if key.endswith("head.weight") and value.dim() == 2]
+        if not heads:
+            raise CheckpointError(f"{source} has no head that says the number of classes: give --num-classes")
+        options["num_classes"] = len(heads[-1])
+    options |= own or {}
+    if find_entry(name, options.get("grids")).stages:
         names = " ".join(state) or "feature_resuse_mlp relation_reuse_conv"
         options["feature_reuse"] = "feature_resuse_mlp" in names if feature_reuse is None else feature_reuse
         options["relation_reuse"] = "relation_reuse_conv" in names if relation_reuse is None else relation_reuse
@@ -113,13 +121,14 @@ def load_backbone(model: nn.Module, state: Mapping[str, Tensor], *, source: File
     return fresh
 
 
-def read_packed(content: Any, needed: Sequence[str], *, source: File, why: str) -> dict[str, Any]:
+def read_packed(content: Any, needed: Sequence[str], *, source: File, why: str, exits: int = EXITS) -> dict[str, Any]:
     """The entries of a packed checkpoint that something needs, by their keys, the weights left out.
 
     Args:
         content, source: see :func:`select_weights`.
         needed: keys out of ``PACKED_KEYS``.
         why: what needs them, for messages.
+        exits: of the network.
 
     Returns:
         Lists of numbers; ``dynamic_threshold`` as a tensor (P, K), float32.
@@ -139,14 +148,14 @@ def read_packed(content: Any, needed: Sequence[str], *, source: File, why: str) 
         value = found[key]
         if key == "dynamic_threshold":
             values[key] = rows = torch.as_tensor(value, dtype=torch.float32)
-            if rows.dim() != 2 or rows.shape[1] != EXITS or len(rows) == 0:
-                raise CheckpointError(f"{source}: {key} has shape {tuple(rows.shape)}, expected (59, {EXITS})")
+            if rows.dim() != 2 or rows.shape[1] != exits or len(rows) == 0:
+                raise CheckpointError(f"{source}: {key} has shape {tuple(rows.shape)}, expected (59, {exits})")
         elif key == "budgeted_batch_classification":
             if not isinstance(value, (list, tuple)) or len(value) != 2:
                 raise CheckpointError(f"{source}: {key} must be [costs, accuracies], found {type(value).__name__}")
             values[key] = [_numbers(part, len(value[0]), f"{source}: {key}") for part in value]
         elif key != "model_state_dict":
-            values[key] = _numbers(value, EXITS, f"{source}: {key}")
+            values[key] = _numbers(value, exits, f"{source}: {key}")
     return values
 
 

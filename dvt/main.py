@@ -3,6 +3,7 @@
     torchrun --nproc_per_node=8 dvt/main.py DIR --model DVT_T2t_vit_12 -b 128 --lr 2e-3 --weight-decay .03 --amp
     python dvt/main.py DIR --model DVT_T2t_vit_12 --eval_checkpoint FILE
     python dvt/main.py --model DVT_desk
+    python dvt/main.py DIR --model timm:vit_small_patch16_224 --grids 7 10 14 --weights FILE
 
 Results go to ./output/train/<time>-<model>-<size>/: last.pth.tar and model_best.pth.tar (for --resume and
 --eval_checkpoint), args.yaml, summary.csv, log.jsonl, results.json. The learning rate is absolute: nothing scales it.
@@ -23,7 +24,7 @@ from common.run.files import check_files, check_output, make_folder, write_atomi
 from common.run.program import get_logger, is_main, run
 from common.run.settings import DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
 from dvt import arguments
-from dvt.models import MODELS, check_filled
+from dvt.models import check_filled, find_entry
 
 logger = get_logger(__name__)
 
@@ -56,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     resumed = "" if args.resume == "auto" else args.resume
     start = args.eval_checkpoint or args.initial_checkpoint
     if not args.eval_checkpoint:
-        check_filled(args.model, args.img_size)
-    check_files(args.eval_checkpoint, args.initial_checkpoint, args.resume)
+        check_filled(args.model, args.img_size, args.grids)
+    check_files(args.eval_checkpoint, args.initial_checkpoint, args.resume, args.weights)
     check_output(args.output, folder=True)
     check_data_path(args.data_set, args.data)
 
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     from common.run.launch import launch, seed_everything
     from dvt.build import TrainingImages, build_optimizer, published_summary
     from dvt.engine import CascadeStep, evaluate_exits
-    from dvt.loading import load_network, resume
+    from dvt.loading import load_network, resume, select_weights
     from dvt.losses import build_criterion
 
     world = launch(args.device, local_rank=args.local_rank)
@@ -80,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     amp = (args.amp_dtype or "on") if args.amp else "none"
     augmentation = TrainingImages.of(args)
     colours = {"mean": args.mean or IMAGENET_DEFAULT_MEAN, "std": args.std or IMAGENET_DEFAULT_STD}
-    alone = MODELS[args.model].family == "t2t" and not MODELS[args.model].stages
+    entry = find_entry(args.model, args.grids)
+    alone = entry.family == "t2t" and not entry.stages
     batches = build_loaders(
         DataSettings.of(args, data_path=args.data, input_size=args.img_size),
         None if args.eval_checkpoint else augmentation,
@@ -92,11 +94,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             interpolation=args.interpolation or "bicubic", **colours,
         ),
     )  # fmt: skip
+    if args.num_classes is None:
+        logger.info("%s: %d classes, those of the data", args.model, batches.classes)
+        args.num_classes = batches.classes
+    own: dict[str, Any] = {"grids": args.grids} if args.grids else {}
+    if args.weights and not args.eval_checkpoint:
+        own |= {"weights": select_weights(read_checkpoint(args.weights), args.weights), "source": args.weights}
     torch.manual_seed(args.seed)
     model = load_network(
         args.model, content, source=start, average=args.model_ema or not args.eval_checkpoint,
         feature_reuse=args.feature_reuse, relation_reuse=args.relation_reuse, num_classes=args.num_classes,
-        img_size=args.img_size, drop_rate=args.drop, drop_path_rate=args.drop_path,
+        img_size=args.img_size, drop_rate=args.drop, drop_path_rate=args.drop_path, own=own,
     ).to(world.device)  # fmt: skip
     seed_everything(args.seed)
     if args.num_classes < 5:

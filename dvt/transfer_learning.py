@@ -29,7 +29,7 @@ logger = get_logger(__name__)
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__, prog="transfer_learning.py")
-    add_network_args(parser, MODELS)
+    add_network_args(parser, MODELS, any_vit=False)
     add = Group(parser, "transfer")
     add("--dataset", str, "cifar10", metavar="NAME",
         help="cifar10, cifar100, digits and fashion (without --data), folder, or a name for timm's "

@@ -24,7 +24,7 @@ from common.run.errors import UsageError
 from common.run.files import check_files, check_output, write_atomic
 from common.run.program import get_logger, run
 from dvt.arguments import add_image_args, add_network_args, budget_row, network_options
-from dvt.models import CASCADES
+from dvt.models import CASCADES, find_entry
 
 logger = get_logger(__name__)
 
@@ -99,7 +99,8 @@ def draw_exits(args: argparse.Namespace) -> dict[str, str | bytes]:
     device, options = choose_device(args.device), network_options(args)
     content = read_checkpoint(args.checkpoint_path)
     key = "dynamic_threshold"
-    thresholds = read_packed(content, [key], source=args.checkpoint_path, why="choosing images")[key]
+    exits = find_entry(args.model, args.grids).exits
+    thresholds = read_packed(content, [key], source=args.checkpoint_path, why="choosing images", exits=exits)[key]
     if args.p > len(thresholds):
         raise UsageError(f"--p {args.p}: the checkpoint has thresholds of {len(thresholds)} budgets")
     images = ImageSource.of(args, root=args.data_url, size=options["img_size"])

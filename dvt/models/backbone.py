@@ -6,14 +6,15 @@ Shapes: B batch, N tokens of the stage, M of the stage before (class token not c
 C classes.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from common.layers import init_linear
 from dvt.models.reuse import FEATURE_CHANNELS, RELATION_RATIO, Grid, TokenResize, reuse_relations
-from dvt.models.transformer_block import Block, Norm, drop_path_rates
+from dvt.models.transformer_block import Block, Norm, Reusing, drop_path_rates
 
 Size = int | tuple[int, int]
 """Side of an image in pixels, or height and width."""
@@ -34,8 +35,96 @@ class StageOutput(NamedTuple):
         return StageOutput(self.logits.index_select(0, rows), features, relations)
 
 
-class Backbone(nn.Module):
-    """A Vision Transformer at one token grid, alone or as a stage of a cascade.
+class Stage(nn.Module):
+    """A Vision Transformer at one token grid, alone or in a cascade, and what it reuses of the stage before.
+
+    A subclass brings the network: tokens, blocks that can reuse, an answer.
+    """
+
+    num_classes: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    prefix: int = 1
+    """tokens in front that stand for no patch"""
+    grid: Grid
+    img_size: tuple[int, int]
+    """height and width of the images in pixels"""
+
+    def add_reuse(
+        self, source_grid: Grid | None, *, feature_reuse: bool, relation_reuse: bool, feature_channels: int
+    ) -> None:
+        """The modules that all blocks share; arguments of :class:`Backbone`."""
+        self.source_grid, self.feature_reuse, self.relation_reuse = source_grid, feature_reuse, relation_reuse
+        self.feature_channels = feature_channels
+        if relation_reuse:
+            maps = self.depth * self.num_heads
+            self.relation_reuse_conv = nn.Sequential(
+                nn.Conv2d(maps, RELATION_RATIO * maps, 1), nn.GELU(), nn.Conv2d(RELATION_RATIO * maps, maps, 1)
+            )
+        if feature_reuse or relation_reuse:
+            if source_grid is None:
+                raise ValueError("feature_reuse and relation_reuse need source_grid, the grid of the stage before")
+            self.token_resize = TokenResize(source_grid, self.grid, self.prefix)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """What enters the first block, (B, N+1, D), of images (B, 3, height, width)."""
+        raise NotImplementedError
+
+    @property
+    def layers(self) -> Sequence[Reusing]:
+        """The blocks."""
+        raise NotImplementedError
+
+    def answer(self, x: Tensor) -> Tensor:
+        """Class logits (B, C) of what the last block gave, (B, N+1, D)."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class logits (B, C) of a stage that stands alone, its attention fused.
+
+        Raises:
+            ValueError: if it was built with a reuse: see :meth:`run`.
+        """
+        return self.run(images).logits
+
+    def run(self, images: Tensor, before: StageOutput | None = None, *, hand_on: bool = False) -> StageOutput:
+        """Run the stage.
+
+        Args:
+            images: (B, 3, height, width).
+            before: output of the stage before; not looked at without a reuse.
+            hand_on: also return the attention logits, which makes each block materialise its map.
+
+        Raises:
+            ValueError: if a reuse lacks what it reuses.
+
+        Source: arXiv:2105.15075, Section 3.2, Eq. 8: A_up, the logits of all blocks and heads.
+        """
+        features = relations = matrix = None
+        if self.feature_reuse or self.relation_reuse:
+            if before is None:
+                raise ValueError("this stage reuses features or relations: run it in a cascade, or pass `before`")
+            if self.relation_reuse and before.relations is None:
+                raise ValueError("this stage reuses relations, but the stage before was not asked to hand them on")
+            assert before.features is not None
+            features = before.features if self.feature_reuse else None
+            relations = before.relations if self.relation_reuse else None
+            matrix = self.token_resize(before.features.dtype)
+        x = self.tokens(images)
+        reused: tuple[Tensor | None, ...] = (None,) * self.depth
+        if relations is not None and matrix is not None:
+            reused = reuse_relations(relations, self.relation_reuse_conv, matrix.to(relations.dtype), self.depth)
+        maps: list[Tensor] = []
+        for block, added in zip(self.layers, reused, strict=True):
+            x, relation = block(x, features, added, matrix if self.feature_reuse else None, hand_on=hand_on)
+            if relation is not None:
+                maps.append(relation)
+        return StageOutput(self.answer(x), x, torch.cat(maps, dim=1) if hand_on else None)
+
+
+class Backbone(Stage):
+    """T2T-ViT or DeiT.
 
     Args:
         embed: from images (B, 3, height, width) to tokens (B, N, D), with ``img_size`` and ``grid``; it becomes the
@@ -77,8 +166,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.num_classes, self.embed_dim, self.depth, self.num_heads = num_classes, embed_dim, depth, num_heads
         self.grid: Grid = embed.grid  # pyright: ignore[reportAttributeAccessIssue]
-        self.source_grid, self.feature_reuse, self.relation_reuse = source_grid, feature_reuse, relation_reuse
-        self.feature_channels = feature_channels
+        self.img_size: tuple[int, int] = embed.img_size  # pyright: ignore[reportAttributeAccessIssue]
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = pos_embed
         self.add_module(self.embed_name, embed)
@@ -89,15 +177,9 @@ class Backbone(nn.Module):
             Block(embed_dim, num_heads, drop_path=rate, **options) for rate in drop_path_rates(drop_path_rate, depth)
         )
         self.norm = norm_layer(embed_dim)
-        if relation_reuse:
-            maps = depth * num_heads
-            self.relation_reuse_conv = nn.Sequential(
-                nn.Conv2d(maps, RELATION_RATIO * maps, 1), nn.GELU(), nn.Conv2d(RELATION_RATIO * maps, maps, 1)
-            )
-        if feature_reuse or relation_reuse:
-            if source_grid is None:
-                raise ValueError("feature_reuse and relation_reuse need source_grid, the grid of the stage before")
-            self.token_resize = TokenResize(source_grid, self.grid)
+        self.add_reuse(
+            source_grid, feature_reuse=feature_reuse, relation_reuse=relation_reuse, feature_channels=feature_channels
+        )
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         if pos_embed.requires_grad:
@@ -113,50 +195,17 @@ class Backbone(nn.Module):
         """Parameters that a network with one exit does not decay; a cascade has no such list, as published."""
         return {"cls_token", "pos_embed"}
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Class logits (B, C) of a stage that stands alone, its attention fused.
+    @property
+    def layers(self) -> Sequence[Reusing]:
+        return cast(Sequence[Reusing], self.blocks)
 
-        Raises:
-            ValueError: if it was built with a reuse: see :meth:`run`.
-        """
-        return self.run(images).logits
-
-    def run(self, images: Tensor, before: StageOutput | None = None, *, hand_on: bool = False) -> StageOutput:
-        """Run the stage.
-
-        Args:
-            images: (B, 3, height, width).
-            before: output of the stage before; not looked at without a reuse.
-            hand_on: also return the attention logits, which makes each block materialise its map.
-
-        Raises:
-            ValueError: if a reuse lacks what it reuses.
-
-        Source: arXiv:2105.15075, Section 3.2, Eq. 8: A_up, the logits of all blocks and heads.
-        """
-        features = relations = matrix = None
-        if self.feature_reuse or self.relation_reuse:
-            if before is None:
-                raise ValueError("this stage reuses features or relations: run it in a cascade, or pass `before`")
-            if self.relation_reuse and before.relations is None:
-                raise ValueError("this stage reuses relations, but the stage before was not asked to hand them on")
-            assert before.features is not None
-            features = before.features if self.feature_reuse else None
-            relations = before.relations if self.relation_reuse else None
-            matrix = self.token_resize(before.features.dtype)
+    def tokens(self, images: Tensor) -> Tensor:
         x = self.embed(images)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
-        x = self.pos_drop(x + self.pos_embed)
-        reused: tuple[Tensor | None, ...] = (None,) * self.depth
-        if relations is not None and matrix is not None:
-            reused = reuse_relations(relations, self.relation_reuse_conv, matrix.to(relations.dtype), self.depth)
-        maps: list[Tensor] = []
-        for block, added in zip(self.blocks, reused, strict=True):
-            x, relation = block(x, features, added, matrix if self.feature_reuse else None, hand_on=hand_on)
-            if relation is not None:
-                maps.append(relation)
-        logits = self.head(self.norm(x)[:, 0])
-        return StageOutput(logits, x, torch.cat(maps, dim=1) if hand_on else None)
+        return self.pos_drop(x + self.pos_embed)
+
+    def answer(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x)[:, 0])
 
 
 def sides_of(size: Size) -> tuple[int, int]:

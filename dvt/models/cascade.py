@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dvt.models import EXITS, STAGE_NAMES
-from dvt.models.backbone import Backbone, StageOutput
+from dvt.models import stage_names
+from dvt.models.backbone import Stage, StageOutput
 
 
 class Exits(nn.Module):
@@ -42,7 +42,7 @@ class Exits(nn.Module):
 
 
 class Cascade(Exits):
-    """Three exits over one image.
+    """Exits over one image, three of them in the published cascades.
 
     Args:
         stages: in the order in which they run; the first without reuse. Build them with :func:`make_cascade`.
@@ -53,10 +53,10 @@ class Cascade(Exits):
     Source: arXiv:2105.15075, Section 3.1: the transformers are run in the order of their numbers of tokens.
     """
 
-    def __init__(self, stages: Sequence[Backbone]) -> None:
+    def __init__(self, stages: Sequence[Stage]) -> None:
         super().__init__()
-        if len(stages) != EXITS:
-            raise ValueError(f"a cascade has {EXITS} stages, got {len(stages)}")
+        if len(stages) < 2:
+            raise ValueError(f"a cascade has at least two stages, got {len(stages)}")
         if stages[0].feature_reuse or stages[0].relation_reuse:
             raise ValueError("the first stage has nothing to reuse")
         for before, stage in pairwise(stages):
@@ -67,20 +67,21 @@ class Cascade(Exits):
                     "stages that reuse each other's features or relations need the same width, depth and heads, and "
                     f"source_grid {before.grid}, the grid of the stage before"
                 )
-        for name, stage in zip(STAGE_NAMES, stages, strict=True):
+        self.names = stage_names(len(stages))
+        for name, stage in zip(self.names, stages, strict=True):
             self.add_module(name, stage)
         self.num_classes: int = stages[0].num_classes
 
     @property
-    def stages(self) -> tuple[Backbone, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def stages(self) -> tuple[Stage, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The stages in the order in which they run."""
-        return tuple(getattr(self, name) for name in STAGE_NAMES)
+        return tuple(getattr(self, name) for name in self.names)
 
     def run_exit(self, exit: int, images: Tensor, before: StageOutput | None = None) -> StageOutput:
         """Run one stage, and hand on what the next one reuses, nothing else.
 
         Args:
-            exit: 0, 1 or 2.
+            exit: from 0.
             images: (B, 3, size, size).
             before: output of exit ``exit - 1`` for the same images; None for exit 0.
         """
@@ -90,7 +91,7 @@ class Cascade(Exits):
 
 
 def make_cascade(
-    make_stage: Callable[..., Backbone],
+    make_stage: Callable[..., Stage],
     differences: Sequence[Mapping[str, Any]],
     *,
     feature_reuse: bool = True,
@@ -100,12 +101,12 @@ def make_cascade(
     """A cascade of one kind of backbone; the first stage reuses nothing, each other one reuses the stage before.
 
     Args:
-        make_stage: :class:`~dvt.models.t2t_vit.T2T_ViT` or :class:`~dvt.models.deit.VisionTransformer`.
-        differences: what each stage has of its own, ``tokens_type`` or ``patch_size``.
+        make_stage: such as :class:`~dvt.models.t2t_vit.T2T_ViT` or :class:`~dvt.models.deit.VisionTransformer`.
+        differences: what each stage has of its own, such as ``tokens_type`` or ``patch_size``.
         feature_reuse, relation_reuse: the paper's ablations switch them off.
         options: of all stages.
     """
-    stages: list[Backbone] = []
+    stages: list[Stage] = []
     reuse: dict[str, Any] = {}
     for difference in differences:
         stages.append(make_stage(**options, **difference, **reuse))

@@ -4,7 +4,8 @@ Paper: Not All Images are Worth 16x16 Words, arXiv:2105.15075, Section 3.2. Both
 before to that of the stage: nearest up-sampling by two, then adaptive average pooling. That is linear and separable,
 X -> A X B^T (A = B on square grids), so one matrix of tokens does it for features and, on either side, for relations.
 
-Shapes: B batch, L blocks, H heads, D width, M = rows x columns tokens before, N tokens now; a class token comes first.
+Shapes: B batch, L blocks, H heads, D width, M = rows x columns tokens before, N tokens now; a class token comes first,
+or as many tokens as the networks of a library have there, which are treated alike.
 """
 
 import math
@@ -37,10 +38,10 @@ def resize_side(source: int, target: int) -> Tensor:
     return F.adaptive_avg_pool1d(F.interpolate(each, scale_factor=2, mode="nearest"), target)[0].T
 
 
-def resize_tokens(source: Grid, target: Grid) -> Tensor:
-    """The resize of all tokens, class token first, ``W = blockdiag(1, A (x) B)``, (N+1, M+1)."""
+def resize_tokens(source: Grid, target: Grid, prefix: int = 1) -> Tensor:
+    """The resize of all tokens, class token (``prefix`` tokens) first, ``W = blockdiag(1, A (x) B)``, (N+1, M+1)."""
     rows, columns = map(resize_side, source, target)
-    return torch.block_diag(torch.ones_like(rows[:1, :1]), torch.kron(rows, columns))
+    return torch.block_diag(torch.eye(prefix).to(rows), torch.kron(rows, columns))
 
 
 class TokenResize(nn.Module):
@@ -48,10 +49,11 @@ class TokenResize(nn.Module):
 
     matrix: Tensor
 
-    def __init__(self, source: Grid, target: Grid) -> None:
+    def __init__(self, source: Grid, target: Grid, prefix: int = 1) -> None:
         super().__init__()
-        self.source, self.target = source, target
-        self.register_buffer("matrix", torch.empty(math.prod(target) + 1, math.prod(source) + 1), persistent=False)
+        self.source, self.target, self.prefix = source, target, prefix
+        shape = [math.prod(grid) + prefix for grid in (target, source)]
+        self.register_buffer("matrix", torch.empty(shape), persistent=False)
         self.reset_buffers()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "TokenResize":
@@ -63,7 +65,7 @@ class TokenResize(nn.Module):
     def reset_buffers(self) -> None:
         """Fill in ``W``."""
         if not self.matrix.is_meta:
-            self.matrix.copy_(resize_tokens(self.source, self.target))
+            self.matrix.copy_(resize_tokens(self.source, self.target, self.prefix))
 
     def forward(self, dtype: torch.dtype) -> Tensor:
         """``W`` in ``dtype``."""
@@ -75,19 +77,20 @@ def padded(tokens: int) -> int:
     return tokens + -tokens % ALIGNMENT
 
 
-def reuse_features(features: Tensor, matrix: Tensor) -> Tensor:
+def reuse_features(features: Tensor, matrix: Tensor, prefix: int = 1) -> Tensor:
     """Resize the features made for a block; the class token receives zeros.
 
     Args:
         features: output of the block's f_l, (B, M+1, 48); its class token is not used.
         matrix: ``W``, (N+1, M+1).
+        prefix: tokens in front that are treated as the class token.
 
     Returns:
         E_l, (B, N+1, 48).
 
     Source: arXiv:2105.15075, Section 3.2, Eq. 4: the context embedding E_l, f_l(z_up) up-sampled, zeros for the class.
     """
-    return F.pad(matrix[1:, 1:] @ features[:, 1:], (0, 0, 1, 0))
+    return F.pad(matrix[prefix:, prefix:] @ features[:, prefix:], (0, 0, prefix, 0))
 
 
 def resize_relations(relations: Tensor, matrix: Tensor) -> Tensor:

@@ -22,6 +22,27 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
     return torch.linspace(0, rate, depth, device="cpu", dtype=torch.float32).tolist()
 
 
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, reused: Tensor | None, *, scale: float, drop: float, hand_on: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attention, and its logits, reused ones included, (B, H, N+1, N+1), or None.
+
+    Args:
+        q, k, v: each (B, H, N+1, d), as the result.
+        reused: logits to add, (B, H, N+1, N+1).
+        drop: rate of dropout of the attention map, 0 in evaluation.
+        hand_on: also return the logits. The attention map is materialised only then; otherwise attention is fused.
+
+    Source: arXiv:2105.15075, Section 3.2, Eq. 7: Softmax(A) V, A = Q K^T / sqrt(d); Eq. 9: Softmax(A + r(A_up)) V.
+    """
+    if not hand_on:
+        mask = None if reused is None else reused.to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=drop, scale=scale), None
+    relation = (q * scale) @ k.transpose(-2, -1)
+    relation = relation if reused is None else relation + reused
+    return F.dropout(relation.softmax(dim=-1), drop) @ v, relation
+
+
 class Attention(nn.Module):
     """Self-attention that adds reused logits to its own and, only if asked to, returns the sum.
 
@@ -52,33 +73,83 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, reused: Tensor | None = None, *, hand_on: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend: (B, N+1, D) -> (B, N+1, D), and the logits, reused ones included, (B, H, N+1, N+1), or None.
+        """Tokens (B, N+1, D) to (B, N+1, D), and logits; see :func:`attend`.
 
-        Args:
-            reused: logits to add, (B, H, N+1, N+1).
-            hand_on: also return the logits. The attention map is materialised only then; otherwise attention is fused.
-
-        Source: arXiv:2105.15075, Section 3.2, Eq. 6: Q, K, V = z W^Q, z W^K, z W^V; Eq. 7: Softmax(A) V, A = Q K^T /
-        sqrt(d); Eq. 9: Softmax(A + r(A_up)) V.
+        Source: arXiv:2105.15075, Section 3.2, Eq. 6: Q, K, V = z W^Q, z W^K, z W^V.
         """
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N+1, d)
-        relation = None
-        if hand_on:
-            relation = (q * self.scale) @ k.transpose(-2, -1)
-            relation = relation if reused is None else relation + reused
-            mixed = self.attn_drop(relation.softmax(dim=-1)) @ v
-        else:
-            mask = None if reused is None else reused.to(q.dtype)
-            rate = self.attn_drop.p if self.training else 0.0
-            mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=rate, scale=self.scale)
+        rate = self.attn_drop.p if self.training else 0.0
+        mixed, relation = attend(q, k, v, reused, scale=self.scale, drop=rate, hand_on=hand_on)
         return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2))), relation
 
 
-class Block(nn.Module):
+class Reusing:
     """Attention with reused relations, then an MLP that sees reused features beside the tokens.
 
-    ``z' = z + MSA(LN(z))``, ``z_next = z' + MLP(LN(Concat(z', E_l)))``.
+    ``z' = z + MSA(LN(z))``, ``z_next = z' + MLP(LN(Concat(z', E_l)))``. A subclass says what its two halves are.
+
+    Source: arXiv:2105.15075, Section 3.2.
+    """
+
+    make_features: nn.Module | None
+    """f_l, (B, M+1, D) -> (B, M+1, 48), where the block was built with feature reuse"""
+    __call__: Callable[..., tuple[Tensor, Tensor | None]]
+    prefix: int = 1
+    """tokens in front that stand for no patch"""
+
+    def attention_update(self, x: Tensor, reused: Tensor | None, *, hand_on: bool) -> tuple[Tensor, Tensor | None]:
+        """What is added to tokens (B, N+1, D) first, and logits; see :func:`attend`."""
+        raise NotImplementedError
+
+    def mlp_update(self, x: Tensor) -> Tensor:
+        """What is added to tokens (B, N+1, D) then, of them and the reused features, (B, N+1, D+48)."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor,
+        features: Tensor | None = None,
+        reused: Tensor | None = None,
+        matrix: Tensor | None = None,
+        *,
+        hand_on: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the block: (B, N+1, D) -> (B, N+1, D), and the logits, (B, H, N+1, N+1), or None.
+
+        Args:
+            features: z_up, output of the last block of the stage before, (B, M+1, D); needed with feature reuse.
+            reused, hand_on: see :func:`attend`.
+            matrix: ``W`` that resizes the features, (N+1, M+1); see :mod:`dvt.models.reuse`.
+
+        Raises:
+            ValueError: if features are given or missing against what the block was built for.
+
+        Source: arXiv:2105.15075, Section 3.2, Eq. 2: z' = MSA(LN(z)) + z; Eq. 3: MLP(LN(z')) + z'; Eq. 5: with reused
+        features MLP(LN(Concat(z', E_l))) + z'.
+        """
+        make = self.make_features
+        if (features is not None) != (make is not None) or (features is None) != (matrix is None):
+            raise ValueError(
+                f"this block was built with feature_reuse={make is not None}: it takes features and a matrix to "
+                "resize them exactly if that is on"
+            )
+        attended, relation = self.attention_update(x, reused, hand_on=hand_on)
+        x = x + attended
+        inputs = x
+        if features is not None and matrix is not None and make is not None:
+            made = make(features)
+            inputs = torch.cat([x, reuse_features(made, matrix.to(made.dtype), self.prefix).to(x.dtype)], dim=-1)
+        return x + self.mlp_update(inputs), relation
+
+
+def feature_network(norm: nn.Module, dim: int, hidden: int, channels: int, drop: float = 0.0) -> nn.Sequential:
+    """f_l: from features of width ``dim`` to the channels that one block receives."""
+    return nn.Sequential(norm, Mlp(dim, hidden, channels, drop=drop))
+
+
+class Block(Reusing, nn.Module):
+    """The block of T2T-ViT and DeiT.
 
     Args:
         mlp_ratio: hidden width of the MLP as a multiple of D, with reused features too.
@@ -87,8 +158,6 @@ class Block(nn.Module):
         feature_reuse: own an f_l, and have its channels as further inputs in ``norm2`` and ``mlp``.
         feature_channels, feature_hidden: of f_l, its output and its hidden layer.
         others: of :class:`Attention`; ``drop`` of its output, of the MLP and of f_l.
-
-    Source: arXiv:2105.15075, Section 3.2.
     """
 
     def __init__(
@@ -107,7 +176,6 @@ class Block(nn.Module):
         feature_hidden: int = FEATURE_HIDDEN,
     ) -> None:
         super().__init__()
-        self.feature_reuse = feature_reuse
         inputs = dim + feature_channels if feature_reuse else dim
         self.norm1 = norm_layer(dim)
         self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop)
@@ -115,41 +183,15 @@ class Block(nn.Module):
         self.norm2 = norm_layer(inputs)
         self.mlp = Mlp(inputs, int(dim * mlp_ratio), dim, drop=drop)
         if feature_reuse:  # the name is that of the published state dicts
-            self.feature_resuse_mlp = nn.Sequential(
-                norm_layer(dim), Mlp(dim, feature_hidden, feature_channels, drop=drop)
-            )
+            self.feature_resuse_mlp = feature_network(norm_layer(dim), dim, feature_hidden, feature_channels, drop)
 
-    def forward(
-        self,
-        x: Tensor,
-        features: Tensor | None = None,
-        reused: Tensor | None = None,
-        matrix: Tensor | None = None,
-        *,
-        hand_on: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run the block: (B, N+1, D) -> (B, N+1, D), and the logits, (B, H, N+1, N+1), or None.
+    @property
+    def make_features(self) -> nn.Module | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return getattr(self, "feature_resuse_mlp", None)
 
-        Args:
-            features: z_up, output of the last block of the stage before, (B, M+1, D); needed with feature reuse.
-            reused, hand_on: see :meth:`Attention.forward`.
-            matrix: ``W`` that resizes the features, (N+1, M+1); see :mod:`dvt.models.reuse`.
-
-        Raises:
-            ValueError: if features are given or missing against what the block was built for.
-
-        Source: arXiv:2105.15075, Section 3.2, Eq. 2: z' = MSA(LN(z)) + z; Eq. 3: MLP(LN(z')) + z'; Eq. 5: with reused
-        features MLP(LN(Concat(z', E_l))) + z'.
-        """
-        if (features is not None) != self.feature_reuse or (features is None) != (matrix is None):
-            raise ValueError(
-                f"this block was built with feature_reuse={self.feature_reuse}: it takes features and a matrix to "
-                "resize them exactly if that is on"
-            )
+    def attention_update(self, x: Tensor, reused: Tensor | None, *, hand_on: bool) -> tuple[Tensor, Tensor | None]:
         attended, relation = self.attn(self.norm1(x), reused, hand_on=hand_on)
-        x = x + self.drop_path(attended)
-        inputs = x
-        if features is not None and matrix is not None:
-            made = self.feature_resuse_mlp(features)
-            inputs = torch.cat([x, reuse_features(made, matrix.to(made.dtype)).to(x.dtype)], dim=-1)
-        return x + self.drop_path(self.mlp(self.norm2(inputs))), relation
+        return self.drop_path(attended), relation
+
+    def mlp_update(self, x: Tensor) -> Tensor:
+        return self.drop_path(self.mlp(self.norm2(x)))
