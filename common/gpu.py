@@ -18,13 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.run.files import problem_with
+from common.run.flags import make_parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m common.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, prog="python -m common.gpu")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the file gpu.json")
     parser.add_argument(
         "--only", nargs="+", metavar="PATTERN", help="only steps whose name matches one of these (default: all)"

@@ -7,7 +7,6 @@ random projection keeps distances, so clusters and merged groups follow colour a
 ``--weights FILE``, a SWAG checkpoint, for what the trained network does.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_sample_image
 
+from common.run.flags import make_parser
 from hourglass_swag.evaluation import transform_image
 from hourglass_swag.models import create
 from hourglass_swag.tools.drawing import cut_image, draw_groups, draw_selection
@@ -65,7 +65,7 @@ def join(parts: Sequence[tuple[Image.Image, str, str]]) -> Image.Image:
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Draw and save; returns the file."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = make_parser((__doc__ or "").splitlines()[0])
     parser.add_argument("--photograph", default="flower.jpg", help="flower.jpg or china.jpg of scikit-learn")
     parser.add_argument("--weights", metavar="FILE", help="SWAG ViT-L/16 checkpoint; without it random weights")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.run.files import check_files
+from common.run.flags import make_parser
 from common.run.program import run
 from hourglass_swag.models import create
 from hourglass_swag.tools.parser import (
@@ -30,7 +31,7 @@ from hourglass_swag.tools.parser import (
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Network, weights and outputs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = make_parser(__doc__, formatter_class=HelpFormatter)
     add_any_network_args(parser)
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="ONNX; weights of more than 2 GB lie beside it")
     parser.add_argument("--torch-export", type=Path, metavar="FILE", help="for torch.export.load, by habit .pt2")

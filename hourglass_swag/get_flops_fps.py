@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.run.flags import make_parser
 from common.run.program import run
 from hourglass_swag.tools.parser import HelpFormatter, add_cost_network_args, add_model_args, parse_network
 
@@ -33,7 +34,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The published flags, and those beyond them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = make_parser(__doc__, formatter_class=HelpFormatter)
     add_cost_network_args(parser)
     parser.add_argument("-b", "--batch-size", type=int, default=200, help="images per pass")
     add_model_args(parser)

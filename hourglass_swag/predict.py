@@ -21,6 +21,7 @@ if _CHECKOUT not in sys.path:
 
 from common.run.errors import DataError  # noqa: E402 - from here on, modules found through the line above
 from common.run.files import check_files  # noqa: E402
+from common.run.flags import make_parser  # noqa: E402
 from common.run.program import run  # noqa: E402
 from hourglass_swag.models import IMAGENET_CLASSES, create  # noqa: E402
 from hourglass_swag.tools.parser import (  # noqa: E402
@@ -139,7 +140,7 @@ class Predictor(BasePredictor):  # pyright: ignore[reportGeneralTypeIssues, repo
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Images, network, and the flags of its method."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = make_parser(__doc__, formatter_class=HelpFormatter)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="images, in any format that Pillow reads")
     add_any_network_args(parser, default="vit_h14_in1k")
     parser.add_argument("--topk", type=int, default=5, help="number of classes to name")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.run.files import check_files
+from common.run.flags import make_parser
 from common.run.program import run
 from hourglass_swag.models import create
 from hourglass_swag.tools.parser import (
@@ -50,7 +51,7 @@ LEGENDS = {
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Images, network, and the flags of its method."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = make_parser(__doc__, formatter_class=HelpFormatter)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="images, in any format Pillow reads")
     group = parser.add_argument_group("network")
     add_any_network_args(group)

@@ -5,7 +5,6 @@
 Networks are built on the meta device, so that only their structure is asked; ``lean`` itself also compares numbers.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -14,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from common.run.files import ROOT, write_atomic
+from common.run.flags import make_parser
 
 MODULES = (
     *("vision_transformer", "deit", "eva", "vision_transformer_hybrid", "vitamin", "beit", "cait", "xcit", "naflexvit"),
@@ -192,7 +192,7 @@ Rendered by `python -m common.hosts.families`.
 
 def main(argv: Sequence[str] | None = None, path: Path = PAGE) -> int:
     """Try every name and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.parse_args(argv)
     found = {name: verdict(name) for name in names()}
     write_atomic(path, page(found))

@@ -19,7 +19,6 @@ Costs are computed (cached); speeds and accuracies come from ``results/`` alone,
 machine that renders it.
 """
 
-import argparse
 import ast
 import os
 import re
@@ -39,6 +38,7 @@ from common.ledger.tables import TableError, load_tables, papers
 from common.ledger.view import TableView, markdown_own, view_tables
 from common.plots import Figure, draw
 from common.run.files import ROOT, write_atomic
+from common.run.flags import make_parser
 
 KINDS = ("table", "ledger", "plot", "realised", "equations", "papers", "claims")
 END = "<!-- end -->"
@@ -188,7 +188,7 @@ def _plots(text: str) -> list[str]:
 
 def main(argv: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m common.docs", description=(__doc__ or "").splitlines()[0])
+    parser = make_parser((__doc__ or "").splitlines()[0], prog="python -m common.docs")
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a file is stale")
     parser.add_argument("--only", choices=KINDS, help="this kind of marker alone")
     args = parser.parse_args(argv)

@@ -27,6 +27,7 @@ from common.ledger.text import legend, own_text, to_text
 from common.ledger.view import plural
 from common.run.errors import LaunchError
 from common.run.files import ROOT, problem_with, write_atomic
+from common.run.flags import make_parser
 
 DEVICE_FILES = ("/dev/nvidiactl", "/dev/nvhost-ctrl", "/dev/dxg", "/dev/kfd")
 """Without any of these Linux has no device that torch calls cuda."""
@@ -38,7 +39,7 @@ def parse_args(argv: Sequence[str] | None = None, *, root: Path = ROOT) -> argpa
     Raises:
         SystemExit: if a paper or format does not exist.
     """
-    parser = argparse.ArgumentParser(prog="python -m common.reproduce", description=(__doc__ or "").splitlines()[0])
+    parser = make_parser((__doc__ or "").splitlines()[0], prog="python -m common.reproduce")
     known = ", ".join(papers(root))
     parser.add_argument("papers", metavar="PAPER", nargs="*", help=f"papers to reproduce: {known} (default: all)")
     parser.add_argument("--table", metavar="T", help="only this table, e.g. hourglass")

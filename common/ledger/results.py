@@ -26,6 +26,7 @@ from typing import Annotated, Any
 from common.ledger.reading import Reader, not_empty
 from common.ledger.tables import COLUMNS, TableError, load_tables, papers
 from common.run.files import ROOT, write_atomic
+from common.run.flags import make_parser
 
 FORMAT = 1
 
@@ -395,7 +396,7 @@ def _slug(text: str) -> str:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m common.results", description="File measurements made elsewhere.")
+    parser = make_parser("File measurements made elsewhere.", prog="python -m common.results")
     commands = parser.add_subparsers(dest="action", required=True)
     adding = commands.add_parser("add", help="check record files and put them under <paper>/results/")
     adding.add_argument("files", metavar="FILE", nargs="+", type=Path, help="record file (JSON)")

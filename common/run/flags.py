@@ -11,9 +11,12 @@ settings = MySettings.of(parser.parse_args())
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import MISSING, field, fields
+from difflib import get_close_matches
 from typing import Any, NoReturn, Self
 
 AMP_MODES = ("none", "fp16", "bf16")
@@ -21,22 +24,21 @@ AMP_BY_DEVICE = ("on", "auto")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that names a mistake once, however many processes of a job read the same flags."""
+    """A parser that names a mistake once, however many processes of a job read the same flags, and in one line."""
 
     def error(self, message: str) -> NoReturn:
         if os.environ.get("RANK", "0") != "0":
             self.exit(2)
-        super().error(message)
+        wrong = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
+        near = [get_close_matches(word, self._option_string_actions, n=1) for word in wrong]
+        meant = " ".join(itertools.chain.from_iterable(near))
+        self.exit(2, f"{self.prog}: error: {message}{f' (meant: {meant}?)' if meant else ''}; --help shows all flags\n")
 
 
 def make_parser(description: str | None = None, **options: Any) -> argparse.ArgumentParser:
     """A parser that keeps the line breaks of ``description`` and takes no abbreviated flags."""
-    return Parser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        **options,
-    )
+    options = {"formatter_class": argparse.RawDescriptionHelpFormatter} | options
+    return Parser(description=description, allow_abbrev=False, **options)
 
 
 class Switch(argparse.BooleanOptionalAction):

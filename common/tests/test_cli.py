@@ -257,3 +257,16 @@ def test_amp_of_published_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert precision.amp_dtype("on", torch.device("cpu")) is torch.bfloat16
     assert precision.amp_dtype("on", torch.device("cuda")) is torch.float16
     assert precision.amp_dtype("auto", torch.device("cpu")) is None
+
+
+def test_a_mistyped_flag_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = make_parser("What it does.", prog="program")
+    parser.add_argument("--epochs", type=cli.positive_int)
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--eplchs", "3"])
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--epochs", "0"])
+    assert capsys.readouterr().err.splitlines() == [
+        "program: error: unrecognized arguments: --eplchs 3 (meant: --epochs?); --help shows all flags",
+        "program: error: argument --epochs: must be at least 1, got 0; --help shows all flags",
+    ]

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from common.run.flags import make_parser
 from hourglass_swag.models import names
 
 DEFAULT_MODEL = "vit_b16_in1k"
@@ -279,7 +280,7 @@ def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
 
 def get_default_parser(description: str | None = None) -> argparse.ArgumentParser:
     """Parser of ``imagenet_1k_eval.py`` with all published flags."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = make_parser(description, formatter_class=HelpFormatter)
     add_evaluation_args(parser)
     add_network_args(parser)
     add_model_args(parser)
