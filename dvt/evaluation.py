@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
@@ -73,6 +74,9 @@ class ImageSource(Settings):
     batch_size: int = 64
     workers: int = 0
     transforms: str | None = None  # of TRANSFORMS, as in training; None: CIFAR's for CIFAR, ImageNet's for all else
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN
+    std: Sequence[float] = IMAGENET_DEFAULT_STD
+    crop_ratio: float = 0.875
 
     def open(self, split: str, *, augment: bool = False, plain: bool = False) -> Dataset[Any]:
         """One split, ``train`` or ``val``.
@@ -85,6 +89,7 @@ class ImageSource(Settings):
         transforms = self.transforms or ("cifar" if dataset.startswith("cifar") else "imagenet")
         if transforms not in TRANSFORMS:
             raise ValueError(f"transforms must be one of {', '.join(TRANSFORMS)}, got {transforms!r}")
+        colours: dict[str, Any] = {"mean": self.mean, "std": self.std}
         flip = 0.0 if dataset == "digits" else 0.5
         if plain:
             transform = None
@@ -92,9 +97,9 @@ class ImageSource(Settings):
             transform = cifar.train_transform(self.size, hflip=flip) if augment else cifar.test_transform(self.size)
         elif augment:
             plainly: dict[str, Any] = {"auto_augment": None, "color_jitter": None, "erase_probability": 0.0}
-            transform = train_transform(self.size, interpolation="bilinear", hflip=flip, **plainly)
+            transform = train_transform(self.size, interpolation="bilinear", hflip=flip, **plainly, **colours)
         else:
-            transform = eval_transform(self.size)
+            transform = eval_transform(self.size, crop_ratio=self.crop_ratio, **colours)
         return build_dataset(dataset, self.root, split, transform)
 
     def held_out(self) -> Loader:

@@ -4,6 +4,7 @@
     python dvt/inference.py --model DVT_T2t_vit_12 --checkpoint_path FILE --eval_mode 1 --data_url DIR --batch_size 64
     python dvt/inference.py --model DVT_T2t_vit_12 --checkpoint_path FILE --eval_mode 2 --data_url DIR --batch_size 64
     python dvt/inference.py --model DVT_T2t_vit_12 --checkpoint_path FILE --data_url DIR --dynamic --budget 1.5
+    python dvt/inference.py --networks deit_tiny_patch16_224=A.pth deit_small_patch16_224=B.pth --data_url DIR --dynamic
 
 Mode 0 prints what the file says. Mode 1 runs the validation images under the file's thresholds. Mode 2 finds
 thresholds on 50,000 training images first; it needs only weights, so a training file will do. GFLOPs are
@@ -35,7 +36,10 @@ NEEDED = ("model_state_dict", "flops", "dynamic_threshold")
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__, prog="inference.py")
     add = parser.add_argument
-    add("--checkpoint_path", required=True, metavar="FILE", help="packed checkpoint; mode 2 also takes training files")
+    add("--checkpoint_path", default="", metavar="FILE", help="packed checkpoint; mode 2 also takes training files")
+    add("--networks", nargs="+", default=[], metavar="NAME=FILE",
+        help="in its place: trained networks that share nothing, small to large, as python -m common.hosts names them, "
+        "each with its weights; or .safetensors files of leanvit.save")  # fmt: skip
     add("--eval_mode", type=int, default=2, choices=(0, 1, 2), help="see above (default: 2)")
     add("--data_url", default="./data", metavar="DIR", help="folder with train/ (mode 2) and val/; ends in / or not")
     add("--output", type=Path, default=None, metavar="FILE", help="write the results as JSON")
@@ -53,8 +57,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for flag in ("budget", "threshold", "compile"):
         if getattr(args, flag) and not args.dynamic:
             parser.error(f"--{flag} belongs to --dynamic: add it")
+    if bool(args.networks) == bool(args.checkpoint_path):
+        parser.error("give either --checkpoint_path FILE or --networks NAME=FILE NAME=FILE")
+    if args.networks and (args.eval_mode != 2 or len(args.networks) < 2):
+        parser.error("--networks: give at least two, and --eval_mode 2, which finds thresholds on training images")
     try:
-        args.exits = find_entry(args.model, args.grids).exits
+        args.exits = len(args.networks) or find_entry(args.model, args.grids).exits
     except ValueError as error:
         parser.error(f"--grids: {error}")
     if args.exits == 1 and (args.dynamic or args.eval_mode != 2):
@@ -68,21 +76,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Print the results of a mode, or of early exit; returns them."""
     args = parse_args(argv)
     mode, file = args.eval_mode, args.checkpoint_path
-    check_files(file)
+    check_files(file, *(name.partition("=")[2] for name in args.networks))
     check_output(args.output)
     if mode:
         check_data_path(args.dataset, args.data_url)
     from common.run.checkpoint import read_checkpoint
     from common.run.launch import choose_device
-    from dvt.costs import exit_gflops
+    from dvt.costs import exit_gflops, exit_gmacs
     from dvt.evaluation import ImageSource, collect_scores
     from dvt.exits import check_budget, find_thresholds
     from dvt.loading import load_network, read_packed
-    from dvt.models.cascade import Cascade
+    from dvt.models.cascade import Exits
+    from dvt.networks import open_networks
     from dvt.throughput import choose_settings, measure_dynamic
 
     by_threshold = bool(args.threshold and not args.budget)
-    content = read_checkpoint(file)
+    content = read_checkpoint(file) if file else None
     needed = {0: STORED, 1: NEEDED, 2: ()}[mode]
     if mode == 1 and args.dynamic:
         needed = () if by_threshold else (*NEEDED, "budgeted_batch_classification")
@@ -93,11 +102,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if mode == 0:
         return report(packed, vars(args), args.output)
 
-    device, options = choose_device(args.device), network_options(args)
-    images = ImageSource.of(args, root=args.data_url, size=options["img_size"])
-    held_out = images.held_out()
-    model = load_network(args.model, content, source=file, average=args.model_ema, **options).to(device).eval()
-    flops = packed.get("flops") or exit_gflops(model)
+    device = choose_device(args.device)
+    if args.networks:
+        model, seen = open_networks(args.networks, args.img_size)
+        images = ImageSource.of(args, root=args.data_url, **seen)
+        held_out = images.held_out()
+        flops = exit_gmacs(model.to(device), next(iter(held_out))[0][:8].to(device))
+    else:
+        options = network_options(args)
+        images = ImageSource.of(args, root=args.data_url, size=options["img_size"])
+        held_out = images.held_out()
+        model = load_network(args.model, content, source=file, average=args.model_ema, **options).to(device).eval()
+        flops = packed.get("flops") or exit_gflops(model)
     for budget in args.budget:
         check_budget(budget, flops)
     search, thresholds = None, packed.get("dynamic_threshold")
@@ -110,13 +126,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         settings = choose_settings(
             flops, budgets=args.budget, thresholds=args.threshold, search=search, stored=thresholds, stored_costs=costs
         )
-        assert isinstance(model, Cascade)
+        assert isinstance(model, Exits)
         results = measure_dynamic(model, settings, held_out, flops, device=device, compiled=args.compile)
         for row in results:
             print(row.line(), flush=True)
         result = {"flops": flops, "rows": [asdict(row) for row in results]}
         if args.output:
-            record = {"model": args.model, "checkpoint": file, "batch_size": args.batch_size, "compiled": args.compile}
+            record = {
+                "model": args.networks or args.model,
+                "checkpoint": file,
+                "batch_size": args.batch_size,
+                "compiled": args.compile,
+            }
             write_atomic(args.output, json.dumps(record | described(device) | result, indent=1) + "\n")
         return result
     scores = collect_scores(model, held_out, device=device, title="validation images")

@@ -22,8 +22,10 @@ from torch.utils.data import Dataset
 
 from common.data.loaders import build_dataset, eval_loader
 from common.hosts.accuracy import number_of_outputs
+from common.hosts.files import load
 from common.hosts.host import NotAHost
 from common.hosts.network import Lean, find_host
+from common.hosts.opening import open_model
 from common.run.errors import UsageError
 from dvt.costs import exit_gmacs
 from dvt.dynamic import DynamicClassifier, DynamicOutput
@@ -110,13 +112,55 @@ def _kind_of_weights(network: nn.Module) -> str | None:
     return next((f"{value.dtype} on {value.device}" for value in weights), None)
 
 
-def preprocessing(network: Any) -> dict[str, Any] | None:
-    """How images become tensors, in the words of ``timm.data.create_transform``, where timm knows it of a network."""
-    if not getattr(network, "pretrained_cfg", None):
+def preprocessing(networks: Sequence[nn.Module]) -> dict[str, Any] | None:
+    """How images become tensors, in the words of ``timm.data.create_transform``; None where timm knows it of none.
+
+    The crop is that of the last network, which is to be the best.
+
+    Raises:
+        UsageError: if they were trained on pixels of other means or deviations.
+    """
+    known = [network for network in networks if getattr(network, "pretrained_cfg", None)]
+    configs = {id(net): timm.data.resolve_model_data_config(net) for net in known}  # pyright: ignore[reportAttributeAccessIssue]
+    for key in ("mean", "std"):
+        common(networks, f"{key} of pixels is", lambda net, key=key: configs.get(id(net), {}).get(key))
+    if not known:
         return None
-    config = timm.data.resolve_model_data_config(network)  # pyright: ignore[reportAttributeAccessIssue]
+    config = configs[id(known[-1])]
     kept = {key: config[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
-    return {"input_size": (3, *(_image_size(network) or config["input_size"][1:])), **kept}
+    return {"input_size": (3, *(common(networks, "", _image_size) or config["input_size"][1:])), **kept}
+
+
+def open_networks(words: Sequence[str], image_size: int | None = None) -> tuple[Networks, dict[str, Any]]:
+    """Networks by their names, and what :class:`~dvt.evaluation.ImageSource` is to know of their images.
+
+    Args:
+        words: ``NAME=FILE`` each, a name of ``common.hosts.opening`` and its weights; or FILE.safetensors of
+            ``leanvit.save``.
+        image_size: side in pixels, where it is not the networks' own.
+
+    Raises:
+        UsageError, CheckpointError: names, files and networks that do not exist or do not go together.
+    """
+    networks: list[nn.Module] = []
+    seen: dict[str, Any] = {}
+    for word in words:
+        name, _, file = word.partition("=")
+        if name.endswith(".safetensors") and not file:
+            networks.append(load(name))
+            continue
+        model = open_model(name, image_size=image_size, weights=file or None)
+        if not model.trained:
+            raise UsageError(f"{word}: a cascade is made of trained networks: give weights, {name}=FILE")
+        networks.append(model.net)
+        seen = {key: getattr(model.preprocessing, key) for key in ("mean", "std", "crop_ratio")}
+    if config := preprocessing(networks):
+        seen = {"mean": config["mean"], "std": config["std"], "crop_ratio": config["crop_pct"]}
+    exits = Networks(networks)
+    sides = common(networks, "sides of images are", _image_size)
+    if sides is None or sides[0] != sides[1]:
+        raise UsageError(f"the networks take images of {sides} pixels, and images here are square: see --img-size")
+    return exits, {"size": sides[0], **seen}
 
 
 @dataclass(frozen=True)
@@ -163,12 +207,12 @@ class EarlyExit(DynamicClassifier):
             show: a progress line.
 
         Raises:
-            UsageError: networks that want other transforms than each other, or that timm knows none of.
+            UsageError: networks that want images in other ways than each other, or that timm knows nothing of.
             ValueError: a budget out of reach, which names both ends; images that the networks have no class for.
         """
         if isinstance(data, str | Path):
             if transform is None:
-                wanted = common(self.cascade.stages, "transforms are", preprocessing)
+                wanted = preprocessing(self.cascade.stages)
                 if wanted is None:
                     raise UsageError("timm knows no transform of these networks: give transform=, or batches")
                 transform = timm.data.create_transform(**wanted)  # pyright: ignore[reportAttributeAccessIssue]

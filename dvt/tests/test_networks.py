@@ -14,10 +14,13 @@ import leanvit
 from common.data.loaders import build_dataset
 from common.measure.flops import count_operations, gmacs
 from common.run.errors import UsageError
-from common.run.export import export_onnx, export_program
+from common.run.export import export_program
 from common.tests.reference import fill_
+from dvt import inference
+from dvt.costs import exit_gmacs
+from dvt.evaluation import ImageSource
 from dvt.exits import first_exit, thresholds_for_budget
-from dvt.networks import EarlyExit
+from dvt.networks import EarlyExit, open_networks
 
 
 def plain(width: int = 32, seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
@@ -53,11 +56,12 @@ def middle(net: nn.Module, images: Tensor, share: float = 0.5) -> float:
     return float(sure[round(share * len(images)) - 1 :][:2].mean())
 
 
-@pytest.mark.parametrize("kind", ["widths", "tome inside", "three", "in a cascade"])
+@pytest.mark.parametrize("kind", ["widths", "slice", "tome inside", "three", "in a cascade"])
 def test_equals_its_networks_by_hand(kind: str) -> None:
     small, large, images = plain(16, 1), plain(32, 2), draw_images(12)
     networks = {
-        "widths": [small, large],  # as a slice and its whole are
+        "widths": [small, large],
+        "slice": [leanvit.slice_width(large, 0.5), large],
         "tome inside": [leanvit.lean(large, "tome", r=2), large],
         "three": [small, leanvit.lean(plain(32, 3), "tome", r=3), large],
         "in a cascade": [leanvit.cascade([small, plain(16, 4)], [middle(small, images)]), large],
@@ -131,11 +135,43 @@ def test_the_networks_are_exported_one_by_one(tmp_path: Path) -> None:
     small, large = (plain(width, seed, torch.float32, depth=1) for width, seed in ((16, 1), (32, 2)))
     images = draw_images(6, torch.float32)
     net = leanvit.cascade([small, leanvit.lean(large, "tome", r=2)], [0.5])
-    first, second = net.cascade.stages
-    assert export_onnx(first, images[:3], tmp_path / "exit1.onnx") < 1e-5
-    assert export_program(second, images[:3], tmp_path / "exit2.pt2") < 1e-5
-    run = torch.export.load(tmp_path / "exit2.pt2").module()
-    torch.testing.assert_close(run(images[:1]), second(images[:1]))
+    for number, stage in enumerate(net.cascade.stages):
+        file = tmp_path / f"exit{number}.pt2"
+        assert export_program(stage, images[:3], file) < 1e-5
+        run = torch.export.load(file).module()
+        torch.testing.assert_close(run(images[3:4]), stage(images[3:4]))
+
+
+def test_the_command_finds_thresholds_and_leaves_early(imagenet: Path, tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(
+        "import timm\n\n\ndef made(width):\n"
+        "    return timm.create_model('test_vit', img_size=32, patch_size=8, num_classes=6, embed_dim=width, depth=2)\n"
+        "\n\ndef small():\n    return made(16)\n\n\ndef large():\n    return made(32)\n"
+    )
+    small, large = plain(16, 1, torch.float32), plain(32, 2, torch.float32)
+    torch.save(small.state_dict(), tmp_path / "small.pth")
+    fast = leanvit.lean(large, "tome", r=2)
+    leanvit.save(fast, tmp_path / "fast.safetensors")
+    words = [f"{tmp_path}/nets.py:small={tmp_path}/small.pth", str(tmp_path / "fast.safetensors")]
+    shared = ["--data_url", str(imagenet), "-j", "0", "--device", "cpu", "--batch_size", "5"]
+    exits, seen = open_networks(words)
+    assert seen == {"size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_ratio": 0.95}
+    images = next(iter(ImageSource(dataset="imagenet", root=str(imagenet), batch_size=12, **seen).held_out()))[0]
+    costs = exit_gmacs(exits, images)
+    budget = sum(costs) / 2
+    found = inference.main(["--networks", *words, *shared, "--dynamic", "--budget", f"{budget:.6g}"])
+    assert found["flops"] == pytest.approx(costs)
+    full, early = found["rows"]
+    assert early["gmacs"] < full["gmacs"] == pytest.approx(costs[1])
+    with torch.no_grad():
+        logits = torch.stack([small(images), fast(images)])
+    exits = first_exit(logits.softmax(-1).amax(-1), torch.tensor(early["thresholds"]))
+    assert early["exit_percent"] == pytest.approx([100 * float((exits == k).double().mean()) for k in (0, 1)])
+    curve = inference.main(["--networks", *words, *shared])
+    assert len(curve["budgeted_batch_classification"][0]) == 59
+    for wrong, message in ((words[:1], "at least two"), (["test_vit", words[1]], "test_vit=FILE")):
+        with pytest.raises((UsageError, SystemExit), match=message if len(wrong) > 1 else "2"):
+            inference.main(["--networks", *wrong, *shared])
 
 
 class Odd(nn.Module):
