@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.run.files import check_files
+from common.run.files import check_files, check_output
 from common.run.flags import make_parser
 from common.run.program import run
 from hourglass_swag.models import create
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     args = parse_args(argv)
     check_method_flags(args)
     check_files(args.weights)
+    check_output(args.onnx, args.torch_export)
     from common.hosts import Lean
     from common.hosts import export as of_hosts
     from common.measure.benchmark import random_images

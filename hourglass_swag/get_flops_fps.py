@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.run.files import check_output
 from common.run.flags import make_parser
 from common.run.program import run
 from hourglass_swag.tools.parser import HelpFormatter, add_cost_network_args, add_model_args, parse_network
@@ -124,6 +125,7 @@ def load(args: argparse.Namespace, network: argparse.Namespace, device: torch.de
 
 def main(args: argparse.Namespace) -> None:
     """Costs, then speed."""
+    check_output(args.output)
     import torch
 
     from common.run.launch import choose_device

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.run.files import check_files
+from common.run.files import check_files, check_output, replacing
 from common.run.flags import make_parser
 from common.run.program import run
 from hourglass_swag.models import create
@@ -136,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Draw the images of a command line; returns the files written."""
     args = parse_args(argv)
     check_files(args.weights)
+    check_output(args.output, folder=True)
     import torch
 
     from common.data.images import load_image
@@ -148,7 +149,6 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     if args.no_pretrained and not args.weights:
         print("warning: the weights are random, so what is grouped or dropped means little", file=sys.stderr)
         notes.append("Random weights: what is grouped or dropped means little.")
-    args.output.mkdir(parents=True, exist_ok=True)
     files = output_files(args.images, args.model, args.output)
     device = next(model.parameters()).device
     for path, image, file in zip(args.images, images, files, strict=True):
@@ -158,7 +158,8 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         for stage in stages:
             print(f"{path}: layer {stage.layer}: {stage.caption}")
         title = f"{path.name} in {args.model} at {args.resolution} x {args.resolution}"
-        draw(image, stages, title, notes).save(file)
+        with replacing(file) as target:
+            draw(image, stages, title, notes).save(target, "png")
         print(f"written to {file}")
     return files
 

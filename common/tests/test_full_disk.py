@@ -150,7 +150,7 @@ def words_of(text: str, material: Path, out: Path) -> list[str]:
 
 def start(program: str, words: list[str]) -> None:
     module = importlib.import_module(program)
-    module.main(words)
+    module.main(module.parse_args(words) if program == "hourglass_swag.get_flops_fps" else words)
 
 
 @pytest.mark.parametrize("program", TRAINING)
@@ -203,11 +203,13 @@ WRITING = {
     "sit.speed_test": "--output {out}",
     "uvc.compress": "--checkpoint {uvc} --model_type deit_desk --output {out}",
     "uvc.draw_structure": "{uvc} --model_type deit_desk --output {out}",
+    "hourglass_swag.get_flops_fps": "-m vit_desk --no-pretrained --output {out}",
+    "hourglass_swag.export": "-m vit_desk --no-pretrained --torch-export {out}",
     "hourglass_swag.imagenet_1k_eval": "-m vit_desk --no-pretrained {data} --dataset folder --workers 0 "
     "--device cpu -b 4 --output {out}",
 }
 """Programs whose result is one file."""
-SLOW = ("scala.benchmark", "dvt.benchmark", "sit.speed_test")
+SLOW = ("scala.benchmark", "dvt.benchmark", "sit.speed_test", "hourglass_swag.get_flops_fps", "hourglass_swag.export")
 
 
 QUICK = [*EVALUATING.items(), *(item for item in WRITING.items() if item[0] not in SLOW)]
