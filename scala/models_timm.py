@@ -31,6 +31,7 @@ from torch.func import functional_call
 from common.hosts.files import LIBRARIES, Unknown
 from common.hosts.host import NotAHost
 from common.hosts.network import find_host
+from common.run.errors import UsageError
 from scala import models_scala
 from scala.narrowing import FULL, Narrowed, State
 from scala.slicing import Ratio, SliceRule, Width, check_ratio, exact
@@ -151,7 +152,7 @@ def _arguments(plain: Any) -> dict[str, Any]:
 
 
 def _query_weights(module: Any) -> dict[str, int]:
-    """Parameters that make the queries of an attention -> the share of their rows, one in so many, that does."""
+    """Those of one attention that there may be."""
     norm = getattr(module, "q_norm", None)
     if not isinstance(norm, (nn.Identity, type(None))):
         return {f"q_norm.{leaf}": 1 for leaf, _ in norm.named_parameters()}
@@ -160,25 +161,33 @@ def _query_weights(module: Any) -> dict[str, int]:
     return {"qkv.weight": 3, "qkv.bias": 3}
 
 
-def scale_queries(model: nn.Module, state: State, ratio: float) -> State:
+def query_weights(model: nn.Module) -> dict[str, int]:
+    """Parameters that make the queries of a network of timm or of ``models_scala`` -> the part of their rows that does.
+
+    Returns:
+        Name -> n where the first of n equal parts does.
+    """
+    kinds = (Attention, AttentionPoolLatent, models_scala.Attention)
+    attentions = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
+    found = {f"{name}.{leaf}": part for name, module in attentions for leaf, part in _query_weights(module).items()}
+    return {name: found[name] for name, _ in model.named_parameters() if name in found}
+
+
+def scale_queries(queries: Mapping[str, int], state: State, ratio: float) -> State:
     """The weights of a slice for attention that scales by its own head dimension d/H in place of the full one, D/H.
 
     Args:
-        model: whose attentions are timm's, or have the same fused projection.
-        state: its weights at a width.
+        queries: of :func:`query_weights`.
+        state: weights at a width.
         ratio: d / D.
 
     Returns:
         ``state``, of which what makes the queries is multiplied by sqrt(r).
     """
     scaled = dict(state)
-    for name, module in model.named_modules():
-        if isinstance(module, (Attention, AttentionPoolLatent, models_scala.Attention)):
-            for leaf, share in _query_weights(module).items():
-                key = f"{name}.{leaf}"
-                if ratio != 1 and key in state:
-                    rows = len(state[key]) // share
-                    scaled[key] = torch.cat([state[key][:rows] * math.sqrt(ratio), state[key][rows:]])
+    for name, part in queries.items() if ratio != 1 else ():
+        rows = len(state[name]) // part
+        scaled[name] = torch.cat([state[name][:rows] * math.sqrt(ratio), state[name][rows:]])
     return scaled
 
 
@@ -193,13 +202,19 @@ def make_timm(model_name: str, **arguments: Any) -> Any:
         arguments: of its factory.
 
     Raises:
-        UsageError: an unknown name; ``NotAHost`` for a network that cannot be sliced.
+        UsageError: an unknown name, or patches that do not fill the sides; ``NotAHost`` for a network that cannot be
+            sliced.
         TypeError: an argument that it does not take.
     """
     if timm.is_model(model_name):
         with torch.device("meta"):  # where structure is all there is
             check(timm.create_model(model_name))
-    return TIMM_NETWORK(model_name, arguments)
+    net: Any = TIMM_NETWORK(model_name, arguments)
+    embed = net.patch_embed
+    for side, patch in zip(embed.img_size, embed.patch_size, strict=True):
+        if side < patch or side % patch:
+            raise UsageError(f"--input-size (img_size) {side} is no multiple of the patch of {patch} pixels")
+    return net
 
 
 def create(
@@ -238,6 +253,9 @@ class TimmViT_scala(Narrowed):
         )
         host: Any = net
         self.num_classes, self.embed_dim = host.num_classes, host.embed_dim
+        sizes = [module.head_dim for module in host.modules() if hasattr(module, "head_dim")]
+        self.num_heads = host.embed_dim // math.gcd(host.embed_dim, *sizes)
+        self.queries = query_weights(host)
         for name, child in host.named_children():
             self.add_module(name, child)
         for name, parameter in host.named_parameters(recurse=False):
@@ -259,8 +277,7 @@ class TimmViT_scala(Narrowed):
 
     def check_ratio(self, ratio: Ratio) -> Width:
         """The exact width; one that the heads cannot share is refused, naming the nearest and all valid ones."""
-        sizes = [module.head_dim for module in self.plain(FULL).modules() if hasattr(module, "head_dim")]
-        return check_ratio(ratio, self.embed_dim, self.embed_dim // math.gcd(self.embed_dim, *sizes))
+        return check_ratio(ratio, self.embed_dim, self.num_heads)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -284,7 +301,7 @@ class TimmViT_scala(Narrowed):
         return {"model_name": name, **arguments}, {"smallest_ratio": 1.0, "largest_ratio": 1.0}
 
     def _state(self, width: Width) -> State:
-        return scale_queries(self.plain(width), self.trunk(width), width.steps / width.of)
+        return scale_queries(self.queries, self.trunk(width), width.steps / width.of)
 
     def _call(self, method: str, ratio: Ratio, *args: Any, **options: Any) -> Any:
         width = self.check_ratio(ratio)
@@ -305,11 +322,12 @@ class TimmViT_scala(Narrowed):
         Raises:
             ValueError: a ratio the heads cannot share.
         """
-        return self._call("forward", ratio, images)
+        width = self.check_ratio(ratio)
+        return functional_call(self.plain(width), self._state(width), (images,))
 
 
 class _Method(nn.Module):
-    """A method of a network as a module."""
+    """A method of a network other than ``forward`` as a module."""
 
     def __init__(self, net: nn.Module, name: str) -> None:
         super().__init__()

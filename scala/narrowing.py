@@ -40,19 +40,22 @@ class Narrowed(SlicedNetwork, nn.Module):
         self.make, self.rule = make, rule
         self.smallest_ratio, self.largest_ratio = rule.smallest, rule.largest
         self._plain: dict[Width, nn.Module] = {}  # on the meta device: their weights are those of this network
+        self._shapes: dict[Width, dict[str, torch.Size]] = {}
 
     def plain(self, width: Width) -> Any:
         """The network that a width is, on the meta device."""
         if width not in self._plain:
             with torch.device("meta"):
-                self._plain[width] = self.make(width)
-        return self._plain[width].train(self.training)
+                network = self._plain[width] = self.make(width)
+            self._shapes[width] = {name: value.shape for name, value in network.named_parameters()}
+        network = self._plain[width]
+        return network if network.training == self.training else network.train(self.training)
 
     def trunk(self, width: Width) -> State:
         """Parameters of the plain network of a width, views."""
         own = dict(self.named_parameters())
-        plain = self.plain(width).named_parameters()
-        return {name: self.rule.cut_to(own[name], width, value.shape) for name, value in plain}
+        self.plain(width)
+        return {name: self.rule.cut_to(own[name], width, shape) for name, shape in self._shapes[width].items()}
 
     def sliced_parameters(self, width: Width) -> State:
         return self.trunk(width)

@@ -34,7 +34,7 @@ from scala.engine_scala import AtRatio
 from scala.layers import NORM_EPS, SlicedNetwork, sliced_state_dict
 from scala.models_mobilenet import MobileNetV2_scala
 from scala.models_scala import DistilledVisionTransformer_scala, VisionTransformer_scala
-from scala.models_timm import TIMM_NETWORK, TimmViT_scala, create, scale_queries
+from scala.models_timm import TIMM_NETWORK, TimmViT_scala, create, query_weights, scale_queries
 from scala.models_uniformer import UniFormer_scala
 from scala.narrowing import NarrowedNetwork
 from scala.sweep import costs
@@ -148,7 +148,7 @@ def standalone_state(model: Any, ratio: float) -> dict[str, Tensor]:
         ValueError: an invalid ratio, or one without batch statistics.
     """
     width = model.check_ratio(ratio)
-    state = scale_queries(model, sliced_state_dict(model, ratio), width.steps / width.of)
+    state = scale_queries(query_weights(model), sliced_state_dict(model, ratio), width.steps / width.of)
     state = {name: value.detach().clone().contiguous() for name, value in state.items()}
     for name, module in model.named_modules():
         if getattr(module, "official", False):  # a LayerScale that does nothing

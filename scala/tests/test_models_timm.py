@@ -205,6 +205,8 @@ def test_training_refuses_what_cannot_be_sliced(imagenet: Path) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             main_scala.main([*words, name])
+    with pytest.raises(UsageError, match="33 is no multiple of the patch of 16 pixels"):
+        main_scala.main([*words, "timm:vit_tiny_patch16_224", "--input-size", "33"])
     with pytest.raises(UsageError, match="does not take one of the flags given"):
         main_scala.main([*words, "timm:vit_tiny_patch16_224", "--official-anchors"])
     with pytest.raises(SystemExit):
