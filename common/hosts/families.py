@@ -28,7 +28,11 @@ PAGE = ROOT / "docs" / "hosts.md"
 
 
 PAIRS = (
-    ("Scala: a slice as a network of its own (`scala/export.py`)", "yes", "it is timm's, of that width"),
+    (
+        "Scala: a slice as a network of its own (`leanvit.slice_width`, `scala/export.py`)",
+        "yes",
+        "it is timm's, of that width",
+    ),
     ("Scala: the sliced network itself", "no", "its `forward` takes a width: export the width first"),
     (
         "UVC: removed heads, neurons, blocks (`uvc.compact_files.to_timm`)",
