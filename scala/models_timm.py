@@ -252,7 +252,7 @@ class TimmViT_scala(Narrowed):
             partial(narrow, narrow(net, FULL)), SliceRule(smallest_ratio, largest_ratio, isolated_activation)
         )
         host: Any = net
-        self.num_classes, self.embed_dim = host.num_classes, host.embed_dim
+        self.num_classes, self.embed_dim, self.num_features = host.num_classes, host.embed_dim, host.num_features
         sizes = [module.head_dim for module in host.modules() if hasattr(module, "head_dim")]
         self.num_heads = host.embed_dim // math.gcd(host.embed_dim, *sizes)
         self.queries = query_weights(host)

@@ -18,7 +18,7 @@ import leanvit
 from common.hosts import NotAHost
 from common.hosts.export import export_onnx
 from common.run.errors import UsageError
-from scala import export, main_scala
+from scala import export, linear_probe, main_scala
 from scala.models_scala import VisionTransformer_scala
 from scala.models_timm import TimmViT_scala
 from scala.slicing import WidthError
@@ -187,6 +187,8 @@ def test_a_vit_of_timm_is_trained_from_its_weights_and_exported(
     output = tmp_path / "half.safetensors"
     written = ["--checkpoint", str(folder / "checkpoint.pth"), "--ratio", "0.5", "--output", str(output)]
     assert export.main(written)["half.safetensors"] < 1e-5
+    probe = ["--checkpoint", str(folder / "checkpoint.pth"), "--data-set", "IMNET", "--epochs", "1"]
+    assert [row["ratio"] for row in linear_probe.main([*data, *probe])["widths"]] == [0.25, 0.5, 0.75, 1.0]
     described = json.loads(output.with_suffix(".json").read_text())["timm"]
     assert described["class"] == "timm.create_model"
     assert (described["arguments"]["embed_dim"], described["arguments"]["num_classes"]) == (16, 2)
