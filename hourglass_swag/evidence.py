@@ -29,7 +29,7 @@ from hourglass_swag.models import create
 
 SIZE, LAYERS, PATCH = 32, 8, 4
 RECIPE = "-m vit_desk --data-set fashion --epochs 12 --batch-size 128 --lr 2e-3 --hflip 0.5 --no-model-ema"
-LIVE = "-m vit_desk --data-set fashion --epochs 2 --warmup-epochs 0 --batch-size 128 --lr 2e-3 --no-model-ema"
+LIVE = "-m vit_desk --data-set fashion --epochs 2 --warmup-epochs 0 --batch-size 64 --lr 1e-3 --no-model-ema"
 LIVE_ROWS = {
     "dense": "-m vit_desk",
     "Hourglass": "-m hourglass_vit_desk -l 2 -n 16",
