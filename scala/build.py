@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import timm
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -89,7 +90,8 @@ def build_timm(
         CheckpointError: weights that do not fit.
         TypeError: an option that it does not take.
     """
-    net = models_timm.make_timm(name, **options)
+    trained_on = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "interpolation": "bicubic"}
+    net = models_timm.make_timm(name, pretrained_cfg_overlay=trained_on, **options)
     if weights == "timm":
         own = {key: value for key, value in options.items() if key != "num_classes"}
         published = create_timm(name, pretrained=True, flags=("--model", "--weights"), **own)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN
 from timm.layers.attention import Attention
 from timm.layers.mlp import SwiGLU
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
@@ -19,6 +20,7 @@ from common.hosts import NotAHost
 from common.hosts.export import export_onnx
 from common.run.errors import UsageError
 from scala import export, linear_probe, main_scala
+from scala.build import build_timm
 from scala.models_scala import VisionTransformer_scala
 from scala.models_timm import TimmViT_scala
 from scala.slicing import WidthError
@@ -196,6 +198,13 @@ def test_a_vit_of_timm_is_trained_from_its_weights_and_exported(
     net.load_state_dict(state)
     x = images().float()
     torch.testing.assert_close(load_standalone(output)(x), leanvit.slice_width(net.eval(), 0.5)(x))
+
+
+def test_a_slice_says_how_its_images_were_normalised() -> None:
+    """As this package trains, where timm's own weights of this name had a mean of 0.5."""
+    model = build_timm("vit_tiny_patch16_224", "", smallest_ratio=0.25, largest_ratio=1.0, img_size=32, depth=1)
+    arguments = model.slice_arguments(model.check_ratio(0.25))[0]
+    assert arguments["pretrained_cfg_overlay"]["mean"] == IMAGENET_DEFAULT_MEAN
 
 
 def test_training_refuses_what_cannot_be_sliced(imagenet: Path) -> None:
