@@ -9,6 +9,7 @@
     leanvit.cascade([fast, net], [0.9])  # asks the second only about images that the first is not sure of
     leanvit.save(fast, "fast.safetensors")
     fast = leanvit.load("fast.safetensors")
+    small = leanvit.prune(net, structure)  # fewer heads, neurons and blocks; of timm's class
 
 The methods themselves, to combine several in one call, are attributes: ``leanvit.ToMe(r=16)``. See ``common.hosts``.
 """
@@ -21,6 +22,11 @@ from common.hosts.network import METHODS
 from common.hosts.network import load as load_object
 
 __all__ = ["Lean", "Method", "NotAHost", "PlanError", "explain", "lean", "load", "save"]
+
+FROM_PAPERS = {
+    "prune": "uvc.removal:prune",
+}
+"""Functions from network to network, before any token method."""
 
 
 FROM_PAPERS = {

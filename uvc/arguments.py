@@ -32,6 +32,8 @@ WEIGHTS = {
     "deit_base_distilled_patch16_224": DEIT + "deit_base_distilled_patch16_224-df68dfff.pth",
 }
 """Published dense checkpoints, what ``--model_path pretrained`` means."""
+TIMM = "timm:"
+"""What ``--model_type`` of a network of timm begins with; ``uvc.models.TIMM``, without torch."""
 MODEL_TYPE = "deit_tiny_distilled_patch16_224"
 """The published default of ``--model_type``."""
 
@@ -55,7 +57,9 @@ def add_common_arguments(
     add("--dataset", DATASETS, "imagenet", "imagenet has train/ and val/ with a folder per class")
     add("--data_dir", str, "", "folder of the dataset; digits and fashion need none", metavar="DIR")
     add("--num_workers", cli.count, cli.default_workers(workers), "loading processes per process", metavar="N")
-    add("--model_type", str, MODEL_TYPE, "architecture", metavar="NAME")
+    add("--model_type", str, MODEL_TYPE,
+        "architecture; timm:NAME is any plain Vision Transformer of timm, whose heads, neurons and blocks are pruned",
+        metavar="NAME")  # fmt: skip
     add("--model_path", str, None,
         "checkpoint or URL of the dense network, the teacher too unless --teacher-path names another; "
         "'pretrained' is the published one of this architecture, which stage 2 takes where none is named",
@@ -187,6 +191,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     args = parser.parse_args(words, argparse.Namespace(model_type=None))
     args.stated_model_type = args.model_type
     args.model_type = args.model_type or MODEL_TYPE
+    if args.model_type.startswith(TIMM):
+        _refuse_for_timm(parser, args, words)
     if args.fp16:
         args.amp = "fp16"
     args.tensorboard = args.tensorboard or args.enable_writer
@@ -195,8 +201,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         raise SystemExit(0)
     if args.gpu_num is not None and args.device != "cpu":
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", args.gpu_num.replace(" ", ""))
-    if args.distillation_type != "none" and args.teacher_model and not re.search("deit|t2t", args.teacher_model):
-        raise UsageError(f"--teacher-model must be a deit or t2t network, got {args.teacher_model!r}")
+    if args.distillation_type != "none" and args.teacher_model and not re.search("deit|t2t|^timm:", args.teacher_model):
+        raise UsageError(f"--teacher-model must be a deit, t2t or timm: network, got {args.teacher_model!r}")
     for name in ("model_path", "teacher_path"):
         if getattr(args, name) == "pretrained":
             model = args.model_type if name == "model_path" else args.teacher_model or args.model_type
@@ -215,6 +221,15 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
             "or give --mixup 0 --cutmix 0"
         )
     return args
+
+
+def _refuse_for_timm(parser: argparse.ArgumentParser, args: argparse.Namespace, words: Sequence[str]) -> None:
+    """Flags of parts that a plain network has no place for; left out, ``--enable_patch_gating`` is 0."""
+    again = parser.parse_args(words, argparse.Namespace(enable_patch_gating=0))
+    args.__dict__ |= {name: again.enable_patch_gating for name in ("enable_patch_gating",) if hasattr(args, name)}
+    for name in ("enable_patch_gating", "enable_jumping"):
+        if getattr(args, name, None):
+            raise UsageError(f"--{name}: a plain network of timm has no place for that; leave it out or give 0")
 
 
 def check_paths(args: argparse.Namespace) -> None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import Attention, Mlp  # pyright: ignore[reportPrivateImportUsage]
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -24,7 +23,9 @@ from common.run.checkpoint import CheckpointError, load_safely, load_strict, sav
 from common.run.checkpoint import read_description as read_header
 from common.run.errors import UsageError
 from common.run.files import write_atomic
+from uvc.models import TIMM, create
 from uvc.models.compact import LANES, CompactConfig, CompactViT, padded
+from uvc.models.timm_vit import keep_blocks_, narrow_, ungated
 from uvc.removal import Compressed
 from uvc.structure import Structure
 
@@ -47,7 +48,14 @@ def save_compact(compressed: Compressed, path: str | os.PathLike[str], **facts: 
     path = Path(path)
     if path.suffix != ".safetensors":
         path = path.with_name(path.name + ".safetensors")
-    config, structure = asdict(compressed.network.config), asdict(compressed.structure)
+    network: Any = compressed.network
+    structure = asdict(compressed.structure)
+    if isinstance(network, CompactViT):
+        config = asdict(network.config)
+    else:
+        config = {"architecture": compressed.name, "image_size": network.patch_embed.img_size,
+                  "num_classes": network.num_classes,
+                  "neurons": [block.mlp.fc1.out_features for block in network.blocks]}  # fmt: skip
     description = {"format": FORMAT, **facts, "config": config, "structure": structure}
     state = {key: value.detach().cpu().contiguous() for key, value in compressed.network.state_dict().items()}
     save_described(path, state, KEY, json.dumps(description))
@@ -85,21 +93,38 @@ def load_compact(
     """
     content = read_description(path)
     try:
-        config, structure = CompactConfig.from_dict(content["config"]), Structure.from_dict(content["structure"])
+        structure = Structure.from_dict(content["structure"])
+        name = content["config"]["architecture"]
+        if name.startswith(TIMM):
+            network = _pruned_timm(content["config"], structure)
+        else:
+            network = CompactViT(CompactConfig.from_dict(content["config"]))
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: its description is damaged: {error}; make the file anew") from error
     state = load_safely(path)
-    network = CompactViT(config).to(next(iter(state.values())).dtype)
+    network.to(next(iter(state.values())).dtype)
     load_strict(network, state, source=path)
     network = network.to(device).eval()
-    return Compressed(network if multiple == 1 else padded(network, multiple), structure)
+    if isinstance(network, CompactViT) and multiple > 1:
+        network = padded(network, multiple)
+    return Compressed(network, structure, name)
 
 
 # timm
 
 
+def _pruned_timm(config: Mapping[str, Any], structure: Structure) -> VisionTransformer:
+    """The network of a description, with any weights."""
+    size: Any = tuple(config["image_size"])
+    network = ungated(create(config["architecture"], num_classes=config["num_classes"], img_size=size))
+    keep_blocks_(network, structure.running)
+    for block, index, neurons in zip(network.blocks, structure.running, config["neurons"], strict=True):
+        narrow_(block, max(len(structure.blocks[index].heads), 1), neurons)
+    return network
+
+
 @torch.no_grad()
-def to_timm(network: CompactViT) -> VisionTransformer:
+def to_timm(network: CompactViT | VisionTransformer) -> VisionTransformer:
     """The same function as a module of timm, in evaluation mode; distilled networks as timm's distilled class.
 
     timm's attention wants d value dimensions in every head, so those that were removed come back as zeros; branches
@@ -109,6 +134,8 @@ def to_timm(network: CompactViT) -> VisionTransformer:
     Raises:
         UsageError: naming what timm's VisionTransformer has no place for.
     """
+    if not isinstance(network, CompactViT):
+        return network
     config = network.config
     problems = {
         "T2T's tokens-to-token module": bool(config.token_dim),
@@ -127,9 +154,7 @@ def to_timm(network: CompactViT) -> VisionTransformer:
     make = VisionTransformerDistilled if config.distilled else VisionTransformer
     model = make(**sizes, norm_layer=partial(nn.LayerNorm, eps=config.norm_eps))  # pyright: ignore[reportArgumentType]
     for block, shape in zip(model.blocks, config.blocks, strict=True):
-        heads = max(shape.heads, 1)
-        block.attn = Attention(config.embed_dim, heads, attn_head_dim=config.head_dim, qkv_bias=config.qkv_bias)
-        block.mlp = Mlp(config.embed_dim, max(shape.neurons, 1))
+        narrow_(block, max(shape.heads, 1), max(shape.neurons, 1))
     state = padded(network, 1, full_values=True).state_dict()
     for index in range(len(config.blocks)):  # the bias is all that is left of a branch that is a constant
         for branch, last in (("attn", "proj"), ("mlp", "fc2")):
@@ -151,7 +176,6 @@ def difference(network: Callable[[Tensor], Tensor], other: Callable[[Tensor], Te
     return float((got - want).abs().max() / want.abs().max().clamp_min(1e-12))
 
 
-def example_images(config: CompactConfig, batch: int = 2, *, seed: int = 0) -> Tensor:
-    """Normal numbers in the shape of a batch of images."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, config.in_chans, *config.image_size, generator=generator)
+def example_images(shape: tuple[int, int, int], batch: int = 2, *, seed: int = 0) -> Tensor:
+    """Normal numbers in the shape of a batch of images (channels, height, width)."""
+    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(seed))

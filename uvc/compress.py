@@ -71,8 +71,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from uvc import compact_files
     from uvc.compact_files import difference, load_compact, save_compact
     from uvc.loading import load_masked
-    from uvc.models.compact import padded
-    from uvc.removal import compress, costs_of, measure_speeds
+    from uvc.removal import compress, costs_of, dense_network, measure_speeds, versions_of
 
     masked = load_masked(args.checkpoint, args.model_type)
     model = masked.model
@@ -80,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if not compressed.structure.running:
         print("warning: every block is skipped; nothing but the embedding and the head is left", file=sys.stderr)
     facts: dict[str, Any] = costs_of(model, compressed)
-    images = compact_files.example_images(compressed.network.config).to(model.cls_token.dtype)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue, reportCallIssue]
+    shape = compressed.image_shape
+    images = compact_files.example_images(shape).to(next(model.parameters()).dtype)
     facts["difference"] = difference(compressed.network, model, images)
     exact = not args.drop_patches or model.gates.patch == "remove"
     if exact and facts["difference"] > AGREEMENT:
@@ -98,15 +98,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for flag, export in (("export", export_program), ("onnx", export_onnx)):
         if path := getattr(args, flag):
             network = compressed.network.float().cpu().eval()
-            images = compact_files.example_images(network.config, 3)
+            images = compact_files.example_images(shape, 3)
             print(f"{path}: differs by {export(network, images, path):.1e}")
     if args.benchmark:
-        network = compressed.network
-        versions = {"compact": padded(network), "compact, exact sizes": padded(network, 1)}
-        if args.round_to > 1:
-            versions[f"compact, multiples of {args.round_to}"] = network
         facts["speeds"] = measure_speeds(
-            compressed, versions, device=choose_device(args.device), dtype=args.dtype, batch=args.batch_size,
+            dense_network(model, compressed), versions_of(compressed, args.round_to), shape,
+            device=choose_device(args.device), dtype=args.dtype, batch=args.batch_size,
             rounds=args.rounds, processor_time=args.processor_time,
         )  # fmt: skip
         for row in facts["speeds"]:

@@ -64,7 +64,9 @@ class CostModel:
         model = self.model
         heads, neurons, dims = ceil_straight_through(s[:, 0]), ceil_straight_through(s[:, 1]), ceil_straight_through(r)
         gone = is_least(head_scores, whole(s[:, 0]))  # (L, H)
-        columns = model.embed_dim - model.head_dim * heads - dims.masked_fill(gone, 0.0).sum(1)
+        columns = model.embed_dim - model.head_dim * heads
+        if model.values_apart:
+            columns = columns - dims.masked_fill(gone, 0.0).sum(1)
         return model.num_heads - heads, columns, model.hidden_dim - neurons
 
     def remaining(
@@ -110,7 +112,11 @@ class CostModel:
 
     def of_structure(self, structure: Structure) -> float:
         """R of what survives: counted by the paper's rules, queries, keys and values by whole heads."""
-        left = [[len(block.heads), block.num_values, len(block.neurons)] for block in structure.blocks]
+        left = []
+        for block in structure.blocks:
+            heads = max(len(block.heads), self.model.least_kept)
+            values = block.num_values if self.model.values_apart else heads * structure.head_dim
+            left.append([heads, values, max(len(block.neurons), self.model.least_kept)])
         run = self.terms.new_tensor([block.runs for block in structure.blocks])
         kept = None if structure.patches is None else self.terms.new_tensor(len(structure.patches))
         embed, terms = self._scaled(self.terms.new_tensor(left), run, kept)

@@ -27,7 +27,7 @@ from common.run.launch import get_world_size
 from common.run.metrics import Record
 from common.run.program import get_logger, is_main
 from uvc.data import Mix
-from uvc.loading import save_masked
+from uvc.loading import file_stem, save_masked
 from uvc.losses import patch_penalty
 from uvc.models.gates import GatedTransformer, count_mask_elements, masked_weights
 from uvc.pruning import group_scores, update_masks_, with_masks
@@ -202,7 +202,7 @@ class JointTraining(Training):
             metrics = measure()
         metrics |= self.report(metrics)
         if self.folder is not None and is_main():
-            self.save(self.folder / f"{self.model_type}_{self.epoch + 1}.pth.tar", metrics)
+            self.save(self.folder / f"{file_stem(self.model_type)}_{self.epoch + 1}.pth.tar", metrics)
         return metrics
 
     # Parts

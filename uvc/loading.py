@@ -13,12 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from common.hosts.opening import create_timm, timm_state
 from common.run.checkpoint import keep_own_heads, load_strict, read_checkpoint, save_atomic, select_state
 from common.run.errors import CheckpointError
 from common.run.program import get_logger
-from uvc.models import MODELS, create
+from uvc.models import MODELS, TIMM, create
 from uvc.models.gates import GatedTransformer, apply_masks_, register_masks
 from uvc.structure import Structure
 
@@ -87,6 +89,8 @@ def load_dense(
     """
     state, _ = read_state(source, prefer_ema=model_type.startswith("t2t"))
     own = model.state_dict()
+    if model_type.startswith(TIMM):
+        state = _in_timms_names(model, state, model_type)
     masks = [key for key in state if key.endswith(".mask")]
     for key in masks:
         weight, mask = f"{key.removesuffix('.mask')}.weight", state.pop(key)
@@ -105,6 +109,15 @@ def load_dense(
             f"{'has none' if 'dist_token' in state else 'has one'}: choose the plain or the distilled name to match"
         )
     load_strict(model, state, allow_missing=OWN, allow_unexpected=("patch_gating",), source=source)
+
+
+def _in_timms_names(model: GatedTransformer, state: Mapping[str, Tensor], model_type: str) -> dict[str, Tensor]:
+    """A checkpoint translated as timm does it, unless it has all that a plain network has in its sizes, or is ours."""
+    own = {key: value for key, value in model.state_dict().items() if not key.endswith(("_gating", ".mask"))}
+    body = [key for key in own if not key.startswith("head")]
+    if all(key in state and state[key].shape == own[key].shape for key in body):
+        return dict(state)
+    return dict(timm_state(model_type.removeprefix(TIMM), model, dict(state)))
 
 
 def load_masked(source: str | os.PathLike[str], model_type: str = "", *, patch: str = "") -> Masked:
@@ -153,6 +166,8 @@ def sizes_of(state: Mapping[str, Tensor], name: str, *, source: str = "checkpoin
     Raises:
         CheckpointError: these are no weights of a DeiT or T2T-ViT, or their width is not that of ``name``.
     """
+    if name.startswith(TIMM):
+        return _sizes_of_timm(state, name.removeprefix(TIMM), source=source)
     try:
         classes, width = state["head.weight"].shape
         positions = state["pos_embed"].shape[1] - 1 - ("dist_token" in state)
@@ -184,6 +199,30 @@ def sizes_of(state: Mapping[str, Tensor], name: str, *, source: str = "checkpoin
         "img_size": patch * side, "patch_size": patch, "in_chans": channels, "distilled": distilled,
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
     }  # fmt: skip
+
+
+def _sizes_of_timm(state: Mapping[str, Tensor], name: str, *, source: str) -> dict[str, Any]:
+    """Classes and resolution, which a name of timm leaves open."""
+    with torch.device("meta"):
+        net = create_timm(name)
+    try:
+        sizes: dict[str, Any] = {"num_classes": state["head.weight"].shape[0]}
+        positions = 0 if net.pos_embed is None else state["pos_embed"].shape[1]
+    except KeyError as error:
+        raise CheckpointError(
+            f"{source}: there is no {error.args[0]!r} in it, so it is not of timm's {name}"
+        ) from error
+    if net.pos_embed is None or positions == net.pos_embed.shape[1]:
+        return sizes
+    side = math.isqrt(patches := positions - (0 if net.no_embed_class else net.num_prefix_tokens))
+    if side * side != patches:
+        raise CheckpointError(f"{source}: {patches} patches are no square; only square images are handled here")
+    return sizes | {"img_size": side * net.patch_embed.patch_size[0]}
+
+
+def file_stem(model_type: str) -> str:
+    """What names of a network's files begin with: ``timm:NAME`` without the colon, which is no letter of a file."""
+    return model_type.replace(":", "-")
 
 
 def name_in(file: str) -> str:

@@ -11,37 +11,55 @@ Not in the official code. The rules (all exact, so that outputs agree to roundin
   gelu(bias), which goes into the bias of ``mlp.fc2``;
 - a patch whose gate is zero still owns its position and takes part in attention: only its embedding is not computed.
   Where the network's own forward pass removes patches, their tokens are not there.
+
+A network of timm stays one: ``prune``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
+from common.hosts.host import channels_of
 from common.measure.benchmark import choose_clock, compare, device_name, random_images
-from common.measure.flops import CONVENTIONS, count_parameters
+from common.measure.flops import CONVENTIONS, Counted, count_operations, count_parameters
+from common.run.errors import UsageError
 from uvc.cost_model import CostModel
-from uvc.models.compact import BlockShape, CompactConfig, CompactViT
+from uvc.models.compact import BlockShape, CompactConfig, CompactViT, fill_, padded, round_up
 from uvc.models.gates import GatedTransformer
 from uvc.models.t2t_vit import GatedT2TViT
+from uvc.models.timm_vit import GatedTimm, check_prunable, keep_blocks_, narrow_, ungated
 from uvc.structure import Structure
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """The compact network and what of the masked one it holds."""
+    """The compact network and what of the masked one it holds.
 
-    network: CompactViT
+    Attributes:
+        network: plain modules; timm's where the masked network's are.
+        name: of the architecture, for information; of a timm network, for building it again.
+    """
+
+    network: CompactViT | VisionTransformer
     structure: Structure
+    name: str = ""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        if isinstance(self.network, CompactViT):
+            return self.network.config.in_chans, *self.network.config.image_size
+        height, width = self.network.patch_embed.img_size
+        return channels_of(self.network), height, width
 
 
-@torch.no_grad()
 def compress(model: GatedTransformer, *, multiple: int = 1, drop_patches: bool = False, name: str = "") -> Compressed:
     """Remove what masks and gates switch off.
 
@@ -50,7 +68,7 @@ def compress(model: GatedTransformer, *, multiple: int = 1, drop_patches: bool =
         multiple: pad kept value dimensions of a layer and kept neurons to multiples of this by zeros.
         drop_patches: also take tokens of patches whose gate is below one half out of the sequence. This changes the
             outputs, unless the model's own forward pass does so: fine-tune afterwards.
-        name: of the architecture, for information.
+        name: of the architecture.
 
     Returns:
         The compact network in evaluation mode, in the model's precision and on its device.
@@ -61,10 +79,82 @@ def compress(model: GatedTransformer, *, multiple: int = 1, drop_patches: bool =
     if model.gates.block_gating:
         raise ValueError("the blocks' gates are soft (block_gating is on): only hard gates can be removed")
     structure = Structure.from_model(model, remove_patches=drop_patches or None)
+    if isinstance(model, GatedTimm):
+        return Compressed(prune(model, structure, multiple=multiple).eval(), structure, name)
+    config = config_of(model, structure, multiple, name)
+    state, sources = _kept_state(model, structure)
+    if config.patch_scale:
+        assert model.patch_gating is not None
+        scale = model.patch_gating.detach().sigmoid()
+        state["patch_scale"] = scale if config.positions is None else scale[:, list(config.positions)]
+    network = CompactViT(config).to(model.cls_token).eval()  # pyright: ignore[reportCallIssue, reportArgumentType]
+    return Compressed(network.fill_(state, sources), structure, name)
+
+
+def prune(model: nn.Module, structure: Structure | Mapping[str, Any], *, multiple: int = 1) -> VisionTransformer:
+    """A plain ViT of timm less heads, neurons and blocks: the model's own class, smaller, with plain modules.
+
+    What is left computes what ``model`` does with the columns of ``attn.proj`` and ``mlp.fc2`` that go set to zero and
+    without the blocks that are skipped. Single dimensions that go from a head that stays are zeros, as timm's heads
+    have as many values as queries; a block of which no head or neuron is left keeps one of zeros.
+
+    Args:
+        model: timm's ``VisionTransformer`` or a subclass, or a gated one with its masks. Untouched.
+        structure: what to keep; also as the dict that ``uvc/compress.py`` writes as JSON.
+        multiple: pad kept neurons to multiples of this by zeros.
+
+    Returns:
+        A network in the model's precision and mode, on its device.
+
+    Raises:
+        NotAHost: a module hinders it; the message names it and says why.
+        UsageError: the structure is of another network, or keeps no block.
+        ValueError: the dict is no structure.
+    """
+    if isinstance(structure, Mapping):
+        structure = Structure.from_dict(structure.get("structure", structure))
+    net = ungated(model)
+    check_prunable(net)
+    _check_fits(net, structure)
+    state, sources = _kept_state(model, structure)
+    targets: dict[str, Sequence[int]] = {}
+    for place, index in enumerate(structure.running):
+        kept, width, name = structure.blocks[index], structure.head_dim, f"blocks.{place}."
+        heads = max(len(kept.heads), 1)
+        narrow_(net.blocks[index], heads, round_up(max(len(kept.neurons), 1), multiple))
+        values = [place * width + dim for place, dims in enumerate(kept.dims) for dim in dims]
+        keys = range(len(kept.heads) * width)
+        first = heads * width
+        targets[f"{name}attn.qkv"] = [*keys, *(first + row for row in keys), *(2 * first + row for row in values)]
+        targets[f"{name}attn.proj"] = values
+        targets[f"{name}mlp.fc1"] = targets[f"{name}mlp.fc2"] = range(len(kept.neurons))
+    keep_blocks_(net, structure.running)
+    fill_(net, state, sources, targets)
+    return net.train(model.training)
+
+
+def _check_fits(net: VisionTransformer, structure: Structure) -> None:
+    block: Any = net.blocks[0]
+    own = {
+        "embed_dim": net.embed_dim, "num_heads": block.attn.num_heads, "hidden_dim": block.mlp.fc1.out_features,
+        "blocks": len(net.blocks),
+    }  # fmt: skip
+    other = {name: getattr(structure, name) for name in own} | {"blocks": len(structure.blocks)}
+    if wrong := [f"{name} {other[name]} instead of {own[name]}" for name in own if own[name] != other[name]]:
+        raise UsageError(f"the structure is of another network than this {type(net).__name__}: {', '.join(wrong)}")
+    if structure.patches is not None:
+        raise UsageError("the structure removes patches, for which a network of timm has no place")
+    if not structure.running:
+        raise UsageError("the structure skips every block: nothing but the embedding would be left")
+
+
+def _kept_state(model: nn.Module, structure: Structure) -> tuple[dict[str, Tensor], dict[str, Sequence[int]]]:
+    """Weights with blocks renumbered, and where each layer of theirs holds what is kept."""
     state = _folded_state(model, structure)
-    state["pos_embed"] = _kept_positions(state["pos_embed"], structure)
+    if structure.patches is not None:
+        state["pos_embed"] = _kept_positions(state["pos_embed"], structure)
     sources: dict[str, Sequence[int]] = {}
-    for place, index in enumerate(structure.running):  # blocks are renumbered
+    for place, index in enumerate(structure.running):
         old, new, block = f"blocks.{index}.", f"blocks.{place}.", structure.blocks[index]
         state |= {new + key.removeprefix(old): state[key] for key in list(state) if key.startswith(old)}
         state |= {f"{new}attn.bias": state[f"{new}attn.proj.bias"], f"{new}mlp.bias": state[f"{new}mlp.fc2.bias"]}
@@ -73,16 +163,11 @@ def compress(model: GatedTransformer, *, multiple: int = 1, drop_patches: bool =
         sources[f"{new}attn.qkv"] = [*keys, *(width + row for row in keys), *(2 * width + row for row in columns)]
         sources[f"{new}attn.proj"] = columns
         sources[f"{new}mlp.fc1"] = sources[f"{new}mlp.fc2"] = block.neurons
-    config = config_of(model, structure, multiple, name)
-    if config.patch_scale:
-        assert model.patch_gating is not None
-        scale = model.patch_gating.sigmoid()
-        state["patch_scale"] = scale if config.positions is None else scale[:, list(config.positions)]
-    network = CompactViT(config).to(model.cls_token).eval()  # pyright: ignore[reportCallIssue, reportArgumentType]
-    return Compressed(network.fill_(state, sources), structure)
+    return state, sources
 
 
-def _folded_state(model: GatedTransformer, structure: Structure) -> dict[str, Tensor]:
+@torch.no_grad()
+def _folded_state(model: nn.Module, structure: Structure) -> dict[str, Tensor]:
     """State dict with masks multiplied in, and with what is constant under them added to the biases behind it."""
     state = {key: value.detach() for key, value in model.state_dict().items()}
     for key in [key for key in state if key.endswith(".mask")]:
@@ -95,8 +180,8 @@ def _folded_state(model: GatedTransformer, structure: Structure) -> dict[str, Te
             dead = (mask[2 * structure.embed_dim :] == 0).all(1)  # (D,): value dimensions without a row
             constant = state[f"{attn}proj.weight"] @ (bias[2 * structure.embed_dim :] * dead)
             state[f"{attn}proj.bias"] = state[f"{attn}proj.bias"] + constant
-        neurons = list(block.constant_neurons)
-        constant = state[f"{mlp}fc2.weight"][:, neurons] @ F.gelu(state[f"{mlp}fc1.bias"][neurons])
+        neurons, act = list(block.constant_neurons), model.get_submodule(f"{mlp}act")
+        constant = state[f"{mlp}fc2.weight"][:, neurons] @ act(state[f"{mlp}fc1.bias"][neurons])
         state[f"{mlp}fc2.bias"] = state[f"{mlp}fc2.bias"] + constant
     return state
 
@@ -162,15 +247,39 @@ def dense_config(config: CompactConfig, structure: Structure) -> CompactConfig:
     return replace(config, blocks=blocks, positions=None, drop_tokens=False, skipped_first=0)
 
 
+def dense_network(model: GatedTransformer, compressed: Compressed) -> CompactViT | VisionTransformer:
+    """The network before removal as the compact one is built: what a speed-up is measured against; random weights."""
+    if isinstance(compressed.network, CompactViT):
+        return CompactViT(dense_config(compressed.network.config, compressed.structure))
+    return ungated(model)
+
+
+def versions_of(compressed: Compressed, multiple: int) -> dict[str, nn.Module]:
+    """The compact network in the forms that differ in speed, by name; ``multiple`` is what it was padded to."""
+    network = compressed.network
+    if not isinstance(network, CompactViT):
+        return {"compact": network}
+    versions: dict[str, nn.Module] = {"compact": padded(network), "compact, exact sizes": padded(network, 1)}
+    return versions | ({f"compact, multiples of {multiple}": network} if multiple > 1 else {})
+
+
+def count(network: nn.Module, image_shape: tuple[int, int, int]) -> Counted:
+    """Operations of one image, without weights or data; of a timm network all that it executes is published."""
+    if isinstance(network, CompactViT):
+        return network.count()
+    dtype = next(network.parameters()).dtype
+    return count_operations(network, torch.empty(1, *image_shape, dtype=dtype, device="meta"))
+
+
 def costs_of(model: GatedTransformer, compressed: Compressed) -> dict[str, float]:
-    """Counted by the paper's rules and really there: GMACs, share of the dense network, parameters."""
-    cost, network = CostModel(model, dtype=torch.float64), compressed.network
+    """Counted by the cost model and really there: GMACs, share of the dense network, parameters."""
+    cost, network, shape = CostModel(model, dtype=torch.float64), compressed.network, compressed.image_shape
     ratio, full = cost.of_structure(compressed.structure), float(cost.full)
     with torch.device("meta"):
-        dense = CompactViT(dense_config(network.config, compressed.structure))
+        dense = dense_network(model, compressed)
     rules = CONVENTIONS["uvc"]
-    counted = network.count()
-    real, real_full = rules.total(counted.published), rules.total(dense.count().published)
+    counted = count(network, shape)
+    real, real_full = rules.total(counted.published), rules.total(count(dense, shape).published)
     return {
         "remaining_percent": 100 * ratio,
         "counted_gmacs": ratio * full / 1e9,
@@ -184,8 +293,9 @@ def costs_of(model: GatedTransformer, compressed: Compressed) -> dict[str, float
 
 
 def measure_speeds(
-    compressed: Compressed,
-    versions: dict[str, CompactViT],
+    dense: nn.Module,
+    versions: Mapping[str, nn.Module],
+    image_shape: tuple[int, int, int],
     *,
     device: torch.device,
     dtype: str,
@@ -196,18 +306,18 @@ def measure_speeds(
     """Speed-up of each version over the dense network, and what of the counted saving it realises.
 
     Args:
-        compressed, versions: the network, and forms of it by name.
+        dense, versions: the network before removal, and forms of the compact one by name.
+        image_shape: of an image.
         device, dtype, batch, rounds: of the passes, all networks in turns.
         processor_time: time what one thread of a CPU computes instead of the time that passes.
     """
-    config = compressed.network.config
-    networks = {"dense": CompactViT(dense_config(config, compressed.structure))} | versions
+    networks = {"dense": dense, **versions}
     networks = {name: deepcopy(network).to(device, getattr(torch, dtype)).eval() for name, network in networks.items()}
-    images = random_images(batch, config.image_size[0], device, getattr(torch, dtype))
+    images = random_images(batch, image_shape[1], device, getattr(torch, dtype))
     clock = choose_clock(processor_time, device)
     where = device_name(device) + (", processor time, 1 thread" if processor_time else "")
     speeds = compare(networks, images, baseline="dense", rounds=rounds, progress="benchmark", clock=clock)
-    macs = {name: CONVENTIONS["uvc"].total(network.count().published) for name, network in networks.items()}
+    macs = {name: CONVENTIONS["uvc"].total(count(net, image_shape).published) for name, net in networks.items()}
     rows = []
     for name, paired in speeds.items():
         share, speed = macs[name] / macs["dense"], paired.speed

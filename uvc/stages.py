@@ -24,7 +24,7 @@ from uvc.cost_model import CostModel
 from uvc.data import build_mix, open_batches
 from uvc.draw_structure import draw_structure
 from uvc.engine import FineTuning, JointTraining
-from uvc.loading import Masked, save_masked
+from uvc.loading import Masked, file_stem, save_masked
 from uvc.models import input_size
 from uvc.models.gates import GatedTransformer
 from uvc.schedules import warmup_factor
@@ -59,7 +59,7 @@ def learn(settings: JointRun, world: World) -> dict[str, Any]:
         model, world, run, optimizer=optimizer, schedule=scheduler,
         epochs=course.num_epochs + course.official, clip_grad=settings.optimizer.clip_grad,
         arguments=settings.arguments, extra={"uvc": primal_dual}, metric=None, broadcast_buffers=False,
-        find_unused_parameters=model.num_prefix_tokens == 2 and criterion.kind == "none",
+        find_unused_parameters=model.dist_token is not None and criterion.kind == "none",
         own_backward=True, schedule_every="step",
     )  # fmt: skip
     training = JointTraining(
@@ -138,7 +138,7 @@ def fine_tune(
     trainer = build_run(
         model, world, run, optimizer=replace(settings.optimizer, lr=rate), schedule=settings.schedule,
         arguments=settings.arguments, broadcast_buffers=False, own_backward=True,
-        find_unused_parameters=model.num_prefix_tokens == 2 and criterion.kind == "none",
+        find_unused_parameters=model.dist_token is not None and criterion.kind == "none",
     )  # fmt: skip
     state, manager, tuning.network = trainer.state, trainer.manager, trainer.network
     if run.resume:
@@ -152,7 +152,7 @@ def fine_tune(
         better = manager is not None and manager.improves(metrics["top1_percent"], state.progress.best)
         if better and folder is not None and is_main():
             save_masked(
-                folder / f"{masked.model_type}.pth.tar", model, model_type=masked.model_type,
+                folder / f"{file_stem(masked.model_type)}.pth.tar", model, model_type=masked.model_type,
                 patch_mode=model.gates.patch, epoch=state.progress.epoch + 1, metrics={**metrics, **cost},
             )  # fmt: skip
         return metrics

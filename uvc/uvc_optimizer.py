@@ -157,7 +157,7 @@ class PrimalDual:
             wanted.append(model.block_skip_gating)
         if self.patches is not None:
             wanted.append(self.patches)
-        by_s, by_r, *by_gates = torch.autograd.grad(excess, wanted, allow_unused=True)
+        by_s, by_r, *by_gates = torch.autograd.grad(excess, wanted, materialize_grads=True)
 
         # 4. Gradients of the Lagrangian with respect to s and r.
         with torch.enable_grad():
@@ -194,13 +194,12 @@ class PrimalDual:
         """T_{ceil r} of the dimensions of each head, (L, H)."""
         return least_sum(scores.dims, self.r)
 
-    def _step_gates(self, by_gates: Tensor | None) -> None:
+    def _step_gates(self, by_gates: Tensor) -> None:
         gates, settings = self.model.block_skip_gating, self.settings
         gradient = torch.zeros_like(gates)
         if gates.grad is not None:  # an overflow under fp16 must not reach the momentum
             gradient += torch.nan_to_num(gates.grad, posinf=0.0, neginf=0.0)
-        if by_gates is not None:
-            gradient += self.z * settings.gating_weight * by_gates
+        gradient += self.z * settings.gating_weight * by_gates
         self.gate_total.add_(gradient, alpha=self.count % settings.gating_interval)
         self.gate_count += 1
         if (self.count + 1) % settings.gating_interval == 0:
@@ -208,10 +207,9 @@ class PrimalDual:
             self.epoch_start()
             self.optimizers["gates"].step()
 
-    def _step_patches(self, patches: Tensor, by_patches: Tensor | None) -> None:
+    def _step_patches(self, patches: Tensor, by_patches: Tensor) -> None:
         patches.grad = torch.zeros_like(patches) if patches.grad is None else patches.grad.nan_to_num(0.0, 0.0, 0.0)
-        if by_patches is not None:
-            patches.grad.add_(self.z * self.settings.patch_weight * by_patches)
+        patches.grad.add_(self.z * self.settings.patch_weight * by_patches)
         self.optimizers["patches"].step()
 
     # Checkpoints

@@ -169,11 +169,34 @@ def _random(why: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------- timm
 
 
+def known_timm(name: str) -> str:
+    """The name, if timm has such a network.
+
+    Raises:
+        UsageError: naming near ones.
+    """
+    if not timm.is_model(name):
+        raise UsageError(f"timm has no network {name!r}{_near(name, timm.list_models(pretrained=False))}")
+    return name
+
+
+def create_timm(name: str, **options: Any) -> Any:
+    """``timm.create_model``, and its errors in a sentence: a name or an option that timm does not know.
+
+    Raises:
+        UsageError: saying which.
+    """
+    try:
+        return timm.create_model(known_timm(name), **options)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        given = ", ".join(f"{key}={value}" for key, value in options.items())
+        raise UsageError(f"timm cannot build {name} with {given}: {error}") from error
+
+
 def _open_timm(name: str, image_size: int | None, weights: Path | None) -> _Found:
     if not timm.is_model(name) and name.endswith(".py"):
         raise UsageError(f"cannot open {name!r}: expected {name}:FUNCTION, a function that returns a network")
-    if not timm.is_model(name):
-        raise UsageError(f"timm has no network {name!r}{_near(name, timm.list_models(pretrained=False))}")
+    known_timm(name)
     options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     text, trained = f"{weights}", True
     state = None if weights is None else select_state(read_checkpoint(weights), source=str(weights))

@@ -6,11 +6,15 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import timm
+
+from common.hosts.opening import create_timm, known_timm
 from common.run.errors import UsageError
 from common.sizes import DEIT, T2T_VIT
 from uvc.models.deit import GatedDeiT
-from uvc.models.gates import GatedTransformer
+from uvc.models.gates import GatedTransformer, check_patches_fill
 from uvc.models.t2t_vit import GatedT2TViT
+from uvc.models.timm_vit import gate_blocks
 
 DESK = {"img_size": 32, "patch_size": 4, "num_classes": 10, "embed_dim": 64, "depth": 6, "num_heads": 4}
 
@@ -45,6 +49,10 @@ _REFUSED: tuple[tuple[str, str], ...] = (
 )
 
 
+TIMM = "timm:"
+"""What the name of one of timm's networks begins with here."""
+
+
 def look_up(name: str) -> tuple[Callable[..., GatedTransformer], dict[str, Any]]:
     """Class and arguments of a network.
 
@@ -61,6 +69,9 @@ def look_up(name: str) -> tuple[Callable[..., GatedTransformer], dict[str, Any]]
 
 def input_size(name: str) -> int:
     """Side of a network's input in pixels, where nothing else is asked for; raises as ``look_up`` does."""
+    if name.startswith(TIMM):
+        config: Any = timm.models.get_pretrained_cfg(known_timm(name.removeprefix(TIMM)))
+        return config.input_size[-1] if config else 224
     return look_up(name)[1].get("img_size", 224)
 
 
@@ -68,8 +79,16 @@ def create(name: str, **options: Any) -> GatedTransformer:
     """A backbone with random weights.
 
     Args:
-        name: a key of ``MODELS``.
+        name: a key of ``MODELS``, or ``timm:NAME`` for any plain Vision Transformer of timm.
         options: replace the arguments of its class, for instance ``num_classes``; None leaves one as it is.
+
+    Raises:
+        UsageError: as ``look_up``; a ``NotAHost`` names the module for which a network of timm cannot be pruned.
     """
+    options = {key: value for key, value in options.items() if value is not None}
+    if name.startswith(TIMM):
+        model = gate_blocks(create_timm(name.removeprefix(TIMM), **options))
+        check_patches_fill(model.image_size, model.patch_embed.patch_size[0])
+        return model
     make, arguments = look_up(name)
-    return make(**arguments | {key: value for key, value in options.items() if value is not None})
+    return make(**arguments | options)

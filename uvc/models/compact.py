@@ -327,27 +327,9 @@ class CompactViT(nn.Module):
             for layer, held in block.places().items()
         }
 
-    @torch.no_grad()
     def fill_(self, state: Mapping[str, Tensor], sources: Mapping[str, Sequence[int]]) -> "CompactViT":
-        """Copy weights in; padding becomes zero.
-
-        Args:
-            state: weights by this network's names; others are not looked at.
-            sources: where ``state`` holds what each layer of ``places`` keeps.
-        """
-        targets = self.places()
-        for name, parameter in self.named_parameters():
-            layer, kind = name.rpartition(".")[::2]
-            by_columns = layer.endswith(("proj", "fc2"))
-            if layer not in targets or (by_columns and kind == "bias"):
-                parameter.copy_(state[name])
-                continue
-            parameter.zero_()
-            source, target = list(sources[layer]), targets[layer]
-            if by_columns:
-                parameter[:, target] = state[name][:, source]
-            else:
-                parameter[target] = state[name][source]
+        """``fill_`` with the layers of ``places``."""
+        fill_(self, state, sources, self.places())
         return self
 
     def count(self) -> Counted:
@@ -364,6 +346,35 @@ class CompactViT(nn.Module):
         size = (1, self.config.in_chans, *self.config.image_size)
         images = torch.empty(size, dtype=self.cls_token.dtype, device="meta")
         return count_operations(self, images, published=dict.fromkeys(heads, as_head))
+
+
+@torch.no_grad()
+def fill_(
+    network: nn.Module,
+    state: Mapping[str, Tensor],
+    sources: Mapping[str, Sequence[int]],
+    targets: Mapping[str, Sequence[int]],
+) -> None:
+    """Copy weights in; what is not named in a layer of ``targets`` becomes zero.
+
+    Args:
+        network: takes them.
+        state: weights by the network's names; others are not looked at.
+        sources, targets: by layer, rows of the weight and the bias, or columns of the weight (``proj``, ``fc2``): where
+            ``state`` holds what is kept, and where the network does.
+    """
+    for name, parameter in network.named_parameters():
+        layer, kind = name.rpartition(".")[::2]
+        by_columns = layer.endswith(("attn.proj", "fc2"))
+        if layer not in targets or (by_columns and kind == "bias"):
+            parameter.copy_(state[name])
+            continue
+        parameter.zero_()
+        source, target = list(sources[layer]), list(targets[layer])
+        if by_columns:
+            parameter[:, target] = state[name][:, source]
+        else:
+            parameter[target] = state[name][source]
 
 
 def padded(network: CompactViT, multiple: int = LANES, *, full_values: bool = False) -> CompactViT:

@@ -138,11 +138,15 @@ class GatedTransformer(nn.Module):
             which waits for the device.
         kept_patches: the same for the patches of ``patch = "remove"``.
         embeds_patches_apart: a patch that is removed need not be embedded either.
+        values_apart: a head can have fewer value dimensions than queries, so that single ones save something.
+        least_kept: heads and neurons that every block executes, whatever is removed.
     """
 
     image_size: tuple[int, int]
     num_patches: int
     embeds_patches_apart = True
+    values_apart = True
+    least_kept = 0
     patch_gating: nn.Parameter | None
     cls_token: nn.Parameter
     dist_token: nn.Parameter | None
@@ -160,6 +164,10 @@ class GatedTransformer(nn.Module):
         self.embed_dim, self.num_heads, self.num_classes = embed_dim, num_heads, num_classes
         self.hidden_dim = int(embed_dim * mlp_ratio)
         self.num_prefix_tokens = 2 if distilled else 1
+        self.add_gates(depth)
+
+    def add_gates(self, depth: int) -> None:
+        """Gates of the blocks, which run; none of patches."""
         self.gates = GateSettings()
         self.block_skip_gating = nn.Parameter(torch.tensor([-1.0, 1.0]).repeat(depth, 1))
         self.register_parameter("patch_gating", None)

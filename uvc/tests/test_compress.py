@@ -39,7 +39,7 @@ def test_from_a_published_file_to_every_format(checkpoint, tmp_path, capsys):
     model = load_masked(checkpoint).model
     apply_masks_(model)
     compact = load_compact(f"{out}.safetensors")
-    images = example_images(compact.network.config)
+    images = example_images(compact.image_shape)
     with torch.no_grad():
         want = model(images)
         assert (compact.network(images) - want).abs().max() < 1e-5 * want.abs().max()
@@ -80,8 +80,8 @@ def test_timm_gives_the_same_logits(distilled):
     with torch.no_grad():
         blocks_of(model)[0].attn.proj.get_buffer("mask").zero_()
         blocks_of(model)[1].mlp.fc2.get_buffer("mask").zero_()
-        network = compress(model, multiple=8).network
-        images = example_images(network.config).double()
+        compressed = compress(model, multiple=8)
+        network, images = compressed.network, example_images(compressed.image_shape).double()
         assert (to_timm(network)(images) - network(images)).abs().max() < 1e-12
 
 
@@ -97,7 +97,7 @@ def test_a_network_without_pruned_dimensions_is_timm_s_by_its_keys(tmp_path):
     path, _ = save_compact(compressed, tmp_path / "plain")
     timm = VisionTransformer(img_size=16, patch_size=4, num_classes=10, embed_dim=64, depth=2, num_heads=4).double()
     timm.load_state_dict(load_safely(path))
-    images = example_images(compressed.network.config).double()
+    images = example_images(compressed.image_shape).double()
     with torch.no_grad():
         assert (timm.eval()(images) - compressed.network(images)).abs().max() < 1e-12
 
