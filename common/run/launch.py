@@ -11,6 +11,7 @@ import contextlib
 import os
 import random
 import re
+import secrets
 import socket
 import sys
 import threading
@@ -34,6 +35,8 @@ ANSWER_S = 6.0
 """How long rank 0 may take to answer who has reached its port, in seconds."""
 SIZE, RANK = "leanvit/size", "leanvit/rank {}"
 """Keys of the store: of how many processes the job is, and which of them have come."""
+HERE, JOB = "leanvit/here {}", "leanvit/job"
+"""Keys of torchrun's store, which outlives its processes: a name that each rank chose, and the names of one attempt."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,8 @@ def _meet(place: _Place, wait_s: float) -> Any:
     try:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             meet: Any = dist.rendezvous  # pyright: ignore[reportPrivateImportUsage] - documented, but not in __all__
-            return next(iter(meet("env://", place.rank, place.size, timeout=timedelta(seconds=wait_s))))[0]
+            store = next(iter(meet("env://", place.rank, place.size, timeout=timedelta(seconds=wait_s))))[0]
+            return _own_part(store, place, wait_s)
         return _open_store(host, port, place, wait_s)
     except (RuntimeError, ValueError, OSError) as error:
         if isinstance(error, LaunchError):
@@ -192,6 +196,35 @@ def _meet(place: _Place, wait_s: float) -> Any:
             f"processes at {host}:{port} (MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0]}. Are all "
             f"{place.size} processes started, and is the port free and open?"
         ) from error
+
+
+def _own_part(store: Any, place: _Place, wait_s: float) -> Any:
+    """A part of torchrun's store for the processes that run now.
+
+    The store still holds what processes said that were killed and started again: who believed an old address would wait
+    for ever. So each chooses a name, rank 0 lists the names that it sees until all of them are of today, and the list
+    names the part. A number of the attempt would not do: agents of several machines count differently.
+
+    Raises:
+        RuntimeError: naming the ranks that did not come.
+    """
+    mine, end = secrets.token_hex(8), time.monotonic() + wait_s
+    store.set(HERE.format(place.rank), mine)
+    names: list[str] = []
+    while time.monotonic() < end:
+        keys = [HERE.format(rank) for rank in range(place.size)]
+        if not place.rank and store.check(keys):
+            store.set(JOB, " ".join(store.get(key).decode() for key in keys))
+        names = store.get(JOB).decode().split() if store.check([JOB]) else []
+        if len(names) == place.size and names[place.rank] == mine:
+            part = dist.PrefixStore(" ".join(names), store)
+            part.set(mine, "")
+            if part.check(names):
+                return part
+        time.sleep(0.02)
+    part = dist.PrefixStore(" ".join(names), store)
+    missing = [rank for rank in range(place.size) if not (rank < len(names) and part.check([names[rank]]))]
+    raise RuntimeError(f"ranks {', '.join(map(str, missing))} did not come")
 
 
 def _open_store(host: str, port: int, place: _Place, wait_s: float) -> Any:
