@@ -71,7 +71,7 @@ def draw_selection(image: Image.Image, states: Tensor) -> Image.Image:
         share = TINT_SHARE[state]
         tinted = (1 - share) * grey + share * np.array(colour) / 255
         pixels = np.where((map_of_states == state)[..., None], tinted, pixels)
-    return Image.fromarray(np.uint8(np.rint(pixels * 255)))
+    return Image.fromarray(np.rint(pixels * 255).astype(np.uint8))
 
 
 def patch_side_of(image: Image.Image, patches: Tensor) -> int:

@@ -63,7 +63,7 @@ def make_visualization(
     mean = np.stack([np.bincount(flat, pixels[..., i].ravel(), number) / count for i in range(3)], axis=1)
     rim = np.array(generate_colormap(number))
     painted = np.where(inside_group(labels)[..., None], mean[labels], rim[labels])
-    return Image.fromarray(np.uint8(painted * 255))
+    return Image.fromarray((painted * 255).astype(np.uint8))
 
 
 def enlarge(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
