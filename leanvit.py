@@ -24,13 +24,8 @@ from common.hosts.network import load as load_object
 __all__ = ["Lean", "Method", "NotAHost", "PlanError", "explain", "lean", "load", "save"]
 
 FROM_PAPERS = {
-    "prune": "uvc.removal:prune",
-}
-"""Functions from network to network, before any token method."""
-
-
-FROM_PAPERS = {
     "cascade": "dvt.networks:cascade",
+    "prune": "uvc.removal:prune",
     "slice_width": "scala.standalone:slice_width",
 }
 """Functions from network to network, before any token method."""
