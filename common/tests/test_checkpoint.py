@@ -1,5 +1,6 @@
 import argparse
 import collections
+import contextlib
 import hashlib
 import http.client
 import http.server
@@ -14,6 +15,7 @@ import socket
 import struct
 import threading
 import time
+import types
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -810,3 +812,31 @@ def test_a_head_for_other_classes_stays_the_models_own(
     assert torch.equal(kept["head.weight"], model.state_dict()["head.weight"])
     assert torch.equal(kept["head.bias"], torch.ones(2))
     assert "f.pth: head.weight is for 5 classes, the network has 2" in caplog.text
+
+
+@pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt, OSError])
+def test_what_interrupts_the_writing_of_a_checkpoint_is_what_is_raised(raised, tmp_path, monkeypatch):
+    """A handler of a signal may end the process in the middle of torch's writer, which then complains of its own."""
+    path = tmp_path / "state.pth"
+    save_atomic({"x": torch.zeros(3)}, path)
+    before = path.read_bytes()
+
+    @contextlib.contextmanager
+    def interrupted(path):
+        with replacing(path) as file:
+            write = file.write
+
+            def fail(content):
+                if file.tell() > 10_000:
+                    raise raised("in between")
+                return write(content)
+
+            yield types.SimpleNamespace(
+                **{name: getattr(file, name) for name in ("tell", "seek", "read", "flush")}, write=fail
+            )
+
+    monkeypatch.setattr("common.run.checkpoint.writing.replacing", interrupted)
+    with pytest.raises(raised, match="in between"):
+        save_atomic({f"w{n}": torch.randn(1000) for n in range(20)}, path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["state.pth"]

@@ -56,7 +56,7 @@ def test_an_image_has_no_development_tools(image: str) -> None:
 
 
 def test_the_cuda_image_builds_its_operators_for_gpus_or_fails() -> None:
-    assert "RUN LEANVIT_OPERATORS=cuda TOME_OPERATORS=cuda make operators" in (ROOT / IMAGES[1]).read_text()
+    assert "RUN LEANVIT_OPERATORS=cuda make operators" in (ROOT / IMAGES[1]).read_text()
 
 
 def test_the_cpu_image_takes_the_address_of_a_torch_without_cuda() -> None:
@@ -82,7 +82,7 @@ def test_the_steps_run_in_a_clean_folder(image: str, tmp_path: Path) -> None:
         if (ROOT / line).is_file():
             shutil.copy(ROOT / line, folder / line)
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    environment |= {"EXTRAS": " ".join(extras_of(image)), "LEANVIT_OPERATORS": "none", "TOME_OPERATORS": "none"}
+    environment |= {"EXTRAS": " ".join(extras_of(image)), "LEANVIT_OPERATORS": "none"}
     base = getattr(sys, "_base_executable", sys.executable)
     for line in steps(image, "RUN")[1:]:
         done = subprocess.run(f"{line} PYTHON={base}", shell=True, cwd=folder, env=environment, capture_output=True,

@@ -315,7 +315,11 @@ def test_failure_on_one_rank_ends_the_job_with_its_error(launcher: str, rank: in
         (["--fail-rank=9", "--how=mistake"], 2, ["error: give --less"]),
         (["--fail-rank=1", "--how=mistake"], 2, ["[rank 1] error: give --less"]),
         (["--fail-rank=0", "--how=exit"], 3, []),
-        (["--no-such-flag"], 2, ["place_job.py: error: unrecognized arguments: --no-such-flag"]),
+        (
+            ["--no-such-flag"],
+            2,
+            ["place_job.py: error: unrecognized arguments: --no-such-flag; --help shows all flags"],
+        ),
     ],
 )
 @pytest.mark.parametrize("launcher", ["ours", "torchrun"])

@@ -153,7 +153,7 @@ def test_failures_are_in_the_report(filled):
 
 def test_names_of_devices_cannot_write_html(tmp_path):
     write_paper(tmp_path)
-    name = "x <script>alert(1)</script>\n<b>GPU</b>"
+    name = "x <script>alert(1)</script> <b>GPU</b>"
     measured = record("dense", "fps", 50.0)
     write_records(tmp_path, "evil", [measured], kind="cuda", created="2026-01-01T00:00:00")
     path = tmp_path / "fakepaper" / "results" / "evil.json"

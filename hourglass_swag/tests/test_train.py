@@ -89,6 +89,6 @@ def test_a_size_that_patches_do_not_fill_and_an_output_that_is_a_file_are_refuse
         train.main([*words, "-r", "33"])
     (tmp_path / "file").write_text("kept")
     for folder in ("file", "file/inside"):
-        with pytest.raises(UsageError, match=r"cannot make the output folder .*file.*; name another"):
+        with pytest.raises(UsageError, match=r"no place for the output: .*file is a file, not a folder; name another"):
             train.main([*words, "--output-dir", str(tmp_path / folder)])
     assert (tmp_path / "file").read_text() == "kept"

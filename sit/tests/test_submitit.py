@@ -77,7 +77,7 @@ def test_a_failure_is_reported_as_one(words: list[str], tmp_path: Path, monkeypa
     args = script.parse_args([*words, "--teacher-path", "nowhere.pth", "--output_dir", str(tmp_path / "%j")])
     with pytest.raises(RuntimeError, match=r"nowhere\.pth: no such file"):
         script.Trainer(args)()
-    assert (tmp_path / "12").is_dir()
+    assert not (tmp_path / "12").exists(), "a mistake leaves nothing"
 
 
 def test_folders(tmp_path: Path, monkeypatch) -> None:

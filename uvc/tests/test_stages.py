@@ -398,7 +398,10 @@ def test_what_ships_inside_needs_no_folder(name):
         ([*DIGITS, *FREE, "--model_type", "deit_tiny_patch16_224_half"], "without a configuration"),
         ([*DIGITS, *FREE, "--model_type", "t2t_vit_t_14"], "does not count"),
         ([*DIGITS, *FREE, "--model_type", "resnet50"], "unknown model 'resnet50'"),
-        ([*DIGITS, "--pretrained", "0", "--teacher-model", "resnet50", "--teacher-path", "x"], "must be a deit or t2t"),
+        (
+            [*DIGITS, "--pretrained", "0", "--teacher-model", "resnet50", "--teacher-path", "x"],
+            "must be a deit, t2t or timm",
+        ),
         ([*DIGITS, "--distillation-type", "none", "--model_path", "nowhere.pth"], r"nowhere\.pth: no such file"),
         (["--data_dir", "nowhere", "--device", "cpu"], "nowhere"),
     ],

@@ -6,6 +6,7 @@ import argparse
 import collections
 import os
 import pathlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,12 +69,15 @@ def save_atomic(obj: Any, path: str | os.PathLike[str]) -> Path:
     """
     path = Path(path)
     content = plain(obj)
+    outer = sys.exc_info()[1]
     with replacing(path) as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # of torch's writer, which fails again when it ends after the system's error
+        except RuntimeError as error:  # of torch's writer, which fails again when it ends after an error, or a signal's
             first = error.__context__
-            raise first if isinstance(first, OSError) else OSError(str(error).partition("\n")[0]) from error
+            if first is None or first is outer:
+                raise OSError(str(error).partition("\n")[0]) from error
+            raise first from None
         seal(file)
     return path
 
