@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] - documented, but not in __all__
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage] - documented, but not in __all__
 
 from common.run import program
 from common.run.errors import LaunchError
@@ -217,12 +217,12 @@ def _own_part(store: Any, place: _Place, wait_s: float) -> Any:
             store.set(JOB, " ".join(store.get(key).decode() for key in keys))
         names = store.get(JOB).decode().split() if store.check([JOB]) else []
         if len(names) == place.size and names[place.rank] == mine:
-            part = dist.PrefixStore(" ".join(names), store)
+            part = PrefixStore(" ".join(names), store)
             part.set(mine, "")
             if part.check(names):
                 return part
         time.sleep(0.02)
-    part = dist.PrefixStore(" ".join(names), store)
+    part = PrefixStore(" ".join(names), store)
     missing = [rank for rank in range(place.size) if not (rank < len(names) and part.check([names[rank]]))]
     raise RuntimeError(f"ranks {', '.join(map(str, missing))} did not come")
 
