@@ -20,6 +20,7 @@ FORMS = {
 }
 """Values of ``scatter``: how tokens are matched and merged into the rows they join. All give the same result."""
 
+HAS_KERNELS = torch.version.cuda is not None and find_spec("triton") is not None
 MAX_TOKENS = 8192
 """The choice holds all proposals of an image at once."""
 
@@ -38,7 +39,7 @@ def check_form(scatter: str) -> str:
     """
     if scatter not in FORMS:
         raise ValueError(f"scatter must be one of {', '.join(FORMS)}, got {scatter!r}")
-    if scatter == "fused" and not (torch.cuda.is_available() and torch.version.cuda and find_spec("triton")):
+    if scatter == "fused" and not (HAS_KERNELS and torch.cuda.is_available()):
         raise ImportError("scatter = 'fused' needs an NVIDIA GPU and the package triton; 'auto' goes without")
     if scatter == "torch_scatter":
         torch_scatter()
@@ -79,7 +80,7 @@ def fuses(scatter: str, *tensors: Tensor | None) -> bool:
         x.is_cuda and x.dtype != torch.float64 and x.shape[1] <= MAX_TOKENS and x.shape[2] <= MAX_TOKENS for x in given
     )
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    serves = fits and not gradient and torch.version.cuda is not None and find_spec("triton") is not None
+    serves = HAS_KERNELS and fits and not gradient
     if scatter == "fused" and not serves:
         where = ", ".join(f"{x.dtype} on {x.device}" for x in given)
         raise RuntimeError(
