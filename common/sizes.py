@@ -1,6 +1,9 @@
-"""Sizes of the backbones that several papers train, by their published names. Imports no torch."""
+"""Names and sizes of the backbones that several papers train. Imports no torch."""
 
 from typing import NamedTuple
+
+TIMM = "timm:"
+"""What names begin with that are not published: ``timm:NAME``, any plain Vision Transformer of timm."""
 
 
 class Size(NamedTuple):

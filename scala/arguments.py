@@ -14,6 +14,7 @@ from typing import Any
 from common.run import cli
 from common.run.flags import Settings, Switch, add_flags, count, flag, fraction, positive_float, positive_int
 from common.run.settings import AugmentationSettings
+from common.sizes import TIMM
 
 TRANSFER_TYPES = ("progressive", "US")
 """Who teaches a slim width: the pass just before it, or the largest width (as in universally slimmable networks)."""
@@ -31,8 +32,6 @@ NETWORK_FLAGS = (
     "isolated_activation",
 )  # fmt: skip
 """Those that make a network and do not show in its weights."""
-TIMM = "timm:"
-"""Of ``--model``, in front of the name of a plain ViT of timm; as ``--weights``, without the colon, timm's own."""
 DEFAULT_MODEL = "deit_small_distilled_patch16_224_scala"
 
 REJECTED = {

@@ -15,8 +15,9 @@ from common.run.checkpoint import load_strict, read_checkpoint, select_state
 from common.run.errors import CheckpointError, UsageError
 from common.run.launch import main_process_first
 from common.run.program import get_logger
+from common.sizes import TIMM
 from scala import models_mobilenet, models_scala, models_timm, models_uniformer
-from scala.arguments import TIMM, TOKENS, LossSettings, NetworkSettings
+from scala.arguments import TOKENS, LossSettings, NetworkSettings
 from scala.losses import CosubLoss, ScalaLosses
 from scala.slicing import WidthGrid, check_sampling
 from scala.weights import load_for_finetuning

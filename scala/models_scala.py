@@ -28,6 +28,7 @@ from timm.models.vision_transformer import get_init_weights_vit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from common.layers import nearest_side
 from common.measure.flops import OpCounts, gmacs
 from common.run.errors import UsageError
 from scala.layers import Sliced, SlicedConv2d, SlicedLayerNorm, SlicedLinear, SlicedNetwork, register
@@ -207,6 +208,16 @@ class Block(nn.Module):
         return x + self.drop_path(update if self.ls2 is None else self.ls2(update, ratio))
 
 
+def check_filled(side: int, patch_size: int) -> None:
+    """Refuse a side in pixels that patches do not fill.
+
+    Raises:
+        UsageError: naming both.
+    """
+    if nearest_side(side, patch_size) != side:
+        raise UsageError(f"--input-size (img_size) {side} is no multiple of the patch of {patch_size} pixels")
+
+
 class PatchEmbed(nn.Module):
     """Images to patch tokens by a convolution whose output channels are sliced.
 
@@ -241,8 +252,8 @@ class PatchEmbed(nn.Module):
         rule = SliceRule(smallest_ratio, largest_ratio)
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.img_size = (height, width)
-        if wrong := [side for side in self.img_size if side < patch_size or side % patch_size]:
-            raise UsageError(f"--input-size (img_size) {wrong[0]} is no multiple of the patch of {patch_size} pixels")
+        for side in self.img_size:
+            check_filled(side, patch_size)
         self.patch_size = (patch_size, patch_size)
         self.grid_size = (height // patch_size, width // patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]

@@ -31,7 +31,6 @@ from torch.func import functional_call
 from common.hosts.files import LIBRARIES, Unknown
 from common.hosts.host import NotAHost
 from common.hosts.network import find_host
-from common.run.errors import UsageError
 from scala import models_scala
 from scala.narrowing import FULL, Narrowed, State
 from scala.slicing import Ratio, SliceRule, Width, check_ratio, exact
@@ -212,8 +211,7 @@ def make_timm(model_name: str, **arguments: Any) -> Any:
     net: Any = TIMM_NETWORK(model_name, arguments)
     embed = net.patch_embed
     for side, patch in zip(embed.img_size, embed.patch_size, strict=True):
-        if side < patch or side % patch:
-            raise UsageError(f"--input-size (img_size) {side} is no multiple of the patch of {patch} pixels")
+        models_scala.check_filled(side, patch)
     return net
 
 

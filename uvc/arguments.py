@@ -16,6 +16,7 @@ from common.run.errors import DataError, UsageError
 from common.run.files import check_files, check_output
 from common.run.flags import Group, add_flags
 from common.run.settings import AugmentationSettings, DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
+from common.sizes import TIMM
 from uvc.config import config_text, with_config
 from uvc.flags import numbers, rate, switch
 from uvc.schedules import zlr_schedule
@@ -32,8 +33,6 @@ WEIGHTS = {
     "deit_base_distilled_patch16_224": DEIT + "deit_base_distilled_patch16_224-df68dfff.pth",
 }
 """Published dense checkpoints, what ``--model_path pretrained`` means."""
-TIMM = "timm:"
-"""What ``--model_type`` of a network of timm begins with; ``uvc.models.TIMM``, without torch."""
 MODEL_TYPE = "deit_tiny_distilled_patch16_224"
 """The published default of ``--model_type``."""
 
@@ -225,8 +224,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 
 def _refuse_for_timm(parser: argparse.ArgumentParser, args: argparse.Namespace, words: Sequence[str]) -> None:
     """Flags of parts that a plain network has no place for; left out, ``--enable_patch_gating`` is 0."""
-    again = parser.parse_args(words, argparse.Namespace(enable_patch_gating=0))
-    args.__dict__ |= {name: again.enable_patch_gating for name in ("enable_patch_gating",) if hasattr(args, name)}
+    if hasattr(args, "enable_patch_gating"):  # of stage 1
+        again = parser.parse_args(words, argparse.Namespace(enable_patch_gating=0))
+        args.enable_patch_gating = again.enable_patch_gating
     for name in ("enable_patch_gating", "enable_jumping"):
         if getattr(args, name, None):
             raise UsageError(f"--{name}: a plain network of timm has no place for that; leave it out or give 0")

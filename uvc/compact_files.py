@@ -23,7 +23,8 @@ from common.run.checkpoint import CheckpointError, load_safely, load_strict, sav
 from common.run.checkpoint import read_description as read_header
 from common.run.errors import UsageError
 from common.run.files import write_atomic
-from uvc.models import TIMM, create
+from common.sizes import TIMM
+from uvc.models import create
 from uvc.models.compact import LANES, CompactConfig, CompactViT, padded
 from uvc.models.timm_vit import keep_blocks_, narrow_, ungated
 from uvc.removal import Compressed

@@ -20,7 +20,8 @@ from common.hosts.opening import create_timm, timm_state
 from common.run.checkpoint import keep_own_heads, load_strict, read_checkpoint, save_atomic, select_state
 from common.run.errors import CheckpointError
 from common.run.program import get_logger
-from uvc.models import MODELS, TIMM, create
+from common.sizes import TIMM
+from uvc.models import MODELS, create
 from uvc.models.gates import GatedTransformer, apply_masks_, register_masks
 from uvc.structure import Structure
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from common.sizes import DEIT, T2T_VIT, Size
+from common.sizes import DEIT, T2T_VIT, TIMM, Size
 
 if TYPE_CHECKING:
     from dvt.models.backbone import Stage
@@ -31,9 +31,6 @@ PATCHES = (32, 23, 16)
 
 PADDING = {23: 3}
 """Patch size -> padding of the image: 224 + 6 = 10 * 23."""
-
-TIMM = "timm:"
-"""Beginning of the names of networks that are not published: any plain Vision Transformer of timm."""
 
 GRIDS = (7, 10, 14)
 """Tokens along a side of the stages of a network of timm, where nothing else is asked for."""

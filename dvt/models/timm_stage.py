@@ -6,8 +6,6 @@ pooled heads work as they do there. What feature reuse adds are inputs of the se
 Paper: arXiv:2105.15075, Section 3.2; it builds cascades of T2T-ViT and DeiT alone, so this is ours. Letters: D width.
 """
 
-import difflib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -18,11 +16,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from common.hosts.host import NotAHost
+from common.hosts.opening import known_timm, timm_state
 from common.hosts.timm_vit import TimmBlock, TimmViT
 from common.layers import init_linear
 from common.run.checkpoint import keep_own_heads, load_strict
 from common.run.errors import UsageError
-from dvt.models import TIMM, patch_of
+from common.sizes import TIMM
+from dvt.models import patch_of
 from dvt.models.backbone import Stage
 from dvt.models.reuse import FEATURE_CHANNELS, FEATURE_HIDDEN, Grid
 from dvt.models.transformer_block import Reusing, attend, feature_network
@@ -166,8 +166,8 @@ def make_timm_stage(
         drop_rate=drop_rate, pos_drop_rate=drop_rate, proj_drop_rate=drop_rate, drop_path_rate=drop_path_rate,
     )  # fmt: skip
     if weights is not None:
-        translate: Any = vars(sys.modules[timm.model_entrypoint(name).__module__])["checkpoint_filter_fn"]
-        load_strict(net, keep_own_heads(net, translate(dict(weights), net), source=source), source=source)
+        state = keep_own_heads(net, timm_state(name, net, dict(weights)), source=source)
+        load_strict(net, state, source=source)
     net.patch_embed.proj.padding, net.patch_embed.img_size = (padding, padding), sides
     host = ReusingViT(net, features=feature_reuse)
     stage = _empty(type(net))
@@ -191,12 +191,9 @@ def _check_kind(name: str, *, feature_reuse: bool) -> None:
     Raises:
         UsageError: naming the network, or its module, and the reason.
     """
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise UsageError(f"timm has no network {name!r}" + (f"; near are {', '.join(near)}" if near else ""))
     reason = None
     with torch.device("meta"):
-        net: Any = timm.create_model(name)
+        net: Any = timm.create_model(known_timm(name))
         if not isinstance(net, VisionTransformer):
             reason = f"its class is {type(net).__name__}, and only timm's VisionTransformer can be one"
         elif hasattr(net, "head_dist"):

@@ -10,7 +10,7 @@ import timm
 
 from common.hosts.opening import create_timm, known_timm
 from common.run.errors import UsageError
-from common.sizes import DEIT, T2T_VIT
+from common.sizes import DEIT, T2T_VIT, TIMM
 from uvc.models.deit import GatedDeiT
 from uvc.models.gates import GatedTransformer, check_patches_fill
 from uvc.models.t2t_vit import GatedT2TViT
@@ -47,10 +47,6 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         "has a token stage whose cost the method does not count; take a Performer one such as t2t_vit_14",
     ),
 )
-
-
-TIMM = "timm:"
-"""What the name of one of timm's networks begins with here."""
 
 
 def look_up(name: str) -> tuple[Callable[..., GatedTransformer], dict[str, Any]]:
