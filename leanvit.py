@@ -6,10 +6,12 @@
     fast(images)                # what net(images) returns
     fast.features(images)       # (B, C, H / p, W / p), on the full grid again
     leanvit.explain(net)        # which methods this network can have, or why not
-    leanvit.cascade([fast, net], [0.9])  # asks the second only about images that the first is not sure of
     leanvit.save(fast, "fast.safetensors")
     fast = leanvit.load("fast.safetensors")
-    small = leanvit.prune(net, structure)  # fewer heads, neurons and blocks; of timm's class
+
+    small = leanvit.slice_width(net, 0.5)  # Scala: a width, as a network of the same class
+    small = leanvit.prune(net, structure)  # UVC: fewer heads, neurons and blocks, of the same class
+    leanvit.cascade([fast, net], [0.9])    # DVT: asks the second only about images that the first is not sure of
 
 The methods themselves, to combine several in one call, are attributes: ``leanvit.ToMe(r=16)``. See ``common.hosts``.
 """

@@ -210,9 +210,8 @@ def _own_part(store: Any, place: _Place, wait_s: float) -> Any:
     """
     mine, end = secrets.token_hex(8), time.monotonic() + wait_s
     store.set(HERE.format(place.rank), mine)
-    names: list[str] = []
+    names, keys = [], [HERE.format(rank) for rank in range(place.size)]
     while time.monotonic() < end:
-        keys = [HERE.format(rank) for rank in range(place.size)]
         if not place.rank and store.check(keys):
             store.set(JOB, " ".join(store.get(key).decode() for key in keys))
         names = store.get(JOB).decode().split() if store.check([JOB]) else []
