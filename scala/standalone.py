@@ -1,6 +1,6 @@
 """One width of a sliced network as a network of its own: weights, constructor arguments, and how to build it again.
 
-A slice of width r of a ViT is a DeiT of width d = r D with the same number of heads, but its attention still scales by
+A slice of width r of a ViT is a ViT of width d = r D with the same number of heads, but its attention still scales by
 the full head dimension: sqrt(D/H) where a network of its own has sqrt(d/H). Multiplying the query rows of the fused
 projection by sqrt(d/D) makes the two equal. The normalisation's eps stays 1e-5. So timm's own VisionTransformer runs a
 slice with the same logits; :func:`slice_width` gives it.
