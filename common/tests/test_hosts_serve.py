@@ -93,7 +93,7 @@ def test_without_gradio(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def page(file: Path) -> Iterator[Any]:
-    pytest.importorskip("gradio", reason="pip install -e .[serve], which wants pillow below 13")
+    pytest.importorskip("gradio", reason="pip install -e .[serve]")
     with socket.socket() as free:
         free.bind((HOST, 0))
         port = free.getsockname()[1]
