@@ -20,7 +20,7 @@ from typing import Any
 
 from common.hosts import Lean, Method, NotAHost, PlanError, explain, lean
 from common.hosts.files import load, save
-from common.hosts.network import METHODS
+from common.hosts.network import METHODS, TRAINED
 from common.hosts.network import load as load_object
 
 __all__ = ["Lean", "Method", "NotAHost", "PlanError", "explain", "lean", "load", "save"]
@@ -37,7 +37,7 @@ def __getattr__(name: str) -> Any:
     """A method's class or a paper's function by its name; imported when asked for."""
     if name in FROM_PAPERS:
         return load_object(FROM_PAPERS[name])
-    for place in METHODS.values():
+    for place in (*METHODS.values(), *TRAINED.values()):
         if place.endswith(f":{name}"):
             return load_object(place)
     raise AttributeError(f"leanvit has no {name!r}")

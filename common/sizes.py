@@ -6,6 +6,13 @@ TIMM = "timm:"
 """What names begin with that are not published: ``timm:NAME``, any plain Vision Transformer of timm."""
 
 
+class Names(tuple[str, ...]):
+    """Choices of a flag: published names, and any of timm's."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (isinstance(name, str) and name.startswith(TIMM) and name != TIMM)
+
+
 class Size(NamedTuple):
     """Width, depth, heads, and hidden width of the MLP over width."""
 

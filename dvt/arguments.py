@@ -11,9 +11,9 @@ from common.data.paths import INSIDE, reads_folder
 from common.run import cli
 from common.run.flags import Group
 from common.run.program import get_logger
-from common.sizes import TIMM
+from common.sizes import TIMM, Names
 from dvt import BUDGETS, SEARCH_IMAGES, TRANSFORMS
-from dvt.models import GRIDS, MODELS, Names, find_entry
+from dvt.models import GRIDS, MODELS, find_entry
 
 logger = get_logger(__name__)
 

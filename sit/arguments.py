@@ -17,6 +17,7 @@ from common.run.settings import (
     ScheduleSettings,
     Settings,
 )
+from common.sizes import TIMM, Names
 from sit.sizes import SIZES, TYPES
 
 DEAD = {
@@ -46,13 +47,20 @@ DEAD_SWITCHES = {
 class NetworkSettings(Settings):
     """Which network a file holds."""
 
-    model: str = flag("sit_lvvit_tiny", f"one of {', '.join(SIZES)}", choices=list(SIZES), metavar="NAME")
+    model: str = flag(
+        "sit_lvvit_tiny", f"one of {', '.join(SIZES)}, or {TIMM}NAME for any plain Vision Transformer of timm",
+        choices=Names(SIZES), metavar="NAME",
+    )  # fmt: skip
     keeping_ratio: float | None = flag(
         None, "tokens of a stage over those of the one before; none is the model's, 0.5", type=cli.fraction, metavar="R"
     )
     stage_blocks: Sequence[int] | None = flag(
-        None, "blocks of each stage, slimmed in between; none is the model's", type=cli.positive_int, nargs="+",
-        metavar="N",
+        None, "blocks of each stage, slimmed in between; none is the model's, "
+        f"of {TIMM}NAME half of the blocks and three stages behind them", type=cli.positive_int, nargs="+", metavar="N",
+    )  # fmt: skip
+    patch_size: int | None = flag(
+        None, f"side of a patch of {TIMM}NAME, to which kernels are resampled; none is the network's",
+        type=cli.positive_int, metavar="PIXELS",
     )  # fmt: skip
     num_classes: int | None = flag(None, "classes; none is as many as the data has", type=cli.positive_int, metavar="K")
 
@@ -72,8 +80,9 @@ class SiTSettings(NetworkSettings):
         "frd", "frd: slim and distil; none: the network without slimming, trained on labels", choices=TYPES
     )
     teacher_model: str = flag(
-        "sit_lvvit_tiny", "size of the token teacher, the same as --model", choices=list(SIZES), metavar="NAME"
-    )
+        "", f"the token teacher: none is --model, of {TIMM}NAME any of its width and patches",
+        choices=Names(("", *SIZES)), metavar="NAME",
+    )  # fmt: skip
     teacher_path: str = flag("", "its weights, a file or URL; needed to train with frd", metavar="FILE")
     extra_teacher_model: str = flag(
         "", "timm name of a CNN teacher; adds a distillation token that follows its decisions", metavar="NAME"
@@ -83,7 +92,9 @@ class SiTSettings(NetworkSettings):
     lambda_logits: float = flag(2.0, "weight of the logit loss", metavar="W")
     lambda_cnn: float = flag(1.0, "weight of the CNN teacher's loss", metavar="W")
     distillation_tau: float = flag(1.0, "temperature of the logit loss", type=cli.positive_float, metavar="TAU")
-    finetune: str = flag("", "weights to start from, or with --eval to evaluate: a file or URL", metavar="FILE")
+    finetune: str = flag(
+        "", "weights to start from, or with --eval to evaluate: a file or URL", "--weights", metavar="FILE"
+    )
     finetune_key: str = flag(
         "model", "which weights of a training file --finetune takes", choices=("model", "model_ema")
     )
@@ -106,14 +117,20 @@ class SiTSettings(NetworkSettings):
     """what the flags change in a size; see :func:`network_options`"""
 
     @property
+    def of_timm(self) -> str | None:
+        """The name in timm, where ``model`` is a network of it."""
+        return self.model.removeprefix(TIMM) if self.model.startswith(TIMM) else None
+
+    @property
     def teaches(self) -> bool:
         """Whether a loss needs the token teacher."""
         return self.distillation_type == "frd" and bool(self.lambda_token or self.lambda_logits)
 
 
 def network_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags change in a size, as keyword arguments of ``LVViT``."""
-    found = {"img_size": args.input_size, "keeping_ratio": args.keeping_ratio, "stage_blocks": args.stage_blocks}
+    """What the flags change in a size, as keyword arguments of ``LVViT``; of ``timm_vit.build`` for a name of timm."""
+    names = {"img_size": "input_size", **{name: name for name in ("keeping_ratio", "stage_blocks", "patch_size")}}
+    found = {name: getattr(args, flag) for name, flag in names.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 

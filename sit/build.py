@@ -15,17 +15,27 @@ from torch import Tensor, nn
 
 from common.data.build import build_mixup, build_train_transform, open_split
 from common.data.loaders import Loader, train_loader
+from common.hosts.network import Lean
 from common.losses import label_criterion
 from common.run.checkpoint import load_strict
 from common.run.errors import UsageError
 from common.run.precision import amp_dtype
 from common.run.program import get_logger
 from common.run.settings import AugmentationSettings, DataSettings
+from common.sizes import TIMM
 from sit.arguments import Job, SiTSettings
 from sit.engine import store_for_autocast, training_step
-from sit.loading import WeightsFile, check_teacher_fits, load_for_evaluation, load_for_training, read_weights
+from sit.loading import (
+    WeightsFile,
+    check_teacher_fits,
+    check_timm_teacher_fits,
+    load_for_evaluation,
+    load_for_training,
+    load_timm,
+    read_weights,
+)
 from sit.losses import DistillationLoss
-from sit.models import LVViT
+from sit.models import LVViT, timm_vit
 from sit.models.lvvit import build_lvvit
 from sit.token_labeling import DenseNetwork, LabelledImages, make_step
 
@@ -41,6 +51,14 @@ def check_flags(job: Job) -> None:
     own, mixes, odd = job.own, job.augmentation.mixes, job.data.batch_size % 2
     if own.extra_teacher_model and own.distillation_type == "none":
         raise UsageError("--extra-teacher-model needs --distillation-type frd: only slimmed networks have its token")
+    for flag, given in (("extra-teacher-model", own.extra_teacher_model), ("token-label-data", own.token_label_data)):
+        if own.of_timm and given:
+            raise UsageError(f"--{flag} belongs to LV-ViT, and --model {own.model} has no place for its tokens")
+    if own.teacher_model and bool(own.of_timm) != own.teacher_model.startswith(TIMM):
+        raise UsageError(
+            f"--teacher-model {own.teacher_model} and --model {own.model} are of two kinds: the token loss compares "
+            f"LV-ViT with LV-ViT, and {TIMM}NAME with {TIMM}NAME"
+        )
     if own.token_label_data and own.distillation_type != "none":
         raise UsageError("--token-label-data trains a teacher: give --distillation-type none")
     if job.run.eval:
@@ -92,8 +110,15 @@ def make_network(name: str, **options: Any) -> LVViT:
         raise UsageError(f"{name}: {error}") from error
 
 
-def build_student(own: SiTSettings, classes: int, file: WeightsFile | None, *, evaluates: bool) -> LVViT:
-    """The network of --model, with the weights of a file if there is one."""
+def build_student(own: SiTSettings, classes: int, file: WeightsFile | None, *, evaluates: bool) -> Any:
+    """The network of --model, with the weights of a file if there is one: LV-ViT, or a lean network of timm's.
+
+    Raises:
+        UsageError: a network that cannot be, naming the module where it is timm's.
+        CheckpointError: a file that does not fit.
+    """
+    if own.of_timm:
+        return build_timm_student(own, classes, file, evaluates=evaluates)
     options = {**own.options, "num_classes": classes, "distillation_type": own.distillation_type}
     make = partial(
         make_network, own.model, drop_rate=own.drop, drop_path_rate=own.drop_path,
@@ -115,21 +140,72 @@ def build_student(own: SiTSettings, classes: int, file: WeightsFile | None, *, e
     return model
 
 
-def build_teacher(own: SiTSettings, student: LVViT, amp: str, device: torch.device) -> LVViT | None:
+def build_timm_student(own: SiTSettings, classes: int, file: WeightsFile | None, *, evaluates: bool) -> Any:
+    """A plain network of timm, slimmed unless there is nothing to distil; evaluation takes the file's tokens."""
+    assert own.of_timm
+    plain_options = {name: own.options[name] for name in ("img_size", "patch_size") if name in own.options}
+    net = timm_vit.make_plain(own.of_timm, num_classes=classes, drop=own.drop, drop_path=own.drop_path, **plain_options)
+    stages: Any = {name: own.options.get(name) for name in ("stage_blocks", "keeping_ratio")}
+    if own.distillation_type == "none":
+        stages = {"stage_blocks": [len(net.blocks)]}
+    elif evaluates and file is not None and file.slimmed:
+        stages["tokens"] = file.stage_patches
+    recover = bool(own.lambda_token)
+    if evaluates:
+        recover = file is not None and file.recovered_patches == net.patch_embed.num_patches
+    model = timm_vit.slim(net, recover=recover, **stages)
+    if file is not None:
+        load_timm(model, own.of_timm, file, evaluates=evaluates)
+    return model
+
+
+def deployed(model: Any, *, fold_batch_norm: bool = True) -> Any:
+    """A student for inference: logits alone, see ``LVViT.deployed`` and ``timm_vit.deployed``."""
+    return timm_vit.deployed(model) if isinstance(model, Lean) else model.deployed(fold_batch_norm=fold_batch_norm)
+
+
+def build_teacher(own: SiTSettings, student: Any, amp: str, device: torch.device) -> nn.Module | None:
     """The network without slimming, in evaluation mode for good, its weights in the precision it runs in.
 
     None where no loss needs it.
     """
     if not own.teaches:
         return None
+    teacher = build_timm_teacher(own, student) if own.of_timm else build_lvvit_teacher(own, student)
+    teacher = teacher.to(device).eval().requires_grad_(False)
+    store_for_autocast(teacher, amp_dtype(amp, device))
+    return teacher
+
+
+def build_lvvit_teacher(own: SiTSettings, student: LVViT) -> LVViT:
     teacher = make_network(
-        own.teacher_model, num_classes=student.num_classes, distillation_type=None, img_size=student.img_size
+        own.teacher_model or own.model,
+        num_classes=student.num_classes,
+        distillation_type=None,
+        img_size=student.img_size,
     )
     check_teacher_fits(student, teacher)
     load_for_evaluation(teacher, read_weights(own.teacher_path))
     teacher.with_cp = False
-    teacher = teacher.to(device).eval().requires_grad_(False)
-    store_for_autocast(teacher, amp_dtype(amp, device))
+    return teacher
+
+
+def build_timm_teacher(own: SiTSettings, student: Any) -> timm_vit.Teacher:
+    """Of any depth; where the logits have no weight, its head may be for other classes."""
+    name = (own.teacher_model or own.model).removeprefix(TIMM)
+    sizes = {"img_size": own.options["img_size"], "patch_size": student.patch_embed.patch_size}
+    net = timm_vit.make_plain(name, num_classes=student.num_classes, **sizes)
+    teacher = timm_vit.Teacher(net, len(student.blocks))
+    check_timm_teacher_fits(student.plan.host.facts, teacher.net.plan.host.facts)
+    if len(net.blocks) != len(student.blocks):
+        logger.info("the teacher lends the tokens of its blocks %s", [index + 1 for index in teacher.chosen])
+    file = read_weights(own.teacher_path)
+    if own.lambda_logits and file.classes not in (None, student.num_classes):
+        raise UsageError(
+            f"{file.source}: the teacher's head is for {file.classes} classes, the data has {student.num_classes}: "
+            "fine-tune it first (--distillation-type none), or give --lambda-logits 0 to learn from its tokens alone"
+        )
+    load_timm(teacher.net, name, file, evaluates=True, own_head=not own.lambda_logits)
     return teacher
 
 
@@ -146,9 +222,7 @@ def build_cnn_teacher(own: SiTSettings, classes: int, device: torch.device) -> n
     return cnn.to(device).eval().requires_grad_(False)
 
 
-def build_step(
-    job: Job, model: LVViT, network: nn.Module, device: torch.device
-) -> Callable[[Any], Mapping[str, Tensor]]:
+def build_step(job: Job, model: Any, network: nn.Module, device: torch.device) -> Callable[[Any], Mapping[str, Tensor]]:
     """The training step of ``network``: the model, or ``DenseNetwork`` around it, under the gradient exchange."""
     own, augmentation = job.own, job.augmentation
     if own.token_label_data:
@@ -165,6 +239,8 @@ def build_step(
     )
 
 
-def wrapped(own: SiTSettings, model: LVViT) -> nn.Module | None:
+def wrapped(own: SiTSettings, model: Any) -> nn.Module | None:
     """What the step calls, where it is not the model itself."""
+    if own.of_timm:
+        return timm_vit.Recovering(model)
     return DenseNetwork(model) if own.token_label_data else None

@@ -21,7 +21,7 @@ from sit.losses import DistillationLoss
 RTSM_FACTOR = 5.0
 """Learning rate of the reverse modules over that of the rest, at the start."""
 
-_TOKENS = ("cls_token", "pos_embed", "dist_token")
+_TOKENS = ("cls_token", "pos_embed", "dist_token", "reg_token")
 
 
 def get_param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -1,9 +1,11 @@
 """Export a trained network for inference: ONNX, torch.export's archive, or TorchScript, checked against its logits.
 
     python sit/export.py --model sit_lvvit_small --weights checkpoint.pth --output sit_s.onnx
+    python sit/export.py --model timm:NAME --weights checkpoint.pth --output own.safetensors  # for leanvit.load
 
 The network gives logits alone, has no reverse modules, and its batch norms are folded into the stem. The batch is free;
-the image is of the size that the network was built for.
+the image is of the size that the network was built for. A file for leanvit.load keeps the last reverse module, by which
+its ``features`` are restored, and the number of classes of timm:NAME is that of the weights.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from common.run.cli import make_parser, positive_int
 from common.run.files import check_files, check_output, replacing
 from common.run.flags import add_flags
 from common.run.program import run
-from sit.arguments import NetworkSettings, network_options
+from common.sizes import TIMM
+from sit.arguments import NetworkSettings, SiTSettings, network_options
 from sit.sizes import TYPES
 
 if TYPE_CHECKING:
@@ -40,8 +43,18 @@ def export_script(model: nn.Module, images: Tensor, path: Path) -> float:
         return difference(torch.jit.load(str(path)), images, model(images), path)
 
 
-SUFFIXES = (".onnx", ".pt2", ".pt")
-"""Of --output: ONNX, torch.export, TorchScript."""
+def export_lean(model: nn.Module, images: Tensor, path: Path) -> float:
+    """Write ``path`` for leanvit.load; the largest difference of its logits."""
+    from common.hosts.files import load, save
+    from common.run.export import difference
+
+    save(model, path)
+    return difference(load(path), images, model(images), path)
+
+
+LEAN = ".safetensors"
+SUFFIXES = (".onnx", ".pt2", ".pt", LEAN)
+"""Of --output: ONNX, torch.export, TorchScript, leanvit.load."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -54,11 +67,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--allow-stripped", action="store_true", help="take a file without rtsm.* that does not say it was stripped")
     add("--input-size", type=positive_int, metavar="PIXELS", help="side of the image (default: the model's)")
     add(
-        "--output", type=Path, required=True, metavar="FILE", help="NAME.onnx, NAME.pt2 (torch.export) or NAME.pt (jit)"
-    )
+        "--output", type=Path, required=True, metavar="FILE",
+        help=f"NAME.onnx, NAME.pt2 (torch.export) or NAME.pt (jit); of {TIMM}NAME also NAME{LEAN} (leanvit.load)",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     if args.output.suffix not in SUFFIXES:
         parser.error(f"--output {args.output}: its suffix must be one of {', '.join(SUFFIXES)}")
+    if args.output.suffix == LEAN and not args.model.startswith(TIMM):
+        parser.error(f"--output {args.output}: leanvit.load opens networks of {TIMM}NAME, which --model {args.model} "
+                     "is not")  # fmt: skip
     return args
 
 
@@ -74,18 +91,18 @@ def main(argv: Sequence[str] | None = None) -> float:
     check_output(args.output)
     from common.measure.benchmark import random_images
     from common.run.export import export_onnx, export_program
-    from sit.loading import load_for_evaluation, read_weights
-    from sit.models.lvvit import build_lvvit
+    from sit.build import build_student, deployed
+    from sit.loading import read_weights
 
-    options = {"num_classes": args.num_classes, "distillation_type": args.distillation_type, **network_options(args)}
-    model = build_lvvit(args.model, **options).eval()
-    if args.weights:
-        load_for_evaluation(model, read_weights(args.weights), allow_stripped=args.allow_stripped)
-    else:
+    file = read_weights(args.weights) if args.weights else None
+    if file is None:
         print("warning: no --weights, so the weights are random", file=sys.stderr)
-    model = model.deployed()
-    exports = dict(zip(SUFFIXES, (export_onnx, export_program, export_script), strict=True))
-    images = random_images(3, model.image_shape[0])
+    own = SiTSettings.of(args, options=network_options(args), drop_path=0.0)
+    classes = (file and own.of_timm and file.classes) or args.num_classes
+    model = deployed(build_student(own, classes, file, evaluates=True).eval())
+    exports = dict(zip(SUFFIXES, (export_onnx, export_program, export_script, export_lean), strict=True))
+    shape = model.image_shape if own.of_timm is None else model.plan.host.facts.image_size
+    images = random_images(3, shape[0])
     error = exports[args.output.suffix](model, images, args.output)
     print(f"written to {args.output}, {args.output.stat().st_size / 1e6:.1f} MB")
     print(f"largest difference of the logits: {error:.1e} of the largest")

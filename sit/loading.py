@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from common.hosts.host import Facts
+from common.hosts.opening import timm_state
 from common.run.checkpoint import (
     CheckpointError,
+    keep_own_heads,
     list_key_differences,
     load_strict,
     read_checkpoint,
@@ -32,6 +35,9 @@ logger = get_logger(__name__)
 
 TRAINING_ONLY = ("rtsm.*", "aux_head.*")
 """What evaluation does not use, and a stripped file lacks."""
+
+LEARNED = ("tsm", "rtsm")
+"""What slimming adds to a network of timm."""
 
 _HEADS = ("head", "head_dist", "aux_head")
 _DISTILLATION_TOKEN = ("dist_token", "dist_pos_embed", "head_dist.")
@@ -69,6 +75,12 @@ class WeightsFile:
             if key.startswith("tsm.") and key.endswith(".3.bias")
         }
         return [len(biases[index]) for index in sorted(biases, key=int)]
+
+    @property
+    def recovered_patches(self) -> int | None:
+        """Tokens that its reverse modules recover, None if it has none."""
+        ends = [value for key, value in self.state.items() if key.startswith("rtsm.") and key.endswith("mlp1.fc2.bias")]
+        return len(ends[0]) if ends else None
 
     @property
     def patches(self) -> int | None:
@@ -230,6 +242,47 @@ def load_for_training(model: LVViT, file: WeightsFile) -> tuple[str, ...]:
     return load_strict(model, state, allow_missing=may_lack, source=file.source).tolerated
 
 
+def load_timm(model: Any, name: str, file: WeightsFile, *, evaluates: bool, own_head: bool = False) -> None:
+    """A file of a plain network of timm, or of its student, into a lean one of ``sit.models.timm_vit``.
+
+    Names, kernels of patches and positions are translated as timm does it.
+
+    Args:
+        name: of timm's.
+        evaluates: the file must hold all that the model has; in training slimming modules may be new, reverse modules
+            may be left out, and a head of other classes is replaced, which is said.
+        own_head: leave the model's head where the file's is for other classes, also in evaluation.
+
+    Raises:
+        CheckpointError: what does not fit, and what to do.
+    """
+    dense: nn.Module = model.restore()
+    kept = [module.keeped_patches for method in model.methods for module in method.modules]
+    if file.slimmed and file.stage_patches != kept:
+        raise CheckpointError(
+            f"{file.source}: its slimming modules put out {file.stage_patches} tokens, those of the network {kept}: "
+            + ("another --keeping-ratio, --stage-blocks or --input-size" if kept else "give --distillation-type frd")
+        )
+    if evaluates and kept and not file.slimmed:
+        raise CheckpointError(
+            f"{file.source}: it holds no slimming modules (tsm.*): evaluating a slimmed network needs the checkpoint "
+            "that its training wrote; to evaluate a plain network give --distillation-type none"
+        )
+    learned = {key: value for key, value in file.state.items() if key.partition(".")[0] in LEARNED}
+    plain = {key: value for key, value in file.state.items() if key not in learned}
+    state = dict(timm_state(name, dense, plain))
+    before, after = plain.get("pos_embed"), state.get("pos_embed")
+    if before is not None and after is not None and before.shape != after.shape:
+        logger.warning("%s: position embedding resized from %s to %s", file.source, [*before.shape], [*after.shape])
+    if own_head or not evaluates:
+        state = keep_own_heads(dense, state, source=file.source)
+    load_strict(
+        model, state | learned, source=file.source,
+        allow_missing=() if evaluates else ("tsm.*", "rtsm.*", "head.*"),
+        allow_unexpected=() if hasattr(model, "rtsm") else ("rtsm.*",),
+    )  # fmt: skip
+
+
 def check_teacher_fits(student: LVViT, teacher: LVViT) -> None:
     """Whether the tokens and logits of the two can be compared.
 
@@ -244,6 +297,21 @@ def check_teacher_fits(student: LVViT, teacher: LVViT) -> None:
             raise UsageError(
                 f"--teacher-model has {other} {word}, --model has {own}: the token loss compares them block by block, "
                 "so the teacher must be the same network without slimming"
+            )
+
+
+def check_timm_teacher_fits(student: Facts, teacher: Facts) -> None:
+    """Whether the tokens of the two can be compared, whatever their depths.
+
+    Raises:
+        UsageError: naming what differs.
+    """
+    for name in ("width", "patches"):
+        own, other = getattr(student, name), getattr(teacher, name)
+        if own != other:
+            raise UsageError(
+                f"--teacher-model has {other} for {name}, --model has {own}: the token loss compares their patches, so "
+                "the teacher must be of the same width, with patches of the same size"
             )
 
 

@@ -46,7 +46,7 @@ def evaluate_checkpoint(job: Job, world: World) -> dict[str, float]:
         job.data, classes=job.own.num_classes or file.classes, eval_batch_size=int(1.5 * job.data.batch_size)
     )
     model = build.build_student(job.own, batches.classes, file, evaluates=True)
-    model = model.to(world.device).deployed(fold_batch_norm=False)
+    model = build.deployed(model.to(world.device), fold_batch_norm=False)
     network: Any = torch.compile(model) if job.run.compile else model
     result = engine.evaluate(batches.held_out, network, world.device, amp=job.run.amp)
     report(job, world, result)

@@ -21,6 +21,7 @@ from common.run.errors import DataError
 from common.run.files import check_files, check_output, replacing
 from common.run.flags import add_flags
 from common.run.program import run
+from common.sizes import TIMM
 from sit.arguments import NetworkSettings, network_options
 
 if TYPE_CHECKING:
@@ -164,7 +165,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tokens", type=positive_int, default=6, metavar="N", help="single tokens in each row (default: 6)")
     add("--output", type=Path, default=Path("output/visualize"), metavar="DIR",
         help="folder to write to, or with one IMAGE the file to write, NAME.png")  # fmt: skip
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.model.startswith(TIMM):
+        parser.error(f"--model {args.model}: only slimmed tokens of LV-ViT are drawn here")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from common.hosts.host import Host, channels_of
 from common.hosts.huggingface import FAMILIES, dense_form
-from common.hosts.network import METHODS, TOLERANCES, Lean, lean, make_method
+from common.hosts.network import METHODS, TOLERANCES, TRAINED, Lean, lean, make_method, method_class
 from common.hosts.network import load as load_object
 from common.hosts.runner import Method
 from common.run.checkpoint import load_safely, load_strict, read_description, save_described
@@ -253,9 +253,10 @@ def save(fast: Any, path: str | os.PathLike[str]) -> Path:
     host: Host = fast.plan.host
     methods = [_describe_method(method, host) for method in fast.methods]
     dense: nn.Module = dense_form(fast)
+    learned = nn.ModuleDict({name: module for method in fast.methods for name, module in method.weights.items()})
     state = {  # clones: some may share memory, which safetensors refuses
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, value in dense.state_dict().items()
+        for key, value in {**dense.state_dict(), **learned.state_dict()}.items()
     }
     dtype = next(value.dtype for value in state.values() if value.is_floating_point())
     _check_tensors(path, state, dtype)
@@ -316,6 +317,7 @@ def load(
     state = load_safely(path)
     _check_tensors(path, state, dtype)
     try:
+        methods = [_with_weights(path, method, state, dtype, device) for method in methods]
         load_strict(network.to(dtype), state, source=path)
         fast = lean(network.to(device).eval(), *methods, verify=verify)
     except (CheckpointError, UsageError) as error:
@@ -358,10 +360,10 @@ def _describe_method(method: Method, host: Host) -> dict[str, Any]:
         "name": method.name,
         "settings": {field.name: repr(getattr(method, field.name)) for field in fields},
     }
-    known = METHODS.get(method.name)
-    if known is None or load_object(known) is not type(method):
-        raise UsageError(f"{type(method).__name__} is none of the methods that a file can name: {', '.join(METHODS)}")
-    again = _read_method(Path(), 0, description).resolve(host.facts)
+    if method_class(method.name) is not type(method):
+        known = ", ".join((*METHODS, *TRAINED))
+        raise UsageError(f"{type(method).__name__} is none of the methods that a file can name: {known}")
+    again = _read_method(Path(), 0, description).with_weights(method.weights).resolve(host.facts)
     assert again == method, f"{again} is not {method}"
     return description
 
@@ -376,6 +378,21 @@ def _read_method(path: Path, index: int, content: Any) -> Method:
         return make_method(content["name"], settings)
     except (AttributeError, SyntaxError, TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {error}") from error
+
+
+def _with_weights(
+    path: Path, method: Method, state: dict[str, Tensor], dtype: torch.dtype, device: torch.device
+) -> Method:
+    """The method with what it has learned, which is taken out of the state."""
+    own = {key: state.pop(key) for key in list(state) if key.partition(".")[0] in method.learned}
+    if not method.learned:
+        return method
+    try:
+        modules = nn.ModuleDict(dict(method.build_weights(own)))
+    except KeyError as error:
+        raise CheckpointError(f"{path}: {error.args[0]}, a weight of {method.name}, is missing") from error
+    load_strict(modules.to(dtype), own, source=path)
+    return method.with_weights(dict(modules.to(device).eval().items()))
 
 
 def _facts(host: Host) -> dict[str, Any]:

@@ -242,13 +242,16 @@ class LeanHuggingFace(Lean):
 
 
 def dense_form(net: Any) -> Any:
-    """A lean network, or one that holds one, with its present modules and without the plan."""
+    """A lean network, or one that holds one, with its present modules, without the plan and what methods learned."""
     if not isinstance(net, Lean):
         return net
     kind: Any = type(net).__bases__[-1]
     dense = kind.__new__(kind)
     dense.__dict__ |= net.__dict__
-    dense._modules = {name: dense_form(child) for name, child in cast(Any, net)._modules.items() if name != "plan"}
+    lean_parts = {"plan", *(name for method in net.methods for name in method.weights)}
+    dense._modules = {
+        name: dense_form(child) for name, child in cast(Any, net)._modules.items() if name not in lean_parts
+    }
     return dense
 
 

@@ -36,6 +36,8 @@ METHODS = {
     "smyrf": "hourglass_swag.models.smyrf_vision_transformer:SMYRF",
 }
 """Where adapters and methods are; imported when asked for, so that this room imports no paper."""
+TRAINED = {"slim": "sit.models.slim:Slim"}
+"""Methods with weights of their own, which come with them: no network can have them untrained."""
 
 
 def load(place: str) -> Any:
@@ -49,24 +51,25 @@ class Lean:
 
     plan: Plan
 
-    def run(self, images: Tensor, *, restorable: bool = True) -> Tokens:
-        """Tokens behind the last block, reduced."""
+    def run(self, images: Tensor, *, restorable: bool = True, seen: list[Tokens] | None = None) -> Tokens:
+        """Tokens behind the last block, reduced; ``seen`` as in ``Plan.run``."""
         check_images(images)
         tokens = self.plan.host.embed(self, images)
-        return self.plan.run(tokens if restorable else tokens.update(undo=None))
+        return self.plan.run(tokens if restorable else tokens.update(undo=None), seen=seen)
 
-    def output(self, images: Tensor) -> Any:
-        """What the host returns for images."""
+    def output(self, images: Tensor, *, seen: list[Tokens] | None = None) -> Any:
+        """What the host returns for images; ``seen`` as in ``Plan.run``."""
         host = self.plan.host
-        return host.finish(self, self.normalized(images, self.plan.restores and not host.reads_prefix(self)))
+        restored = self.plan.restores and not host.reads_prefix(self)
+        return host.finish(self, self.normalized(images, restored, seen=seen))
 
     def hidden(self, images: Tensor) -> Tensor:
         """Normalised tokens, prefix and patches, on the full grid again unless the plan leaves them reduced."""
         return self.normalized(images, self.plan.restores)
 
-    def normalized(self, images: Tensor, restored: bool = True) -> Tensor:
-        """Normalised tokens, prefix and patches, on the full grid again or reduced."""
-        tokens = self.run(images, restorable=restored)
+    def normalized(self, images: Tensor, restored: bool = True, *, seen: list[Tokens] | None = None) -> Tensor:
+        """Normalised tokens, prefix and patches, on the full grid again or reduced; ``seen`` as in ``Plan.run``."""
+        tokens = self.run(images, restorable=restored, seen=seen)
         return self.plan.host.normalize(self, tokens.restored() if restored else tokens.x)
 
     def features(self, images: Tensor) -> Tensor:
@@ -177,9 +180,9 @@ def make_method(name: str, settings: Mapping[str, Any]) -> Method:
     Raises:
         PlanError: naming what is valid and the nearest.
     """
-    if name not in METHODS:
+    kind = method_class(name)
+    if kind is None:
         raise PlanError(f"there is no method {name!r}{_nearest(name, METHODS)}; the methods are {', '.join(METHODS)}")
-    kind = load(METHODS[name])
     fields = [field.name for field in dataclasses.fields(kind)]
     settings = dict(settings)
     if (preset := settings.pop("preset", None)) is not None:
@@ -190,6 +193,12 @@ def make_method(name: str, settings: Mapping[str, Any]) -> Method:
         if key not in fields:
             raise PlanError(f"{name} has no setting {key!r}{_nearest(key, fields)}; it has {', '.join(fields)}")
     return kind(**settings)
+
+
+def method_class(name: str) -> Any:
+    """The class of a method by its name; None if there is none."""
+    place = METHODS.get(name) or TRAINED.get(name)
+    return place and load(place)
 
 
 def _nearest(word: str, known: Any) -> str:
@@ -280,10 +289,19 @@ def lean(net: nn.Module, *methods: str | Method, verify: bool = True, **settings
 
 
 def make_lean(net: nn.Module, plan: Plan) -> Any:
-    """The lean network of a checked plan: a shallow copy of the host with a class of its own."""
+    """The lean network of a checked plan: a shallow copy of the host with a class of its own, and what methods learned.
+
+    Raises:
+        PlanError: if a module that a method has learned has a name that is taken.
+    """
     fast = _empty(plan.host.lean_class, type(net))
     own = {key: copy.copy(value) for key, value in net.__dict__.items() if "_hooks" in key}
-    fast.__dict__ |= {**net.__dict__, **own, "_modules": {**net._modules, "plan": plan}}
+    modules = {**net._modules, "plan": plan}
+    for method in plan.methods:
+        if taken := sorted(set(method.weights) & set(modules)):
+            raise PlanError(f"{method.name} brings a module {taken[0]!r}, and the network has one of this name")
+        modules |= method.weights
+    fast.__dict__ |= {**net.__dict__, **own, "_modules": modules}
     plan.host.graft(fast)
     return fast
 

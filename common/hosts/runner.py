@@ -9,6 +9,7 @@ it. A block in which no method acts runs as the host's own forward.
 Letters: B images, N tokens (prefix first: class, distillation, registers), C width, h heads, d channels of a head.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -47,6 +48,10 @@ class Method:
     """settings in which the published rows on SWAG differ from the defaults, which are what the method's paper means"""
     cores: ClassVar[Mapping[int, nn.Module]] = {}
     """layer -> the module, without parameters, that a resolved method calls there"""
+    learned: ClassVar[Sequence[str]] = ()
+    """names under which a lean network, and its file, hold modules that the method has learned"""
+    weights: ClassVar[Mapping[str, nn.Module]] = {}
+    """name, one of ``learned`` -> the module of this method, which the lean network shares; see ``with_weights``"""
     hinders_onnx: ClassVar[str | None] = None
     """what it needs that torch cannot write as ONNX"""
 
@@ -82,6 +87,21 @@ class Method:
         """Itself, with modules of its own."""
         object.__setattr__(self, "cores", cores)
         return self
+
+    def with_weights(self, weights: Mapping[str, nn.Module]) -> Self:
+        """A copy with modules that were learned, by names of ``learned``; its settings do not tell of them."""
+        made = copy.copy(self)
+        object.__setattr__(made, "weights", dict(weights))
+        return made
+
+    @classmethod
+    def build_weights(cls, state: Mapping[str, Tensor]) -> Mapping[str, nn.Module]:
+        """Modules for ``with_weights`` in the shapes of a state, whose keys begin with their names; any numbers.
+
+        Raises:
+            KeyError: the key that the state lacks.
+        """
+        raise NotImplementedError
 
     @property
     def hinders_export(self) -> str | None:
@@ -238,7 +258,8 @@ def _resolve(method: Any, facts: Facts) -> Method:
     if not isinstance(method, Method):
         raise PlanError(f"expected a method with its settings, such as leanvit.ToMe(r=16), or a name, got {method!r}")
     try:
-        return checked_settings(method).resolve(facts)
+        checked = checked_settings(method).with_weights(method.weights)
+        return checked.resolve(facts).with_weights(method.weights)
     except (TypeError, ValueError, OverflowError) as error:
         if isinstance(error, PlanError):
             raise

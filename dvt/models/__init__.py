@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from common.sizes import DEIT, T2T_VIT, TIMM, Size
+from common.sizes import DEIT, T2T_VIT, TIMM, Names, Size
 
 if TYPE_CHECKING:
     from dvt.models.backbone import Stage
@@ -83,13 +83,6 @@ def _register() -> dict[str, Entry]:
 
 MODELS: dict[str, Entry] = _register()
 """Published name -> network."""
-
-
-class Names(tuple[str, ...]):
-    """Choices of ``--model``: published names, and any of timm's."""
-
-    def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or (isinstance(name, str) and name.startswith(TIMM) and name != TIMM)
 
 
 def find_entry(name: str, grids: Sequence[int] | None = None) -> Entry:

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from common.layers import init_linear, nearest_side
 from common.measure.flops import OpCounts, count_operations
 from common.run.errors import CheckpointError
-from sit.models.slimming import ReverseTSM, TokenSlimmingModule, layer_tokens, slimming_blocks, stage_tokens
+from sit.models.slimming import layer_tokens, reverse_modules, slimming_blocks, slimming_modules, stage_tokens
 from sit.sizes import COMMON, SIZES, TYPES
 
 Tokens = list[Tensor]
@@ -375,11 +375,8 @@ class LVViT(nn.Module):
         if slimmed:
             self.slim_index = slimming_blocks(stage_blocks)
             if not logits_only:
-                self.rtsm = nn.ModuleList(
-                    ReverseTSM(embed_dim, left, number) if left < number else nn.Identity()
-                    for left in self.layer_patches[1 : depth + 1]
-                )
-            self.tsm = nn.ModuleList(TokenSlimmingModule(embed_dim, kept) for kept in self.keeped_patches[1:])
+                self.rtsm = reverse_modules(embed_dim, self.layer_patches[1 : depth + 1], number)
+            self.tsm = slimming_modules(embed_dim, self.keeped_patches[1:])
         if conv_distillation:
             self.head_dist = _head(embed_dim, num_classes)
         self._init_weights()

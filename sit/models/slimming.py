@@ -57,6 +57,16 @@ def slimming_blocks(stage_blocks: Sequence[int]) -> list[int]:
     return list(accumulate(stage_blocks))[:-1]
 
 
+def default_stages(depth: int) -> list[int]:
+    """Stages for a network that the paper does not show: half of the blocks see all tokens, up to three stages follow.
+
+    20 blocks give those of SiT-M, 10, 4, 3, 3.
+    """
+    late = depth // 2
+    stages = min(3, late)
+    return [depth - late, *(late // stages + (index < late % stages) for index in range(stages))]
+
+
 class TokenSlimmingModule(nn.Module):
     """Token slimming module (TSM): N tokens become ``keeped_patches`` convex combinations of them.
 
@@ -128,6 +138,7 @@ class ReverseTSM(nn.Module):
 
     def __init__(self, dim: int, keeped_patches: int, recovered_patches: int, ratio: float = 4.0) -> None:
         super().__init__()
+        self.recovered_patches = recovered_patches
         self.norm1 = nn.LayerNorm(dim)
         self.mlp1 = Mlp(keeped_patches, int(recovered_patches * ratio), recovered_patches)
         self.norm2 = nn.LayerNorm(dim)
@@ -141,3 +152,13 @@ class ReverseTSM(nn.Module):
         """
         recovered = self.mlp1(self.norm1(tokens).transpose(1, 2)).transpose(1, 2)  # (B, C, M) -> (B, C, T) -> (B, T, C)
         return recovered + self.mlp2(self.norm2(recovered))
+
+
+def slimming_modules(dim: int, tokens: Sequence[int]) -> nn.ModuleList:
+    """``tsm``: the module in front of each stage but the first, whose ``tokens`` these are."""
+    return nn.ModuleList(TokenSlimmingModule(dim, kept) for kept in tokens)
+
+
+def reverse_modules(dim: int, tokens: Sequence[int], number: int) -> nn.ModuleList:
+    """``rtsm``: the reverse module of each block that leaves ``tokens`` out of ``number``; none where it leaves all."""
+    return nn.ModuleList(ReverseTSM(dim, left, number) if left < number else nn.Identity() for left in tokens)
