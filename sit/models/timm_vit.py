@@ -57,8 +57,8 @@ def make_plain(
     check_slimmable(net)
     embed: Any = net.patch_embed
     if isinstance(embed, PatchEmbed):
-        sides: Any = embed.img_size
-        for side, patch in zip(sides, embed.patch_size, strict=True):
+        sides: Any = zip(embed.img_size, embed.patch_size, strict=True)  # pyright: ignore[reportArgumentType]
+        for side, patch in sides:
             try:
                 patch_grid(side, patch)
             except ValueError as error:
