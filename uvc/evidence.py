@@ -34,22 +34,24 @@ MODEL = "deit_desk8"
 GATES, NO_GATES = "--glr 2 --gating_weight 3.5e-4 --gating_interval 15", "--enable_block_gating 0"
 HEADS_REMOVED = 2
 """Of the four of each block, by uniform width and ``structured``; neurons go until the cost is met, about half, too."""
-GATES_ON, GATES_OFF = 0.92, 1.0
-"""Budget of stage 1 over the share that shall be executed: its constraint is on the cost with soft gates, which let
-through less than a block that runs."""
 TRIES = (0.0, 0.05, 0.1)
 """Stage 1 is run again with its budget lower by so much where no epoch's structure is within the share."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Data set, epochs of the dense network, of stage 1 and of stage 2, and the share of the cost that remains."""
+    """Data set, epochs of the dense network, of stage 1 and of stage 2, and the share of the cost that remains.
+
+    ``gated`` is the budget of a stage 1 with block gates over that share: its constraint is on the cost with soft
+    gates, which let through less than a block that runs.
+    """
 
     data_set: str = "fashion"
     dense: int = 10
     search: int = 2
     tune: int = 3
     share: float = 0.5
+    gated: float = 0.92
 
     @property
     def data(self) -> str:
@@ -124,7 +126,7 @@ class Bench:
         """
         flags = f"{self.setup.stage1_flags} {GATES if gates else NO_GATES} --model_path {self.dense}"
         for lower in TRIES:
-            budget = f"{self.setup.share * (GATES_ON if gates else GATES_OFF) - lower:.3f}"
+            budget = f"{self.setup.share * (self.setup.gated if gates else 1) - lower:.3f}"
             folder = self.train(joint_train, f"{name}-{budget}", f"{flags} --budget {budget}")
             files = [folder / f"{MODEL}_{epoch}.pth.tar" for epoch in range(self.setup.search, 0, -1)]
             for file in files:
@@ -240,11 +242,11 @@ def runs(setup: Setup, live: Setup) -> dict[str, Run]:
     tune = setup.tune_flags(setup.search + setup.tune)
     plain = f"{setup.dense_flags}; share {setup.share:g}, {HEADS_REMOVED} heads; {tune}"
     both = f"{setup.dense_flags}; share {setup.share:g}; {setup.stage1_flags}; {setup.tune_flags(setup.tune)}"
-    short = f"{live.dense_flags}; share {live.share:g} x {GATES_ON}; {live.stage1_flags} {GATES}"
+    short = f"{live.dense_flags}; share {live.share:g} x {live.gated}; {live.stage1_flags} {GATES}"
     return {
         "dense": Run(setup.dense_flags, partial(train_dense, setup=setup)),
-        "uvc": Run(f"{both}; {GATES_ON} {GATES}", partial(train_uvc, setup=setup, gates=True)),
-        "no-skipping": Run(f"{both}; {GATES_OFF}", partial(train_uvc, setup=setup, gates=False)),
+        "uvc": Run(f"{both}; {setup.gated} {GATES}", partial(train_uvc, setup=setup, gates=True)),
+        "no-skipping": Run(f"{both}; 1.0", partial(train_uvc, setup=setup, gates=False)),
         "uniform": Run(plain, partial(train_uniform, setup=setup)),
         "structured": Run(plain, partial(train_pruned, setup=setup, method="structured")),
         "omp": Run(plain, partial(train_pruned, setup=setup, method="omp")),
@@ -252,4 +254,4 @@ def runs(setup: Setup, live: Setup) -> dict[str, Run]:
     }
 
 
-RUNS = runs(Setup(), Setup(dense=3, search=2, tune=1, share=0.6))
+RUNS = runs(Setup(), Setup(dense=2, search=1, tune=1, share=0.6, gated=0.8))
