@@ -35,9 +35,14 @@ PAIRS = (
     ),
     ("Scala: the sliced network itself", "no", "its `forward` takes a width: export the width first"),
     (
-        "UVC: removed heads, neurons, blocks (`uvc.compact_files.to_timm`)",
+        "UVC: a network of timm's without some heads, neurons, blocks (`leanvit.prune`, `uvc/compress.py`)",
         "yes",
-        "blocks may differ in heads and neurons",
+        "it is timm's; blocks may differ in heads and neurons",
+    ),
+    (
+        "UVC: the same removed from the published backbones (`uvc.compact_files.to_timm`)",
+        "yes",
+        "so is this",
     ),
     (
         "UVC: removed patches, soft patch gates, T2T-ViT, `CompactViT` itself",
@@ -46,6 +51,12 @@ PAIRS = (
     ),
     ("DVT: a cascade, or one of its stages", "no", "a stage reuses the grid before it, patch by patch"),
     ("SiT: LV-ViT, slimmed or not", "no", "its blocks are its own, and slimming changes tokens already"),
+    (
+        "SiT: a student of timm's network (`sit/main.py --model timm:NAME`, `leanvit.load`)",
+        "ToMe, EViT behind the first slimming, ATS behind the last, ACT, SMYRF",
+        "slimming is a method with weights: `leanvit.lean(fast.restore(), *fast.methods, leanvit.ToMe(r=[...]))`; it "
+        "needs the grid, and ends it and the number of tokens, which Hourglass and Evo-ViT need",
+    ),
     ("a network with token methods", "no", "give all methods in one call of `lean`, which checks them together"),
 )
 

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.hosts import NotAHost, lean
+from common.hosts import NotAHost, PlanError, lean
+from common.hosts.network import make_method
 from dvt.models.cascade import make_cascade
 from dvt.models.deit import VisionTransformer as DvtDeiT
 from scala.models_scala import VisionTransformer_scala
 from scala.standalone import describe, standalone_state
 from sit.models.lvvit import LVViT
+from sit.models.timm_vit import make_plain, slim
 from uvc.compact_files import to_timm
 from uvc.removal import compress
 from uvc.tests.random_structures import random_network
@@ -55,6 +57,38 @@ def test_slice_or_prune_then_a_token_method(make: Any, method: str) -> None:
         features = fast.features(images(16))
     assert features.shape[2:] == (4, 4)
     assert features.isfinite().all()
+
+
+SLIMMED = {
+    "tome": {"r": [0, 0, 0, 2, 2, 2]},
+    "hourglass": "hourglass at layer 1 breaks the grid that slim needs at layer 3",
+    "evit": {"layers": (4, 5)},
+    "evo_vit": "evo_vit at layer 2 breaks the grid that slim needs at layer 3",
+    "ats": {"layers": (5,)},
+    "act": {},
+    "smyrf": {"cluster_size": 4},
+}
+"""Method -> settings with which it goes with slimming before layers 3, 4 and 5, or why its default does not."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_slim_then_a_token_method(method: str) -> None:
+    torch.manual_seed(0)
+    net = make_plain("test_vit", img_size=16, patch_size=4, num_classes=10)
+    student = slim(net, keeping_ratio=0.8).double().eval()
+    settings = SLIMMED[method]
+    if isinstance(settings, str):
+        with pytest.raises(PlanError, match=settings):
+            lean(student.restore(), *student.methods, make_method(method, {}))
+        return
+    fast = lean(student.restore(), *student.methods, make_method(method, settings))
+    with torch.no_grad():
+        assert fast(images(16)).shape == (2, 10)
+        features = fast.features(images(16))
+    assert features.shape[2:] == (4, 4)
+    assert features.isfinite().all()
+    if method in ("tome", "evit"):
+        assert fast.tokens_per_layer(images(16))[-1] < student.tokens_per_layer()[-1]
 
 
 def test_networks_that_change_their_tokens_themselves_are_refused() -> None:
