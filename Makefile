@@ -15,10 +15,11 @@ ARGS ?=
 OUT ?= report/gpu
 BUDGET_S ?= 480
 SEEDS ?= 5
+MINUTES ?= 60
 # Threads that wait must not spin: on a machine shared with anything else, spinning made small networks 50 times slower.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help install dependencies operators reproduce test check format docs evidence bench gpu clean
+.PHONY: help install dependencies operators reproduce test fuzz check format docs evidence bench gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +50,9 @@ reproduce: install  ## the main job: the ledger of published tables, and a live 
 
 test: install  ## the test suite (CPU; GPU tests skip themselves)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal $(ARGS)
+
+fuzz: install  ## odd and damaged files for every reader, MINUTES of them; what they find that is not a named error
+	OMP_NUM_THREADS=1 $(PY) -m common.tests.fuzz --minutes $(MINUTES) $(ARGS)
 
 check: install  ## lint, format and types, changing nothing; lines of Python without tests
 	$(PY) -m ruff check .

@@ -25,7 +25,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from common.measure.benchmark import random_images
-from common.run.checkpoint import load_safely, load_strict, read_description, save_described
+from common.run.checkpoint import build_described, load_strict, naming, read_described, save_described
 from common.run.errors import CheckpointError, UsageError
 from common.run.export import difference, export_onnx, export_program
 from common.run.files import write_atomic
@@ -99,7 +99,8 @@ class Standalone:
 
     def load(self, state: Mapping[str, Tensor], *, source: str = "slice") -> nn.Module:
         """timm's network where there is one, else ours, with weights, in their precision, and in evaluation mode."""
-        model = self.build_timm() if self.timm is not None else self.build_ours()
+        build = self.build_timm if self.timm is not None else self.build_ours
+        model: nn.Module = build_described(build, asdict(self), state)
         weight = next(value for value in state.values() if value.is_floating_point())
         model.to(weight.device, weight.dtype)
         load_strict(model.model if isinstance(model, AtRatio) else model, state, source=source)
@@ -203,10 +204,11 @@ def load_standalone(path: str | Path) -> nn.Module:
     Raises:
         CheckpointError: a file that is none of ours.
     """
-    content = read_description(path, METADATA_KEY)
+    content, state = read_described(path, METADATA_KEY)
     if content is None:
         raise CheckpointError(f"{path}: holds no description of a slice; export it with scala/export.py")
-    return Standalone(**content).load(load_safely(path), source=str(path))
+    with naming(path, "its description is damaged"):
+        return Standalone(**content).load(state, source=str(path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

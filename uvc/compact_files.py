@@ -19,8 +19,14 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from common.run.checkpoint import CheckpointError, load_safely, load_strict, save_described
-from common.run.checkpoint import read_description as read_header
+from common.run.checkpoint import (
+    CheckpointError,
+    build_described,
+    load_strict,
+    naming,
+    read_described,
+    save_described,
+)
 from common.run.errors import UsageError
 from common.run.files import write_atomic
 from common.sizes import TIMM
@@ -70,13 +76,18 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, damaged, or not written by ``save_compact``.
     """
-    content = read_header(path, KEY)
+    return _read(path, weights=False)[0]
+
+
+def _read(path: str | os.PathLike[str], *, weights: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description and weights."""
+    content, state = read_described(path, KEY, weights=weights)
     if content is None or content.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: the header has no {FORMAT!r}, so this is no file of uvc/compress.py; for a masked checkpoint run "
             "uvc/compress.py first"
         )
-    return content
+    return content, state
 
 
 def load_compact(
@@ -92,19 +103,21 @@ def load_compact(
     Raises:
         CheckpointError: not such a file, or the weights do not fit its description.
     """
-    content = read_description(path)
-    try:
-        structure = Structure.from_dict(content["structure"])
-        name = content["config"]["architecture"]
-        if name.startswith(TIMM):
-            network = _pruned_timm(content["config"], structure)
-        else:
-            network = CompactViT(CompactConfig.from_dict(content["config"]))
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: its description is damaged: {error}; make the file anew") from error
-    state = load_safely(path)
-    network.to(next(iter(state.values())).dtype)
-    load_strict(network, state, source=path)
+    content, state = _read(path)
+    with naming(path, "its description is damaged"):
+        config, structure = content["config"], Structure.from_dict(content["structure"])
+        name = config["architecture"]
+
+        def build() -> VisionTransformer | CompactViT:
+            return (
+                _pruned_timm(config, structure)
+                if name.startswith(TIMM)
+                else CompactViT(CompactConfig.from_dict(config))
+            )
+
+        network = build_described(build, config, state)
+        network.to(next(iter(state.values())).dtype)
+        load_strict(network, state, source=path)
     network = network.to(device).eval()
     if isinstance(network, CompactViT) and multiple > 1:
         network = padded(network, multiple)

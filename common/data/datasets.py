@@ -172,21 +172,28 @@ class INaturalist(Dataset[Any]):
         if category not in INAT_CATEGORIES:
             raise DataError(f"--inat-category must be one of {', '.join(INAT_CATEGORIES)}, got {category!r}")
         check_split(f"inat{year % 100}", split)
-        categories = _read_json(root / "categories.json")
+        categories, listed = _read_json(root / "categories.json"), root / f"{split}{year}.json"
         annotations = _entries(root / f"train{year}.json", "annotations")
-        names = [categories[int(entry["category_id"])][category] for entry in annotations]
-        self.classes: Sequence[str] = tuple(dict.fromkeys(names))
-        number = {name: position for position, name in enumerate(self.classes)}
-        self.samples: list[tuple[str, int]] = []
-        listed = root / f"{split}{year}.json"
-        for entry in _entries(listed, "images"):
-            parts = entry["file_name"].split("/")
-            if len(parts) < 4:
-                raise DataError(f"{listed}: file_name {entry['file_name']!r} is not of the form a/b/category/file")
-            name = categories[int(parts[2])][category]
-            if name not in number:
-                raise DataError(f"{listed}: {category} {name!r} of {entry['file_name']} has no train annotation")
-            self.samples.append((str(root / parts[0] / parts[2] / parts[3]), number[name]))
+        try:
+            names = [categories[int(entry["category_id"])][category] for entry in annotations]
+            self.classes: Sequence[str] = tuple(dict.fromkeys(names))
+            number = {name: position for position, name in enumerate(self.classes)}
+            self.samples: list[tuple[str, int]] = []
+            for entry in _entries(listed, "images"):
+                parts = entry["file_name"].split("/")
+                if len(parts) < 4:
+                    raise DataError(f"{listed}: file_name {entry['file_name']!r} is not of the form a/b/category/file")
+                name = categories[int(parts[2])][category]
+                if name not in number:
+                    raise DataError(f"{listed}: {category} {name!r} of {entry['file_name']} has no train annotation")
+                self.samples.append((str(root / parts[0] / parts[2] / parts[3]), number[name]))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(
+                f"{listed}, train{year}.json or categories.json is no list of iNaturalist's, or they do not fit each "
+                f"other ({type(error).__name__}: {error})"
+            ) from error
         self.transform = transform
 
     def __len__(self) -> int:
@@ -300,12 +307,13 @@ def _read_json(path: Path) -> Any:
         return json.loads(read_file(path).decode())
     except OSError as error:
         raise DataError(f"cannot read {path} ({error.strerror}): iNaturalist's JSON lists belong there") from error
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise DataError(f"{path} is not valid JSON: {error}") from error
 
 
 def _entries(path: Path, key: str) -> list[dict[str, Any]]:
-    entries = _read_json(path).get(key)
+    content = _read_json(path)
+    entries = content.get(key) if isinstance(content, dict) else None
     if not entries:
         raise DataError(f"{path} lists no {key}")
     return entries

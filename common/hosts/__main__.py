@@ -19,6 +19,7 @@ A budget, or a cosine to keep, names the settings that are best within it, and t
 import argparse
 import ast
 import itertools
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,10 @@ class Wanted:
     methods: Sequence[tuple[str, Mapping[str, Any]]]
 
 
+MOST = 1000
+"""Combinations of alternatives in one word."""
+
+
 def methods(text: str) -> list[Wanted]:
     """``name:key=value,key=value``, several joined by ``+``; values as Python writes them, words without quotes.
 
@@ -50,6 +55,8 @@ def methods(text: str) -> list[Wanted]:
     """
     choices = [piece.split("|") for piece in re.split(r"([,+](?![^(\[]*[)\]]))", text)]
     choices = [[choice[0], *(f"{choice[0].partition('=')[0]}={value}" for value in choice[1:])] for choice in choices]
+    if (count := math.prod(map(len, choices))) > MOST:
+        raise argparse.ArgumentTypeError(f"{text!r} means {count} combinations; expected {MOST} at most")
     return [_one("".join(pieces)) for pieces in itertools.product(*choices)]
 
 
@@ -67,7 +74,7 @@ def _one(text: str) -> Wanted:
             try:
                 word = value.strip()
                 settings[key.strip()] = ast.literal_eval(word.capitalize() if word in ("true", "false") else word)
-            except (ValueError, SyntaxError):
+            except (MemoryError, RecursionError, SyntaxError, ValueError):
                 settings[key.strip()] = value.strip()
         found.append((name, settings))
     return Wanted(text, found)

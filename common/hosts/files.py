@@ -28,7 +28,7 @@ from common.hosts.huggingface import FAMILIES, dense_form
 from common.hosts.network import METHODS, TOLERANCES, TRAINED, Lean, lean, make_method, method_class
 from common.hosts.network import load as load_object
 from common.hosts.runner import Method
-from common.run.checkpoint import load_safely, load_strict, read_description, save_described
+from common.run.checkpoint import build_described, load_strict, read_described, save_described
 from common.run.errors import CheckpointError, UsageError
 from common.run.launch import choose_device
 from common.run.program import get_logger
@@ -302,7 +302,7 @@ def load(
     path, device = Path(path), choose_device(str(device))
     if network is not None and not isinstance(network, nn.Module):
         raise UsageError(f"network: expected a network (torch.nn.Module), got {network!r}")
-    content = read_description(path, KEY)
+    content, state = read_described(path, KEY)
     if content is None:
         raise CheckpointError(f"{path}: its header has no {KEY!r}: expected a file of leanvit.save")
     _check_parts(path, content, PARTS)
@@ -313,8 +313,7 @@ def load(
     dtype, source = DTYPES[content["dtype"]], content["source"]
     methods = [_read_method(path, index, each) for index, each in enumerate(content["methods"])]
     if network is None:
-        network = _read_source(path, source, dtype)
-    state = load_safely(path)
+        network = _read_source(path, source, dtype, state)
     _check_tensors(path, state, dtype)
     try:
         methods = [_with_weights(path, method, state, dtype, device) for method in methods]
@@ -332,7 +331,7 @@ def load(
     return fast
 
 
-def _read_source(path: Path, source: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+def _read_source(path: Path, source: Mapping[str, Any], dtype: torch.dtype, state: Mapping[str, Tensor]) -> nn.Module:
     """The network that a file names, with random weights."""
     if "unknown" in source:
         _check_names(path, "source", source, ("library", "name", "unknown"))
@@ -347,7 +346,9 @@ def _read_source(path: Path, source: Mapping[str, Any], dtype: torch.dtype) -> n
     if not isinstance(name, str) or not isinstance(arguments, dict):
         raise CheckpointError(f"{path}: source: expected a name and arguments, got {name!r} and {arguments!r}")
     try:
-        return _build(library, name, arguments, dtype)
+        with torch.random.fork_rng(devices=[]):
+            network = build_described(lambda: LIBRARIES[library][1](name, arguments), arguments, state)
+        return network.to(dtype).eval()
     except Exception as error:  # as many kinds as there are constructors
         found = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{path}: source: {library}'s {name} cannot be built: {found}") from error
@@ -376,7 +377,7 @@ def _read_method(path: Path, index: int, content: Any) -> Method:
     try:
         settings = {key: ast.literal_eval(value) for key, value in content["settings"].items()}
         return make_method(content["name"], settings)
-    except (AttributeError, SyntaxError, TypeError, ValueError) as error:
+    except (AttributeError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {error}") from error
 
 

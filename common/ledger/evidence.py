@@ -147,13 +147,14 @@ def load_claims(paper: str, *, root: Path = ROOT) -> tuple[Claim, ...]:
         raise TableError(f"{paper} has no claims: {path} is missing; those that have some are {list(papers(root))}")
     try:
         content = tomllib.loads(path.read_text())
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise TableError(f"{path}: {error}") from error
-    reader = Reader(lambda text: TableError(f"{path}: {text}"))
+    reader, sections = Reader(lambda text: TableError(f"{path}: {text}")), Sequence[Mapping[str, Any]]
     claims = []
-    for number, entry in enumerate(content.get("claims", ())):
+    for number, entry in enumerate(reader.value(content.get("claims", []), sections, "claims")):
         where = f"claim {entry.get('id', number)!r}"
-        rows = [reader.section(Comparison, row, where) for row in entry.pop("comparisons", ())]
+        found = reader.value(entry.pop("comparisons", []), sections, f"{where}: comparisons")
+        rows = [reader.section(Comparison, row, where) for row in found]
         claims.append(reader.section(Claim, entry, where, paper=paper, comparisons=tuple(rows)))
     return tuple(claims)
 

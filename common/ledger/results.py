@@ -25,7 +25,7 @@ from typing import Annotated, Any
 
 from common.ledger.reading import Reader, not_empty
 from common.ledger.tables import COLUMNS, TableError, load_tables, papers
-from common.run.files import ROOT, write_atomic
+from common.run.files import ROOT, read_file, write_atomic
 from common.run.flags import make_parser
 
 FORMAT = 1
@@ -319,9 +319,7 @@ def load_file(paper: str, path: Path) -> list[Record]:
 
 def _read(path: Path, where: str) -> str:
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("it is no file")
-        return path.read_text(encoding="utf-8")
+        return read_file(path).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise RecordError(f"{where}: cannot be read: {error}") from error
 

@@ -323,7 +323,7 @@ def load_table(path: Path) -> Table:
     where = "/".join(path.parts[-3:])
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"), parse_float=Decimal)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (RecursionError, ValueError) as error:
         raise TableError(f"{where}: not valid TOML: {error}") from error
     rows, declared = data.pop("rows", []), data.pop("checkpoints", {})
     table = READER.section(Table, data, where, rows=(), checkpoints={}, path=path)
@@ -355,7 +355,7 @@ def _row(entry: dict[str, Any], where: str, index: int, table: Table) -> Row:
         )
     where = f"{where}row {row_id!r}"
     checkpoint = entry.get("checkpoint", "")
-    if checkpoint and checkpoint not in table.checkpoints:
+    if not isinstance(checkpoint, str) or (checkpoint and checkpoint not in table.checkpoints):
         declared = sorted(table.checkpoints)
         raise TableError(f"{where}: checkpoint: {checkpoint!r} is not declared; declared are {declared}")
     own = {key: value for key, value in entry.items() if key != "checkpoint"}

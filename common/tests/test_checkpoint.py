@@ -674,6 +674,7 @@ def test_compressed_archives_are_refused(tmp_path: Path) -> None:
         (lambda state: state | {"weight": state["weight"].to_sparse()}, r"weight \(sparse_coo\)"),
         (lambda state: state | {"weight": state["weight"].to("meta")}, r"weight \(without data\)"),
         (lambda state: state | {"bias": state["bias"] * float("nan")}, r"bias \(not finite\)"),
+        (lambda state: state | {"bias": torch.ones(1).expand(2)}, r"bias \(one value in many places\)"),
         (lambda state: state | {7: state["bias"]}, r"7 \(the name is a int\)"),
     ],
 )
@@ -744,6 +745,11 @@ def test_resume_says_what_a_file_lacks(tmp_path: Path) -> None:
     save_atomic({"model": state.model.state_dict()}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match="lacks optimizer"):
         manager.resume(state, tmp_path / "x.pth")
+    for key, odd in (("progress", {"epochs": 1}), ("ranks", 5), ("extra", None)):
+        whole = make_state(extra={"optimizer": state.optimizer}).state_dict()
+        save_atomic({**whole, key: odd}, tmp_path / "x.pth")
+        with pytest.raises(CheckpointError, match=r"x\.pth: cannot resume from it: its content is damaged, or another"):
+            manager.resume(make_state(extra={"optimizer": state.optimizer}), tmp_path / "x.pth")
     manager.save(state)
     other = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     with pytest.raises(CheckpointError, match="does not fit Sequential"):

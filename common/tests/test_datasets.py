@@ -272,6 +272,14 @@ def test_inat_failures_are_named(tmp_path: Path) -> None:
     (tmp_path / "train2018.json").write_text('{"annotations": [{"category_id": 0}]}')
     with pytest.raises(DataError, match=r"name 'n3' of a/b/3/v.jpg has no train annotation"):
         build_dataset("inat18", tmp_path, "val", None)
+    for odd in (
+        '{"annotations": [{"category": 0}]}',
+        '{"annotations": 5}',
+        '{"annotations": [{"category_id": 1e999}]}',
+    ):
+        (tmp_path / "train2018.json").write_text(odd)
+        with pytest.raises(DataError, match=r"train2018.json or categories.json is no list of iNaturalist's"):
+            build_dataset("inat18", tmp_path, "val", None)
     (tmp_path / "train2018.json").write_text("{")
     with pytest.raises(DataError, match=r"train2018.json is not valid JSON"):
         build_dataset("inat18", tmp_path, "val", None)

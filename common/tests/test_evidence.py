@@ -151,6 +151,7 @@ def test_runs_resume_one_by_one_and_again_where_their_settings_change(root: Path
         ('arm = ["new"]', "arm = []", r"arm: is missing"),
         ("note =", "notes =", r"unknown keys \['notes'\]"),
         ("[[claims]]", "[[claims", "claims.toml"),
+        ("[[claims]]", "claims = 5", "claims.toml: claims: expected a list"),
     ],
 )
 def test_claims_are_read_strictly(root: Path, old: str, new: str, message: str) -> None:

@@ -57,6 +57,11 @@ def test_methods_as_words(text: str, expected: Any) -> None:
     assert (wanted.text, wanted.methods) == (text, expected)
 
 
+def test_alternatives_without_end_are_refused() -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=r"means 1099511627776 combinations; expected 1000 at most"):
+        methods("tome:" + ",".join(["r=1|2"] * 40))
+
+
 def test_alternatives_are_combined() -> None:
     found = methods("tome:r=4|8+evit:layers=(1,)|(2,3),keep=0.5")
     assert [wanted.text for wanted in found] == [

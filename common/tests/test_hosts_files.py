@@ -215,6 +215,8 @@ HEADERS: dict[str, tuple[Callable[[dict], Any], str]] = {
     "source": (lambda c: c["source"].update(more=1), r"source\.more is not known"),
     "heads": (lambda c: c["source"]["arguments"].update(num_heads=4), r"facts\.heads: .* 2, .* 4"),
     "depth": (lambda c: c["source"]["arguments"].update(depth=3), r"does not fit(.|\n)*unexpected(.|\n)*blocks\.3\."),
+    "depth without end": (lambda c: c["source"]["arguments"].update(depth=10**9), "1000000000 is larger than"),
+    "large depth": (lambda c: c["source"]["arguments"].update(depth=10**5), "describes a network that is far larger"),
     "fact": (lambda c: c["facts"].update(legs=2), r"facts\.legs is not known"),
     "fact less": (lambda c: c["facts"].pop("width"), r"facts\.width: the file was written of None"),
     "method": (lambda c: c["methods"][1].update(name="tom"), r"methods\[1\]: there is no method 'tom'"),

@@ -61,6 +61,8 @@ def test_the_order_of_tables_is_stated_or_by_name(tmp_path):
         ("cost.py {arguments}", "cost.py {argument}", r"commands\.gmacs: uses \['argument'\]"),
         ("cost.py {arguments}", "cost.py {arguments", r"commands\.gmacs: is not a valid template"),
         ('checkpoint = "weights"', 'checkpoint = "wights"', r"row 'dense': checkpoint: 'wights' is not declared"),
+        ('checkpoint = "weights"', 'checkpoint = ["weights"]', r"checkpoint: \['weights'\] is not declared"),
+        ('title = "A made', f"title = {'[' * 9000}", r"main\.toml: not valid TOML"),
         ('checkpoint = "weights"\n', "", r"row 'dense': checkpoint: is missing, and commands\.top1_percent uses it"),
         ('sha256 = "0123abcd"', 'sha256 = "xyz"', r"checkpoint 'weights': sha256: expected 8 to 64 hexadecimal"),
         ('url = "https', 'address = "https', r"checkpoint 'weights': unknown keys \['address'\]"),

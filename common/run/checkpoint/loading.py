@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from common.run.errors import CheckpointError
 from common.run.program import get_logger
 
 logger = get_logger(__name__)
 
+Network = TypeVar("Network", bound=nn.Module)
 
 MOST_LISTED = 10
 """Differences of a kind that a message lists: a file of another network has hundreds."""
@@ -117,6 +120,46 @@ def load_strict(
         logger.info("%s: left as they are: %s", os.fspath(source), shown)
     model.load_state_dict({key: value for key, value in state.items() if key not in tolerated}, strict=False)
     return rest
+
+
+MOST = 100_000
+"""The largest whole number that a network's description may name: images, widths and depths are far smaller."""
+
+
+def build_described(build: Callable[[], Network], description: Any, state: Mapping[str, Tensor]) -> Network:
+    """``build()``, a network of which a file says how it is built, unless it is far larger than the weights beside it.
+
+    Args:
+        build: constructs it by ``description``, on the meta device first; it may be larger before it is pruned.
+        description: nested dicts, lists and plain values.
+        state: the weights.
+
+    Raises:
+        ValueError: for a depth of a thousand million, say, which would take all memory or time.
+    """
+    waiting = [description]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (Mapping, list, tuple)):
+            waiting += value.values() if isinstance(value, Mapping) else value
+        elif isinstance(value, int) and abs(value) > MOST:
+            raise ValueError(f"{value} is larger than anything in a network")
+    sizes = [value.numel() for value in state.values()]
+    left = {"parameters": 20 * len(sizes) + 1000, "values": 20 * sum(sizes) + 10_000_000}
+
+    def count(module: nn.Module, name: str, parameter: Tensor | None) -> None:
+        left["parameters"] -= 1
+        left["values"] -= 0 if parameter is None else parameter.numel()
+        if min(left.values()) < 0:
+            raise ValueError(f"it describes a network that is far larger than the {len(state)} weights in the file")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            build()
+    finally:
+        hook.remove()
+    return build()
 
 
 def summarise(keys: Sequence[str]) -> str:

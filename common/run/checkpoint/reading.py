@@ -16,7 +16,7 @@ import pathlib
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +297,13 @@ def read_description(path: str | os.PathLike[str], key: str) -> dict[str, Any] |
     Raises:
         CheckpointError: missing, a folder, no safetensors file, or no JSON object.
     """
+    return read_described(path, key, weights=False)[0]
+
+
+def read_described(
+    path: str | os.PathLike[str], key: str, *, weights: bool = True
+) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    """:func:`read_description` and the weights, the file's checksum computed once; raises what they do."""
     path = existing_file(path)
     from safetensors import safe_open  # only where such a file is read
 
@@ -304,17 +311,31 @@ def read_description(path: str | os.PathLike[str], key: str) -> dict[str, Any] |
         check_seal(path)
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(key)
+            state = {name: file.get_tensor(name) for name in file.keys() if weights}  # noqa: SIM118 - it is no dict
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}; make the file anew") from error
     except Exception as error:  # safetensors raises its own kind for a file that is none
         raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); make the file anew") from error
     try:
         content = None if text is None else json.loads(text)
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise CheckpointError(f"{path}: {key!r} in its header is damaged: {error}; make the file anew") from error
     if text is not None and not isinstance(content, dict):
         raise CheckpointError(f"{path}: {key!r} in its header is no JSON object; make the file anew")
-    return content
+    return content, state
+
+
+@contextlib.contextmanager
+def naming(source: str | os.PathLike[str], finding: str = "its content is damaged") -> Iterator[None]:
+    """For the use of what was read: whatever odd values of a file make it raise is a CheckpointError with its name."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # as many kinds as there are users
+        raise CheckpointError(
+            f"{os.fspath(source)}: {finding} ({type(error).__name__}: {_first_line(str(error))}); make the file anew"
+        ) from error
 
 
 def select_state(checkpoint: Any, keys: Sequence[str] = ("model", "state_dict"), *, source: str = "checkpoint") -> dict:
@@ -323,8 +344,8 @@ def select_state(checkpoint: Any, keys: Sequence[str] = ("model", "state_dict"),
     The prefixes of DistributedDataParallel (``module.``) and torch.compile (``_orig_mod.``) are removed.
 
     Raises:
-        CheckpointError: nothing in it maps names to tensors; or one of them is sparse, without data, complex, or holds
-            NaN or infinity.
+        CheckpointError: nothing in it maps names to tensors; or one of them is sparse, without data, expanded, complex,
+            or holds NaN or infinity.
     """
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f"{source}: found a {type(checkpoint).__name__}, expected a dict of weights")
@@ -355,6 +376,8 @@ def _oddity(key: Any, value: Tensor) -> str:
         return "without data" if value.is_meta else str(value.layout).removeprefix("torch.")
     if value.is_complex() or value.is_quantized:
         return str(value.dtype).removeprefix("torch.")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return "one value in many places"  # of which a small file can have any number
     return "" if not value.is_floating_point() or value.isfinite().all() else "not finite"
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from common.run.checkpoint.fetching import locate
 from common.run.checkpoint.loading import load_strict
-from common.run.checkpoint.reading import load_safely, select_state, some
+from common.run.checkpoint.reading import load_safely, naming, select_state, some
 from common.run.checkpoint.writing import plain, save_atomic
 from common.run.errors import CheckpointError
 from common.run.files import lock_folder, make_folder, stale
@@ -108,7 +108,7 @@ class TrainingState:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     progress: Progress = field(default_factory=Progress)
     resumed_random: Mapping[str, Any] | None = None
-    """Generators to put back when training starts: what runs in between may draw numbers of its own."""
+    """Generators to put back when training starts: what runs in between may draw numbers of its own. And their file."""
 
     def __post_init__(self) -> None:
         self.model = unwrap(self.model)
@@ -143,6 +143,10 @@ class TrainingState:
         Raises:
             CheckpointError: naming what the file lacks or what does not fit.
         """
+        with naming(source, "cannot resume from it: its content is damaged, or another program's"):
+            self._load(content, source)
+
+    def _load(self, content: Mapping[str, Any], source: str) -> None:
         if not isinstance(content, Mapping) or not isinstance(content.get("model"), Mapping):
             found = some([str(key) for key in content]) if isinstance(content, Mapping) else type(content).__name__
             raise CheckpointError(f"{source}: cannot resume from it: expected the key 'model', found {found}")
@@ -164,10 +168,8 @@ class TrainingState:
                 if name == "lr_scheduler" or (name == "scaler" and part.state_dict()):
                     logger.warning("%s holds no %s: it starts afresh", source, name)
                 continue
-            try:
+            with naming(source, f"its {name} does not fit this run"):
                 part.load_state_dict(content[name])
-            except (ValueError, KeyError, RuntimeError, TypeError) as error:
-                raise CheckpointError(f"{source}: its {name} does not fit this run: {error}") from error
         for name, part in self.extra.items():
             if name not in content.get("extra", {}):
                 raise CheckpointError(f"{source}: it lacks extra state {name!r}; was it written by another program?")
@@ -185,7 +187,7 @@ class TrainingState:
         """What belongs to this rank alone: its generators, and its part of the epoch's means."""
         size = get_world_size()
         if len(ranks) == size:
-            self.resumed_random = ranks[get_rank()]
+            self.resumed_random = {**ranks[get_rank()], "source": source}
             self.progress.sums = dict(ranks[get_rank()]["sums"])
             return
         if self.progress.batch:
@@ -207,7 +209,8 @@ class TrainingState:
     def restore_random(self) -> None:
         """Put the generators of a resumed run back, once; does nothing in a new run."""
         if self.resumed_random is not None:
-            restore_random_states(self.resumed_random, self.device)
+            with naming(self.resumed_random["source"], "its random generators are damaged"):
+                restore_random_states(self.resumed_random, self.device)
             self.resumed_random = None
 
 
