@@ -105,9 +105,9 @@ class Patched(Lean):
         self.plan = Plan(self.plan.host, [method], restores=False)
         info["r"] = list(value) if isinstance(value, list) else value
 
-    def run(self, images: Tensor, *, restorable: bool = True) -> Tokens:
+    def run(self, images: Tensor, *, restorable: bool = True, seen: list[Tokens] | None = None) -> Tokens:
         info = self._tome_info
-        tokens = super().run(images, restorable=restorable or info["trace_source"])
+        tokens = super().run(images, restorable=restorable or info["trace_source"], seen=seen)
         info |= {"size": tokens.size, "source": tokens.membership() if info["trace_source"] else None}
         return tokens
 
