@@ -14,7 +14,7 @@ transforms in ``common.data.transforms``; this module passes their public names 
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from traceback import clear_frames
@@ -56,7 +56,7 @@ class Key(NamedTuple):
 
 
 @contextmanager
-def seeded(*numbers: int) -> Iterator[None]:
+def seeded(*numbers: int) -> Generator[None]:
     """Seed Python's, NumPy's and torch's CPU generators by ``numbers``; the main process gets its own state back."""
     restore = get_worker_info() is None
     states = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if restore else None

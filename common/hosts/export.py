@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, cast
 
 import torch
@@ -89,7 +89,7 @@ def _prepare(fast: Any, features: bool) -> tuple[nn.Module, Tensor]:
 
 
 @contextlib.contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
+def _at_rest(model: nn.Module) -> Generator[None]:
     """In evaluation mode, and every module that draws random projections draws once."""
     drawing = [module for module in model.modules() if hasattr(module, "draw")]
     with evaluating(model), torch.random.fork_rng(devices=[]):

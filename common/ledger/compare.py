@@ -5,7 +5,7 @@ Nothing is computed here: ``common.ledger.gather`` finds what there is for a val
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -123,7 +123,7 @@ class Ledger:
         return count_statuses(self.entries)
 
     @contextmanager
-    def guard(self, paper: str, table: str = "", row: str = "", what: str = "") -> Iterator[None]:
+    def guard(self, paper: str, table: str = "", row: str = "", what: str = "") -> Generator[None]:
         """Note an exception as a failure and go on: one row's failure must not lose the others."""
         try:
             yield

@@ -17,7 +17,7 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -335,7 +335,7 @@ class _Screen:
 
 
 @contextlib.contextmanager
-def _programs(output: Any = None) -> Iterator[None]:
+def _programs(output: Any = None) -> Generator[None]:
     """Keep the ledger's output free of what a paper's programs and their libraries have to say.
 
     Args:

@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -307,7 +307,7 @@ def _resident_bytes(models: Any, device: torch.device) -> int:
 
 
 @contextmanager
-def explain_out_of_memory(images: Tensor) -> Iterator[None]:
+def explain_out_of_memory(images: Tensor) -> Generator[None]:
     """Turn the allocators' errors into one that names the batch."""
     try:
         yield
@@ -336,7 +336,7 @@ class PassBar(tqdm):
         self._watch = not self.disable
 
     @contextmanager
-    def one_pass(self, model: nn.Module) -> Iterator[None]:
+    def one_pass(self, model: nn.Module) -> Generator[None]:
         """Enclose one pass of ``model``."""
         blocks = _blocks(model) if self._watch and not hasattr(model, "_orig_mod") else []
         before, start = self.n, time.perf_counter()

@@ -10,7 +10,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -379,7 +379,7 @@ def _check_countable(model: nn.Module) -> None:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Generator[None]:
     """Evaluation mode inside, the training flag of every module as before after."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -391,7 +391,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _no_fastpath() -> Iterator[None]:
+def _no_fastpath() -> Generator[None]:
     """Without the fused inference kernels of nn.MultiheadAttention and nn.TransformerEncoderLayer."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

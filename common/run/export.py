@@ -11,7 +11,7 @@ import inspect
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,7 @@ def _any_batch(model: nn.Module) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _said_by(who: str, path: Path) -> Iterator[None]:
+def _said_by(who: str, path: Path) -> Generator[None]:
     """The exporters raise of many kinds, and warn about themselves."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -156,7 +156,7 @@ def _said_by(who: str, path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
+def _temporary(path: Path) -> Generator[Path]:
     """A place for a file, and those that lie beside it, that take their place at the end if all is well."""
     make_folder(path.parent)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:

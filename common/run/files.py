@@ -8,7 +8,7 @@ import secrets
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -117,7 +117,7 @@ def lock_folder(folder: Path) -> Callable[[], None]:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path) -> Generator[IO[bytes]]:
     """A binary file that takes the place of ``path`` when the block ends; until then, and after an error, the old one
     is there.
 
@@ -145,7 +145,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def _said(path: Path) -> Iterator[None]:
+def _said(path: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:

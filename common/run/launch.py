@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple, overload
@@ -277,7 +277,7 @@ def _open_store(host: str, port: int, place: _Place, wait_s: float) -> Any:
 
 
 @contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
+def _silent_stderr() -> Generator[None]:
     """Discard what this process writes to its standard error, also from C++."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -315,7 +315,7 @@ program.farewells.append(shutdown)
 
 
 @contextlib.contextmanager
-def main_process_first() -> Iterator[None]:
+def main_process_first() -> Generator[None]:
     """Rank 0 runs the body before the others, so that one download or cache file serves all."""
     if not is_main():
         barrier()
@@ -347,11 +347,11 @@ def reduce_sums(values: Tensor | Mapping[str, float | Tensor]) -> Tensor | dict[
     return dict(zip(values, reduce_sums(torch.stack(columns)).tolist(), strict=True))
 
 
-def gather_objects(value: object) -> list:
+def gather_objects(value: object) -> list[Any]:
     """``value`` of every rank, in rank order, on every rank. For small plain values of our own processes."""
     if get_world_size() == 1:
         return [value]
-    gathered: list = [None] * get_world_size()
+    gathered: list[Any] = [None] * get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
 

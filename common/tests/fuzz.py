@@ -325,13 +325,11 @@ def resumed(data: st.DataObject, folder: Path) -> None:
     """The state of a training run."""
     odd = JSON | st.sampled_from([torch.zeros(3), torch.ones(2, 2, dtype=torch.int8), torch.tensor(float("nan"))])
     state = copy.deepcopy(training_state())
-    before = copy.deepcopy(state.model.state_dict())
     path = folder / "last.pth"
     save_atomic(data.draw(changed(plain(state.state_dict()), odd=odd)), path)
     with naming(path):
         state.load_state_dict(load_safely(path), source=str(path))
         state.restore_random()
-    assert all(torch.isfinite(value).all() for value in before.values())
 
 
 def described(data: st.DataObject, path: Path, content: bytes, key: str) -> None:
@@ -365,7 +363,7 @@ def lean_files() -> Sequence[bytes]:
     ]
 
 
-@reader(CheckpointError, UsageError, examples=60)
+@reader(CheckpointError, UsageError, examples=40)
 def lean_file(data: st.DataObject, folder: Path) -> None:
     """What ``leanvit.save`` writes."""
     path = folder / "fast.safetensors"

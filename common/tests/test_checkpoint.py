@@ -623,12 +623,33 @@ def test_a_model_without_storage_is_refused() -> None:
         load_strict(model, nn.Linear(2, 2).state_dict())
 
 
-@pytest.mark.parametrize(
-    ("levels", "shared", "legacy"), [(40, True, False), (40, True, True), (200_000, False, False)], ids=str
-)
-def test_tuples_without_end_are_refused_at_once(tmp_path: Path, levels: int, shared: bool, legacy: bool) -> None:
-    each = b"0h\x00h\x00\x86q\x00" if shared else b"\x85"
-    bomb = b"\x80\x02})q\x00" + each * levels + b"K\x01s."
+def with_lists_filled_later(levels: int = 40) -> bytes:
+    made = b"".join(b"]q%c0" % level for level in range(levels))
+    return (
+        b"\x80\x02"
+        + made
+        + b"".join(b"h%c(h%ch%ce0" % (n + 1, n, n) for n in range(levels - 1))
+        + b"h%c." % (levels - 1)
+    )
+
+
+WITHOUT_END = "its values lie in each other or share parts without end"
+BOMBS = {
+    "shared tuples": (b"\x80\x02})q\0" + b"0h\0h\0\x86q\0" * 40 + b"K\1s.", WITHOUT_END),
+    "shared lists": (b"\x80\x02]q\0" + b"0](h\0h\0eq\0" * 40 + b".", WITHOUT_END),
+    "lists filled later": (with_lists_filled_later(), WITHOUT_END),
+    "a list in itself": (b"\x80\x02]q\0h\0a.", WITHOUT_END),
+    "deep tuples": (b"\x80\x02})" + b"\x85" * 200_000 + b"K\1s.", WITHOUT_END),
+    "a long name": (b"\x80\x02ccollections" + b"a" * 200_000 + b"\nb\n.", "it names something of 2000"),
+    "no ASCII": (b"\x80\x02c" + "é".encode() * 200_000 + b"\nb\n.", "it names something with letters that no name has"),
+    "a text as a function": (b"\x80\x02X\0\0\4\0" + b"a" * 2**18 + b")R.", "it calls what is no function"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", BOMBS)
+def test_values_without_end_are_refused_at_once(tmp_path: Path, name: str, legacy: bool) -> None:
+    bomb, message = BOMBS[name]
     path = tmp_path / "bomb.pth"
     torch.save({}, path, _use_new_zipfile_serialization=not legacy)
     if legacy:
@@ -643,7 +664,7 @@ def test_tuples_without_end_are_refused_at_once(tmp_path: Path, levels: int, sha
             for entry, content in parts.items():
                 archive.writestr(entry, bomb if entry.endswith("data.pkl") else content)
     started = time.monotonic()
-    with pytest.raises(CheckpointError, match=r"bomb\.pth: its tuples lie in each other or share parts without end"):
+    with pytest.raises(CheckpointError, match=rf"bomb\.pth: {message}"):
         load_safely(path)
     assert time.monotonic() - started < 5
 

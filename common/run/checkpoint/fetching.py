@@ -12,7 +12,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -158,7 +158,7 @@ def _announced_size(url: str) -> int | None:
 
 
 @contextlib.contextmanager
-def _patience(seconds: float) -> Iterator[None]:
+def _patience(seconds: float) -> Generator[None]:
     """How long connections made in here may be silent."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)

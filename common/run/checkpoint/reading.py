@@ -16,7 +16,7 @@ import pathlib
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,11 @@ from common.run.files import existing_file
 
 NUMERIC_KINDS = "biufcSU"
 MOST_SHARED = 10_000_000
-"""values in a tuple, those that it holds more than once counted each time"""
+"""values in a value, those that it holds more than once counted each time"""
 DEEPEST = 1_000
-"""tuples in each other"""
+"""values in each other"""
+LONGEST = 200
+"""letters of a name"""
 
 
 class _Dtype:
@@ -43,7 +45,7 @@ class _Dtype:
         self.dtype = np.dtype(code) if isinstance(code, str) else np.dtype("O")
         self._check()
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state: Sequence[Any]) -> None:
         order = state[1]
         if order in ("<", ">"):
             self.dtype = self.dtype.newbyteorder(order)
@@ -62,7 +64,7 @@ class _Array:
 
     value: np.ndarray | None = None
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state: Sequence[Any]) -> None:
         _, shape, dtype, fortran, data = state
         array = np.frombuffer(data, dtype=dtype.finish())
         self.value = array.reshape(shape, order="F" if fortran else "C").copy()
@@ -73,7 +75,7 @@ class _Array:
         return self.value
 
 
-def _reconstruct_array(subtype: type, shape: tuple, typecode: bytes) -> _Array:
+def _reconstruct_array(subtype: type, shape: Sequence[int], typecode: bytes) -> _Array:
     del subtype, shape, typecode
     return _Array()
 
@@ -83,7 +85,7 @@ def _reconstruct_scalar(dtype: _Dtype, data: bytes) -> np.generic:
     return value
 
 
-def _reconstruct_defaultdict(factory: object = None) -> dict:
+def _reconstruct_defaultdict(factory: object = None) -> dict[Any, Any]:
     """A plain dict: what a missing key should make is no business of a file."""
     del factory
     return {}
@@ -170,10 +172,10 @@ def _describe(path: Path) -> str | None:
 
 
 def _check_work(path: Path) -> None:
-    """Refuse tuples that share parts so often that going through them, as for their hash, takes practically forever.
+    """Refuse a pickle with which going through its values, or telling what is wrong with it, takes practically forever.
 
-    A tuple of two times the same tuple, forty levels deep, takes 200 bytes and 2 ** 40 steps. Lists and dicts have no
-    hash, and are gone through once. Nothing is executed: sizes alone pass through the stack.
+    A list of two times the same list, forty levels deep, takes 200 bytes and 2 ** 40 steps; torch looks for words in
+    its own message in quadratic time, and so must not meet a name of a million letters. Nothing is executed.
     """
     with contextlib.ExitStack() as stack:
         if zipfile.is_zipfile(path):
@@ -183,36 +185,78 @@ def _check_work(path: Path) -> None:
         else:
             streams, file = 5, stack.enter_context(open(path, "rb"))  # three of a head, the content, and its storages
         for _ in range(streams):
+            values: list[_Value] = []
             with contextlib.suppress(ValueError, IndexError, KeyError):  # a damaged pickle is found by who reads it
-                _check_sizes(pickletools.genops(file))
+                _follow(pickletools.genops(file), values)
+            _check_sizes(values)
 
 
-def _check_sizes(operations: Iterable[tuple[pickletools.OpcodeInfo, Any, int | None]]) -> None:
-    """Follow (values in it, levels of it) of everything on the stack of a pickle."""
-    stack: list[tuple[int, int] | None] = []  # None: a mark
-    memo: dict[Any, tuple[int, int] | None] = {}
-    for operation, argument, _ in operations:
-        name, before = operation.name, operation.stack_before
-        if "GET" in name:
-            stack.append(memo[argument])
-        elif name == "MEMOIZE" or "PUT" in name:
-            memo[len(memo) if argument is None else argument] = stack[-1]
-        elif name == "DUP":
-            stack.append(stack[-1])
-        else:
-            taken = []
-            marked = pickletools.markobject in before
-            while marked and (found := stack.pop()) is not None:
-                taken.append(found)
-            taken += [stack.pop() or (0, 0) for _ in range(len(before) - 2 * marked)]
-            if pickletools.markobject in operation.stack_after:
-                stack.append(None)
-            elif operation.stack_after:
-                held = taken if name.startswith("TUPLE") else []
-                size, depth = 1 + sum(size for size, _ in held), 1 + max((depth for _, depth in held), default=0)
-                if size > MOST_SHARED or depth > DEEPEST:
-                    raise CheckpointError("its tuples lie in each other or share parts without end")
-                stack.append((size, depth))
+class _Value(list["_Value"]):
+    """Stands for a value of a pickle: what is in it."""
+
+
+FUNCTION = _Value()
+"""Stands for everything that a pickle names."""
+FILLING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")
+
+
+def _follow(operations: Iterable[tuple[pickletools.OpcodeInfo, Any, int | None]], values: list[_Value]) -> None:
+    """Add all values that a pickle makes, in the order in which it does."""
+    stack: list[_Value | None] = []  # None: a mark
+    memo: dict[Any, _Value | None] = {}
+    try:
+        for operation, argument, _ in operations:
+            name, before = operation.name, operation.stack_before
+            if "GET" in name:
+                stack.append(memo[argument])
+            elif name == "MEMOIZE" or "PUT" in name:
+                memo[len(memo) if argument is None else argument] = stack[-1]
+            elif name == "DUP":
+                stack.append(stack[-1])
+            elif "GLOBAL" in name:
+                if len(argument or "") > LONGEST:
+                    raise CheckpointError(f"it names something of {len(argument)} letters")
+                del stack[len(stack) - len(before) :]
+                stack.append(FUNCTION)
+            else:
+                taken: list[_Value] = []
+                marked = pickletools.markobject in before
+                while marked and (found := stack.pop()) is not None:
+                    taken.append(found)
+                for _ in range(len(before) - 2 * marked):
+                    found = stack.pop()
+                    taken.append(_Value() if found is None else found)
+                if name in ("REDUCE", "NEWOBJ") and taken[-1] is not FUNCTION:
+                    raise CheckpointError("it calls what is no function")
+                if pickletools.markobject in operation.stack_after:
+                    stack.append(None)
+                elif operation.stack_after:
+                    made = taken.pop() if name in FILLING and taken[-1] is not FUNCTION else _Value()
+                    made += taken
+                    stack.append(made)
+                    values.append(made)
+    except UnicodeDecodeError as error:
+        raise CheckpointError("it names something with letters that no name has") from error
+
+
+def _check_sizes(values: Iterable[_Value]) -> None:
+    """Refuse values that lie in each other too deep or without end, or are too many counted as often as they occur."""
+    known: dict[int, tuple[int, int]] = {}  # values in it, and levels of it
+    entered: set[int] = set()
+    for each in values:
+        waiting = [each]
+        while waiting:
+            value = waiting[-1]
+            held = [inner for inner in value if id(inner) not in known]
+            if held and id(value) not in entered:
+                entered.add(id(value))
+                waiting += held
+                continue
+            inside = [known.get(id(inner), (MOST_SHARED, 0)) for inner in value]  # one that is not known yet holds it
+            size, depth = 1 + sum(size for size, _ in inside), 1 + max((depth for _, depth in inside), default=0)
+            if size > MOST_SHARED or depth > DEEPEST:
+                raise CheckpointError("its values lie in each other or share parts without end")
+            known[id(waiting.pop())] = size, depth
 
 
 def _pickled_names(path: Path) -> str:
@@ -326,7 +370,7 @@ def read_described(
 
 
 @contextlib.contextmanager
-def naming(source: str | os.PathLike[str], finding: str = "its content is damaged") -> Iterator[None]:
+def naming(source: str | os.PathLike[str], finding: str = "its content is damaged") -> Generator[None]:
     """For the use of what was read: whatever odd values of a file make it raise is a CheckpointError with its name."""
     try:
         yield
@@ -338,7 +382,9 @@ def naming(source: str | os.PathLike[str], finding: str = "its content is damage
         ) from error
 
 
-def select_state(checkpoint: Any, keys: Sequence[str] = ("model", "state_dict"), *, source: str = "checkpoint") -> dict:
+def select_state(
+    checkpoint: Any, keys: Sequence[str] = ("model", "state_dict"), *, source: str = "checkpoint"
+) -> dict[str, Tensor]:
     """The weights inside a checkpoint: under the first of ``keys`` that is there, or the checkpoint itself.
 
     The prefixes of DistributedDataParallel (``module.``) and torch.compile (``_orig_mod.``) are removed.

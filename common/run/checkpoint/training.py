@@ -103,8 +103,8 @@ class TrainingState:
     scheduler: Stateful | None = None
     scaler: Stateful | None = None
     ema: nn.Module | None = None
-    extra: Mapping[str, Stateful] = field(default_factory=dict)
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Stateful] = field(default_factory=dict[str, Stateful])
+    arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     progress: Progress = field(default_factory=Progress)
     resumed_random: Mapping[str, Any] | None = None
