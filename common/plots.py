@@ -191,7 +191,7 @@ def _add_legend(canvas: Any, panels: Mapping[str, Sequence[Series]], styles: Map
     if len(styles) > 1:
         face = {"markerfacecolor": "none"} if kinds == {"published"} else {}
         for name, (color, marker) in styles.items():
-            look = {"color": color, "marker": marker, "markersize": 7, **face}
+            look: dict[str, Any] = {"color": color, "marker": marker, "markersize": 7, **face}
             handles.append(Line2D([], [], linestyle="--" if marker == "none" else "none", label=name, **look))
     if kinds != {"here"}:
         meanings: dict[Kind, str] = {"published": "as published", "here": "measured here", "differs": "differs here"}

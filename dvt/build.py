@@ -25,9 +25,9 @@ from common.run.settings import AugmentationSettings, OptimizerSettings
 class AugmentedViews:
     """Several views of an image, the first of them clean: the split batches of ``--aug-splits``."""
 
-    crop: Callable  # image -> cropped and flipped image, shared by all views
-    augment: Callable  # image -> augmented image, drawn anew for each view but the first
-    finish: Callable  # image -> tensor
+    crop: Callable[[Any], Any]  # image -> cropped and flipped image, shared by all views
+    augment: Callable[[Any], Any]  # image -> augmented image, drawn anew for each view but the first
+    finish: Callable[[Any], Any]  # image -> tensor
     views: int  # at least 2
 
     def __call__(self, image: Any) -> list[Tensor]:

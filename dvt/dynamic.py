@@ -81,7 +81,7 @@ class DynamicClassifier(nn.Module):
         """One exit; torch.compile is told that the number of images changes, and nothing else."""
         for value in (images, *(before or ())) if self.compiled else ():
             if value is not None and len(value) > 1:  # a single image has its own code
-                torch._dynamo.maybe_mark_dynamic(value, 0)
+                torch._dynamo.maybe_mark_dynamic(value, 0)  # pyright: ignore[reportPrivateUsage]
         return self._runs[k](images, before)
 
     def set_thresholds(self, thresholds: Tensor | Sequence[float]) -> None:

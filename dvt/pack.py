@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
     thresholds = find_thresholds(collect_scores(model, search, device=device, title="training images").confidence)
     scores = collect_scores(model, held_out, device=device, title="validation images")
     gflops = exit_gflops(model)
-    packed = {
+    packed: dict[str, Any] = {
         "model_state_dict": {name: value.cpu() for name, value in model.state_dict().items()},
         "flops": gflops,
         "anytime_classification": scores.anytime,

@@ -117,7 +117,7 @@ class Predictor(BasePredictor):  # pyright: ignore[reportGeneralTypeIssues, repo
 
     def predict(
         self,
-        image: Path = Input(description="image to classify"),  # noqa: B008 - Cog reads it # pyright: ignore[reportInvalidTypeForm]
+        image: Path = Input(description="image to classify"),  # noqa: B008 - Cog reads it # pyright: ignore[reportInvalidTypeForm, reportUnknownParameterType]
         model_name: str = Input(description="classifier", default="vit_h14_in1k", choices=PLAIN),
         topk: int = Input(description="number of classes to name", default=5, ge=1, le=10),
     ) -> list[str]:

@@ -190,7 +190,7 @@ def _untrained(data: DataSettings, flags: Mapping[str, Any], finetune: str) -> T
     """A network that the flags alone describe, with random weights or those of ``--finetune``."""
     if not finetune:
         logger.warning("no --resume FILE: the weights are random, so the accuracy means nothing")
-    values = {"model": DEFAULT_MODEL, "input_size": 224, "finetune": finetune, **flags}
+    values: dict[str, Any] = {"model": DEFAULT_MODEL, "input_size": 224, "finetune": finetune, **flags}
     size = values["input_size"]
     classes = values.pop("num_classes", None) or num_classes(open_split(data, "val", eval_transform(size)))
     model = build_model(NetworkSettings(**values), classes)

@@ -66,14 +66,15 @@ def draw(grid: WidthGrid, embed_dim: int) -> Figure:
 
     figure = Figure(figsize=(8, 0.8 + 0.28 * len(grid.ratios)), layout="constrained")
     panels = (("channels of tokens, norms and heads", 1), ("rows of the fused query, key, value projection", 3))
-    for axes, (title, parts) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+    both: Any = figure.subplots(1, 2, sharey=True)
+    for axes, (title, parts) in zip(both, panels, strict=True):
         for row, (first, count, shared) in enumerate(spans(grid, parts * embed_dim, parts)):
             axes.barh(row, count, left=first, color=COLOURS["other" if row else "smallest"], height=0.7)
             axes.barh(row, shared if row else 0, left=first, color=COLOURS["shared"], height=0.7)
         axes.set(title=title, xlim=(0, parts * embed_dim), xticks=[part * embed_dim for part in range(parts + 1)])
         axes.title.set_fontsize(9)
-    axes.set_yticks(range(len(grid.ratios)), [f"r = {ratio:g}" for ratio in grid.ratios])
-    axes.tick_params(labelleft=False)
+    both[-1].set_yticks(range(len(grid.ratios)), [f"r = {ratio:g}" for ratio in grid.ratios])
+    both[-1].tick_params(labelleft=False)
     return figure
 
 

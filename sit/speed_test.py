@@ -18,6 +18,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from common.run.cli import make_parser, positive_float, positive_int
 from common.run.files import check_output
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     print(f"{device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads, {args.dtype}")
     answers: dict[str, float] = {}
     records: list[results.Record] = []
-    common = {"batch": args.batch_size, "rounds": args.rounds, "limit_s": args.limit_s, "clock": clock}
+    common: dict[str, Any] = {"batch": args.batch_size, "rounds": args.rounds, "limit_s": args.limit_s, "clock": clock}
     for name in args.model:
         if args.training:
             answers[name] = timing.run_training(name, device, **common)

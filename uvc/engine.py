@@ -11,7 +11,7 @@ import contextlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -296,7 +296,7 @@ class JointTraining(Training):
 
 
 @contextlib.contextmanager
-def deployed_gates(model: GatedTransformer, *, remove: bool) -> Iterator[None]:
+def deployed_gates(model: GatedTransformer, *, remove: bool) -> Generator[None]:
     """Blocks run or are skipped, patches are removed if ``remove``, inside; as before after."""
     before = model.gates
     model.gates = replace(before, block_gating=False, warmup=False, patch="remove" if remove else before.patch)

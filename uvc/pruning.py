@@ -11,7 +11,7 @@ L blocks, H heads, d channels of a head, D = H d, M hidden neurons.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import NamedTuple, cast
 
 import torch
@@ -145,7 +145,7 @@ def update_masks_(model: GatedTransformer, s: Tensor, r: Tensor, *, keep_stale: 
 
 
 @contextlib.contextmanager
-def with_masks(model: GatedTransformer) -> Iterator[None]:
+def with_masks(model: GatedTransformer) -> Generator[None]:
     """Weights multiplied by their masks inside, as before after: for evaluating what stage 2 will start from."""
     pairs = [pair for block in blocks_of(model) for pair in masked_weights(block)]
     kept = [weight.detach().clone() for weight, _ in pairs]

@@ -111,7 +111,8 @@ class Structure:
         """
         try:
             blocks = tuple(BlockStructure(**frozen(block)) for block in content["blocks"])
-            return cls(**{**frozen(content), "blocks": blocks})
+            values: dict[str, Any] = {**frozen(content), "blocks": blocks}
+            return cls(**values)
         except (KeyError, TypeError) as error:
             raise ValueError(f"this is no structure of a compressed network: {error!r}") from error
 
@@ -132,7 +133,8 @@ def _indices(kept: Tensor) -> tuple[int, ...]:
 def _read_block(block: Block, runs: bool, num_heads: int) -> BlockStructure:
     def kept(layer: nn.Module, dim: int) -> Tensor:
         """Whether any element of a column (dim 0 reduced) or row (dim 1) is unmasked."""
-        return (layer._buffers.get("mask", torch.ones_like(layer.get_parameter("weight"))) != 0).any(dim)
+        mask: Tensor | None = vars(layer)["_buffers"].get("mask")
+        return (torch.ones_like(layer.get_parameter("weight")) if mask is None else mask != 0).any(dim)
 
     columns = kept(block.attn.proj, 0)
     columns = columns & kept(block.attn.qkv, 1)[2 * len(columns) :]  # a masked row of the values is a constant

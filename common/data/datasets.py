@@ -39,8 +39,9 @@ from common.run.settings import INAT_CATEGORIES
 
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "img_val", "validation", "valid")}
 FASHION = ("fashion", "fashion_tune", "fashion_full")
-NUM_CLASSES = {"imagenet": 1000, "inat18": 8142, "inat19": 1010, "cifar10": 10, "cifar100": 100, "digits": 10}
-NUM_CLASSES |= dict.fromkeys(FASHION, 10)
+NUM_CLASSES = {"imagenet": 1000, "inat18": 8142, "inat19": 1010, "cifar10": 10, "cifar100": 100, "digits": 10} | (
+    dict.fromkeys(FASHION, 10)
+)
 
 
 def build_dataset(
@@ -216,7 +217,9 @@ class ClassFolders(ImageFolder):
         return super().find_classes(directory)
 
     @staticmethod
-    def make_dataset(directory: str | Path, class_to_idx: dict[str, int], **unused: Any) -> list[tuple[str, int]]:
+    def make_dataset(
+        directory: str | Path, class_to_idx: dict[str, int], *unused: Any, **named: Any
+    ) -> list[tuple[str, int]]:
         files = {name: images_below(Path(directory, name)) for name in class_to_idx}
         if empty := [name for name, found in files.items() if not found]:
             raise FileNotFoundError(f"no image in the class folders {', '.join(empty)}")
@@ -282,12 +285,13 @@ class ShardStream(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         if self.reader.ds is None:
-            timms = reader_wds.log_and_continue, reader_wds._decode
-            reader_wds.log_and_continue, reader_wds._decode = self.handle, partial(_decode_exactly, timms[1])
+            wds: Any = reader_wds
+            timms = wds.log_and_continue, wds._decode
+            wds.log_and_continue, wds._decode = self.handle, partial(_decode_exactly, timms[1])
             try:
                 self.reader._lazy_init()
             finally:
-                reader_wds.log_and_continue, reader_wds._decode = timms
+                wds.log_and_continue, wds._decode = timms
         self.left_out = reported = 0
         for sample in chain(self.stream, (None,)):  # the last round is for what was left out at the end
             yield from repeat(None, self.left_out - reported)

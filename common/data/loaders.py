@@ -51,7 +51,7 @@ class Key(NamedTuple):
     """What the samplers ask a ``SeededDataset`` for. It carries the epoch: persistent workers never see a new one."""
 
     epoch: int
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride] - a tuple's method, which nobody calls here
     repeat: int = 0
 
 
@@ -241,7 +241,7 @@ class FileLoader(DataLoader[Any]):
         self.position.load_state_dict(state)
         self.set_epoch(state["epoch"])
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:  # an iterator; torch's annotation names a private class
         assert isinstance(self.generator, torch.Generator)
         assert isinstance(self.dataset, (SeededDataset, SeededStream))
         (seed,) = np.random.SeedSequence((self.dataset.seed, self.position.epoch)).generate_state(1).tolist()

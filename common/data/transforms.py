@@ -4,6 +4,7 @@ Mixup and CutMix act on batches: papers build ``timm.data.Mixup`` next to their 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -132,7 +133,7 @@ def accept_zero_bits(pipeline: transforms.Compose) -> transforms.Compose:
     """Give the posterise operations of this pipeline, and of no other, the 0-bit case; see ``posterize_any``."""
     for operation in _augment_ops(pipeline.transforms):
         if operation.aug_fn is posterize:
-            operation.aug_fn = posterize_any
+            operation.aug_fn = cast(Any, posterize_any)  # timm's annotation is that of one function
     return pipeline
 
 

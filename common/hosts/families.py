@@ -63,7 +63,7 @@ PAIRS = (
 
 def module_of(name: str) -> str:
     """timm's module that a name is registered in."""
-    from timm.models._registry import _model_to_module
+    from timm.models._registry import _model_to_module  # pyright: ignore[reportPrivateUsage] - no other way
 
     return _model_to_module[name]
 

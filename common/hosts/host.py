@@ -287,7 +287,7 @@ def refuse_hooks(opened: Opened) -> Opened:
     return opened
 
 
-def _hooks_of(module: nn.Module) -> Sequence[Mapping[int, Any]]:
+def _hooks_of(module: Any) -> Sequence[Mapping[int, Any]]:
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 

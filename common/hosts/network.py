@@ -296,7 +296,7 @@ def make_lean(net: nn.Module, plan: Plan) -> Any:
     """
     fast = _empty(plan.host.lean_class, type(net))
     own = {key: copy.copy(value) for key, value in net.__dict__.items() if "_hooks" in key}
-    modules = {**net._modules, "plan": plan}
+    modules = {**vars(net)["_modules"], "plan": plan}
     for method in plan.methods:
         if taken := sorted(set(method.weights) & set(modules)):
             raise PlanError(f"{method.name} brings a module {taken[0]!r}, and the network has one of this name")

@@ -9,6 +9,7 @@ beside the dense network's, GMACs and time. MODEL is as for python -m common.hos
 from __future__ import annotations
 
 import argparse
+import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -212,7 +213,7 @@ def serve(argv: Sequence[str] | None = None, *, block: bool = True) -> Any:
     """
     args = parse_args(argv)
     try:
-        import gradio  # noqa: F401 # pyright: ignore[reportMissingImports] - an extra
+        importlib.import_module("gradio")  # an extra
     except ModuleNotFoundError as error:
         raise UsageError(
             f"the live page needs {error.name}: pip install 'leanvit[serve]'; python -m common.hosts MODEL "

@@ -237,7 +237,7 @@ def recorded(paper: str, *, root: Path = ROOT) -> dict[int, dict[str, dict[str, 
                 for arm, values in run["arms"].items()
             }
             found[int(content["seed"])] = arms
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise TableError(
                 f"{path} is no record of evidence ({type(error).__name__}: {error}): delete it, and measure again"
             ) from error

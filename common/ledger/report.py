@@ -58,14 +58,15 @@ def _templates(form: str) -> jinja2.Environment:
         autoescape=html,
         finalize=None if html else _one_line,
     )
-    found.filters |= {"slug": lambda status: status.replace(" ", "-")}
-    found.globals |= {
-        "STATUSES": STATUSES,
-        "label_of": label_of,
-        "setting_of": setting_of,
-        "plural": plural,
-    }
+    found.filters["slug"] = slug
+    names: dict[str, Any] = found.globals
+    names.update(STATUSES=STATUSES, label_of=label_of, setting_of=setting_of, plural=plural)
     return found
+
+
+def slug(status: str) -> str:
+    """A status as the name of a class of CSS."""
+    return status.replace(" ", "-")
 
 
 def _one_line(value: Any) -> str:

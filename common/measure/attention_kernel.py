@@ -6,6 +6,9 @@ costs nothing here: it is read with the keys, and it is also what masks the plac
 Letters: B images, h heads, N queries, M keys, d channels of a head, split as D0 + D1 into two powers of two.
 """
 
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+# A kernel is a program for Triton's compiler, which finds the types of its arguments when it is called.
+
 from typing import Any
 
 import torch

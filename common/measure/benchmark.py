@@ -323,7 +323,7 @@ def explain_out_of_memory(images: Tensor) -> Generator[None]:
         ) from error
 
 
-class PassBar(tqdm):
+class PassBar(tqdm):  # pyright: ignore[reportMissingTypeArgument] - which it takes in its stubs only
     """Progress over the passes of a measurement; within a pass, over the blocks of the model.
 
     The blocks are watched only while passes take longer than two seconds, where the cost of watching is nothing.
@@ -331,7 +331,7 @@ class PassBar(tqdm):
 
     def __init__(self, label: str | None, passes: int) -> None:
         look = "{desc}: {percentage:3.0f} %|{bar}| {n:.1f}/{total} passes [{elapsed}, {remaining} left]"
-        often = {"delay": 2, "mininterval": 0.5 if sys.stderr.isatty() else 30}
+        often: dict[str, Any] = {"delay": 2, "mininterval": 0.5 if sys.stderr.isatty() else 30}
         super().__init__(total=passes, desc=label, disable=label is None, leave=False, bar_format=look, **often)
         self._watch = not self.disable
 

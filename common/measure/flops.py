@@ -374,7 +374,7 @@ def _check_countable(model: nn.Module) -> None:
             raise ValueError(
                 f"cannot count a TorchScript module ({name or 'the model'}); pass the model it was made from"
             )
-        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(f"cannot count a compiled module ({name or 'the model'}); count before compiling")
 
 

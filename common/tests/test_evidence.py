@@ -164,7 +164,8 @@ def test_claims_are_read_strictly(root: Path, old: str, new: str, message: str) 
 def test_a_damaged_record_is_named(root: Path) -> None:
     write_seeds(root, [1.0], [2.0])
     path = evidence.record_file("paper", 0, root=root)
-    for text in ("{", "[]", '{"runs": {}}', '{"seed": 0, "runs": {"a": {"arms": {"x": {"top1_percent": "much"}}}}}'):
+    measured = '{"seed": 0, "runs": {"a": {"arms": {"x": {"top1_percent": %s}}}}}'
+    for text in ("{", "[]", '{"runs": {}}', "[" * 9000, measured % '"much"', measured % f"1{'0' * 400}"):
         path.write_text(text)
         with pytest.raises(TableError, match=r"seed-0\.json is no record"):
             recorded("paper", root=root)

@@ -70,7 +70,7 @@ class Cascade(Exits):
         self.names = stage_names(len(stages))
         for name, stage in zip(self.names, stages, strict=True):
             self.add_module(name, stage)
-        self.num_classes: int = stages[0].num_classes
+        self.num_classes: int | None = stages[0].num_classes
 
     @property
     def stages(self) -> tuple[Stage, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]

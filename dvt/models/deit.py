@@ -76,4 +76,5 @@ class VisionTransformer(Backbone):
     ) -> None:
         embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, padding, stem)
         table = nn.Parameter(torch.zeros(1, embed.num_patches + 1, embed_dim))
-        super().__init__(embed, table, embed_dim=embed_dim, **{"qkv_bias": True, "norm_layer": DeiTNorm} | options)
+        defaults: dict[str, Any] = {"qkv_bias": True, "norm_layer": DeiTNorm}
+        super().__init__(embed, table, embed_dim=embed_dim, **defaults | options)

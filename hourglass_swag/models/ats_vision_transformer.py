@@ -76,7 +76,9 @@ class ATS(Method):
     def depends_on_data(self) -> bool:
         return self.drop and bool(self.layers)
 
-    drops_by_data = depends_on_data
+    @property
+    def drops_by_data(self) -> bool:
+        return self.depends_on_data
 
     @property
     def hinders_export(self) -> str | None:
@@ -192,4 +194,5 @@ def published(
             f"num_tokens (--ats_num_tokens) must be at least {net.seq_length}, the tokens that enter the network at "
             f"{net.image_size} pixels, got {num_tokens}: it is a bound that ATS cannot keep to"
         )
-    return publish(net, ATS(layers=layers, drop=drop_tokens, **{**ATS.swag, "residual": residual}))
+    settings: dict[str, Any] = {**ATS.swag, "residual": residual}
+    return publish(net, ATS(layers=layers, drop=drop_tokens, **settings))

@@ -9,7 +9,7 @@ Letters: B images, N tokens, P patches, C width; K clusters.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -163,6 +163,6 @@ def published(
     TokenClusteringBlock(num_cluster, cluster_iters, cluster_temperture, cluster_window_size)  # refuses, by its flags
     settings = {"iters": cluster_iters, "temperature": cluster_temperture, "window": cluster_window_size}
     number = num_cluster if isinstance(num_cluster, int) else (num_cluster[0], num_cluster[1])
-    where = {"layer": clustering_location, "behind": cluster_after_output}
-    method = Hourglass(clusters=number, **where, **{**Hourglass.swag, **settings})
+    options: dict[str, Any] = {**Hourglass.swag, **settings}
+    method = Hourglass(clusters=number, layer=clustering_location, behind=cluster_after_output, **options)
     return publish(net, *([] if clustering_location == OFF else [method]), dropout_everywhere=True)

@@ -11,7 +11,7 @@ def caller() -> int:
     """``stacklevel`` at which ``warnings.warn`` in the calling function names the line that gave the settings."""
     for level in count(1):
         try:
-            name = sys._getframe(level).f_globals.get("__name__", "")
+            name = sys._getframe(level).f_globals.get("__name__", "")  # pyright: ignore[reportPrivateUsage]
         except ValueError:
             return level - 1
         if not any(name == each or name.startswith(f"{each}.") for each in BETWEEN):

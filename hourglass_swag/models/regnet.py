@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -333,4 +333,4 @@ SIZES: dict[str, dict[str, float]] = {
 
 def make_regnet(size: str, image_size: int = 224, **options: Any) -> RegNet:
     """The network of a size of ``SIZES``; ``options`` are the other arguments of ``RegNetParams``."""
-    return RegNet(RegNetParams(**{**SIZES[size], **options}), image_size=image_size)
+    return RegNet(RegNetParams(**{**cast(dict[str, Any], SIZES[size]), **options}), image_size=image_size)

@@ -113,7 +113,7 @@ class Patched(Lean):
 
     def restore(self) -> nn.Module:
         """Take the patch off again; returns the network itself."""
-        net = cast(nn.Module, self)
+        net: Any = self
         del net._modules["plan"], self._tome_info
         net.__class__ = type(self).__bases__[-1]
         return net
@@ -192,5 +192,5 @@ def published(
         model = patch(net, trace_source, prop_attn, scatter=scatter, verify=False)
     except (ImportError, ValueError) as error:
         raise ValueError(f"--scatter: {error}") from error
-    cast(Any, model).r = tome_r
+    model.r = tome_r
     return model

@@ -412,4 +412,5 @@ def _patch_projection(
 
 def make_vit(size: str, **options: Any) -> VisionTransformer:
     """The network of a size of ``SIZES``; ``options`` are further arguments of ``VisionTransformer``."""
-    return VisionTransformer(**{"image_size": 224, **SIZES[size].kwargs(), **options})
+    arguments: dict[str, Any] = {"image_size": 224, **SIZES[size].kwargs(), **options}
+    return VisionTransformer(**arguments)

@@ -152,6 +152,11 @@ def available_memory_bytes(device: torch.device) -> int | None:
     return min(limits) if limits else None
 
 
+def _address(tensor: Tensor) -> int:
+    """Of a tensor's storage, also of one without data."""
+    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+
+
 class _LiveBytes(TorchDispatchMode):
     """Bytes of all results that are alive, and the most there ever were."""
 
@@ -161,12 +166,10 @@ class _LiveBytes(TorchDispatchMode):
         self._seen: dict[int, tuple[Any, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {
-            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
-        } - set(self._seen)
+        given = {_address(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)} - set(self._seen)
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and (key := leaf.untyped_storage()._cdata) not in given:
+            if isinstance(leaf, Tensor) and (key := _address(leaf)) not in given:
                 storage = leaf.untyped_storage()
                 self._seen[key] = (torch.multiprocessing.reductions.StorageWeakRef(storage), storage.nbytes())
         self._seen = {key: entry for key, entry in self._seen.items() if not entry[0].expired()}

@@ -6,7 +6,7 @@ the network's device, and layers count from 0, as in the flags.
 Letters: N tokens, P patches, K groups, h heads.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -252,7 +252,7 @@ def trace_query_groups(model: Any, image: Tensor, head: int) -> list[Grouping]:
 
 
 @contextmanager
-def _watching(model: nn.Module, hook: str, record: Callable[[int, tuple[Any, ...], Any], None]) -> Iterator[None]:
+def _watching(model: nn.Module, hook: str, record: Callable[[int, tuple[Any, ...], Any], None]) -> Generator[None]:
     """Tell ``record`` layer, operands and result of every step of a hook."""
     steps = [module for module in model.modules() if isinstance(module, Step) and module.hook == hook]
     with _removing(
@@ -262,7 +262,7 @@ def _watching(model: nn.Module, hook: str, record: Callable[[int, tuple[Any, ...
 
 
 @contextmanager
-def _removing(handles: Sequence[Any]) -> Iterator[None]:
+def _removing(handles: Sequence[Any]) -> Generator[None]:
     try:
         yield
     finally:

@@ -131,7 +131,8 @@ class CompactConfig:
         """
         try:
             blocks = tuple(BlockShape(**frozen(block)) for block in values["blocks"])
-            return cls(**{**frozen(values), "blocks": blocks})
+            arguments: dict[str, Any] = {**frozen(values), "blocks": blocks}
+            return cls(**arguments)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not the description of a compact network: {error}") from error
 

@@ -348,14 +348,14 @@ def register_masks(model: Network) -> Network:
     """
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and "mask" not in module._buffers:
+        if isinstance(weight, nn.Parameter) and "mask" not in vars(module)["_buffers"]:
             module.register_buffer("mask", torch.ones_like(weight.detach()))
     return model
 
 
 def masked_weights(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
     """Every weight that has a mask, with it."""
-    modules = [module for module in model.modules() if module._buffers.get("mask") is not None]
+    modules = [module for module in model.modules() if vars(module)["_buffers"].get("mask") is not None]
     return [(module.get_parameter("weight"), module.get_buffer("mask")) for module in modules]
 
 

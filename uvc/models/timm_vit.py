@@ -107,7 +107,7 @@ def ungated(model: nn.Module) -> VisionTransformer:
         module._buffers.pop("mask", None)
     if isinstance(made, GatedTimm):
         for name in GATES:
-            del made._parameters[name]
+            del vars(made)["_parameters"][name]
         for name in (*ADDED, *(name for name in ("dist_token", "head_dist") if getattr(made, name) is None)):
             delattr(made, name)
         made.__class__ = type(made).__bases__[1]

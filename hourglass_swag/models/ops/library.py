@@ -7,7 +7,7 @@ torch, the plain PyTorch form runs and a warning says so, once.
 
 import importlib.util
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -57,7 +57,7 @@ def load() -> dict[str, frozenset[str]]:
             HOW_TO_BUILD,
         )
         return {}
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    has = torch._C._dispatch_has_kernel_for_dispatch_key  # pyright: ignore[reportPrivateUsage]
     return {
         name: frozenset({kind for kind in ("cpu", "cuda") if has(f"{NAMESPACE}::{name}", kind.upper())} | {"meta"})
         for name in OPERATORS
@@ -89,7 +89,7 @@ def _warn_without_cuda() -> None:
 
 
 @contextmanager
-def plain_only() -> Iterator[None]:
+def plain_only() -> Generator[None]:
     """The plain PyTorch form inside, whatever is built."""
     global _allowed
     before, _allowed = _allowed, False

@@ -1,5 +1,8 @@
 """The two kernels of ``mean_attention``; imported when first used, because Triton is not everywhere."""
 
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+# A kernel is a program for Triton's compiler, which finds the types of its arguments when it is called.
+
 from typing import Any
 
 import triton

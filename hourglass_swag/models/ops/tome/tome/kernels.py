@@ -3,6 +3,9 @@
 Letters as in ``merge``: N tokens in, ``a`` of them at even and ``b`` at odd positions, U rows out, r merged away.
 """
 
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+# A kernel is a program for Triton's compiler, which finds the types of its arguments when it is called.
+
 import triton
 import triton.language as tl
 
