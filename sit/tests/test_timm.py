@@ -1,5 +1,6 @@
 """Students of timm's networks: as LV-ViT and as formulas compute them, trained, exported, opened again, or refused."""
 
+import pickle
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,9 @@ def test_a_file_holds_what_was_learned(tmp_path: Path) -> None:
         assert torch.equal(fast(images), student(images))
         assert torch.equal(fast.features(images), student.features(images))
         assert fast.methods == student.methods
+        again = pickle.loads(pickle.dumps(fast))
+        assert torch.equal(again(images), student(images))
+        assert again.methods[0].weights["tsm"] is again.tsm
         plain = fast.restore()
         assert "tsm.0.scale" not in plain.state_dict()
         both = leanvit.lean(plain, *fast.methods, leanvit.ToMe(r=[0, 0, 0, 2, 2, 2]))
