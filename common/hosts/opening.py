@@ -326,14 +326,16 @@ def _open_huggingface(name: str, image_size: int | None, weights: Path | None) -
         raise UsageError(f"hf:{name} needs transformers: pip install 'leanvit[huggingface]'") from error
     transformers.utils.logging.disable_progress_bar()
     try:
-        config: Any = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        config: Any = transformers.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers has its own kinds
         raise UsageError(
             f"hf:{name}: no folder with a config.json that transformers knows, and its cache has none of this name; "
             f"fetch it once with `hf download {name}`, or give a folder ({str(error).splitlines()[0]})"
         ) from error
-    declared = (config.architectures or ["AutoModel"])[0]
-    kind: Any = getattr(transformers, IMAGE_HALVES.get(declared, declared), transformers.AutoModel)
+    declared = str(config.architectures[0]) if isinstance(config.architectures, list) and config.architectures else ""
+    kind: Any = getattr(transformers, IMAGE_HALVES.get(declared, declared), None)
+    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+        kind = transformers.AutoModel
     if hasattr(config, "vision_config") and declared in IMAGE_HALVES:
         config = config.vision_config
     preprocessing = _of_huggingface(transformers, name)
@@ -350,7 +352,12 @@ def _open_huggingface(name: str, image_size: int | None, weights: Path | None) -
             name, config=config, local_files_only=True, output_loading_info=True, dtype=torch.float32
         )
     except OSError:
-        made = kind.from_config(config) if kind is transformers.AutoModel else kind(config)
+        try:
+            made = kind.from_config(config) if kind is transformers.AutoModel else kind(config)
+        except Exception as error:  # as many kinds as there are constructors
+            raise UsageError(
+                f"hf:{name} cannot be built by its config.json ({type(error).__name__}: {error})"
+            ) from error
         return _Found(made, _random(f"{name} holds none, and --weights names none"), False, preprocessing)
     fresh = ", ".join(sorted(_differences(info).missing))
     text = f"those of {name}" + (f", which lacks {fresh}: these are random" if fresh else "")

@@ -205,6 +205,30 @@ def test_a_folder_of_transformers(tmp_path: Path, photographs: Path) -> None:
     assert not open_model(f"hf:{tmp_path}").trained
 
 
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        ({"architectures": ["pipeline"]}, ""),  # a name of transformers, and no network
+        ({"architectures": [5]}, ""),
+        ({"auto_map": {"AutoConfig": "code.C", "AutoModel": "code.M"}}, ""),
+        ({"model_type": "own", "auto_map": {"AutoConfig": "code.C"}}, "no folder with a config.json that transformers"),
+        ({"hidden_size": "x"}, "no folder with a config.json that transformers"),
+        ({"hidden_size": 10**9}, "cannot be built by its config.json"),
+    ],
+)
+def test_a_folder_of_transformers_of_unknown_origin(tmp_path: Path, odd: dict[str, Any], message: str) -> None:
+    _huggingface("ViTModel").config.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**content, **odd}))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    if message:
+        with pytest.raises(UsageError, match=message):
+            open_model(f"hf:{tmp_path}")
+    else:
+        assert type(open_model(f"hf:{tmp_path}").net).__name__ == "ViTModel"
+    assert not (tmp_path / "ran").exists()
+
+
 def test_weights_of_transformers_that_do_not_fit(tmp_path: Path) -> None:
     net = _huggingface("Dinov2Model")
     net.save_pretrained(tmp_path)
