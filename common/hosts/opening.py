@@ -333,9 +333,9 @@ def _open_huggingface(name: str, image_size: int | None, weights: Path | None) -
             f"fetch it once with `hf download {name}`, or give a folder ({str(error).splitlines()[0]})"
         ) from error
     declared = str(config.architectures[0]) if isinstance(config.architectures, list) and config.architectures else ""
-    kind: Any = getattr(transformers, IMAGE_HALVES.get(declared, declared), None)
-    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
-        kind = transformers.AutoModel
+    named = getattr(transformers, IMAGE_HALVES.get(declared, declared), None)
+    is_network = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+    kind: Any = named if is_network else transformers.AutoModel
     if hasattr(config, "vision_config") and declared in IMAGE_HALVES:
         config = config.vision_config
     preprocessing = _of_huggingface(transformers, name)
