@@ -34,7 +34,9 @@ from common.run.program import get_rank, is_main
 ANSWER_S = 6.0
 """How long rank 0 may take to answer who has reached its port, in seconds."""
 SIZE, RANK = "leanvit/size", "leanvit/rank {}"
-"""Keys of the store: of how many processes the job is, and which of them have come."""
+"""Keys of the store: of how many processes the job is, and its name; which of them have come."""
+NAMES = {"slurm": ("SLURM_JOB_ID", "SLURM_STEP_ID"), "torchrun": ("TORCHELASTIC_RUN_ID",)}
+"""Variables in which a launcher tells all processes of a job, and no others, what it is called."""
 HERE, JOB = "leanvit/here {}", "leanvit/job"
 """Keys of torchrun's store, which outlives its processes: a name that each rank chose, and the names of one attempt."""
 
@@ -230,9 +232,10 @@ def _open_store(host: str, port: int, place: _Place, wait_s: float) -> Any:
     """A store on rank 0, in which every other rank notes that it is here.
 
     Who finds something else at the port, perhaps another job's store, knows it in seconds: there is no answer, or not
-    this job's size, or its own note already.
+    this job's size and name, or its own note already.
     """
     end = time.monotonic() + wait_s
+    job = " ".join([str(place.size), *(os.environ.get(name, "") for name in NAMES.get(place.launcher, ()))]).strip()
     taken = (
         f"port {port} of {host} (MASTER_PORT, MASTER_ADDR) is in use by something else, perhaps another job or what is "
         "left of one: choose another port, for torchrun by --master-port"
@@ -246,7 +249,7 @@ def _open_store(host: str, port: int, place: _Place, wait_s: float) -> Any:
             if re.search("EADDRINUSE|address already in use", str(error), re.IGNORECASE):
                 raise LaunchError(taken) from error
             raise
-        store.set(SIZE, str(place.size))
+        store.set(SIZE, job)
         store.wait([RANK.format(rank) for rank in range(1, place.size)], timedelta(seconds=wait_s))
         return store
     while True:
@@ -263,7 +266,7 @@ def _open_store(host: str, port: int, place: _Place, wait_s: float) -> Any:
         with contextlib.suppress(RuntimeError):
             answer = timedelta(seconds=ANSWER_S)
             store = TCPStore(host, port, is_master=False, timeout=answer, wait_for_workers=False)
-            if store.get(SIZE).decode() == str(place.size) and store.add(RANK.format(place.rank), 1) == 1:
+            if store.get(SIZE).decode() == job and store.add(RANK.format(place.rank), 1) == 1:
                 found.append(store)
 
     with _silent_stderr():  # torch tells of each attempt with its stack

@@ -155,6 +155,29 @@ def test_a_port_in_use_ends_every_rank_soon(owner: Callable[[int], Any]) -> None
         taken.close()
 
 
+@pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
+def test_two_jobs_that_meet_at_a_port_do_not_mix(launcher: str) -> None:
+    """Rank 1 of a job comes to rank 0 of another before the other's own rank 1."""
+    variables = torchrun_variables(2)
+    if launcher == "slurm":
+        address = {name: variables[0][name] for name in ("MASTER_ADDR", "MASTER_PORT")}
+        step = {**address, "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0"}
+        variables = [{**step, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]
+    name = "SLURM_JOB_ID" if launcher == "slurm" else "TORCHELASTIC_RUN_ID"
+    first, stranger, second = ({**variables[rank], name: job} for rank, job in ((0, "7"), (1, "8"), (1, "7")))
+
+    def wait_or_join() -> Any:
+        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
+        if os.environ[name] == "7" and rank == "1":
+            time.sleep(1)  # after the stranger
+        return join()
+
+    ended = run_forked(wait_or_join, [first, stranger, second])
+    assert [process.status for process in ended] == [0, 2, 0], ended
+    check_two_ranks([ended[0].result, ended[2].result])
+    assert "is in use by something else, perhaps another job" in ended[1].output
+
+
 def test_who_is_missing_is_said_with_the_time_that_was_waited(bare: pytest.MonkeyPatch) -> None:
     for name, value in torchrun_variables(3)[0].items():
         bare.setenv(name, value)
