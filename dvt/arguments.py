@@ -11,6 +11,7 @@ from common.data.paths import INSIDE, reads_folder
 from common.run import cli
 from common.run.flags import Group
 from common.run.program import get_logger
+from common.run.settings import CACHE_DECODED
 from common.sizes import TIMM, Names
 from dvt import BUDGETS, SEARCH_IMAGES, TRANSFORMS
 from dvt.models import GRIDS, MODELS, find_entry
@@ -104,6 +105,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         "loading processes per process (default: 8, no more than cores)", metavar="N")  # fmt: skip
     add("--pin-mem", cli.Switch, None, "page-locked memory (default: on with CUDA)")
     add("--skip-bad-images", cli.Switch, False, "leave out images that cannot be decoded, and count them")
+    add("--cache-decoded", str, "", CACHE_DECODED, metavar="DIR")
 
     add = Group(parser, "network")
     add_model_args(add, MODELS, "T2t_vit_14")

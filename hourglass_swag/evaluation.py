@@ -5,7 +5,7 @@ The lines are those of the published script; the sums behind the last one are ex
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 
 import torch
@@ -108,6 +108,58 @@ class ProgressMeter:
         print(" ".join([" *", *(meter.summarize() for meter in self.meters)]), flush=True)
 
 
+class Tally:
+    """Loss and hits of one network, batch by batch, with the published lines.
+
+    Args:
+        name: in front of every line.
+        batches: of the whole evaluation.
+    """
+
+    def __init__(self, name: str, batches: int) -> None:
+        self.name = name
+        self.time, self.losses, self.top1, self.top5 = self.meters = make_meters()
+        self.progress = ProgressMeter(batches, self.meters, prefix=f"{name} Test: " if name else "Test: ")
+        self.hits1 = self.hits5 = 0
+
+    def add(self, logits: Tensor, targets: Tensor, seconds: float) -> None:
+        """Count a batch; logits (B, C), targets (B,)."""
+        acc1, acc5 = accuracy(logits, targets, topk=(1, 5))
+        self.losses.update(F.cross_entropy(logits, targets), len(targets))
+        self.top1.update(acc1, len(targets))
+        self.top5.update(acc5, len(targets))
+        self.hits1 += round(self.top1.val / 100 * len(targets))
+        self.hits5 += round(self.top5.val / 100 * len(targets))
+        self.time.update(seconds)
+
+    def reduce(self, skipped: int, world: World) -> dict[str, float | int]:
+        """What :func:`evaluate` returns, but for the seconds, over all processes; rank 0 prints the last line.
+
+        Raises:
+            DataError: see there.
+        """
+        sums = {"loss": self.losses.sum, "top1": self.hits1, "top5": self.hits5, "images": self.losses.count}
+        total = reduce_sums(sums | {"skipped": skipped})
+        images, skipped = int(total["images"]), int(total["skipped"])
+        of = f"{self.name}: " if self.name else ""
+        if images == 0:
+            raise DataError(f"no image to evaluate ({skipped} skipped as undecodable)")
+        if math.isnan(total["loss"]):
+            raise DataError(
+                f"{of}the network gives logits that are not numbers: damaged weights, or an overflow under --amp"
+            )
+        self.losses.avg, self.top1.avg, self.top5.avg = (
+            total["loss"] / images, 100 * total["top1"] / images, 100 * total["top5"] / images
+        )  # fmt: skip
+        if world.is_main:
+            if skipped:
+                print(f"{of}skipped {skipped} images that cannot be decoded")
+            print(self.name, end="")
+            self.progress.display_summary()
+        measured = {"top1_percent": self.top1.avg, "top5_percent": self.top5.avg, "loss": self.losses.avg}
+        return measured | {"images": images, "skipped": skipped}
+
+
 def make_meters() -> list[AverageMeter]:
     """Time, loss, top-1 and top-5 accuracy, as published."""
     return [
@@ -118,7 +170,6 @@ def make_meters() -> list[AverageMeter]:
     ]
 
 
-@torch.inference_mode()
 def evaluate(
     model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], world: World, *, amp: str = "none", print_freq: int = 10
 ) -> dict[str, float | int]:
@@ -138,47 +189,42 @@ def evaluate(
     Raises:
         DataError: if there is no image, a label beyond the model's classes, or a logit that is not a number.
     """
-    meters = batch_time, losses, top1, top5 = make_meters()
-    progress = ProgressMeter(len(loader), meters, prefix="Test: ")  # pyright: ignore[reportArgumentType]
-    hits1 = hits5 = 0
+    return evaluate_all({"": model}, loader, world, amp=amp, print_freq=print_freq)[""]
+
+
+@torch.inference_mode()
+def evaluate_all(
+    models: Mapping[str, nn.Module],
+    loader: Iterable[tuple[Tensor, Tensor]],
+    world: World,
+    *,
+    amp: str = "none",
+    print_freq: int = 10,
+) -> dict[str, dict[str, float | int]]:
+    """:func:`evaluate` for several networks, whose images are loaded once; ``seconds`` are of all together.
+
+    Args:
+        models: name, which begins every printed line -> network.
+    """
+    tallies = {name: Tally(name, len(loader)) for name in models}  # pyright: ignore[reportArgumentType]
     start = before = time.perf_counter()
-    for i, (images, targets) in enumerate(loader):
-        with autocast(amp, world.device):
-            logits = model(images.to(world.device, non_blocking=True)).float()
-        if int(targets.max()) >= logits.shape[1]:
-            raise DataError(
-                f"an image is of class {int(targets.max())}, but the model knows classes 0 to {logits.shape[1] - 1}; "
-                "is this the data set that it was trained for?"
-            )
-        targets = targets.to(world.device, non_blocking=True)
-        acc1, acc5 = accuracy(logits, targets, topk=(1, 5))
-        losses.update(F.cross_entropy(logits, targets), len(targets))
-        top1.update(acc1, len(targets))
-        top5.update(acc5, len(targets))
-        hits1 += round(top1.val / 100 * len(targets))
-        hits5 += round(top5.val / 100 * len(targets))
-        now = time.perf_counter()
-        batch_time.update(now - before)
-        before = now
-        if world.is_main and i % print_freq == 0:
-            progress.display(i)
+    for i, (batch, labels) in enumerate(loader):
+        images, targets = (part.to(world.device, non_blocking=True) for part in (batch, labels))
+        highest = int(labels.max())
+        for name, model in models.items():
+            with autocast(amp, world.device):
+                logits = model(images).float()
+            if highest >= logits.shape[1]:
+                raise DataError(
+                    f"an image is of class {highest}, but the model knows classes 0 to {logits.shape[1] - 1}; "
+                    "is this the data set that it was trained for?"
+                )
+            now = time.perf_counter()
+            tallies[name].add(logits, targets, now - before)
+            before = now
+            if world.is_main and i % print_freq == 0:
+                tallies[name].progress.display(i)
     skipped = getattr(loader, "skipped", 0)
-    total = reduce_sums({"loss": losses.sum, "top1": hits1, "top5": hits5, "images": losses.count, "skipped": skipped})
-    images = int(total["images"])
-    if images == 0:
-        raise DataError(f"no image to evaluate ({total['skipped']:.0f} skipped as undecodable)")
-    if math.isnan(total["loss"]):
-        raise DataError("the network gives logits that are not numbers: damaged weights, or an overflow under --amp")
-    losses.avg, top1.avg, top5.avg = (total["loss"] / images, *(100 * total[k] / images for k in ("top1", "top5")))
-    if world.is_main:
-        if total["skipped"]:
-            print(f"skipped {total['skipped']:.0f} images that cannot be decoded")
-        progress.display_summary()
-    return {
-        "top1_percent": top1.avg,
-        "top5_percent": top5.avg,
-        "loss": losses.avg,
-        "images": images,
-        "skipped": int(total["skipped"]),
-        "seconds": time.perf_counter() - start,
-    }
+    found = {name: tally.reduce(skipped, world) for name, tally in tallies.items()}
+    seconds = time.perf_counter() - start
+    return {name: measured | {"seconds": seconds} for name, measured in found.items()}

@@ -15,7 +15,14 @@ from common.run import cli
 from common.run.errors import DataError, UsageError
 from common.run.files import check_files, check_output
 from common.run.flags import Group, add_flags
-from common.run.settings import AugmentationSettings, DataSettings, OptimizerSettings, RunSettings, ScheduleSettings
+from common.run.settings import (
+    CACHE_DECODED,
+    AugmentationSettings,
+    DataSettings,
+    OptimizerSettings,
+    RunSettings,
+    ScheduleSettings,
+)
 from common.sizes import TIMM
 from uvc.config import config_text, with_config
 from uvc.flags import numbers, rate, switch
@@ -56,6 +63,7 @@ def add_common_arguments(
     add("--dataset", DATASETS, "imagenet", "imagenet has train/ and val/ with a folder per class")
     add("--data_dir", str, "", "folder of the dataset; digits and fashion need none", metavar="DIR")
     add("--num_workers", cli.count, cli.default_workers(workers), "loading processes per process", metavar="N")
+    add("--cache-decoded", str, "", CACHE_DECODED, metavar="DIR")
     add("--model_type", str, MODEL_TYPE,
         "architecture; timm:NAME is any plain Vision Transformer of timm, whose heads, neurons and blocks are pruned",
         metavar="NAME")  # fmt: skip

@@ -29,6 +29,7 @@ def open_split(data: DataSettings, split: str, transform: Transform | None, *, d
         cli.dataset_name(data.data_set), data.data_path, split, transform, download=download,
         on_bad_image="skip" if data.skip_bad_images else "raise", inat_category=data.inat_category,
         batch_size=data.batch_size, seed=data.seed,
+        keep_decoded=data.cache_decoded if split == "val" and transform else None,
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.transforms import Compose
 
+from common.data.decoded import DecodedImages
 from common.data.images import SUFFIXES, UnknownRange, bad_image, decode_image, images_below, to_rgb
 from common.data.images import BadImageError as BadImageError
 from common.data.images import load_image as load_image
@@ -55,6 +56,7 @@ def build_dataset(
     inat_category: str = "name",
     batch_size: int = 1,
     seed: int = 0,
+    keep_decoded: str | Path | None = None,
 ) -> Dataset[Any]:
     """Open one split of a dataset.
 
@@ -72,6 +74,7 @@ def build_dataset(
         download: let CIFAR and timm's names fetch what ``root`` lacks.
         inat_category: level of the taxonomy that makes the classes of ``inat18`` and ``inat19``.
         batch_size, seed: passed on to streams, which shuffle and count by them.
+        keep_decoded: folder where evaluation images are kept decoded, see ``common.data.decoded``.
 
     Raises:
         DataError: wrong path, missing split, class folders without images, a name that nothing knows.
@@ -104,6 +107,8 @@ def build_dataset(
     else:
         known = ", ".join([*NUM_CLASSES, "folder", "tar"])
         raise DataError(f"unknown dataset {name!r}: give one of {known}, or a timm name such as hfds/NAME or wds/NAME")
+    if keep_decoded:
+        dataset = DecodedImages(dataset, keep_decoded)
     return SkipBadImages(dataset) if on_bad_image == "skip" and not isinstance(dataset, IterableDataset) else dataset
 
 
@@ -195,14 +200,14 @@ class INaturalist(Dataset[Any]):
                 f"{listed}, train{year}.json or categories.json is no list of iNaturalist's, or they do not fit each "
                 f"other ({type(error).__name__}: {error})"
             ) from error
-        self.transform = transform
+        self.transform, self.loader = transform, load_image
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path, target = self.samples[index]
-        image = load_image(path)
+        image = self.loader(path)
         return (self.transform(image) if self.transform else image), target
 
 

@@ -1,16 +1,20 @@
 """Datasets by name: what they yield, and that whatever is missing or damaged is named."""
 
+import errno
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from common.data import datasets
 from common.data.loaders import (
     BadImageError,
     DataError,
@@ -19,8 +23,10 @@ from common.data.loaders import (
     eval_loader,
     eval_transform,
     num_classes,
+    train_transform,
 )
 from common.data.paths import INSIDE, check_data_path, reads_folder
+from common.run.errors import OutputError
 
 
 def write_picture(path: Path, seed: int = 0, size: tuple[int, int] = (40, 36)) -> None:
@@ -397,3 +403,53 @@ def test_a_wrong_path_is_said_without_opening_anything(tmp_path: Path) -> None:
 def test_what_ships_inside_is_asked_for_no_folder(name: str, tmp_path: Path) -> None:
     check_data_path(name, tmp_path / "nowhere")
     assert len(build_dataset(name, tmp_path / "nowhere", "val", None))
+
+
+# -------------------------------------------------- images kept decoded
+
+
+def test_kept_images_are_the_same_tensors_and_are_not_decoded_again(tmp_path: Path, monkeypatch) -> None:
+    root, kept = write_folders(tmp_path / "data", ("val",)), tmp_path / "kept"
+    transform = eval_transform(24)
+    plain = torch.stack([image for image, _ in build_dataset("folder", root, "val", transform)])
+
+    def opened(transform=transform, **options):
+        return build_dataset("folder", root, "val", transform, keep_decoded=kept, **options)
+
+    def batches(workers: int, **options) -> torch.Tensor:
+        loader = eval_loader(opened(**options), batch_size=4, workers=workers)
+        return torch.cat([images for images, _ in loader])
+
+    for workers in (0, 2):  # two processes fill one file
+        assert torch.equal(plain, batches(workers))
+    (file,) = kept.iterdir()
+    monkeypatch.setattr(datasets, "load_image", lambda path: pytest.fail(f"{path} is decoded again"))
+    assert torch.equal(plain, batches(0))
+    monkeypatch.undo()
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1  # a damaged record is made again, and so is one that is cut off
+    file.write_bytes(content[:-5])
+    assert torch.equal(plain, batches(0))
+    assert file.read_bytes() != content[:-5]
+    opened(eval_transform(20))
+    write_picture(root / "val" / "ape" / "0.png", seed=77)
+    assert not torch.equal(opened()[0][0], plain[0])
+    assert len(list(kept.iterdir())) == 3  # another size, another image: another file
+
+
+def test_images_that_cannot_be_kept_are_refused_or_passed_over(tmp_path: Path, monkeypatch) -> None:
+    root, kept = write_folders(tmp_path / "data", ("val",)), tmp_path / "kept"
+    (root / "val" / "ape" / "0.png").write_bytes(b"no image")
+    dataset = build_dataset("folder", root, "val", eval_transform(24), keep_decoded=kept, on_bad_image="skip")
+    assert [dataset[i] is None for i in (0, 0, 1)] == [True, True, False]
+    with pytest.raises(DataError, match="--cache-decoded keeps image files"):
+        build_dataset("digits", None, "val", eval_transform(32), keep_decoded=kept)
+    with pytest.raises(DataError, match="--cache-decoded keeps image files"):
+        build_dataset("folder", root, "val", train_transform(24), keep_decoded=kept)
+
+    def full(*place: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OutputError, match="is the disk full"):
+        dataset[2]

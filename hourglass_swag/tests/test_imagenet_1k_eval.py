@@ -19,6 +19,7 @@ from hourglass_swag import imagenet_1k_eval
 from hourglass_swag.evaluation import AverageMeter, ProgressMeter, accuracy, make_meters, swag_eval_transform
 from hourglass_swag.models import create
 from hourglass_swag.tools import processes
+from hourglass_swag.tools.sweep import read_settings, table
 
 SCRIPT = Path(imagenet_1k_eval.__file__)
 LAST_LINE = re.compile(r"^ \*   Acc@1 (\d+\.\d{3}) Acc@5 (\d+\.\d{3})$")
@@ -263,3 +264,44 @@ def test_processes_started_by_hand(material, tmp_path):
     assert LAST_LINE.match(outputs[0].splitlines()[-1])
     assert outputs[1] == ""
     assert json.loads((tmp_path / "r.json").read_text())["images"] == 7
+
+
+def test_a_sweep_gives_what_single_runs_give(material, tmp_path, capsys):
+    file = tmp_path / "rows.txt"
+    lines = [
+        "-m vit_desk -r 32",
+        "-m tome_vit_desk -r 32 --tome_r 4",
+        "-m smyrf_vit_desk -r 32 --smyrf_n_hashes 4 --smyrf_padded",
+    ]
+    file.write_text("# small\n" + "\n".join(lines) + "\n")
+    common = ["-j", "0", "-b", "4", "--seed", "3", "--weights", str(material / "desk.pth"), str(material / "data")]
+    kept = ["--cache-decoded", str(tmp_path / "kept")]
+    rows = imagenet_1k_eval.main(["--sweep", str(file), *kept, "--output", str(tmp_path / "out.json"), *common])["rows"]
+    last = capsys.readouterr().out.splitlines()[-4:]
+    assert list(rows) == lines == [line.rsplit("  ", 1)[0].rstrip() for line in last[1:]]
+    assert json.loads((tmp_path / "out.json").read_text())["rows"] == rows
+    for line in lines:
+        alone = imagenet_1k_eval.main([*line.split(), *kept, *common])
+        assert {key: alone[key] for key in ("loss", "top1_percent", "images")} == {
+            key: rows[line][key] for key in ("loss", "top1_percent", "images")
+        }
+
+
+def test_a_sweep_takes_published_rows_and_names_what_is_none(material, tmp_path, capsys):
+    groups = read_settings("tome,hourglass-l16-*,swag-l16")
+    assert [group[0].shares for group in groups] == [(512, "vit_l16_in1k.torch"), (518, "vit_h14_in1k.torch")]
+    assert {"swag-l16", "tome-l16-r10"} < {setting.name for setting in groups[0]}
+    lines = table(groups[1], {setting.name: {"top1_percent": 88.5} for setting in groups[1]}).splitlines()
+    assert lines[1] == "tome-h14-r10   88.50       88.5       +0.00"
+    bad = tmp_path / "rows.txt"
+    bad.write_text("-m tome_vit_desk -r 32 --base_keep_rate 0.5\n")
+    data = str(material / "data")
+    for words, message in (
+        (["--sweep", "tone"], "--sweep tone: no file and no published row or table"),
+        (["--sweep", str(bad)], "rows.txt, line 1: .*a flag of another method"),
+        (["--sweep", "tome", "-r", "512"], "--sweep says which networks: leave out -m, -r"),
+        (["--sweep", "tome", "--weights", str(material / "desk.pth")], "--weights is one file, and the networks"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            imagenet_1k_eval.main([*words, data])
+        assert re.search(message, f"{stopped.value}{capsys.readouterr().err}")

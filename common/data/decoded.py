@@ -1,0 +1,84 @@
+"""Evaluation images kept as they are before they become tensors: resized, cropped, three bytes a pixel.
+
+Evaluating at several settings decodes and resizes the same images again and again; read from here they cost a tenth.
+One file for each set of images and crop: record i is of image i, found and checked by itself, so that any number of
+processes may fill the file at once, and one that was stopped, or a damaged record, is made again.
+"""
+
+import hashlib
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import PIL
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.transforms import CenterCrop, Compose, Resize
+
+from common.run.errors import DataError
+from common.run.files import make_folder, naming
+
+MARK = b"RGB1"
+HEADER = struct.Struct("<4sI")
+"""Mark and CRC-32 of what follows."""
+
+
+class DecodedImages(Dataset[Any]):
+    """``dataset`` with what its resize and crop give kept under ``folder``; the tensors are the same to the last bit.
+
+    Args:
+        dataset: of image files, with ``samples`` (path, class number) and an evaluation transform.
+        folder: where; made if it is not there.
+
+    Raises:
+        DataError: other data, or a transform that is random.
+    """
+
+    def __init__(self, dataset: Any, folder: str | Path) -> None:
+        steps: list[Any] = list(getattr(getattr(dataset, "transform", None), "transforms", ()))
+        crop = next((i for i, step in enumerate(steps) if isinstance(step, CenterCrop)), -1)
+        if not hasattr(dataset, "samples") or crop < 0 or not all(isinstance(step, Resize) for step in steps[:crop]):
+            raise DataError(
+                "--cache-decoded keeps image files behind a resize and a centre crop, and these data are no such; "
+                "leave it out"
+            )
+        self.dataset, self.classes, self.samples = dataset, dataset.classes, dataset.samples
+        self.geometry, self.rest = Compose(steps[: crop + 1]), Compose(steps[crop + 1 :])
+        height, width = steps[crop].size
+        self.size, self.length = (width, height), HEADER.size + 3 * height * width
+        found = [os.stat(path) for path, _ in self.samples]
+        files = [(path, at.st_size, at.st_mtime_ns) for (path, _), at in zip(self.samples, found, strict=True)]
+        key = hashlib.sha256(json.dumps([files, repr(self.geometry), PIL.__version__]).encode()).hexdigest()
+        make_folder(Path(folder))
+        self.file = Path(folder, f"{width}x{height}-{key[:16]}.rgb")
+        with naming(self.file):
+            self.descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = self._kept(index)
+        if image is None:
+            image = self.geometry(self.dataset.loader(self.samples[index][0]))
+            self._keep(index, image.tobytes())
+        return self.rest(image), self.samples[index][1]
+
+    def _kept(self, index: int) -> Image.Image | None:
+        with naming(self.file):
+            record = os.pread(self.descriptor, self.length, index * self.length)
+        if len(record) < self.length:
+            return None
+        pixels = record[HEADER.size :]
+        if HEADER.unpack_from(record) != (MARK, zlib.crc32(pixels)):
+            return None
+        return Image.frombytes("RGB", self.size, pixels)
+
+    def _keep(self, index: int, pixels: bytes) -> None:
+        record, written = memoryview(HEADER.pack(MARK, zlib.crc32(pixels)) + pixels), 0
+        with naming(self.file):
+            while written < self.length:
+                written += os.pwrite(self.descriptor, record[written:], index * self.length + written)
