@@ -15,7 +15,7 @@ from torchvision import transforms
 from common.data.build import Batches, build_mixup, build_train_transform, open_split
 from common.data.datasets import num_classes
 from common.data.loaders import eval_loader, train_loader
-from common.data.transforms import Transform, eval_transform
+from common.data.transforms import Pipeline, Transform, eval_transform
 from common.run.errors import DataError
 from common.run.settings import AugmentationSettings
 from uvc.settings import Run
@@ -34,8 +34,8 @@ def build_transforms(settings: Run, size: int) -> tuple[Transform, Transform]:
     """
     if settings.data.data_set in ("cifar10", "cifar100"):
         tail = [transforms.ToTensor(), transforms.Normalize(mean=HALF, std=HALF)]
-        train = transforms.Compose([transforms.RandomResizedCrop((size, size), scale=(0.05, 1.0)), *tail])
-        held_out = transforms.Compose([transforms.Resize((size, size)), *tail])
+        train = Pipeline([transforms.RandomResizedCrop((size, size), scale=(0.05, 1.0)), *tail])
+        held_out = Pipeline([transforms.Resize((size, size)), *tail])
     else:
         train = build_train_transform(size, settings.augmentation)
         held_out = eval_transform(size, interpolation="bilinear")

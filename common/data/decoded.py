@@ -13,11 +13,12 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL
-from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.transforms import CenterCrop, Compose, Resize
+from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 
+from common.data.transforms import Pipeline
 from common.run.errors import DataError
 from common.run.files import make_folder, naming
 
@@ -40,15 +41,16 @@ class DecodedImages(Dataset[Any]):
     def __init__(self, dataset: Any, folder: str | Path) -> None:
         steps: list[Any] = list(getattr(getattr(dataset, "transform", None), "transforms", ()))
         crop = next((i for i, step in enumerate(steps) if isinstance(step, CenterCrop)), -1)
-        if not hasattr(dataset, "samples") or crop < 0 or not all(isinstance(step, Resize) for step in steps[:crop]):
+        fixed = crop >= 0 and all(isinstance(step, Resize) for step in steps[:crop])
+        if not hasattr(dataset, "samples") or not fixed or not isinstance(steps[crop + 1], ToTensor):
             raise DataError(
                 "--cache-decoded keeps image files behind a resize and a centre crop, and these data are no such; "
                 "leave it out"
             )
         self.dataset, self.classes, self.samples = dataset, dataset.classes, dataset.samples
-        self.geometry, self.rest = Compose(steps[: crop + 1]), Compose(steps[crop + 1 :])
+        self.geometry, self.rest = Compose(steps[: crop + 1]), Pipeline(steps[crop + 1 :])
         height, width = steps[crop].size
-        self.size, self.length = (width, height), HEADER.size + 3 * height * width
+        self.shape, self.length = (height, width, 3), HEADER.size + 3 * height * width
         found = [os.stat(path) for path, _ in self.samples]
         files = [(path, at.st_size, at.st_mtime_ns) for (path, _), at in zip(self.samples, found, strict=True)]
         key = hashlib.sha256(json.dumps([files, repr(self.geometry), PIL.__version__]).encode()).hexdigest()
@@ -61,21 +63,20 @@ class DecodedImages(Dataset[Any]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = self._kept(index)
-        if image is None:
-            image = self.geometry(self.dataset.loader(self.samples[index][0]))
-            self._keep(index, image.tobytes())
-        return self.rest(image), self.samples[index][1]
+        pixels = self._kept(index)
+        if pixels is None:
+            pixels = np.array(self.geometry(self.dataset.loader(self.samples[index][0])))
+            self._keep(index, pixels.tobytes())
+        return self.rest(pixels), self.samples[index][1]
 
-    def _kept(self, index: int) -> Image.Image | None:
+    def _kept(self, index: int) -> np.ndarray | None:
+        record = bytearray(self.length)
         with naming(self.file):
-            record = os.pread(self.descriptor, self.length, index * self.length)
-        if len(record) < self.length:
+            found = os.preadv(self.descriptor, [record], index * self.length)
+        pixels = memoryview(record)[HEADER.size :]
+        if found < self.length or HEADER.unpack_from(record) != (MARK, zlib.crc32(pixels)):
             return None
-        pixels = record[HEADER.size :]
-        if HEADER.unpack_from(record) != (MARK, zlib.crc32(pixels)):
-            return None
-        return Image.frombytes("RGB", self.size, pixels)
+        return np.frombuffer(pixels, np.uint8).reshape(self.shape)
 
     def _keep(self, index: int, pixels: bytes) -> None:
         record, written = memoryview(HEADER.pack(MARK, zlib.crc32(pixels)) + pixels), 0

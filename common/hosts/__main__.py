@@ -20,9 +20,10 @@ import argparse
 import ast
 import itertools
 import math
+import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--timing-seconds", type=positive_float, default=30.0, metavar="S",
         help="time all of them no longer than this; fewer passes must do then (default: 30)",
     )  # fmt: skip
+    parser.add_argument(
+        "--explain", action="store_true",
+        help="show where the time of a pass goes: products, attention, the method's own, and what else",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compile", action="store_true",
+        help="time each network through torch.compile, too, in turns with itself; half a minute or more each, and not "
+        "all get faster (docs/hosts.md)",
+    )  # fmt: skip
     wish = parser.add_mutually_exclusive_group()
     wish.add_argument("--budget-gmacs", type=positive_float, help="name the best network that costs no more")
     wish.add_argument("--budget-ms", type=positive_float, help="the same for milliseconds per image of a batch")
@@ -150,6 +160,29 @@ def write_network(trade: Any, row: Any, flag: str, path: Path) -> None:
         print(f"{name} is in {path}: read back, its output differs by {difference:.1e} of the largest value at most")
 
 
+def look_inside(args: argparse.Namespace, trade: Any, rows: Sequence[Any]) -> Iterator[str]:
+    """Tables of ``--explain`` and ``--compile``, of every row but smaller images; they go into the record, too."""
+    if not (args.explain or args.compile):
+        return
+    from dataclasses import asdict
+
+    from common.hosts import parts
+
+    networks = {"dense": trade.net, **trade.lean}
+    images = next(trade.batches())
+    if args.explain:
+        found = parts.explain(networks, {row.name: row.gmacs for row in rows}, images)
+        trade.more["explained_ms"] = found
+        title = f"milliseconds of a batch of {len(images)}"
+        yield parts.table(dict.fromkeys((*parts.COLUMNS, "all", "promised"), ".1f"), found, title)
+    if args.compile:
+        made = parts.compile_all(networks, images, rounds=args.rounds, limit_s=args.timing_seconds)
+        told = {name: each if isinstance(each, str) else asdict(each) for name, each in made.items()}
+        trade.more["compiled"] = told
+        columns = {"speedup": ".2f", "graph_breaks": "d", "recompilations": "d", "seconds": ".0f"}
+        yield parts.table(columns, told, "compiled, over the same eager")
+
+
 def main(argv: Sequence[str] | None = None) -> Any:
     """Measure, print the table, write the files."""
     words = sys.argv[1:] if argv is None else argv
@@ -158,6 +191,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
 
         return serve(words[1:])
     args = parse_args(argv)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reports its own start and end
     from common.hosts.opening import open_model
     from common.hosts.page import write_all
     from common.hosts.trade import (
@@ -184,6 +218,8 @@ def main(argv: Sequence[str] | None = None) -> Any:
         rounds=args.rounds, limit_s=args.timing_seconds, data=args.data, seed=args.seed, skip_broken=args.skip_broken
     )
     print(trade.table(rows))
+    for told in look_inside(args, trade, rows):
+        print(f"\n{told}", flush=True)
     best, said, code = None, "", ""
     if any(value is not None for value in args.wish.values()):
         said = best_within(rows, **args.wish)

@@ -211,6 +211,8 @@ class Trade:
         """what runs, by the names of the rows"""
         self.beside: dict[str, str] = {}
         """method -> the row of smaller images at its cost"""
+        self.more: dict[str, Any] = {}
+        """what else was measured, for the record"""
         for each in wanted:
             methods = tuple(make_method(name, settings) for name, settings in each.methods)
             self.methods[each.text] = methods
@@ -407,6 +409,7 @@ class Trade:
             "accuracy": self.accuracy,
             "rows": [asdict(row) for row in rows],
             "not_possible": self.refused,
+            **self.more,
             **more,
         }
         return json.dumps(content, indent=1, default=str) + "\n"

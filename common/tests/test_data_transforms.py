@@ -11,7 +11,7 @@ from torchvision import transforms
 from torchvision.transforms import functional as F
 
 from common.data.loaders import eval_transform, seeded, train_transform
-from common.data.transforms import posterize_any
+from common.data.transforms import Pipeline, posterize_any
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -152,3 +152,20 @@ def test_seeded_transform_repeats(picture: Image.Image) -> None:
         other = transform(picture)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_a_pipeline_gives_the_bits_of_its_steps() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    tail = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    for steps in (tail, [transforms.CenterCrop(6), *tail, transforms.RandomErasing(0.0)], tail[:1]):
+        wanted = transforms.Compose(steps)(image)
+        found = Pipeline(steps)(image)
+        assert torch.equal(found, wanted)
+        assert found.stride() == wanted.stride()
+    assert torch.equal(Pipeline(tail)(pixels), transforms.Compose(tail)(pixels))
+    grey = [transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
+    assert torch.equal(Pipeline(grey)(image.convert("L")), transforms.Compose(grey)(image.convert("L")))
+    before = image.tobytes()
+    Pipeline(tail)(image)
+    assert image.tobytes() == before

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common import loading
 from common.data import datasets
 from common.data.loaders import (
     BadImageError,
@@ -453,3 +454,14 @@ def test_images_that_cannot_be_kept_are_refused_or_passed_over(tmp_path: Path, m
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OutputError, match="is the disk full"):
         dataset[2]
+
+
+def test_rates_of_every_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    found = loading.main(["--number", "2", "--rounds", "1", "--output", str(tmp_path / "rates.json")])
+    torch.set_num_threads(threads)
+    assert json.loads((tmp_path / "rates.json").read_text())["images_per_second"] == found
+    assert list(found["evaluation at 224"]) == ["ours", "timm", "torchvision", "kept"]
+    assert "kept" not in found["crop and flip: uvc"]
+    assert all(rate > 0 for rates in found.values() for rate in rates.values())
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(found)

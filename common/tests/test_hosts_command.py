@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sklearn.datasets import load_sample_image
 from common.hosts import lean
 from common.hosts.__main__ import main, methods, parse_args
 from common.hosts.draw import CAPTION, MARGIN, TITLE, mosaic
+from common.hosts.parts import COLUMNS, OWN, compile_all
 from common.hosts.trade import Row, best_within, own_gmacs, tokens_of_patches
 from common.run.errors import CheckpointError, UsageError
 from common.run.files import ROOT
@@ -116,6 +118,39 @@ def test_the_table_and_the_files(folder: Path, tmp_path: Path, capsys: pytest.Ca
     for name in written["images"]:
         width, height = Image.open(tmp_path / name).size  # features, and tokens after a third, two thirds and all
         assert (width, height) == (4 * 160 + 3 * MARGIN, strips * (160 + TITLE + CAPTION + MARGIN) - MARGIN)
+
+
+def test_time_by_part_and_compiled_networks(folder, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    words = ["--methods", "tome:r=8", "ats", "smyrf:hashes=2"]
+    where = ["--images", str(folder), "--output", str(tmp_path)]
+    main([NAME, *where, *words, "--rounds", "1", "--explain", "--compile"])
+    record = json.loads((tmp_path / "trade.json").read_text())
+    explained, compiled = record["explained_ms"], record["compiled"]
+    assert list(explained) == list(compiled) == ["dense", *words[1:]]
+    for name, parts in explained.items():
+        assert sum(parts[column] for column in COLUMNS) == pytest.approx(parts["all"])
+        assert parts["products"] > 0
+        assert (parts[OWN] > 0) == (name != "dense")
+    dense, tome = (next(row for row in record["rows"] if row["name"] == name) for name in ("dense", "tome:r=8"))
+    assert explained["dense"]["promised"] == explained["dense"]["all"]
+    assert explained["tome:r=8"]["promised"] == pytest.approx(
+        explained["dense"]["all"] * tome["gmacs"] / dense["gmacs"]
+    )
+    assert (
+        compiled["dense"]["graph_breaks"] == compiled["tome:r=8"]["graph_breaks"] == 0 < compiled["ats"]["graph_breaks"]
+    )
+    assert all(each["recompilations"] == 0 for each in compiled.values())
+    assert "compiled, over the same eager" in capsys.readouterr().out
+
+
+def test_what_cannot_be_compiled_is_told(monkeypatch) -> None:
+    def fail(network: object) -> Any:
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    found = compile_all({"dense": torch.nn.Identity()}, torch.ones(1), rounds=1, limit_s=None)
+    assert found == {"dense": "RuntimeError: no compiler"}
 
 
 def test_budgets_name_the_best_of_each_kind() -> None:
