@@ -37,7 +37,7 @@ class Tokens:
     """of the patches, where the host rotates queries and keys"""
     mask: Tensor | None = None
     """1 for tokens, 0 for padding behind an image that has fewer of them than others, (B, N, 1); None for no padding"""
-    carried: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    carried: Mapping[str, Any] = field(default_factory=dict)  # pyright: ignore[reportUnknownVariableType] - compilers follow no other
     """what a method takes along to a later block, by its name"""
     undo: tuple[Callable[[Tensor], Tensor], ...] | None = ()
     """the way back: each undoes one reduction, (B, U, C) to (B, N, C); None where nobody will ask for it"""

@@ -150,7 +150,10 @@ def commands() -> list[tuple[str, str]]:
     for path in tracked():
         if path.name == "README.md":
             blocks = re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL)
-            found += [(str(path.relative_to(ROOT)), line) for block in blocks for line in block.splitlines()]
+            for block in blocks:
+                for variable, words in re.findall(r'^(\w+)="(.*)"$', block, re.MULTILINE):
+                    block = block.replace(f"${variable}", words)
+                found += [(str(path.relative_to(ROOT)), line) for line in block.splitlines()]
     for table in load_tables():
         for row in table.rows:
             found += [(f"{table.path.name}/{row.id}", row.command(name)) for name in row.published if not row.cited]
