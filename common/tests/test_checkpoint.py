@@ -628,15 +628,15 @@ def with_lists_filled_later(levels: int = 40) -> bytes:
     return (
         b"\x80\x02"
         + made
-        + b"".join(b"h%c(h%ch%ce0" % (n + 1, n, n) for n in range(levels - 1))
+        + b"".join(b"h%c(h%ch%ce" % (n + 1, n, n) for n in range(levels - 1))
         + b"h%c." % (levels - 1)
     )
 
 
 WITHOUT_END = "its values lie in each other or share parts without end"
 BOMBS = {
-    "shared tuples": (b"\x80\x02})q\0" + b"0h\0h\0\x86q\0" * 40 + b"K\1s.", WITHOUT_END),
-    "shared lists": (b"\x80\x02]q\0" + b"0](h\0h\0eq\0" * 40 + b".", WITHOUT_END),
+    "shared tuples": (b"\x80\x02)q\0" + b"h\0h\0\x86q\0" * 40 + b"}h\0K\1s.", WITHOUT_END),
+    "shared lists": (b"\x80\x02]q\0" + b"](h\0h\0eq\0" * 40 + b".", WITHOUT_END),
     "lists filled later": (with_lists_filled_later(), WITHOUT_END),
     "a list in itself": (b"\x80\x02]q\0h\0a.", WITHOUT_END),
     "deep tuples": (b"\x80\x02})" + b"\x85" * 200_000 + b"K\1s.", WITHOUT_END),
@@ -646,23 +646,30 @@ BOMBS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("form", ["zip", "zip, with another", "legacy", "legacy, before a zip"])
 @pytest.mark.parametrize("name", BOMBS)
-def test_values_without_end_are_refused_at_once(tmp_path: Path, name: str, legacy: bool) -> None:
+def test_values_without_end_are_refused_at_once(tmp_path: Path, name: str, form: str) -> None:
+    """Also where another reader of archives would see something harmless."""
     bomb, message = BOMBS[name]
     path = tmp_path / "bomb.pth"
-    torch.save({}, path, _use_new_zipfile_serialization=not legacy)
-    if legacy:
+    torch.save({}, tmp_path / "harmless.pth")
+    torch.save({}, path, _use_new_zipfile_serialization=form.startswith("zip"))
+    if form.startswith("legacy"):
         content = path.read_bytes()
         empty = b"\x80\x02}q\x00."
         assert content.count(empty) == 1
-        path.write_bytes(content.replace(empty, bomb))
+        more = (tmp_path / "harmless.pth").read_bytes() if "before" in form else b""
+        path.write_bytes(content.replace(empty, bomb) + more)
     else:
         with zipfile.ZipFile(path) as archive:
             parts = {entry: archive.read(entry) for entry in archive.namelist()}
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
             for entry, content in parts.items():
-                archive.writestr(entry, bomb if entry.endswith("data.pkl") else content)
+                if entry.endswith("data.pkl"):
+                    for each in [content, bomb] if "another" in form else [bomb]:
+                        archive.writestr(entry, each)
+                else:
+                    archive.writestr(entry, content)
     started = time.monotonic()
     with pytest.raises(CheckpointError, match=rf"bomb\.pth: {message}"):
         load_safely(path)

@@ -28,6 +28,7 @@ from common.run.checkpoint.sealing import check_seal
 from common.run.errors import CheckpointError
 from common.run.files import existing_file
 
+ZIP = b"PK\x03\x04"
 NUMERIC_KINDS = "biufcSU"
 MOST_SHARED = 10_000_000
 """values in a value, those that it holds more than once counted each time"""
@@ -151,9 +152,9 @@ def _describe(path: Path) -> str | None:
         return f"found a web page of {size} bytes, not weights; the download gave an error or a login page"
     if start.startswith(b"version https://git-lfs"):
         return "found a Git LFS pointer, not the file it points to; run `git lfs pull`"
-    if head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
+    if head.startswith(ZIP) and not zipfile.is_zipfile(path):
         return f"found the beginning of a torch file, but its end is missing ({size} bytes); it is truncated"
-    if zipfile.is_zipfile(path):
+    if head.startswith(ZIP):
         with zipfile.ZipFile(path) as archive:
             names = {name.partition("/")[2] for name in archive.namelist()}
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
@@ -177,17 +178,19 @@ def _check_work(path: Path) -> None:
     A list of two times the same list, forty levels deep, takes 200 bytes and 2 ** 40 steps; torch looks for words in
     its own message in quadratic time, and so must not meet a name of a million letters. Nothing is executed.
     """
-    with contextlib.ExitStack() as stack:
-        if zipfile.is_zipfile(path):
-            archive = stack.enter_context(zipfile.ZipFile(path))
-            name = next(name for name in archive.namelist() if name.partition("/")[2] == "data.pkl")
-            streams, file = 1, io.BytesIO(archive.read(name))
-        else:
-            streams, file = 5, stack.enter_context(open(path, "rb"))  # three of a head, the content, and its storages
+    with open(path, "rb") as file:
+        content, streams = file, 5  # three of a head, the content, and its storages
+        is_zip = file.read(len(ZIP)) == ZIP
+        file.seek(0)
+        if is_zip:  # which is how torch tells them, who also opens it: others may see other entries
+            archive = torch._C.PyTorchFileReader(file)  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+            if sum(map(archive.get_record_size, set(archive.get_all_records()))) > path.stat().st_size:
+                raise CheckpointError("found a compressed archive, which torch never writes")
+            content, streams = io.BytesIO(archive.get_record("data.pkl")), 1
         for _ in range(streams):
             values: list[_Value] = []
             with contextlib.suppress(ValueError, IndexError, KeyError):  # a damaged pickle is found by who reads it
-                _follow(pickletools.genops(file), values)
+                _follow(pickletools.genops(content), values)
             _check_sizes(values)
 
 
