@@ -207,7 +207,10 @@ def main(argv: Sequence[str] | None = None) -> Any:
     from common.run.launch import choose_device
 
     device = choose_device(args.device)
-    images = check_files(image_files(args.images), skip_broken=args.skip_broken)
+    found = image_files(args.images)
+    if args.output and any(file.resolve().parent == args.output.resolve() for file in found):
+        raise UsageError(f"--output {args.output} holds the images, and a PNG of each would replace it: name another")
+    images = check_files(found, skip_broken=args.skip_broken)
     model = open_model(args.name, image_size=args.img_size, weights=args.weights)
     model.net.to(device)
     wanted = args.methods or [methods(text) for text in default_sweep(model.facts)]

@@ -21,6 +21,8 @@ from common.run.files import write_atomic
 
 THUMBNAIL = 160
 """Pixels of a panel's side on the page at most."""
+TITLE = 36
+"""Letters of a network's word above a figure at most, of which a path's end says most."""
 COSTS = {"gmacs": "GMACs per image", "ms_per_image": "ms per image"}
 MEASURES = {"patch_cosine": "cosine of patch features", TOP1: "top-1 accuracy (%)", KNN: "k-NN accuracy (%)",
             PROBE: "linear probe accuracy (%)"}  # fmt: skip
@@ -67,20 +69,24 @@ def write_all(
     """
     contents: dict[str, str | bytes] = {"trade.json": trade.record(rows, chosen=chosen, python=code)}
     drawn: list[list[str]] = []
+    spec = trade.model.spec if len(trade.model.spec) <= TITLE else f"...{trade.model.spec[3 - TITLE :]}"
     for measure in measures(rows):
         pair = []
         for cost in COSTS:
-            figure = pareto(rows, cost, measure, f"{trade.model.spec}: {MEASURES[measure]} against {COSTS[cost]}")
+            figure = pareto(rows, cost, measure, f"{spec}: {MEASURES[measure]} against {COSTS[cost]}")
             contents[f"{figure.key}.png"], svg = draw(figure, "png", "svg")
             pair.append(inline_svg(svg))
         drawn.append(pair)
     files, seen = trade.images.files, []
     for index, file in enumerate(tqdm(files, desc="images", unit="image", delay=1, leave=False, disable=None)):
         strips = trade.strips(file, layers)
-        alone = sum(other.stem == file.stem for other in files) == 1
+        alone = sum(other.stem == file.stem for other in files) == 1 and f"{file.stem}.png" not in contents
+        name = file.stem if alone else f"{file.stem}-{index}"
+        while f"{name}.png" in contents:
+            name += "-"
         buffer = io.BytesIO()
         draw_sheet(strips).save(buffer, "png", optimize=True)
-        contents[f"{file.stem if alone else f'{file.stem}-{index}'}.png"] = buffer.getvalue()
+        contents[f"{name}.png"] = buffer.getvalue()
         seen.append((file.name, [Strip(strip.name, _inline(strip)) for strip in strips]))
     contents["index.html"] = _render(trade, rows, drawn, seen, chosen, code)
     for name, content in contents.items():
@@ -89,16 +95,16 @@ def write_all(
 
 
 def _inline(strip: Strip) -> Any:
-    return [(word, _data(panel)) for word, panel in strip.panels]
+    return [(word, *_data(panel)) for word, panel in strip.panels]
 
 
-def _data(panel: Tensor) -> str:
-    """A panel as the address of a small image that the page itself holds."""
+def _data(panel: Tensor) -> tuple[str, int, int]:
+    """A panel as the address of a small image that the page itself holds, its width and height."""
     image = to_image(panel)
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     buffer = io.BytesIO()
     image.save(buffer, "webp", quality=75, method=4)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}", image.width, image.height
 
 
 def _cells(row: Row, measured: Sequence[str]) -> list[tuple[float | None, str]]:

