@@ -6,7 +6,10 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const up = head.getAttribute("aria-sort") !== "ascending";
       heads.forEach(other => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", up ? "ascending" : "descending");
-      const value = row => row.cells[index].dataset.value ?? row.cells[index].textContent;
+      const value = row => {
+        if (index && row.cells.length < heads.length) return ""; // a row that says why it has no values
+        return row.cells[index].dataset.value ?? row.cells[index].textContent;
+      };
       const rows = [...table.tBodies[0].rows].sort((a, b) => {
         const x = value(a), y = value(b);
         if (x === "" || y === "") return (x === "") - (y === "");
