@@ -10,11 +10,12 @@ Weights are those of ``--weights``; or the published ones where the library has 
 Nothing is downloaded.
 """
 
+import contextlib
 import difflib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -341,16 +342,18 @@ def _open_huggingface(name: str, image_size: int | None, weights: Path | None) -
     preprocessing = _of_huggingface(transformers, name)
     if weights is not None:
         state = select_state(read_checkpoint(weights), source=str(weights))
-        net, info = kind.from_pretrained(None, config=config, state_dict=state, output_loading_info=True,
-                                         ignore_mismatched_sizes=True)  # fmt: skip
+        with _quiet(transformers):
+            net, info = kind.from_pretrained(None, config=config, state_dict=state, output_loading_info=True,
+                                             ignore_mismatched_sizes=True)  # fmt: skip
         if differences := _differences(info):
             lines = "\n".join(differences.lines())
             raise CheckpointError(f"{weights} does not fit {type(net).__name__}:\n{lines}")
         return _Found(net, str(weights), True, preprocessing)
     try:
-        net, info = kind.from_pretrained(
-            name, config=config, local_files_only=True, output_loading_info=True, dtype=torch.float32
-        )
+        with _quiet(transformers):
+            net, info = kind.from_pretrained(
+                name, config=config, local_files_only=True, output_loading_info=True, dtype=torch.float32
+            )
     except OSError:
         try:
             made = kind.from_config(config) if kind is transformers.AutoModel else kind(config)
@@ -362,6 +365,17 @@ def _open_huggingface(name: str, image_size: int | None, weights: Path | None) -
     fresh = ", ".join(sorted(_differences(info).missing))
     text = f"those of {name}" + (f", which lacks {fresh}: these are random" if fresh else "")
     return _Found(net, text, True, preprocessing)
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Generator[None]:
+    """Without its report of loading: what does not fit is said here."""
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)
 
 
 def _differences(info: Mapping[str, Any]) -> KeyDifferences:
