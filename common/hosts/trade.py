@@ -254,11 +254,17 @@ class Trade:
             yield self.model.read(self.images.files[start : start + self.batch_size]).to(self.device)
 
     @torch.no_grad()
-    def features(self, network: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Patch features on the full grid, (B, C, rows, columns), and the class feature, (B, C)."""
+    def features(self, network: Any, images: Tensor, *, seen: list[Tokens] | None = None) -> tuple[Tensor, Tensor]:
+        """Patch features on the full grid, (B, C, rows, columns), and the class feature, (B, C).
+
+        Args:
+            network: dense, lean, or dense on smaller images.
+            images: (B, 3, H, W).
+            seen: as in ``Plan.run``.
+        """
         small = isinstance(network, Smaller)
         fast = network.fast if small else network
-        x = fast.normalized(network.shrink(images) if small else images)
+        x = fast.normalized(network.shrink(images) if small else images, seen=seen)
         grid = x[:, self.facts.prefix :].mT.unflatten(2, fast.plan.host.facts.grid)
         patches = F.interpolate(grid, self.facts.grid, mode="bilinear") if small else grid
         return patches, x[:, 0] if self.facts.class_token else grid.mean((2, 3))
@@ -430,17 +436,19 @@ class Trade:
         dense = self.features(self.dense, images)[0][0].cpu()
         principal = Principal(dense)
 
-        def colours(network: Any) -> tuple[str, Tensor]:
-            features = self.features(network, images)[0][0].cpu()
+        def colours(network: Any, seen: list[Tokens] | None = None) -> tuple[str, Tensor]:
+            features = self.features(network, images, seen=seen)[0][0].cpu()
             return "features", spread(principal.colours(features), height, width)
 
         strips = [Strip("dense", [colours(self.dense), ("input", image)])]
         for name, fast in self.lean.items():
-            panels = [
+            seen: list[Tokens] = []
+            panels = [colours(fast, seen)]
+            panels += [
                 (f"{number} tokens after block {layer}", mosaic(image, labels))
-                for layer, number, labels in tokens_of_patches(fast, images, layers)
+                for layer, number, labels in _patches_of(seen, self.facts.grid, layers)
             ]
-            strips.append(Strip(name, [colours(fast), *panels]))
+            strips.append(Strip(name, panels))
         for name in dict.fromkeys(self.beside.values()):
             if isinstance(small := self.networks[name], Smaller):
                 shrunk = self.model.preprocessing.pixels(small.shrink(images)[0]).cpu()
@@ -572,7 +580,14 @@ def tokens_of_patches(fast: Any, images: Tensor, layers: Sequence[int]) -> Itera
     seen: list[Tokens] = []
     host = fast.plan.host
     fast.plan.run(host.embed(fast, images), seen=seen)
-    grid = host.facts.grid
+    yield from _patches_of(seen, host.facts.grid, layers)
+
+
+def _patches_of(
+    seen: Sequence[Tokens], grid: tuple[int, int] | None, layers: Sequence[int]
+) -> Iterator[tuple[int, int, Tensor]]:
+    """``tokens_of_patches`` of a pass that was seen."""
+    assert grid is not None
     for layer in layers:
         tokens = seen[layer]
         shares = tokens.membership()[0, tokens.prefix :, tokens.prefix :]  # (tokens left, patches)
