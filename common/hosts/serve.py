@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -205,11 +206,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _check_port(port: int) -> None:
+    """Before a network is opened for nothing."""
+    try:
+        with socket.socket() as asked:
+            asked.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was left just now is free
+            asked.bind((HOST, port))
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"--port {port} cannot be opened ({error}): expected a free one of 1024 to 65535") from error
+
+
 def serve(argv: Sequence[str] | None = None, *, block: bool = True) -> Any:
     """Open the page; with ``block`` until interrupted. Returns the page, whose ``local_url`` says where it is.
 
     Raises:
-        UsageError: if gradio is missing, or the network is not known.
+        UsageError: if gradio is missing, the port is not free, or the network is not known.
     """
     args = parse_args(argv)
     try:
@@ -219,6 +230,7 @@ def serve(argv: Sequence[str] | None = None, *, block: bool = True) -> Any:
             f"the live page needs {error.name}: pip install 'leanvit[serve]'; python -m common.hosts MODEL "
             "--images DIR --output DIR writes a page without it"
         ) from error
+    _check_port(args.port)
     from common.hosts.opening import open_model
     from common.run.launch import choose_device
 

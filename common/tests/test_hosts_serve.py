@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,18 @@ def test_without_gradio(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(UsageError, match=r"the live page needs gradio: pip install 'leanvit\[serve\]'"):
         serve(["vit_tiny_patch16_224"])
+
+
+def test_a_port_that_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", ModuleType("gradio"))  # which is not reached
+    with socket.socket() as taken:
+        taken.bind((HOST, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for words, message in ((str(port), f"--port {port} cannot be opened .*: expected a free one"),
+                               ("65536", "--port 65536 cannot be opened")):  # fmt: skip
+            with pytest.raises(UsageError, match=message):
+                serve(["no network", "--port", words])
 
 
 @pytest.fixture
