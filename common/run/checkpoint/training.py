@@ -155,7 +155,7 @@ class TrainingState:
         if lacking and (ours or "optimizer" in lacking):
             raise CheckpointError(
                 f"{source}: cannot resume from it: it lacks {', '.join(lacking)}; to start from its weights only, "
-                "use --finetune or --initial-checkpoint"
+                "name it with the program's flag for weights (--finetune, --initial-checkpoint; see --help)"
             )
         load_strict(self.model, select_state(content, ("model",), source=source), source=source)
         if self.ema is not None:
