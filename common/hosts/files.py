@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from common.hosts.host import Host, channels_of
-from common.hosts.huggingface import FAMILIES, dense_form
+from common.hosts.huggingface import ATTENTION, FAMILIES, check_config, dense_form
 from common.hosts.network import METHODS, TOLERANCES, TRAINED, Lean, lean, make_method, method_class
 from common.hosts.network import load as load_object
 from common.hosts.runner import Method
@@ -48,6 +48,7 @@ HEADS = (
     *("ViTForMaskedImageModeling", "DeiTForMaskedImageModeling"),
 )
 """Classes of transformers that a file may name, besides the trunks."""
+SWAG_OPTIONS = ("image_size", "num_classes", "classifier", "dropout_rate", "attention_dropout_rate")
 OPTIONS = {"add_pooling_layer": "pooler", "use_mask_token": "embeddings.mask_token"}
 """Arguments of their constructors -> the part that is there if they are true."""
 
@@ -135,8 +136,9 @@ def _transformers_network(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     if name not in (*FAMILIES, *HEADS):
         raise UsageError(f"{name!r} is none of the classes that a file may name: {', '.join((*FAMILIES, *HEADS))}")
     attention, options = arguments["attention"], arguments["options"]
-    if attention not in ("sdpa", "eager"):
-        raise UsageError(f"attention must be sdpa or eager, got {attention!r}")
+    if attention not in ATTENTION:
+        raise UsageError(f"attention must be {' or '.join(ATTENTION)}, got {attention!r}")
+    check_config(arguments["config"])
     if unknown := set(options) - set(OPTIONS):
         raise UsageError(f"options.{min(unknown)} is not known")
     try:
@@ -155,13 +157,14 @@ def _swag_words(net: Any) -> tuple[str, dict[str, Any]]:
         shape = sizes[entry.size].kwargs() if entry.method is None and entry.size in sizes else {}
         shape.pop("conv_stem_layers", None)
         if shape and all(getattr(net, key) == value for key, value in shape.items()):
-            options = ("image_size", "num_classes", "classifier", "dropout_rate", "attention_dropout_rate")
-            return name, {key: getattr(net, key) for key in options}
+            return name, {key: getattr(net, key) for key in SWAG_OPTIONS}
     raise Unknown("its size is none of the registry's")
 
 
 def _swag_network(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    return load_object("hourglass_swag.models:create")(name, pretrained=False, **arguments)
+    if unknown := set(arguments) - set(SWAG_OPTIONS):
+        raise UsageError(f"{min(unknown)} is no argument of an architecture")
+    return load_object("hourglass_swag.models:create")(name, **arguments)
 
 
 LIBRARIES: Mapping[str, tuple[Callable[..., tuple[str, dict[str, Any]]], Callable[..., nn.Module]]] = {

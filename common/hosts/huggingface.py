@@ -132,6 +132,8 @@ READ_THE_PREFIX = (
     "DeiTForImageClassificationWithTeacher",
 )
 """Heads that read nothing but prefix tokens, and return nothing else."""
+ATTENTION = ("sdpa", "eager")
+"""Forms of attention that a file may name: further ones are programs, which transformers fetches and runs."""
 EMBEDDING_OPTIONS = ("bool_masked_pos", "interpolate_pos_encoding")
 REFUSED = {
     "output_hidden_states": "features between the blocks are not restored: ask the dense network, fast.restore()",
@@ -139,6 +141,24 @@ REFUSED = {
     "attention_mask": "a mask does not go with token methods: positions change between the blocks",
     "is_causal": "a mask does not go with token methods: positions change between the blocks",
 }
+
+
+def check_config(config: Any) -> None:
+    """Refuse a configuration, as JSON has it, that names another form of attention or of anything else.
+
+    Raises:
+        UsageError: naming the key.
+    """
+    waiting = [config]
+    while waiting:
+        value = waiting.pop()
+        for key, inner in value.items() if isinstance(value, dict) else ():
+            if "implementation" in key and inner not in (None, *ATTENTION):
+                raise UsageError(
+                    f"config: {key} must be {' or '.join(ATTENTION)}, got {inner!r}, which may be a program"
+                )
+        if isinstance(value, (dict, list)):
+            waiting += value.values() if isinstance(value, dict) else value
 
 
 def _from_transformers(net: nn.Module) -> bool:

@@ -30,6 +30,7 @@ from torchvision import models as vision
 from common.data.images import load_image
 from common.data.transforms import Transform
 from common.hosts.host import Facts
+from common.hosts.huggingface import check_config
 from common.hosts.network import find_host, floating, load
 from common.hosts.resizing import resized
 from common.run.checkpoint import (
@@ -327,7 +328,10 @@ def _open_huggingface(name: str, image_size: int | None, weights: Path | None) -
         raise UsageError(f"hf:{name} needs transformers: pip install 'leanvit[huggingface]'") from error
     transformers.utils.logging.disable_progress_bar()
     try:
+        check_config(transformers.PreTrainedConfig.get_config_dict(name, local_files_only=True)[0])
         config: Any = transformers.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except UsageError:
+        raise
     except Exception as error:  # transformers has its own kinds
         raise UsageError(
             f"hf:{name}: no folder with a config.json that transformers knows, and its cache has none of this name; "

@@ -279,6 +279,10 @@ def test_a_class_of_transformers_that_is_not_on_the_list(tmp_path: Path) -> None
     changes: list[tuple[Callable[[dict], Any], str]] = [
         (lambda c: c["source"].update(name="BertModel"), "'BertModel' is none of the classes"),
         (lambda c: c["source"]["arguments"].update(attention="someone/kernel"), "attention must be sdpa or eager"),
+        (
+            lambda c: c["source"]["arguments"]["config"].update(_attn_implementation="someone/kernel"),
+            "must be sdpa or eager",
+        ),
         (lambda c: c["source"]["arguments"]["options"].update(more=1), "options.more is not known"),
         (lambda c: c["source"]["arguments"].pop("config"), "cannot be built: no 'config'"),
     ]
@@ -306,3 +310,13 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
         leanvit.save(build("timm", leanvit.EViT()), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("key", ["weights", "pretrained"])
+def test_a_network_of_swag_takes_no_weights_from_elsewhere(key: str, tmp_path: Path) -> None:
+    path = leanvit.save(build("SWAG"), tmp_path / "fast")
+    changed = rewrite(
+        path, tmp_path / "changed.safetensors", lambda c: c["source"]["arguments"].update({key: str(path)})
+    )
+    with pytest.raises(CheckpointError, match=f"cannot be built: {key} is no argument of an architecture"):
+        leanvit.load(changed)

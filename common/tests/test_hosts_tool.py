@@ -213,6 +213,7 @@ def test_a_folder_of_transformers(tmp_path: Path, photographs: Path) -> None:
         ({"architectures": [5]}, ""),
         ({"auto_map": {"AutoConfig": "code.C", "AutoModel": "code.M"}}, ""),
         ({"model_type": "own", "auto_map": {"AutoConfig": "code.C"}}, "no folder with a config.json that transformers"),
+        ({"_attn_implementation": "someone/kernel"}, "config: _attn_implementation must be sdpa or eager"),
         ({"hidden_size": "x"}, "no folder with a config.json that transformers"),
         ({"hidden_size": 10**9}, "cannot be built by its config.json"),
     ],
