@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from common.hosts.opening import Model
 
 HOST = "127.0.0.1"
+SIDE = 320
+"""Pixels of a panel at least."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,14 @@ class Live:
         return 1000 * min(seconds)
 
 
+def _enlarged(image: Any) -> Any:
+    """At least ``SIDE`` pixels high, each pixel as a square of them: the page enlarges none."""
+    if image is None:
+        return None
+    times = -(-SIDE // image.height)
+    return image.resize((times * image.width, times * image.height), resample=0)
+
+
 def build_page(live: Live) -> Any:
     """The page: a group of sliders for each method, of which the chosen one's are seen."""
     import gradio as gr  # pyright: ignore[reportMissingImports] - an extra
@@ -168,9 +178,14 @@ def build_page(live: Live) -> Any:
                         ]
             with gr.Column():
                 text = gr.Markdown("Drop an image.")
-                tokens = gr.Image(label="tokens that are left")
+                tokens, features, dense = (
+                    gr.Image(label=label, buttons=["download", "fullscreen"], render=False)  # none that sends it away
+                    for label in ("tokens that are left", "features", "dense features")
+                )
+                tokens.render()
                 with gr.Row():
-                    features, dense = gr.Image(label="features"), gr.Image(label="dense features")
+                    features.render()
+                    dense.render()
         if live.refused:
             gr.Markdown("\n".join(f"- {name} is {reason}" for name, reason in live.refused.items()))
         flat = [slider for each in sliders.values() for slider in each]
@@ -183,7 +198,8 @@ def build_page(live: Live) -> Any:
             if image is None:
                 return None, None, None, "Drop an image."
             try:
-                return live.show(image, name, *(values[place] for place in places[name]))
+                *images, text = live.show(image, name, *(values[place] for place in places[name]))
+                return (*map(_enlarged, images), text)  # pyright: ignore[reportReturnType]
             except UsageError as error:
                 return None, None, None, f"**{name}**: {error}"
 
