@@ -139,6 +139,7 @@ def _render(
         facts=trade.facts,
         images=trade.images,
         accuracy=trade.accuracy,
+        timed=trade.timed,
         device=describe_device(trade.device),
         batch=min(trade.batch_size, len(trade.images.files)),
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",

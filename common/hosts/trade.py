@@ -26,6 +26,9 @@ from common.hosts.runner import Method, PlanError
 from common.measure.benchmark import compare, describe_device, device_name
 from common.run.errors import UsageError
 
+FEW = 3
+"""Timed passes of which a median says little, fewer than these."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -205,6 +208,8 @@ class Trade:
         """methods that do not work on this network: why not"""
         self.accuracy = ""
         """what was done for accuracies"""
+        self.rounds = 0
+        """timed passes of each network that the limit left time for"""
         self.smaller: dict[int, tuple[float, Smaller]] = {}
         """rows of patches -> GMACs, and the dense network on such images"""
         self.networks: dict[str, Any] = {}
@@ -297,6 +302,7 @@ class Trade:
         speeds = compare(
             programs, some, baseline="dense", rounds=rounds, warmup=min(rounds, 2), limit_s=limit_s, progress=label,
         )  # fmt: skip
+        self.rounds = speeds["dense"].speed.rounds
         accuracies: Mapping[str, Mapping[str, float]] = {}
         if data is not None:
             accuracies, self.accuracy = measure_accuracy(
@@ -374,6 +380,13 @@ class Trade:
             lines.append(f"left out {len(self.images.skipped)} broken: {'; '.join(self.images.skipped)}")
         return "\n".join(lines)
 
+    @property
+    def timed(self) -> str:
+        """What a time of the table is, and when it is not worth much."""
+        said = f"medians of {self.rounds} passes" if self.rounds > 1 else "of one pass"
+        few = "; too few to go by: raise --rounds and --timing-seconds" if self.rounds < FEW else ""
+        return f"{said} of each network{few}"
+
     def table(self, rows: Sequence[Row]) -> str:
         """For a terminal."""
         measured = [key for key in (TOP1, KNN, PROBE) if getattr(rows[0], key) is not None]
@@ -394,6 +407,8 @@ class Trade:
         lines += [f"{name:{width}}  not possible: {why}" for name, why in self.refused.items()]
         if self.accuracy:
             lines.append(f"accuracy: {self.accuracy}")
+        if self.rounds:
+            lines.append(f"times: {self.timed}")
         return "\n".join(lines)
 
     def record(self, rows: Sequence[Row], **more: Any) -> str:
@@ -413,6 +428,7 @@ class Trade:
             "images": [file.name for file in self.images.files],
             "broken_images": list(self.images.skipped),
             "accuracy": self.accuracy,
+            "timed_passes": self.rounds,
             "rows": [asdict(row) for row in rows],
             "not_possible": self.refused,
             **self.more,

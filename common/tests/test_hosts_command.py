@@ -94,6 +94,9 @@ def test_the_table_and_the_files(folder: Path, tmp_path: Path, capsys: pytest.Ca
     assert "Within 1.0 GMACs, the best of each kind, best first:\n  " in output
     assert all(name in output for name in rows)
     assert "accuracy: 5 nearest neighbours (cosine) and a linear probe" in output
+    few = "of one pass of each network; too few to go by: raise --rounds and --timing-seconds"
+    assert output.count(f"times: {few}") == 1
+    assert f"times are {few}" in (tmp_path / "index.html").read_text()
     net = timm.create_model(NAME)
     dense = rows["dense"]
     assert (dense.patch_cosine, dense.class_cosine, dense.speedup) == (pytest.approx(1), pytest.approx(1), 1)
