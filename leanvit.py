@@ -12,6 +12,7 @@
     small = leanvit.slice_width(net, 0.5)  # Scala: a width, as a network of the same class
     small = leanvit.prune(net, structure)  # UVC: fewer heads, neurons and blocks, of the same class
     leanvit.cascade([fast, net], [0.9])    # DVT: asks the second only about images that the first is not sure of
+    slim = leanvit.load("slim.safetensors")  # SiT: of sit/export.py, a method with the weights that it has learned
 
 The methods themselves, to combine several in one call, are attributes: ``leanvit.ToMe(r=16)``. See ``common.hosts``.
 """

@@ -130,6 +130,8 @@ def test_a_file_holds_what_was_learned(tmp_path: Path) -> None:
         again = pickle.loads(pickle.dumps(fast))
         assert torch.equal(again(images), student(images))
         assert again.methods[0].weights["tsm"] is again.tsm
+        compiled: Any = torch.compile(fast, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(images), student(images))
         plain = fast.restore()
         assert "tsm.0.scale" not in plain.state_dict()
         both = leanvit.lean(plain, *fast.methods, leanvit.ToMe(r=[0, 0, 0, 2, 2, 2]))
