@@ -21,6 +21,7 @@ from common.run.files import check_output, write_atomic
 from common.run.flags import make_parser, positive_int
 from common.run.program import run
 
+COLUMNS = ("ours", "timm", "torchvision", "kept")
 Pass = Callable[[], Iterable[Any]]
 """Loads every image once."""
 
@@ -137,17 +138,31 @@ def rates(ways: dict[str, Pass], *, number: int, rounds: int) -> dict[str, float
     return {name: number / statistics.median(times) for name, times in taken.items()}
 
 
+def markdown(folder: Path) -> str:
+    """Tables of the files of ``--output`` in a folder."""
+    tables: list[str] = []
+    for file in sorted(folder.glob("*.json")):
+        content = json.loads(file.read_text())
+        lines = [f"| {' | '.join(('images a second and core', *COLUMNS))} |", "| :-- | --: | --: | --: | --: |"]
+        for name, found in content["images_per_second"].items():
+            told = (f"{found[way]:.0f}" if way in found else "" for way in COLUMNS)
+            lines.append(f"| {' | '.join((name, *told))} |")
+        versions = f"{content['name']}, torch {content['torch']}, timm {content['timm']}, Pillow {content['pillow']}"
+        tables.append("\n".join([*lines, "", f"{content['images']}; {versions}."]))
+    return "\n\n".join(tables) or "*Nothing is recorded yet.*"
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     """Measure, print a table, write the file."""
     args = parse_args(argv)
     check_output(args.output)
+    import PIL
     import torch
 
     from common.measure.benchmark import describe_device
 
     torch.set_num_threads(1)
     found: dict[str, dict[str, float]] = {}
-    columns = ("ours", "timm", "torchvision", "kept")
     with TemporaryDirectory() as temporary:
         root, kept = Path(temporary, "images"), Path(temporary, "kept")
         (root / "one").mkdir(parents=True)
@@ -156,14 +171,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
             (root / "one").symlink_to(args.images.resolve())
         else:
             write_images(root / "one")
-        print(f"{'images a second and core':52}" + "".join(f"{name:>12}" for name in columns))
+        print(f"{'images a second and core':52}" + "".join(f"{name:>12}" for name in COLUMNS))
         for name, transforms in recipes().items():
             found[name] = rates(passes(transforms, root, kept, args.number), number=args.number, rounds=args.rounds)
-            told = (f"{found[name][way]:12.0f}" if way in found[name] else f"{'':12}" for way in columns)
+            told = (f"{found[name][way]:12.0f}" if way in found[name] else f"{'':12}" for way in COLUMNS)
             print(f"{name:52}" + "".join(told), flush=True)
     if args.output:
         about = {"images": str(args.images or "scikit-learn's photographs, 640 x 427, JPEG of quality 90")}
-        content = {**about, **describe_device("cpu"), "images_per_second": found}
+        content = {**about, **describe_device("cpu"), "pillow": PIL.__version__, "images_per_second": found}
         write_atomic(args.output, json.dumps(content, indent=1) + "\n")
     return found
 

@@ -134,6 +134,30 @@ def measured(folder: Path = PAGE.parent / "measured") -> str:
     return "\n".join(lines)
 
 
+def looked_into(folder: Path = PAGE.parent / "measured") -> str:
+    """Tables of what ``--explain`` and ``--compile`` found in the files that were kept."""
+    tables: list[str] = []
+    for file in sorted(folder.glob("*.json")):
+        content = json.loads(file.read_text())
+        title = f"{file.stem} at {content['image_size'][0]}, {content['batch_size']}"
+        if parts := content.get("explained_ms"):
+            columns = list(parts["dense"])
+            lines = [f"| {title}: ms | {' | '.join(columns)} |", f"| :-- |{' --: |' * len(columns)}"]
+            for name, found in parts.items():
+                lines.append(f"| {name} | {' | '.join(f'{found[column]:.1f}' for column in columns)} |")
+            tables.append("\n".join(lines))
+        if compiled := content.get("compiled"):
+            lines = [f"| {title}: compiled | over eager | graph breaks | recompilations |", "| :-- | --: | --: | --: |"]
+            for name, found in compiled.items():
+                if isinstance(found, str):
+                    lines.append(f"| {name} | {found} | | |")
+                else:
+                    told = (f"{found['speedup']:.2f}", str(found["graph_breaks"]), str(found["recompilations"]))
+                    lines.append(f"| {name} | {' | '.join(told)} |")
+            tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
 def page(verdicts: Mapping[str, tuple[bool, str]]) -> str:
     """The whole page."""
     import timm
@@ -178,6 +202,12 @@ Measured on a CPU, one thread (the other core was busy), float32, in turns with 
 speeds do not depend on the weights, which are random:
 
 {measured()}
+
+Where the time goes (`--explain`): milliseconds of a pass over the batch in matrix products, attention, what moves and
+what changes single numbers, and in the method's own steps; *promised* is the dense network's time times the method's
+share of its operations. What a compiler makes of it (`--compile`), in turns with the same network eager:
+
+{looked_into()}
 
 ## Slice or prune first
 

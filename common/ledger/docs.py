@@ -12,6 +12,7 @@ Everything between a marker and ``<!-- end -->`` is replaced:
     <!-- realised: hourglass_swag -->           recorded speed-ups beside what the counted costs promise
     <!-- papers -->                             one line per paper: what it is, and its values by status
     <!-- claims: hourglass_swag -->            what a paper claims, and how it came out here; or all in short
+    <!-- loading -->                            how fast images load, from docs/measured/loading/
     <!-- equations -->                          the paper's equations, each linked to its function
     <!-- tables -->29<!-- end -->               how many tables there are, inside a line
 
@@ -27,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
+from common import loading
 from common.ledger import evidence
 from common.ledger.compare import Ledger
 from common.ledger.equations import index
@@ -40,7 +42,7 @@ from common.plots import Figure, draw
 from common.run.files import ROOT, write_atomic
 from common.run.flags import make_parser
 
-KINDS = ("table", "ledger", "plot", "realised", "equations", "papers", "claims")
+KINDS = ("table", "ledger", "plot", "realised", "equations", "papers", "claims", "loading")
 END = "<!-- end -->"
 MARKER = rf"<!-- (?P<kind>{'|'.join(KINDS)})(?:: (?P<name>\S+))? -->$"
 BLOCK = re.compile(rf"^(?P<marker>{MARKER})(?:\n(?!<!-- (?:{'|'.join(KINDS)}|end)).*)*(?P<end>\n{END})?", re.MULTILINE)
@@ -112,6 +114,8 @@ class Renderer:
             return tables_table(list(self.views.values()), linked=True)
         if kind == "equations":
             return index(path, self.root)
+        if kind == "loading":
+            return loading.markdown(self.root / "docs" / "measured" / "loading")
         if kind == "papers":
             return papers_table(list(self.views.values()), self.root)
         if kind == "claims":

@@ -465,3 +465,5 @@ def test_rates_of_every_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "kept" not in found["crop and flip: uvc"]
     assert all(rate > 0 for rates in found.values() for rate in rates.values())
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(found)
+    assert "| evaluation at 224 | " in loading.markdown(tmp_path)
+    assert loading.markdown(tmp_path / "none") == "*Nothing is recorded yet.*"
