@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from common.run.checkpoint import load_strict, select_state
+from common.run.checkpoint import load_strict, naming, select_state
 from common.run.errors import CheckpointError, UsageError
 from common.run.program import get_logger
 from scala.arguments import DEFAULTS, NETWORK_FLAGS, NetworkSettings
@@ -28,7 +28,7 @@ def recorded_arguments(content: Any) -> dict[str, Any]:
     found = content.get("args") if isinstance(content, Mapping) else None
     if isinstance(found, argparse.Namespace):
         found = vars(found)
-    return {name: value for name, value in (found or {}).items() if value is not None}
+    return {name: value for name, value in found.items() if value is not None} if isinstance(found, Mapping) else {}
 
 
 def resolve_grid(flags: Mapping[str, Any], recorded: Mapping[str, Any], source: str) -> WidthGrid:
@@ -105,20 +105,21 @@ def load_trained(
     """
     if weights == "model_ema" and isinstance(content, Mapping) and not content.get("model_ema"):
         raise CheckpointError(f"{source}: holds no average of the weights: give --weights model")
-    state = select_state(content, *([(weights, "state_dict")] if weights else []), source=source)
-    recorded, flags = recorded_arguments(content), flags or {}
-    for flag, value in flags.items():
-        if recorded.get(flag, value) != value:
-            logger.warning("--%s %s replaces %s, with which %s was trained", flag, value, recorded[flag], source)
-    known: dict[str, Any] = (
-        {name: DEFAULTS[name] for name in ("smallest_ratio", "largest_ratio")} | recorded | dict(flags)
-    )
-    network = _build(known, state, source, flags)
-    try:
-        load_strict(network, state, source=source)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}\n{_advice(network, state)}") from error
-    return Trained(network.eval(), _trained_ratios(known), known["model"], max(network.input_shape[1:]))
+    with naming(source, "what it says of its network is damaged", (UsageError,)):
+        state = select_state(content, *([(weights, "state_dict")] if weights else []), source=source)
+        recorded, flags = recorded_arguments(content), flags or {}
+        for flag, value in flags.items():
+            if recorded.get(flag, value) != value:
+                logger.warning("--%s %s replaces %s, with which %s was trained", flag, value, recorded[flag], source)
+        known: dict[str, Any] = (
+            {name: DEFAULTS[name] for name in ("smallest_ratio", "largest_ratio")} | recorded | dict(flags)
+        )
+        network = _build(known, state, source, flags)
+        try:
+            load_strict(network, state, source=source)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}\n{_advice(network, state)}") from error
+        return Trained(network.eval(), _trained_ratios(known), known["model"], max(network.input_shape[1:]))
 
 
 def _build(known: Mapping[str, Any], state: Mapping[str, Tensor], source: str, flags: Mapping[str, Any]) -> Any:
@@ -132,6 +133,10 @@ def _build(known: Mapping[str, Any], state: Mapping[str, Tensor], source: str, f
     values |= scaled if any(".ls1." in key for key in state) else dict.fromkeys(scaled)
     names = {field.name for field in fields(NetworkSettings)}
     settings = NetworkSettings(**{name: value for name, value in values.items() if name in names})
+    largest = max(len(state), *(size for value in state.values() for size in value.shape))
+    for name in ("embed_dim", "depth", "num_heads", "patch_size"):
+        if (size := getattr(settings, name)) is not None and size > largest:  # and would take all memory or time
+            raise CheckpointError(f"{source}: its {name} {size} is larger than anything in its weights")
     return build_model(settings, flags.get("num_classes") or count_head(state))
 
 

@@ -142,7 +142,7 @@ def load_masked(source: str | os.PathLike[str], model_type: str = "", *, patch: 
         raise CheckpointError(f"{source}: it does not say which architecture it is of; add --model_type NAME")
     try:
         model = create(name, **sizes_of(state, name, source=str(source)))
-    except ValueError as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: {error}; name the right one with --model_type") from error
     if stated and stated != name:
         raise CheckpointError(f"{source} is of {stated}, not of {name}: give --model_type {stated}")

@@ -62,10 +62,12 @@ from common.run.errors import DataError, UsageError
 from common.run.flags import make_parser, positive_float
 from common.tests.fake_paper import TABLE, write_paper
 from common.tests.forks import run_forked
+from scala.loading import load_trained
 from scala.models_scala import VisionTransformer_scala
 from scala.standalone import METADATA_KEY, describe, load_standalone, standalone_state
 from uvc.compact_files import KEY as COMPACT
 from uvc.compact_files import load_compact, save_compact
+from uvc.loading import load_masked
 from uvc.removal import compress
 from uvc.tests.random_structures import random_network
 
@@ -401,6 +403,45 @@ def compact_file(data: st.DataObject, folder: Path) -> None:
 def compact_bytes() -> bytes:
     small = {"img_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
     return made(lambda path: save_compact(compress(random_network(1, **small)[0]), path)[0])
+
+
+def arguments_changed(data: st.DataObject, path: Path, state: Any, arguments: dict[str, Any]) -> None:
+    """Write a checkpoint of a run whose recorded arguments, now and then its weights, are others."""
+    odd = data.draw(changed({"args": arguments}))
+    weights = data.draw(st.just(state) | changed(dict(state), odd=st.sampled_from([torch.zeros(2), torch.ones(3, 3)])))
+    torch.save({"model": weights, **odd} if isinstance(odd, dict) else odd, path)
+
+
+@cache
+def sliced_network() -> Any:
+    return VisionTransformer_scala(img_size=32, patch_size=16, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+
+
+@reader(CheckpointError, UsageError, examples=30)
+def scala_run(data: st.DataObject, folder: Path) -> None:
+    """A checkpoint of Scala, which says by its arguments what to build."""
+    path = folder / "last.pth"
+    bound = {"smallest_ratio": 0.25, "largest_ratio": 1.0, "granularity": 0.25, "epochs": 3}
+    sizes = {"input_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    known = {"model": "deit_so_tiny_patch16_224_scala", **bound, **sizes}
+    arguments_changed(data, path, sliced_network().state_dict(), known)
+    with naming(path):
+        load_trained(load_safely(path), str(path))
+
+
+@cache
+def masked_network() -> Any:
+    return random_network(1, img_size=16, embed_dim=32, depth=2, num_heads=2)[0]
+
+
+@reader(CheckpointError, UsageError, examples=30)
+def uvc_run(data: st.DataObject, folder: Path) -> None:
+    """A checkpoint of UVC."""
+    path = folder / "last.pth"
+    known = {"model_type": "deit_desk", "patch_mode": "soft", "enable_jumping": 0}
+    arguments_changed(data, path, masked_network().state_dict(), known)
+    with naming(path):
+        load_masked(path)
 
 
 IMAGE = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)

@@ -646,6 +646,7 @@ BOMBS = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("form", ["zip", "zip, with another", "legacy", "legacy, before a zip"])
 @pytest.mark.parametrize("name", BOMBS)
 def test_values_without_end_are_refused_at_once(tmp_path: Path, name: str, form: str) -> None:

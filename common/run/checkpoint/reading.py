@@ -373,11 +373,15 @@ def read_described(
 
 
 @contextlib.contextmanager
-def naming(source: str | os.PathLike[str], finding: str = "its content is damaged") -> Generator[None]:
-    """For the use of what was read: whatever odd values of a file make it raise is a CheckpointError with its name."""
+def naming(
+    source: str | os.PathLike[str], finding: str = "its content is damaged", passing: tuple[type[Exception], ...] = ()
+) -> Generator[None]:
+    """For the use of what was read: what odd values of a file make it raise, but ``passing``, becomes a CheckpointError
+    with the file's name.
+    """
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, *passing):
         raise
     except Exception as error:  # as many kinds as there are users
         raise CheckpointError(
