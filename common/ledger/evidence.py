@@ -30,6 +30,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 from common.ledger.reading import Reader, not_empty
@@ -38,7 +39,7 @@ from common.ledger.tables import OwnTable, TableError
 from common.ledger.text import own_text
 from common.ledger.view import markdown_table
 from common.plots import Figure, Series
-from common.run.files import ROOT, write_atomic
+from common.run.files import ROOT, check_output, write_atomic
 from common.run.flags import make_parser, positive_int
 
 CONFIDENCE = 0.95
@@ -191,7 +192,7 @@ def measure_seed(
         started = time.perf_counter(), time.process_time()
         arms = _measure(run, Job(seed, place, device), verbose)
         seconds = {"wall": time.perf_counter() - started[0], "processor": time.process_time() - started[1]}
-        origin = Origin(now(), current_commit(root), describe_device(torch.device(device)), f"{paper} seed {seed}")
+        origin = Origin(now(), current_commit(), describe_device(torch.device(device)), f"{paper} seed {seed}")
         known[name] = {
             "settings": run.settings,
             "arms": arms,
@@ -405,6 +406,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--force", action="store_true", help="measure again what is recorded")
     parser.add_argument("--show", action="store_true", help="measure nothing")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE",
+        help="measure all of it, whatever is recorded, and write it to this file instead, after every seed",
+    )  # fmt: skip
     parser.add_argument("-v", "--verbose", action="store_true", help="show what the training programs print")
     return parser.parse_args(argv)
 
@@ -412,6 +417,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what is not recorded yet, and print the table."""
     args = parse_args(argv)
+    check_output(args.output)
     chosen = args.paper or papers()
     for paper in chosen:
         load_claims(paper)
@@ -421,18 +427,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = str(choose_device(args.device))
         jobs = 1 if device != "cpu" else min(args.jobs, args.seeds)
         threads = max((os.cpu_count() or 1) // jobs, 1)
-        with ProcessPoolExecutor(jobs, get_context("spawn"), _prepare, (threads,)) as pool:
+        with contextlib.ExitStack() as stack:
+            apart = Path(stack.enter_context(TemporaryDirectory())) if args.output else ROOT
+            pool = stack.enter_context(ProcessPoolExecutor(jobs, get_context("spawn"), _prepare, (threads,)))
             options: dict[str, Any] = {
                 "device": device,
                 "folder": args.folder,
                 "again": args.force,
                 "verbose": args.verbose,
+                "root": apart,
             }
             waiting = [
-                pool.submit(measure_seed, paper, seed, **options) for paper in chosen for seed in range(args.seeds)
+                pool.submit(measure_seed, paper, seed, **options) for seed in range(args.seeds) for paper in chosen
             ]
             for done in as_completed(waiting):
                 done.result()
+                if args.output:
+                    files = sorted(apart.glob("*/results/evidence/seed-*.json"))
+                    write_atomic(args.output, json.dumps([json.loads(file.read_text()) for file in files]) + "\n")
+        if args.output:
+            print(f"{len(waiting)} seeds are in {args.output}; what is recorded here is as before")
+            return 0
     for paper in chosen:
         print(f"\n{own_text(claims_table(paper))}")
     return 0

@@ -49,6 +49,9 @@ PROGRAMS = {
 }
 """Benchmarks of papers whose speeds are not rows of a table: name -> words; each writes one JSON file."""
 
+EVIDENCE = "-m common.evidence {paper} --device {{device}} --output {{output}}"
+"""What is measured for a paper's claims, last: seeds that are done when the budget ends are kept."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -92,6 +95,9 @@ def plan(root: Path = ROOT, *, together: bool = True) -> list[Step]:
         ]
         if together and number == 1:
             steps += [Step(name, program=words) for name, words in PROGRAMS.items() if (root / f"{name}.py").is_file()]
+    if together:
+        claims = [path.parent.parent.name for path in sorted(root.glob("*/tables/claims.toml"))]
+        steps += [Step(f"{paper}/evidence", program=EVIDENCE.format(paper=paper)) for paper in claims]
     return steps
 
 
@@ -152,15 +158,15 @@ def matmul_tflops(device: torch.device, size: int = 8192, passes: int = 20) -> f
 
 
 def run_program(words: str, device: torch.device, limit_s: float) -> Any:
-    """What a benchmark program writes.
+    """What a benchmark program writes, until it is stopped.
 
     Raises:
-        RuntimeError: with its last line, if it fails or takes too long.
+        RuntimeError: with its last line, if it fails or has written nothing.
     """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output.json"
         status, text = run_python(words.format(device=device, output=output).split(), limit_s, ROOT)
-        if status or not output.exists():
+        if status not in (0, 124) or not output.exists():
             raise RuntimeError(["no output", *text.strip().splitlines()][-1])
         return json.loads(output.read_text("utf-8"))
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
@@ -141,6 +142,24 @@ def test_runs_resume_one_by_one_and_again_where_their_settings_change(root: Path
     Module.RUNS = {"first": Run("other", Module.RUNS["first"].measure), "second": run("second")}
     measure_seed("paper", 3, **options)
     assert calls[3:] == ["first"]
+
+
+def test_with_an_output_the_records_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class InThisProcess(ThreadPoolExecutor):
+        def __init__(self, jobs: int, *ignored: object) -> None:
+            super().__init__(jobs)
+
+    class Module:
+        RUNS: ClassVar = {"all": Run("set", lambda job: {"new": {"top1_percent": float(job.seed)}})}
+
+    before = evidence.record_file("uvc", 0).read_bytes()
+    monkeypatch.setattr(evidence.importlib, "import_module", lambda name: Module)
+    monkeypatch.setattr(evidence, "ProcessPoolExecutor", InThisProcess)
+    words = ["uvc", "--seeds", "2", "--jobs", "1", "--device", "cpu", "--folder", str(tmp_path)]
+    assert evidence.main([*words, "--output", str(tmp_path / "new.json")]) == 0
+    seeds = json.loads((tmp_path / "new.json").read_text())
+    assert [seed["runs"]["all"]["arms"]["new"]["top1_percent"] for seed in seeds] == [0.0, 1.0]
+    assert evidence.record_file("uvc", 0).read_bytes() == before
 
 
 @pytest.mark.parametrize(

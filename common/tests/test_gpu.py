@@ -217,6 +217,8 @@ def test_programs_put_what_they_write_into_the_file(root: Path, monkeypatch: pyt
     origin = gpu.results.Origin(gpu.results.now(), "abc", gpu.describe_device("cpu"), "command")
     job = gpu.Job(root / "out/gpu.json", origin, torch.device("cpu"), rounds=2, batch_size=2, root=root)
     assert [job.do(step, 60) for step in steps] == [True, False]
+    (root / "shrinkpaper/speed.py").write_text("import sys, time; open(sys.argv[1], 'w').write('[1]'); time.sleep(60)")
+    assert job.do(steps[0], 2)  # stopped when it had written something
     assert read(root)["programs"] == {"shrinkpaper/speed": [1]}
     assert read(root)["left_out"] == ["shrinkpaper/broken: it broke"]
     assert run(root, "--only", "*fps-float32") == 0
@@ -304,7 +306,7 @@ def test_the_plan_of_the_papers_is_rehearsed(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "gpu.json").read_text())
     assert content["left_out"] == []
     assert {"hourglass_swag", "sit"} <= {record["paper"] for record in content["records"]}
-    assert set(content["programs"]) == set(gpu.PROGRAMS)
+    assert set(content["programs"]) == {*gpu.PROGRAMS, *(f"{paper}/evidence" for paper in gpu.papers())}
 
 
 def test_a_step_that_does_not_exist(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
