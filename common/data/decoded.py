@@ -27,6 +27,15 @@ HEADER = struct.Struct("<4sI")
 """Mark and CRC-32 of what follows."""
 
 
+def _state(path: str) -> tuple[int, int, int]:
+    """Size and times of an image. The second time, of any change at all, is one that no copy takes over."""
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise DataError(f"cannot read image {path}: {error.strerror}") from error
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 class DecodedImages(Dataset[Any]):
     """``dataset`` with what its resize and crop give kept under ``folder``; the tensors are the same to the last bit.
 
@@ -51,13 +60,21 @@ class DecodedImages(Dataset[Any]):
         self.geometry, self.rest = Compose(steps[: crop + 1]), Pipeline(steps[crop + 1 :])
         height, width = steps[crop].size
         self.shape, self.length = (height, width, 3), HEADER.size + 3 * height * width
-        found = [os.stat(path) for path, _ in self.samples]
-        files = [(path, at.st_size, at.st_mtime_ns) for (path, _), at in zip(self.samples, found, strict=True)]
+        self.states = [_state(path) for path, _ in self.samples]
+        files = [(os.path.abspath(path), *state) for (path, _), state in zip(self.samples, self.states, strict=True)]
         key = hashlib.sha256(json.dumps([files, repr(self.geometry), PIL.__version__]).encode()).hexdigest()
         make_folder(Path(folder))
-        self.file = Path(folder, f"{width}x{height}-{key[:16]}.rgb")
+        self.file = Path(folder, f"{width}x{height}-{key[:16]}.rgb").absolute()
+        self.start = int(key[:8], 16)
+        self.descriptor = self._open()
+
+    def _open(self) -> int:
         with naming(self.file):
-            self.descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
+            return os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.descriptor = self._open()  # in a process that was not forked the number may be of another file
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -65,8 +82,10 @@ class DecodedImages(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         pixels = self._kept(index)
         if pixels is None:
-            pixels = np.array(self.geometry(self.dataset.loader(self.samples[index][0])))
-            self._keep(index, pixels.tobytes())
+            path = self.samples[index][0]
+            pixels = np.array(self.geometry(self.dataset.loader(path)))
+            if _state(path) == self.states[index]:  # else it was replaced since, and the file's name does not say so
+                self._keep(index, pixels.tobytes())
         return self.rest(pixels), self.samples[index][1]
 
     def _kept(self, index: int) -> np.ndarray | None:
@@ -74,12 +93,15 @@ class DecodedImages(Dataset[Any]):
         with naming(self.file):
             found = os.preadv(self.descriptor, [record], index * self.length)
         pixels = memoryview(record)[HEADER.size :]
-        if found < self.length or HEADER.unpack_from(record) != (MARK, zlib.crc32(pixels)):
+        if found < self.length or HEADER.unpack_from(record) != (MARK, self._checksum(index, pixels)):
             return None
         return np.frombuffer(pixels, np.uint8).reshape(self.shape)
 
+    def _checksum(self, index: int, pixels: bytes | memoryview) -> int:
+        return zlib.crc32(pixels, self.start ^ index)  # a record of another image, or of a renamed file, is none
+
     def _keep(self, index: int, pixels: bytes) -> None:
-        record, written = memoryview(HEADER.pack(MARK, zlib.crc32(pixels)) + pixels), 0
+        record, written = memoryview(HEADER.pack(MARK, self._checksum(index, pixels)) + pixels), 0
         with naming(self.file):
             while written < self.length:
                 written += os.pwrite(self.descriptor, record[written:], index * self.length + written)

@@ -43,6 +43,7 @@ from common.data.datasets import num_classes as num_classes
 from common.data.memory import BatchTransform, MemoryImages, batch_transform
 from common.data.transforms import eval_transform as eval_transform
 from common.data.transforms import train_transform as train_transform
+from common.run.errors import OutputError
 from common.run.launch import get_world_size
 from common.run.program import get_rank
 
@@ -258,7 +259,7 @@ class FileLoader(DataLoader[Any]):
                     yield images, targets
         except Exception as error:
             clear_frames(error.__traceback__)  # they hold the workers in a cycle; collected as one, each would take 5 s
-            if not isinstance(error, DataError):
+            if not isinstance(error, (DataError, OutputError)):
                 raise
             # a worker's arrives with its traceback as text, of which the user needs the end
             message = re.split(rf"^[\w.]*{type(error).__name__}: ", str(error), flags=re.MULTILINE)[-1]

@@ -5,9 +5,12 @@ import hashlib
 import io
 import json
 import os
+import pickle
+import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -454,6 +457,43 @@ def test_images_that_cannot_be_kept_are_refused_or_passed_over(tmp_path: Path, m
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OutputError, match="is the disk full"):
         dataset[2]
+    with pytest.raises(OutputError, match=r"^cannot write [^\n]*is the disk full[^\n]*$"):  # as a worker has it, too
+        list(eval_loader(dataset, batch_size=4, workers=1))
+    (root / "val" / "ape" / "1.png").unlink()
+    (root / "val" / "ape" / "1.png").symlink_to(root / "nowhere")
+    with pytest.raises(DataError, match=r"cannot read image .*1\.png: No such file"):
+        build_dataset("folder", root, "val", eval_transform(24), keep_decoded=kept)
+
+
+def test_kept_images_are_of_these_files_and_no_others(tmp_path: Path, monkeypatch) -> None:
+    def opened(root: str | Path) -> Any:
+        return build_dataset("folder", root, "val", eval_transform(24), keep_decoded=tmp_path / "kept")
+
+    def write(path: Path, seed: int) -> None:  # as an archive unpacks it: equal sizes, equal times
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(seed).integers(0, 255, (30, 30, 3), np.uint8)).save(path)
+        os.utime(path, (1e9, 1e9))
+
+    image, found = Path("data", "val", "ape", "0.bmp"), []
+    for seed, folder in enumerate(("one", "two")):  # the same relative path, two data sets
+        write(tmp_path / folder / image, seed)
+        monkeypatch.chdir(tmp_path / folder)
+        found.append(opened("data")[0][0])
+    assert not torch.equal(*found)
+    dataset = opened("data")
+    dataset.file.unlink()
+    dataset = opened("data")
+    write(tmp_path / "two" / image, 2)  # replaced after the data set was opened: used, not kept
+    assert not torch.equal(dataset[0][0], found[1])
+    assert dataset.file.stat().st_size == 0
+    dataset = opened("data")
+    expected = dataset[0][0]
+    copy = pickle.loads(pickle.dumps(dataset))  # as workers that are not forked get it: with a file of its own
+    assert copy.descriptor != dataset.descriptor
+    assert torch.equal(copy[0][0], expected)
+    other = opened(tmp_path / "one" / "data")
+    shutil.copy(dataset.file, other.file)  # a file of other images under this one's name
+    assert torch.equal(other[0][0], found[0])
 
 
 def test_rates_of_every_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

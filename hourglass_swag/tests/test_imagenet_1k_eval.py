@@ -295,10 +295,15 @@ def test_a_sweep_takes_published_rows_and_names_what_is_none(material, tmp_path,
     assert lines[1] == "tome-h14-r10   88.50       88.5       +0.00"
     bad = tmp_path / "rows.txt"
     bad.write_text("-m tome_vit_desk -r 32 --base_keep_rate 0.5\n")
+    unclosed = tmp_path / "unclosed.txt"
+    unclosed.write_text("-m vit_desk -r '32\n")
+    assert read_settings(",".join(["swag-l16"] * 100))[0][0].name == "swag-l16"  # longer than the name of any file
     data = str(material / "data")
     for words, message in (
         (["--sweep", "tone"], "--sweep tone: no file and no published row or table"),
         (["--sweep", str(bad)], "rows.txt, line 1: .*a flag of another method"),
+        (["--sweep", str(unclosed)], "unclosed.txt, line 1: No closing quotation"),
+        (["--sweep", "tome", "--weights", "x" * 300], "File name too long"),
         (["--sweep", "tome", "-r", "512"], "--sweep says which networks: leave out -m, -r"),
         (["--sweep", "tome", "--weights", str(material / "desk.pth")], "--weights is one file, and the networks"),
     ):

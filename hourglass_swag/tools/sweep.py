@@ -40,7 +40,11 @@ def read_settings(text: str) -> list[list[Setting]]:
     Raises:
         UsageError: naming what is no such thing.
     """
-    settings = _of_file(Path(text)) if Path(text).is_file() else _of_tables(text.split(","))
+    try:
+        is_file = Path(text).is_file()
+    except OSError:  # many names are too long for the name of a file
+        is_file = False
+    settings = _of_file(Path(text)) if is_file else _of_tables(text.split(","))
     ordered = sorted(settings, key=lambda setting: setting.shares)
     return [list(group) for _, group in groupby(ordered, key=lambda setting: setting.shares)]
 
@@ -48,15 +52,16 @@ def read_settings(text: str) -> list[list[Setting]]:
 def _of_file(path: Path) -> list[Setting]:
     settings: dict[str, Setting] = {}
     for number, line in enumerate(read_file(path).decode(errors="replace").splitlines(), 1):
-        if words := shlex.split(line, comments=True):
-            try:
-                network = parse_network(words)
-                check_method_flags(network)
-            except ValueError as error:
-                raise UsageError(
-                    f"{path}, line {number}: {error}; expected words such as -m vit_l16_in1k -r 512"
-                ) from error
-            settings.setdefault(name := " ".join(words), Setting(name, network))
+        try:
+            if not (words := shlex.split(line, comments=True)):
+                continue
+            network = parse_network(words)
+            check_method_flags(network)
+        except ValueError as error:
+            raise UsageError(
+                f"{path}, line {number}: {error}; expected words such as -m vit_l16_in1k -r 512"
+            ) from error
+        settings.setdefault(name := " ".join(words), Setting(name, network))
     if not settings:
         raise UsageError(f"--sweep {path} holds no line with a network")
     return list(settings.values())
