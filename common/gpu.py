@@ -7,8 +7,9 @@
 Needs an interpreter with torch 2.11 or newer, torchvision, timm, pytest and tqdm, and PYTHONPATH=. ; nothing is
 installed, nothing is downloaded. First come the tests marked ``gpu``. Then the rows that have a speed, all those that
 share a dense row in turns with it: in bfloat16 a large batch, a batch of one, the same captured as a CUDA graph and
-compiled; then in float32 as published. DIR/gpu.json holds what is done so far, complete at any moment; what there was
-no time for is listed in it. ``python -m common.results add DIR/gpu.json`` files it in a checkout.
+compiled; then in float32 as published; last the papers' claims, seed by seed. DIR/gpu.json holds what is done so far,
+complete at any moment; what there was no time for is listed in it. ``python -m common.results add DIR/gpu.json`` files
+it in a checkout.
 """
 
 import argparse
