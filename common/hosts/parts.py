@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -52,17 +53,15 @@ def _steps_named(network: nn.Module) -> Generator[None]:
 
 
 @torch.inference_mode()
-def milliseconds_by_part(network: nn.Module, images: Tensor, *, passes: int = 3) -> dict[str, float]:
+def milliseconds_by_part(network: nn.Module, images: Tensor) -> dict[str, float]:
     """Milliseconds of a pass over ``images``, (B, 3, H, W), by ``COLUMNS``.
 
     Of a CUDA device they are those of its kernels; of the CPU those of operations, of which the profiler takes some.
     """
     on_gpu = images.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    network(images)
     with _steps_named(network), profile(activities=activities) as found:
-        for _ in range(passes):
-            network(images)
+        network(images)
     spent: Counter[str] = Counter(dict.fromkeys(COLUMNS, 0.0))
     for event in found.events() or ():
         taken = event.self_device_time_total if on_gpu else event.self_cpu_time_total
@@ -70,26 +69,33 @@ def milliseconds_by_part(network: nn.Module, images: Tensor, *, passes: int = 3)
         while above is not None and not inside:
             inside, above = above.name == OWN, above.cpu_parent
         kind = OWN if inside else next(part for part, names in PARTS.items() if names.search(event.name))
-        spent[kind] += taken / 1e3 / passes
+        spent[kind] += taken / 1e3
     return dict(spent)
 
 
 def explain(
-    networks: Mapping[str, nn.Module], gmacs: Mapping[str, float], images: Tensor
+    networks: Mapping[str, nn.Module], gmacs: Mapping[str, float], images: Tensor, *, rounds: int = 5
 ) -> dict[str, dict[str, float]]:
     """Parts of every network's pass, their sum as "all", and "promised": what its share of the operations would take.
+
+    The networks take turns, after a round that is not counted; each number is the median of the rounds.
 
     Args:
         networks: by name, among them "dense".
         gmacs: of each.
         images: a batch, (B, 3, H, W).
     """
-    found = {}
-    for name, network in tqdm(networks.items(), desc="explaining", unit="network", delay=1, leave=False, disable=None):
-        parts = milliseconds_by_part(network, images)
-        found[name] = parts | {"all": sum(parts.values())}
-    dense = found["dense"]["all"]
-    return {name: parts | {"promised": dense * gmacs[name] / gmacs["dense"]} for name, parts in found.items()}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in networks}
+    turns = [name for _ in range(rounds + 1) for name in networks]
+    for name in tqdm(turns, desc="explaining", unit="pass", delay=1, leave=False, disable=None):
+        parts = milliseconds_by_part(networks[name], images)
+        found[name].append(parts | {"all": sum(parts.values())})
+    middle = {
+        name: {column: median(each[column] for each in passes[1:]) for column in (*COLUMNS, "all")}
+        for name, passes in found.items()
+    }
+    dense = middle["dense"]["all"]
+    return {name: parts | {"promised": dense * gmacs[name] / gmacs["dense"]} for name, parts in middle.items()}
 
 
 @dataclass(frozen=True)

