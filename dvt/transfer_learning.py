@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         check_data_path(args.dataset, args.data)
     import torch
 
-    from common.data.build import open_split
+    from common.data.build import check_same_classes, open_split
     from common.data.loaders import eval_loader, train_loader
     from common.run.build import build_run
     from common.run.checkpoint import load_safely, read_checkpoint, save_atomic
@@ -101,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     held_out = open_split(data, "val", cifar.test_transform(args.img_size), download=args.download)
     transform = cifar.train_transform(args.img_size, hflip=args.hflip)
     images = open_split(data, "train", transform, download=args.download)
+    check_same_classes(data.data_set, images, held_out)
     batches = train_loader(images, batch_size=data.batch_size, workers=args.workers, seed=args.seed)
     tests = eval_loader(held_out, batch_size=100, workers=args.workers)  # as published
     torch.manual_seed(args.seed)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision import transforms
 
-from common.data.build import Batches, build_mixup, build_train_transform, open_split
+from common.data.build import Batches, build_mixup, build_train_transform, check_same_classes, open_split
 from common.data.datasets import num_classes
 from common.data.loaders import eval_loader, train_loader
 from common.data.transforms import Pipeline, Transform, eval_transform
@@ -56,7 +56,9 @@ def open_batches(settings: Run, *, size: int, data_rate: float = 1.0) -> Batches
     train, held_out = build_transforms(settings, size)
     kept = open_split(data, "val", held_out)
     if not settings.run.eval:
-        images = first_of_each_class(open_split(data, "train", train), data_rate)
+        images = open_split(data, "train", train)
+        check_same_classes(data.data_set, images, kept)
+        images = first_of_each_class(images, data_rate)
         batches = train_loader(images, batch_size=data.batch_size, workers=data.workers, seed=data.seed)
     test_batches = eval_loader(kept, batch_size=settings.eval_batch_size, workers=data.workers)
     return Batches(batches, test_batches, num_classes(kept))

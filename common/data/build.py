@@ -16,7 +16,7 @@ from common.data.datasets import NUM_CLASSES, build_dataset, default_num_classes
 from common.data.loaders import Loader, eval_loader, train_loader
 from common.data.transforms import Transform, eval_transform, train_transform
 from common.run import cli
-from common.run.errors import UsageError
+from common.run.errors import DataError, UsageError
 from common.run.program import get_logger
 from common.run.settings import AugmentationSettings, DataSettings
 
@@ -84,6 +84,21 @@ def count_classes(data_set: str, dataset: Dataset[Any], wanted: int | None = Non
     return wanted
 
 
+def check_same_classes(data_set: str, train: Dataset[Any], held_out: Dataset[Any]) -> None:
+    """Class numbers follow the order of names, so a class missing from one split shifts those after it.
+
+    Raises:
+        DataError: the splits' classes have other names.
+    """
+    names: list[list[str]] = [list(getattr(split, "classes", None) or ()) for split in (train, held_out)]
+    if all(names) and names[0] != names[1]:
+        only = [sorted(set(names[i]) - set(names[1 - i])) for i in (0, 1)]
+        raise DataError(
+            f"--data-set {data_set}: the splits have other classes: in training alone {only[0][:5]} ({len(only[0])} in "
+            f"all), held out alone {only[1][:5]} ({len(only[1])} in all); class numbers would not agree"
+        )
+
+
 @dataclass(frozen=True)
 class Batches:
     """Loaders of a run, and the number of classes; ``train`` is None where only evaluation is wanted."""
@@ -116,5 +131,6 @@ def build_loaders(
     batches = None
     if augmentation is not None:
         images = open_split(data, "train", train or build_train_transform(data.input_size, augmentation))
+        check_same_classes(data.data_set, images, kept)
         batches = train_loader(images, batch_size=data.batch_size, repeated_aug=augmentation.repeated_aug, **loading)
     return Batches(batches, held_out_batches, count_classes(data.data_set, kept, classes))

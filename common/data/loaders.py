@@ -206,6 +206,15 @@ class RepeatedSampler(RepeatAugSampler):
             yield index, (self.rank + position * self.num_replicas) % int(self.num_repeats)
 
 
+def about_data(dataset: Any, batch_size: int | None = None) -> dict[str, Any]:
+    """What must stay where a run is resumed: the classes' names, one a line, where they are known; without
+    ``batch_size`` nothing else, with it this and the number of ``images``.
+    """
+    about: dict[str, Any] = {} if batch_size is None else {"images": len(dataset), "batch_size": batch_size}
+    classes: Sequence[Any] | None = getattr(dataset, "classes", None)
+    return about | ({"classes": "\n".join(map(str, classes))} if classes else {})
+
+
 class FileLoader(DataLoader[Any]):
     """A ``DataLoader`` of (images, targets) that knows its position, counts skipped images and draws no global random
     number.
@@ -241,6 +250,11 @@ class FileLoader(DataLoader[Any]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.position.load_state_dict(state)
         self.set_epoch(state["epoch"])
+
+    def about(self) -> dict[str, Any]:
+        """See :func:`about_data`."""
+        position = self.position
+        return about_data(self.dataset, position.batch_size if isinstance(position, ResumableBatchSampler) else None)
 
     def __iter__(self) -> Any:  # an iterator; torch's annotation names a private class
         assert isinstance(self.generator, torch.Generator)
@@ -288,6 +302,10 @@ class MemoryLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.position.load_state_dict(state)
+
+    def about(self) -> dict[str, Any]:
+        """See :func:`about_data`."""
+        return about_data(self.dataset, self.position.batch_size)
 
     def _draw(self, repeat: int) -> Tensor:
         """What the transform draws for each image of the data set in this epoch."""

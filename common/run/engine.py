@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from operator import length_hint
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from common.run.checkpoint import CheckpointManager, TrainingState
-from common.run.errors import NonFiniteLoss, UsageError
+from common.run.errors import DataError, NonFiniteLoss, UsageError
 from common.run.launch import World, broadcast_buffers, reduce_sums
 from common.run.metrics import Means, ProgressLine, Record, values_text
 from common.run.precision import autocast, make_scaler, without_autocast
@@ -276,6 +277,7 @@ class Trainer:
 
         Raises:
             NonFiniteLoss: before any checkpoint that the loss could have spoilt.
+            DataError: see :meth:`check_data`.
         """
         if self.save_every_steps is not None and not hasattr(loader, "load_state_dict"):
             raise ValueError(
@@ -283,6 +285,7 @@ class Trainer:
             )
         self.step, self.after_step = step, after_step
         self.loader: Any = loader
+        self.check_data()
         progress, network = self.state.progress, self.network
         assert network is not None
         if self.record is not None:
@@ -308,6 +311,34 @@ class Trainer:
             if self.manager is not None:
                 self.manager.unlock()
         return row
+
+    def check_data(self) -> None:
+        """Compare the loader's images with those that a resumed run was trained on.
+
+        Raises:
+            DataError: the classes have other names; within an epoch, the number of images or the batch changed.
+        """
+        before, now = self.state.data, self.loader.about() if hasattr(self.loader, "about") else {}
+        changed = [key for key, value in before.items() if key in now and now[key] != value]
+        if "classes" in changed:
+            lists = [str(about["classes"]).split("\n") for about in (before, now)]
+            number, (old, new) = next(
+                (number, pair) for number, pair in enumerate(zip_longest(*lists)) if pair[0] != pair[1]
+            )
+            raise DataError(
+                f"the checkpoint was trained with class {number} named {old!r}, which these data name {new!r} "
+                f"({len(lists[0])} classes before, {len(lists[1])} now): resume with the same data, or start from its "
+                "weights with the program's flag for weights"
+            )
+        words = ", ".join(f"{key.replace('_', ' ')} {before[key]} -> {now[key]}" for key in changed)
+        if changed and self.state.progress.batch and not self.state.progress.trained:
+            raise DataError(
+                f"the checkpoint is from within an epoch, whose order of images these data cannot continue ({words}): "
+                "resume with the same data and --batch-size, or from a checkpoint written after an epoch"
+            )
+        if "images" in changed:
+            logger.warning("the data changed since the checkpoint: %s", words)
+        self.state.data = now
 
     def run_epoch(self, epoch_start: Callable[[int], None] | None) -> Means:
         """The batches of the current epoch that are left; none if only its evaluation is outstanding."""

@@ -1,13 +1,15 @@
 """Images and class counts from settings."""
 
 import logging
+import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from common.data.build import build_loaders, build_mixup, count_classes, open_split
-from common.run.errors import UsageError
+from common.run.errors import DataError, UsageError
 from common.run.settings import AugmentationSettings, DataSettings
 
 DIGITS = DataSettings("digits", "", input_size=32, batch_size=16, workers=0, pin_mem=False)
@@ -20,6 +22,21 @@ def test_loaders_of_both_splits_and_of_one() -> None:
     assert (images.shape, targets.shape, both.classes) == ((16, 3, 32, 32), (16,), 10)
     assert next(iter(both.held_out))[0].shape[0] == 24
     assert build_loaders(DIGITS).train is None
+
+
+@pytest.mark.parametrize("data_set", ["IMNET", "tar", "torch/image_folder"])
+def test_splits_of_other_classes_are_refused(tmp_path: Path, data_set: str) -> None:
+    for split, names in (("train", "abc"), ("val", "abd")):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / split / name / "0.png")
+        if data_set == "tar":
+            with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
+                archive.add(tmp_path / split, "images")
+            shutil.rmtree(tmp_path / split)
+    settings = DataSettings(data_set, str(tmp_path), 8, 1, workers=0, pin_mem=False)
+    with pytest.raises(DataError, match=r"\['c'\].*\['d'\].*class numbers would not agree"):
+        build_loaders(settings, AugmentationSettings(repeated_aug=False))
 
 
 def test_mixup_only_where_something_is_mixed() -> None:

@@ -17,7 +17,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from common.data.loaders import eval_loader, train_loader
-from common.run.checkpoint import CheckpointManager, TrainingState, load_safely
+from common.run.checkpoint import CheckpointManager, TrainingState, load_safely, save_atomic
 from common.run.engine import (
     MOST_PENDING,
     Optimization,
@@ -29,7 +29,7 @@ from common.run.engine import (
     evaluate,
     to_device,
 )
-from common.run.errors import NonFiniteLoss
+from common.run.errors import DataError, NonFiniteLoss
 from common.run.launch import World, launch
 from common.run.metrics import Means, Record
 from common.run.precision import amp_dtype, autocast, make_scaler
@@ -196,6 +196,48 @@ def small_run(
 
 def cross_entropy_step(model: nn.Module) -> Callable[[Any], dict[str, Tensor]]:
     return lambda batch: {"loss": F.cross_entropy(model(batch[0]), batch[1])}
+
+
+def test_a_run_is_resumed_with_the_data_that_it_began_with(tmp_path: Path, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(logging.getLogger("common"), "propagate", True)
+    manager = CheckpointManager(tmp_path, metric=None)
+
+    class Stopped(Exception):
+        pass
+
+    def resumed(*, classes: tuple[str, ...] = Images.classes, images: int = 41, batch: int = 8, stop: int = 0) -> None:
+        data = Images(augment=False)
+        data.classes, data.labels = classes, data.labels[:images]
+        model = nn.Sequential(nn.Flatten(), nn.Linear(108, 4))
+        state = TrainingState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        manager.resume(state)
+
+        def step(pixels: Any) -> dict[str, Tensor]:
+            if state.progress.step == stop:
+                raise Stopped
+            return cross_entropy_step(model)(pixels)
+
+        loader = train_loader(data, batch_size=batch)
+        options = {"manager": manager, "save_every_steps": 2, "show_progress": False}
+        train(step, state, loader, world=ALONE, epochs=state.progress.epoch + 1, **options)
+
+    with pytest.raises(Stopped):
+        resumed(stop=3)
+    last = manager.last.read_bytes()
+    for changed in ({"images": 40}, {"batch": 4}):
+        with pytest.raises(
+            DataError, match=r"from within an epoch, whose order .* \((images 41 -> 40|batch size 8 -> 4)"
+        ):
+            resumed(**changed)
+    resumed()
+    resumed(images=40, batch=4)
+    assert "the data changed since the checkpoint: images 41 -> 40" in caplog.text
+    with pytest.raises(DataError, match=r"class 1 named 'b', which these data name 'd' \(4 classes before, 4 now\)"):
+        resumed(classes=("a", "d", "e", "f"))
+    manager.last.write_bytes(last)
+    content = {key: value for key, value in load_safely(manager.last).items() if key != "data"}
+    save_atomic(content, manager.last)
+    resumed(images=40)  # of an earlier version, whose checkpoints do not say
 
 
 def two_losses(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:

@@ -96,6 +96,7 @@ class TrainingState:
         extra: a paper's own state by name, for example dual variables; the same on every rank.
         arguments: the run's flags, ``vars(args)``, for the record.
         device: this process's, whose generator is part of the state.
+        data: what the training's loader says of its images, to be compared when the run is resumed.
     """
 
     model: nn.Module
@@ -107,6 +108,7 @@ class TrainingState:
     arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     progress: Progress = field(default_factory=Progress)
+    data: Mapping[str, Any] = field(default_factory=dict[str, Any])
     resumed_random: Mapping[str, Any] | None = None
     """Generators to put back when training starts: what runs in between may draw numbers of its own. And their file."""
 
@@ -129,6 +131,7 @@ class TrainingState:
             "progress": asdict(self.progress),
             "ranks": gather_objects({**random_states(self.device), "sums": dict(self.progress.sums)}),
             "args": dict(self.arguments),
+            "data": dict(self.data),
         }
 
     def _average(self) -> nn.Module:
@@ -176,6 +179,7 @@ class TrainingState:
             part.load_state_dict(content["extra"][name])
         if ours:
             self.progress = Progress(**content["progress"])
+            self.data = dict(content.get("data") or {})
             self._take_rank(content["ranks"], source)
             self._compare_arguments(content.get("args") or {})
         else:
