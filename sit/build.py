@@ -153,7 +153,10 @@ def build_timm_student(own: SiTSettings, classes: int, file: WeightsFile | None,
     recover = bool(own.lambda_token)
     if evaluates:
         recover = file is not None and file.recovered_patches == net.patch_embed.num_patches
-    model = timm_vit.slim(net, recover=recover, **stages)
+    try:
+        model = timm_vit.slim(net, recover=recover, **stages)
+    except ValueError as error:
+        raise UsageError(f"--model {TIMM}{own.of_timm}: {error}") from error
     if file is not None:
         load_timm(model, own.of_timm, file, evaluates=evaluates)
     return model

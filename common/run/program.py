@@ -16,6 +16,7 @@ import errno
 import logging
 import os
 import re
+import select
 import signal
 import sys
 import time
@@ -62,7 +63,8 @@ def run(main: Callable[[], Result], *, expected: tuple[type[Exception], ...] = (
 
     A user's mistake (an error of ``common.run.errors``, a ``SystemExit`` with a text), or a disk that is full or closed
     to him, prints one line, on rank 0 of a job of several ranks, and ends with status 2, as argparse's do. A bug shows
-    its traceback and ends with status 1.
+    its traceback and ends with status 1. Where nobody reads the output any more (``| head``), a process ends as other
+    programs do, in silence and with status 141; what it has written to files stays.
 
     Args:
         main: the entry point; it calls ``common.run.launch.launch`` itself.
@@ -81,6 +83,10 @@ def run(main: Callable[[], Result], *, expected: tuple[type[Exception], ...] = (
             _shutdown()
         elif "TORCHELASTIC_RUN_ID" in os.environ or _process_group():
             _leave(error, agent, mistake=mistake)
+        elif isinstance(error, BrokenPipeError) and _nobody_reads():
+            _shutdown()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what the interpreter still has to write at its end
+            raise SystemExit(128 + signal.SIGPIPE) from error
         elif mistake and (text := _mistake_text(error)):
             sys.stderr.write(text)
             ending = SystemExit(text.strip())
@@ -89,6 +95,13 @@ def run(main: Callable[[], Result], *, expected: tuple[type[Exception], ...] = (
         raise
     _shutdown()
     return result
+
+
+def _nobody_reads() -> bool:
+    """Whether the standard output is a pipe whose reader is gone, such as ``| head``."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def _shutdown() -> None:

@@ -309,6 +309,26 @@ def start(launcher: str, *words: str, port: int | None = None) -> subprocess.Com
     )  # fmt: skip
 
 
+def test_a_reader_that_is_gone_ends_a_program_in_silence() -> None:
+    program = """
+from common.run.program import run
+
+def main():
+    while True:
+        print("a line", flush=True)
+
+run(main)
+"""
+    job = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert job.stdout is not None
+    assert job.stderr is not None
+    assert job.stdout.readline() == "a line\n"
+    job.stdout.close()
+    assert job.wait(30) == 128 + signal.SIGPIPE
+    assert job.stderr.read() == ""
+    job.stderr.close()
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_real_launchers(launcher: str) -> None:
     done = start(launcher)

@@ -236,6 +236,7 @@ def test_what_cannot_be_slimmed_is_refused(name: str, message: str) -> None:
     [
         (["--model", "timm:tst_vit"], "timm has no network 'tst_vit'; near are test_vit"),
         (["--input-size", "34"], "patches of 8 pixels do not fill 34 pixels; give a multiple, such as 32"),
+        (["--patch-size", "16"], "--model timm:test_vit: a token slimming module must keep at least one token, got 0"),
         (["--stage-blocks", "4", "1"], "--stage-blocks 4 1 has 5 blocks, VisionTransformer has 6"),
         (["--teacher-model", "timm:test_vit3"], "--teacher-model has 96 for width, --model has 64"),
         (["--teacher-model", "sit_lvvit_tiny"], "are of two kinds"),
