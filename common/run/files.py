@@ -177,9 +177,11 @@ def stale(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a whole file through :func:`replacing`; text as UTF-8."""
+    """Write a whole file through :func:`replacing`; text as UTF-8, what it has no letters for (bytes in the names of
+    files) as escapes.
+    """
     with replacing(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 def check_output(*paths: str | os.PathLike[str] | None, folder: bool = False) -> None:

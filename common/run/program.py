@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import io
 import logging
 import os
 import re
@@ -74,6 +75,10 @@ def run(main: Callable[[], Result], *, expected: tuple[type[Exception], ...] = (
         What ``main`` returns, after the process group is gone.
     """
     agent = _find_agent()
+    if (
+        isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict"
+    ):  # names of files may hold what its encoding has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         result = main()
     except BaseException as error:

@@ -25,6 +25,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from common.run import launch as launching
 from common.run import program, wrapping
 from common.run.errors import LaunchError
+from common.run.files import write_atomic
 from common.run.launch import choose_device, launch, reduce_sums, shutdown
 from common.run.program import run
 from common.tests.forks import LAUNCH_VARIABLES, free_port, run_forked, torchrun_variables
@@ -307,6 +308,15 @@ def start(launcher: str, *words: str, port: int | None = None) -> subprocess.Com
         env={**environment, "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[2], capture_output=True, text=True,
         timeout=120, check=False,
     )  # fmt: skip
+
+
+def test_names_that_the_output_cannot_spell_are_written_all_the_same(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "page.html", f"{os.fsdecode(bytes([0xE9]))}.png, é.png")
+    assert (tmp_path / "page.html").read_text("utf-8") == "\\udce9.png, é.png"
+    program = "from common.run.program import run; run(lambda: print('\\u65e5', chr(0xdce9)))"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    job = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert job.stdout == "\\u65e5 \\udce9\n"
 
 
 def test_a_reader_that_is_gone_ends_a_program_in_silence() -> None:
