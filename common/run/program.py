@@ -75,9 +75,8 @@ def run(main: Callable[[], Result], *, expected: tuple[type[Exception], ...] = (
         What ``main`` returns, after the process group is gone.
     """
     agent = _find_agent()
-    if (
-        isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict"
-    ):  # names of files may hold what its encoding has not
+    # names of files may hold what the output's encoding has not
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         result = main()
