@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +270,8 @@ def run_method_network(case: Case, checks: Checks) -> None:
     seen: list[Tokens] = []
     with projections(case) as hashing, torch.set_grad_enabled(training), steps(model) as acted:
         model.train(training)
-        model.plan.run = partial(model.plan.run, seen=seen)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+        run = model.plan.run
+        model.plan.run = lambda tokens, **unseen: run(tokens, seen=seen)  # pyright: ignore[reportAttributeAccessIssue]
         logits = model(images)
     check_draws(case, checks, hashing)
     if "clusters" in case.raw:
