@@ -61,7 +61,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--cache-decoded", metavar="DIR", help=CACHE_DECODED)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--amp", default="none", choices=("none", "fp16", "bf16"), help="mixed precision")
-    group.add_argument("--compile", action="store_true", help="compile the network first")
+    group.add_argument("--compile", action="store_true", help="compile the network first; on a CPU ATS gets slower")
     group.add_argument(
         "--seed",
         type=int,

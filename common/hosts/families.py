@@ -205,7 +205,9 @@ speeds do not depend on the weights, which are random:
 
 Where the time goes (`--explain`): milliseconds of a pass over the batch in matrix products, attention, what moves and
 what changes single numbers, and in the method's own steps; *promised* is the dense network's time times the method's
-share of its operations. What a compiler makes of it (`--compile`), in turns with the same network eager:
+share of its operations. What a compiler makes of it (`--compile`), in turns with the same network eager: little on a
+CPU, and ATS, which reads how many tokens are left, breaks into pieces and gets slower. Speeds, parts and compiled
+networks were measured in three runs of the same machine, the last beside other work:
 
 {looked_into()}
 

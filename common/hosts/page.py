@@ -67,7 +67,7 @@ def write_all(
         layers: numbers of blocks after which tokens are shown.
         chosen, code: what was chosen within a budget, and the lines that build it.
     """
-    contents: dict[str, str | bytes] = {"trade.json": trade.record(rows, chosen=chosen, python=code)}
+    contents: dict[str, str | bytes] = {"trade.json": trade.record(rows, chosen=chosen, code=code)}
     drawn: list[list[str]] = []
     spec = trade.model.spec if len(trade.model.spec) <= TITLE else f"...{trade.model.spec[3 - TITLE :]}"
     for measure in measures(rows):

@@ -369,7 +369,7 @@ def test_everything_for_a_network_of_a_file(
     (best, *_) = choose(rows, Wish(cosine=0.5))
     assert best.ms_per_image == min(row.ms_per_image for row in rows if row.patch_cosine >= 0.5)
     written = json.loads((tmp_path / "out" / "trade.json").read_text())
-    code = written["python"]
+    code = written["code"]
     assert f"\n{code}\n" in output
     assert len(code.splitlines()) == 6
     monkeypatch.chdir(photographs)
