@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from common.ledger.view import markdown_table
 from common.run.files import check_output, write_atomic
 from common.run.flags import make_parser, positive_int
 from common.run.program import run
@@ -143,10 +144,11 @@ def markdown(folder: Path) -> str:
     tables: list[str] = []
     for file in sorted(folder.glob("*.json")):
         content = json.loads(file.read_text())
-        lines = [f"| {' | '.join(('images a second and core', *COLUMNS))} |", "| :-- | --: | --: | --: | --: |"]
-        for name, found in content["images_per_second"].items():
-            told = (f"{found[way]:.0f}" if way in found else "" for way in COLUMNS)
-            lines.append(f"| {' | '.join((name, *told))} |")
+        rows = [
+            (name, *(f"{found[way]:.0f}" if way in found else "" for way in COLUMNS))
+            for name, found in content["images_per_second"].items()
+        ]
+        lines = markdown_table(("images a second and core", *COLUMNS), rows)
         versions = f"{content['name']}, torch {content['torch']}, timm {content['timm']}, Pillow {content['pillow']}"
         tables.append("\n".join([*lines, "", f"{content['images']}; {versions}."]))
     return "\n\n".join(tables) or "*Nothing is recorded yet.*"

@@ -12,11 +12,11 @@ from typing import Any
 from timm.data.mixup import Mixup
 from torch.utils.data import Dataset
 
-from common.data.datasets import NUM_CLASSES, build_dataset, default_num_classes
+from common.data.datasets import NUM_CLASSES, build_dataset, compare_classes, default_num_classes
 from common.data.loaders import Loader, eval_loader, train_loader
 from common.data.transforms import Transform, eval_transform, train_transform
 from common.run import cli
-from common.run.errors import DataError, UsageError
+from common.run.errors import UsageError
 from common.run.program import get_logger
 from common.run.settings import AugmentationSettings, DataSettings
 
@@ -85,18 +85,10 @@ def count_classes(data_set: str, dataset: Dataset[Any], wanted: int | None = Non
 
 
 def check_same_classes(data_set: str, train: Dataset[Any], held_out: Dataset[Any]) -> None:
-    """Class numbers follow the order of names, so a class missing from one split shifts those after it.
-
-    Raises:
-        DataError: the splits' classes have other names.
-    """
+    """Refuse splits that number their classes differently, see ``compare_classes``; splits without names pass."""
     names: list[list[str]] = [list(getattr(split, "classes", None) or ()) for split in (train, held_out)]
-    if all(names) and names[0] != names[1]:
-        only = [sorted(set(names[i]) - set(names[1 - i])) for i in (0, 1)]
-        raise DataError(
-            f"--data-set {data_set}: the splits have other classes: in training alone {only[0][:5]} ({len(only[0])} in "
-            f"all), held out alone {only[1][:5]} ({len(only[1])} in all); class numbers would not agree"
-        )
+    if all(names):
+        compare_classes(names[0], names[1], f"--data-set {data_set}: held out are not the classes of training")
 
 
 @dataclass(frozen=True)

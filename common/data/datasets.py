@@ -379,16 +379,28 @@ def _open_classes(path: Path, transform: Transform | None) -> ClassFolders:
 
 
 def _check_same_classes(root: Path, path: Path, classes: Sequence[str]) -> None:
-    """Class numbers follow sorted folder names, so a folder missing from one split would shift those after it."""
     train = next((root / entry for entry in SPLIT_NAMES["train"] if (root / entry).is_dir()), path)
     expected = {entry.name for entry in train.iterdir() if entry.is_dir()} if train != path else set(classes)
-    if not expected or expected == set(classes):
-        return
-    missing, extra = sorted(expected - set(classes)), sorted(set(classes) - expected)
-    raise DataError(
-        f"{path} does not have the class folders of {train}: missing {missing[:5]} ({len(missing)} in all), "
-        f"unexpected {extra[:5]} ({len(extra)} in all); class numbers would not agree"
-    )
+    if expected:
+        compare_classes(sorted(expected), sorted(classes), f"{path} does not have the class folders of {train}")
+
+
+def compare_classes(expected: Sequence[str], found: Sequence[str], what: str) -> None:
+    """Class numbers follow the order of names, so a class missing from one split shifts those after it.
+
+    Args:
+        expected, found: names in the order of their numbers.
+        what: begins the message.
+
+    Raises:
+        DataError: they differ.
+    """
+    if list(expected) != list(found):
+        missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+        raise DataError(
+            f"{what}: missing {missing[:5]} ({len(missing)} in all), "
+            f"unexpected {extra[:5]} ({len(extra)} in all); class numbers would not agree"
+        )
 
 
 def _open_cifar(

@@ -20,7 +20,7 @@ from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 
 from common.data.transforms import Pipeline
 from common.run.errors import DataError
-from common.run.files import make_folder, naming
+from common.run.files import make_folder, writing
 
 MARK = b"RGB1"
 HEADER = struct.Struct("<4sI")
@@ -69,7 +69,7 @@ class DecodedImages(Dataset[Any]):
         self.descriptor = self._open()
 
     def _open(self) -> int:
-        with naming(self.file):
+        with writing(self.file):
             return os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -90,7 +90,7 @@ class DecodedImages(Dataset[Any]):
 
     def _kept(self, index: int) -> np.ndarray | None:
         record = bytearray(self.length)
-        with naming(self.file):
+        with writing(self.file):
             found = os.preadv(self.descriptor, [record], index * self.length)
         pixels = memoryview(record)[HEADER.size :]
         if found < self.length or HEADER.unpack_from(record) != (MARK, self._checksum(index, pixels)):
@@ -102,6 +102,6 @@ class DecodedImages(Dataset[Any]):
 
     def _keep(self, index: int, pixels: bytes) -> None:
         record, written = memoryview(HEADER.pack(MARK, self._checksum(index, pixels)) + pixels), 0
-        with naming(self.file):
+        with writing(self.file):
             while written < self.length:
                 written += os.pwrite(self.descriptor, record[written:], index * self.length + written)

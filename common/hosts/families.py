@@ -9,8 +9,9 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from common.run.files import ROOT, write_atomic
 from common.run.flags import make_parser
@@ -25,6 +26,7 @@ SIZES = re.compile(
     r"enormous|plus|so\d+m\w*|so\w?\d\w*|[smltb]\d*|\d+b|\d+m|\d+)(?=_|$)"
 )
 PAGE = ROOT / "docs" / "hosts.md"
+MEASURED = PAGE.parent / "measured"
 
 
 PAIRS = (
@@ -122,39 +124,44 @@ def table(verdicts: Mapping[str, tuple[bool, str]]) -> str:
     return "\n".join(lines)
 
 
-def measured(folder: Path = PAGE.parent / "measured") -> str:
-    """A table of the ``trade.json`` files that were kept, named by network."""
-    lines = ["| network, batch | | GMACs | speed-up | of the promised |", "| :-- | :-- | --: | --: | --: |"]
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
+    """A table whose cells are Markdown themselves; the first ``left`` columns flush left."""
+    marks = [":--" if index < left else "--:" for index in range(len(heads))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, marks, *rows))
+
+
+def records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Title and content of the ``trade.json`` files that were kept, named by network."""
     for file in sorted(folder.glob("*.json")):
         content = json.loads(file.read_text())
-        title = f"{file.stem} at {content['image_size'][0]}, {content['batch_size']}"
-        for row in content["rows"]:
-            what = (row["name"], f"{row['gmacs']:.2f}", f"{row['speedup']:.2f}", f"{100 * row['realised']:.0f} %")
-            lines.append(f"| {title} | {' | '.join(what)} |")
-    return "\n".join(lines)
+        yield f"{file.stem} at {content['image_size'][0]}, {content['batch_size']}", content
 
 
-def looked_into(folder: Path = PAGE.parent / "measured") -> str:
-    """Tables of what ``--explain`` and ``--compile`` found in the files that were kept."""
+def measured(folder: Path = MEASURED) -> str:
+    """A table of what the rows cost and how fast they were."""
+    rows = [
+        (title, row["name"], f"{row['gmacs']:.2f}", f"{row['speedup']:.2f}", f"{100 * row['realised']:.0f} %")
+        for title, content in records(folder)
+        for row in content["rows"]
+    ]
+    return markdown(("network, batch", "", "GMACs", "speed-up", "of the promised"), rows, left=2)
+
+
+def looked_into(folder: Path = MEASURED) -> str:
+    """Tables of what ``--explain`` and ``--compile`` found."""
     tables: list[str] = []
-    for file in sorted(folder.glob("*.json")):
-        content = json.loads(file.read_text())
-        title = f"{file.stem} at {content['image_size'][0]}, {content['batch_size']}"
+    for title, content in records(folder):
         if parts := content.get("explained_ms"):
-            columns = list(parts["dense"])
-            lines = [f"| {title}: ms | {' | '.join(columns)} |", f"| :-- |{' --: |' * len(columns)}"]
-            for name, found in parts.items():
-                lines.append(f"| {name} | {' | '.join(f'{found[column]:.1f}' for column in columns)} |")
-            tables.append("\n".join(lines))
+            rows = [(name, *(f"{value:.1f}" for value in found.values())) for name, found in parts.items()]
+            tables.append(markdown((f"{title}: ms", *parts["dense"]), rows))
         if compiled := content.get("compiled"):
-            lines = [f"| {title}: compiled | over eager | graph breaks | recompilations |", "| :-- | --: | --: | --: |"]
-            for name, found in compiled.items():
-                if isinstance(found, str):
-                    lines.append(f"| {name} | {found} | | |")
-                else:
-                    told = (f"{found['speedup']:.2f}", str(found["graph_breaks"]), str(found["recompilations"]))
-                    lines.append(f"| {name} | {' | '.join(told)} |")
-            tables.append("\n".join(lines))
+            rows = [
+                (name, found, "", "")
+                if isinstance(found, str)
+                else (name, f"{found['speedup']:.2f}", str(found["graph_breaks"]), str(found["recompilations"]))
+                for name, found in compiled.items()
+            ]
+            tables.append(markdown((f"{title}: compiled", "over eager", "graph breaks", "recompilations"), rows))
     return "\n\n".join(tables)
 
 
@@ -166,9 +173,7 @@ def page(verdicts: Mapping[str, tuple[bool, str]]) -> str:
 
     trunks = ", ".join(f"`{name}`" for name in FAMILIES)
     hosts = sum(good for good, _ in verdicts.values())
-    rows = "\n".join(
-        f"| {' | '.join(row)} |" for row in (("first", "then a token method", "why"), (":--",) * 3, *PAIRS)
-    )
+    rows = markdown(("first", "then a token method", "why"), PAIRS, left=3)
     return f"""# Which networks can have token methods
 
 `leanvit.explain(net)` answers for a network at hand. Of the {len(verdicts)} names of Vision Transformers in timm

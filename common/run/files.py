@@ -88,7 +88,7 @@ def lock_folder(folder: Path) -> Callable[[], None]:
     """
     path = folder / ".lock"
     while True:
-        with naming(path):
+        with writing(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -132,7 +132,7 @@ def replacing(path: Path) -> Generator[IO[bytes]]:
     if path.exists() and not path.is_file():
         raise OutputError(f"cannot write {path}: found a folder, a pipe or a device there; name a file")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    with naming(path):
+    with writing(path):
         try:
             with open(temporary, "x+b") as file:
                 yield file
@@ -145,7 +145,8 @@ def replacing(path: Path) -> Generator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Generator[None]:
+def writing(path: Path) -> Generator[None]:
+    """Tell in one line what the system says of a file of ours in the block: :class:`OutputError`, naming it."""
     try:
         yield
     except OSError as error:
@@ -159,7 +160,7 @@ def append(path: Path, text: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    with naming(path), open(path, "ab", buffering=0) as file:  # a buffer would write its rest when it is closed
+    with writing(path), open(path, "ab", buffering=0) as file:  # a buffer would write its rest when it is closed
         size, content = file.tell(), memoryview(text.encode())
         try:
             while content:
