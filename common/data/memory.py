@@ -9,6 +9,8 @@ image is a function of seed, epoch, image and repeat, as it is for the loaders o
 """
 
 import gzip
+import io
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,6 +40,8 @@ TUNE_EVERY = 6
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package ``dataset-fashion-mnist`` puts the files of ``fashion_full``."""
 IDX = {"train": "train", "val": "t10k"}
+LARGEST = 16 + 60_000 * 28 * 28
+"""Bytes of the largest of its files."""
 
 
 class MemoryImages(Dataset[Any]):
@@ -103,13 +107,17 @@ def read_idx(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
         path = folder / f"{IDX[split]}-{kind}-ubyte"
         path = path if path.is_file() else path.with_name(path.name + ".gz")
         try:
-            content = gzip.decompress(read_file(path)) if path.suffix == ".gz" else read_file(path)
+            content = read_file(path)
+            if path.suffix == ".gz":  # never more than the set holds, whatever the file would inflate to
+                content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(LARGEST + 1)
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"cannot read {path} ({error}): expected the IDX files of Fashion-MNIST") from error
         shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, 4 + 4 * dimensions, 4)]
         values = np.frombuffer(content, np.uint8)[4 + 4 * dimensions :]
-        if content[:4] != bytes((0, 0, 8, dimensions)) or values.size != np.prod(shape):
-            raise DataError(f"{path} is no IDX file of {dimensions} dimensions of bytes, or is cut short")
+        if content[:4] != bytes((0, 0, 8, dimensions)) or not values.size == math.prod(shape) > 0:
+            raise DataError(
+                f"{path} is no IDX file of {dimensions} dimensions of bytes, is empty, too long or cut short"
+            )
         found.append(values.reshape(shape))
     images, labels = found
     if len(images) != len(labels) or images.shape[1:] != (28, 28) or labels.max(initial=0) >= len(CLASSES):

@@ -2,6 +2,7 @@
 
 import gzip
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -127,10 +128,21 @@ def test_the_whole_set_is_read_from_its_files(tmp_path) -> None:
     assert len(build_dataset("fashion_full", tmp_path / "other", "train", None)) == 30
 
     whole = (tmp_path / "t10k-labels-idx1-ubyte").read_bytes()
-    for broken in (whole[:-1], b"\x1f" + whole[1:], whole[:20]):
+    endless = b"\0\0\x08\x01" + bytes.fromhex("ffffffff")
+    for broken in (whole[:-1], b"\x1f" + whole[1:], whole[:20], endless):
         (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(broken)
         with pytest.raises(DataError, match="t10k-labels-idx1-ubyte"):
             build_dataset("fashion_full", tmp_path, "val", None)
+    for shape in ("ffffffff ffffffff 00000000", "40000000 40000000 00000010"):  # the second is 2**64, which wraps
+        (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\x03" + bytes.fromhex(shape)))
+        with pytest.raises(DataError, match=r"idx3-ubyte\.gz is no IDX file"):
+            build_dataset("fashion_full", tmp_path, "val", None)
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(200_000_000)))
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"idx3-ubyte\.gz is no IDX file"):
+        build_dataset("fashion_full", tmp_path, "val", None)
+    assert tracemalloc.get_traced_memory()[1] < 130_000_000
+    tracemalloc.stop()
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(b"no gzip")
     with pytest.raises(DataError, match=r"cannot read .*t10k-images-idx3-ubyte\.gz"):
         build_dataset("fashion_full", tmp_path, "val", None)
