@@ -398,6 +398,8 @@ class VisionTransformer_scala(SlicedNetwork, Sliced, nn.Module):
         """timm's initialisation of a ViT."""
         if mode not in ("", "jax", "jax_nlhb", "moco"):
             raise ValueError(f"weight_init must be '', 'skip', 'jax', 'jax_nlhb' or 'moco', got {mode!r}")
+        if self.pos_embed.is_meta:
+            return  # to be counted: there is nothing to fill, and saying so layer by layer takes longer than counting
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=1e-6)
         trunc_normal_(self.pos_embed, std=0.02)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from common.run.wrapping import unwrap
 
@@ -358,13 +358,40 @@ class _OperationCounter(TorchDispatchMode):
             if not self._entered:
                 self.counted.without_rule.add(func._schema.name)
             return func(*args, **kwargs)
-        result = func(*args, **kwargs)
+        result = _run(func, args, kwargs)
         names = [argument.name for argument in func._schema.arguments]
         counts = rule([*args, *(kwargs[key] for key in names[len(args) :] if key in kwargs)], result)
         counts = {"matmul": counts} if isinstance(counts, int) else counts
         self.counted.executed.update(counts)
         self.counted.published.update(counts)
         return result
+
+
+_shapes: dict[Any, Tensor] = {}
+"""Operation and what it took -> what it gave, without data. Blocks repeat, and torch takes long to say."""
+
+
+def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """An operation's result; on the meta device remembered where it is one new tensor."""
+    leaves, structure = tree_flatten((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if (
+        not tensors
+        or not all(tensor.is_meta for tensor in tensors)
+        or any(each.alias_info for each in func._schema.arguments)
+    ):
+        return func(*args, **kwargs)
+    took = (
+        (leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves
+    )
+    key = (func, structure, *took)
+    if key not in _shapes:
+        result = func(*args, **kwargs)
+        if not isinstance(result, Tensor):
+            return result
+        _shapes[key] = result
+    known = _shapes[key]
+    return torch.empty_strided(known.shape, known.stride(), dtype=known.dtype, device="meta")
 
 
 def _check_countable(model: nn.Module) -> None:
