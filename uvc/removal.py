@@ -113,6 +113,12 @@ def prune(model: nn.Module, structure: Structure | Mapping[str, Any], *, multipl
     """
     if isinstance(structure, Mapping):
         structure = Structure.from_dict(structure.get("structure", structure))
+    if not isinstance(structure, Structure):
+        raise UsageError(
+            f"structure: expected a Structure or the dict of a file of uvc/compress.py, got {structure!r:.80}"
+        )
+    if type(multiple) is not int or multiple < 1:
+        raise UsageError(f"multiple: expected a whole number of at least 1, got {multiple!r}")
     net = ungated(model)
     check_prunable(net)
     _check_fits(net, structure)

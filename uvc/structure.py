@@ -41,6 +41,24 @@ class BlockStructure:
     neurons: tuple[int, ...]
     constant_neurons: tuple[int, ...] = ()
 
+    def check(self, name: str, num_heads: int, head_dim: int, hidden_dim: int) -> None:
+        """Refuse indices that a block has not, or has once.
+
+        Raises:
+            ValueError: naming the entry.
+        """
+        if not isinstance(self.runs, bool):
+            raise ValueError(f"{name}.runs: expected true or false, got {self.runs!r}")
+        _check_indices(f"{name}.heads", self.heads, num_heads)
+        if len(self.dims) != len(self.heads):
+            raise ValueError(f"{name}.dims: expected those of each of {len(self.heads)} heads, got {len(self.dims)}")
+        for head, dims in zip(self.heads, self.dims, strict=True):
+            _check_indices(f"{name}.dims of head {head}", dims, head_dim)
+        _check_indices(f"{name}.neurons", self.neurons, hidden_dim)
+        _check_indices(f"{name}.constant_neurons", self.constant_neurons, hidden_dim)
+        if twice := set(self.neurons) & set(self.constant_neurons):
+            raise ValueError(f"{name}: neuron {min(twice)} is among neurons and constant_neurons")
+
     def value_channels(self, head_dim: int) -> tuple[int, ...]:
         """Surviving input channels of ``attn.proj``: head * d + dimension, ascending."""
         return tuple(head * head_dim + dim for head, dims in zip(self.heads, self.dims, strict=True) for dim in dims)
@@ -68,6 +86,15 @@ class Structure:
     num_prefix_tokens: int
     blocks: tuple[BlockStructure, ...] = field(repr=False)
     patches: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("embed_dim", "num_heads", "hidden_dim", "num_patches", "num_prefix_tokens"):
+            if not isinstance(value := getattr(self, name), int):
+                raise ValueError(f"{name}: expected a whole number, got {value!r}")
+        for index, block in enumerate(self.blocks):
+            block.check(f"blocks[{index}]", self.num_heads, self.head_dim, self.hidden_dim)
+        if self.patches is not None:
+            _check_indices("patches", self.patches, self.num_patches)
 
     @property
     def head_dim(self) -> int:
@@ -107,13 +134,13 @@ class Structure:
         """Inverse of ``dataclasses.asdict``, perhaps through JSON.
 
         Raises:
-            ValueError: naming the entry that is missing or unknown.
+            ValueError: naming the entry that is missing, unknown, or wrong.
         """
         try:
             blocks = tuple(BlockStructure(**frozen(block)) for block in content["blocks"])
             values: dict[str, Any] = {**frozen(content), "blocks": blocks}
             return cls(**values)
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise ValueError(f"this is no structure of a compressed network: {error!r}") from error
 
 
@@ -124,6 +151,12 @@ def frozen(values: Mapping[str, Any]) -> dict[str, Any]:
         return tuple(map(convert, value)) if isinstance(value, (list, tuple)) else value
 
     return {name: convert(value) for name, value in values.items()}
+
+
+def _check_indices(name: str, indices: Any, number: int) -> None:
+    whole = isinstance(indices, tuple) and all(type(index) is int for index in indices)
+    if not whole or any(not 0 <= index < number for index in indices) or list(indices) != sorted(set(indices)):
+        raise ValueError(f"{name}: expected whole numbers from 0 to {number - 1}, ascending, got {indices!r:.80}")
 
 
 def _indices(kept: Tensor) -> tuple[int, ...]:

@@ -175,7 +175,7 @@ class BlockView(ABC):
     """One pre-norm block as parts."""
 
     opened: "Opened"
-    """modules that are not called where the parts are asked for, with names"""
+    """modules that are not called where the parts are asked for, with names; the block first"""
 
     @abstractmethod
     def block(self, x: Tensor, rotation: Rotation | None) -> Tensor:
@@ -206,6 +206,8 @@ class Host(ABC):
 
     lean_class: ClassVar[type]
     """mixin of the network that runs through the plan"""
+    layers: str
+    """name of the module that holds the blocks"""
     facts: Facts
     blocks: Sequence[BlockView]
     opened: "Opened" = ()
@@ -234,6 +236,22 @@ class Host(ABC):
     @abstractmethod
     def finish(self, net: Any, x: Tensor) -> Any:
         """The network's output of normalised tokens (B, N, C), of which there may be fewer if it reads the prefix."""
+
+    def check_blocks(self, net: nn.Module) -> None:
+        """Refuse a network whose blocks were replaced since the views were made, which would run the old ones.
+
+        Raises:
+            NotAHost: naming where they are.
+        """
+        if torch.compiler.is_exporting():  # torch.export may run copies of the modules
+            return
+        modules = list(net.get_submodule(self.layers).children())
+        if len(modules) != len(self.blocks) or any(
+            view.opened[0][1] is not module for view, module in zip(self.blocks, modules, strict=True)
+        ):
+            raise NotAHost(
+                f"{self.layers}: modules were replaced since lean was called: change fast.restore(), then call lean"
+            )
 
     def graft(self, fast: Any) -> None:
         """Put lean parts into a lean network whose host holds a smaller host."""
@@ -285,6 +303,18 @@ def refuse_hooks(opened: Opened) -> Opened:
         if "forward" in module.__dict__:
             raise NotAHost(f"{name} has a forward of its own, which would not be called")
     return opened
+
+
+def refuse_shared(net: nn.Module) -> None:
+    """Parameters that two modules hold cannot become smaller for each of them.
+
+    Raises:
+        NotAHost: naming both.
+    """
+    names: dict[int, str] = {}
+    for name, parameter in net.named_parameters(remove_duplicate=False):
+        if (first := names.setdefault(id(parameter), name)) != name:
+            raise NotAHost(f"{name} is {first}, shared: copy one of them first, such as by copy.deepcopy of its module")
 
 
 def _hooks_of(module: Any) -> Sequence[Mapping[int, Any]]:

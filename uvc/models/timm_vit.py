@@ -21,7 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils.init import skip_init
 
-from common.hosts.host import NotAHost, channels_of
+from common.hosts.host import NotAHost, channels_of, refuse_shared
 from common.hosts.network import Lean, floating
 from common.hosts.timm_vit import TimmViT
 from common.measure.flops import count_operations
@@ -127,6 +127,7 @@ def check_prunable(net: nn.Module) -> TimmViT:
     if not TimmViT.accepts(net):
         raise NotAHost(f"{type(net).__name__} cannot be pruned: expected timm's VisionTransformer or a subclass")
     host = TimmViT(net)
+    refuse_shared(net)
     first: Any = None
     for index, block in enumerate(net.blocks):  # pyright: ignore[reportArgumentType]
         attn, mlp, name = block.attn, block.mlp, f"blocks.{index}"

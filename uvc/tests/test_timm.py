@@ -213,10 +213,40 @@ def test_structures_and_networks_that_do_not_fit():
         prune(net, {"blocks": []})
     with pytest.raises(UsageError, match="Linear cannot be pruned"):
         prune(nn.Linear(3, 3), structure)
+    with pytest.raises(UsageError, match="expected a Structure or the dict of a file"):
+        prune(net, "structure.json")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UsageError, match="multiple: expected a whole number of at least 1, got 0"):
+        prune(net, structure, multiple=0)
     with pytest.raises(UsageError, match="timm has no network 'test_vit9'; near are"):
         create("timm:test_vit9")
     with pytest.raises(UsageError, match="Eva cannot be pruned"), torch.device("meta"):
         create("timm:eva02_tiny_patch14_224")
+    net.blocks[1] = net.blocks[0]
+    with pytest.raises(UsageError, match=r"blocks\.1\.norm1\.weight is blocks\.0\.norm1\.weight, shared"):
+        prune(net, structure)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"heads": [0, 9]}, r"blocks\[0\]\.heads: expected whole numbers from 0 to 3, ascending"),
+        ({"heads": [-1, 1]}, "heads"),
+        ({"heads": [1, 1]}, "heads"),
+        ({"dims": [[0, 8], [1]]}, "dims of head 0: expected whole numbers from 0 to 7"),
+        ({"dims": [[0]]}, "expected those of each of 2 heads, got 1"),
+        ({"neurons": [3, 3]}, "neurons"),
+        ({"neurons": [-2]}, "neurons"),
+        ({"constant_neurons": [200]}, "constant_neurons: expected whole numbers from 0 to 127"),
+        ({"constant_neurons": [5]}, "neuron 5 is among neurons and constant_neurons"),
+        ({"runs": "no"}, "runs: expected true or false"),
+    ],
+)
+def test_indices_that_a_block_has_not_are_named(change, words):
+    block = {"runs": True, "heads": [0, 1], "dims": [[0], [1]], "neurons": [5, 7], "constant_neurons": []}
+    content = {"embed_dim": 32, "num_heads": 4, "hidden_dim": 128, "num_patches": 16, "num_prefix_tokens": 1}
+    assert Structure.from_dict(content | {"blocks": [block] * 4}).blocks[0].num_values == 2
+    with pytest.raises(ValueError, match=words):
+        Structure.from_dict(content | {"blocks": [block | change] + [block] * 3})
 
 
 # The programs
