@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -29,11 +30,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from common.hosts.files import LIBRARIES, Unknown
-from common.hosts.host import NotAHost
+from common.hosts.host import NotAHost, refuse_shared
 from common.hosts.network import find_host
 from scala import models_scala
 from scala.narrowing import FULL, Narrowed, State
-from scala.slicing import Ratio, SliceRule, Width, check_ratio, exact
+from scala.slicing import Ratio, SliceRule, Width, WidthError, check_ratio, exact
 
 PARTS = (VisionTransformer, Block, Attention, PatchEmbed, Mlp, GluMlp, SwiGLU, AttentionPoolLatent, LayerScale,
          nn.Linear)  # fmt: skip
@@ -58,6 +59,7 @@ def check(net: nn.Module) -> None:
     if not isinstance(net, VisionTransformer):
         raise NotAHost(f"a {type(net).__name__} cannot be sliced: only networks of timm's VisionTransformer can")
     find_host(net)
+    refuse_shared(net)
     for name, module in net.named_modules():
         own = list(module.named_parameters(recurse=False))
         if not own and not any(module.children()) and not isinstance(module, tuple(PARTS)):
@@ -232,7 +234,7 @@ class TimmViT_scala(Narrowed):
 
     Raises:
         NotAHost: a network that cannot be sliced, naming the module.
-        WidthError: a bound outside of (0, 1].
+        WidthError: a bound outside of (0, 1], or the smallest above the largest.
     """
 
     def __init__(
@@ -244,8 +246,9 @@ class TimmViT_scala(Narrowed):
         isolated_activation: bool = True,
     ) -> None:
         check(net)
-        for bound in (smallest_ratio, largest_ratio):
-            exact(bound)
+        bounds = [exact(bound) for bound in (smallest_ratio, largest_ratio)]
+        if Fraction(*bounds[0]) > Fraction(*bounds[1]):
+            raise WidthError(f"smallest_ratio {smallest_ratio:g} is above largest_ratio {largest_ratio:g}")
         super().__init__(
             partial(narrow, narrow(net, FULL)), SliceRule(smallest_ratio, largest_ratio, isolated_activation)
         )

@@ -57,8 +57,8 @@ def exact(ratio: Ratio) -> Width:
     """
     if isinstance(ratio, Width):
         return ratio
-    if not 0 < ratio < 1 + SNAP:
-        raise WidthError(f"a width ratio must be above 0 and at most 1, got {ratio:g}")
+    if not isinstance(ratio, (int, float)) or not 0 < ratio < 1 + SNAP:
+        raise WidthError(f"a width ratio must be above 0 and at most 1, got {ratio!r}")
     for of in range(1, MOST_PARTS + 1):
         steps = round(ratio * of)
         if steps and abs(ratio - steps / of) < SNAP:

@@ -145,6 +145,13 @@ def test_what_cannot_be_sliced_is_refused_by_the_name_of_the_module() -> None:
         with pytest.raises(NotAHost, match=message):
             leanvit.slice_width(net, 0.5)
     net = VisionTransformer(**SHAPE)
+    net.blocks[1].attn.qkv = net.blocks[0].attn.qkv
+    with pytest.raises(NotAHost, match=r"blocks\.1\.attn\.qkv\.weight is blocks\.0\.attn\.qkv\.weight, shared"):
+        leanvit.slice_width(net, 0.5)
+    for bound, words in ((0.5, "smallest_ratio 0.9 is above largest_ratio 0.5"), ("1", "at most 1, got '1'")):
+        with pytest.raises(WidthError, match=words):
+            leanvit.slice_width(VisionTransformer(**SHAPE), 0.5, smallest_ratio=0.9, largest_ratio=bound)  # pyright: ignore[reportArgumentType]
+    net = VisionTransformer(**SHAPE)
     net.register_parameter("extra", nn.Parameter(torch.ones(32)))
     with pytest.raises(NotAHost, match="extra is a parameter of which nothing says"):
         leanvit.slice_width(net, 0.5)
