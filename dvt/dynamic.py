@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dvt.exits import NOBODY, confidence_and_prediction
+from dvt.exits import NOBODY, confidence_and_prediction, confidences
 from dvt.models.backbone import StageOutput
 from dvt.models.cascade import Exits
 
@@ -45,7 +45,7 @@ class DynamicClassifier(nn.Module):
         backend: of ``torch.compile``.
 
     Raises:
-        ValueError: if there is not one threshold per exit.
+        ValueError: if there is not one threshold per exit, or one is no confidence.
 
     Source: arXiv:2105.15075, Section 3.3: adaptive inference, exit after exit.
     """
@@ -86,7 +86,7 @@ class DynamicClassifier(nn.Module):
 
     def set_thresholds(self, thresholds: Tensor | Sequence[float]) -> None:
         """Answer by other thresholds from now on; nothing is compiled again."""
-        values = torch.as_tensor(thresholds, dtype=torch.float32).flatten()
+        values = confidences(thresholds)
         if len(values) != len(self.cascade.stages):
             raise ValueError(f"expected {len(self.cascade.stages)} thresholds, one per exit, got {len(values)}")
         self.thresholds: list[float] = values.tolist()
@@ -98,7 +98,7 @@ class DynamicClassifier(nn.Module):
         Raises:
             RuntimeError: in training mode, where drop-path would make answers random.
         """
-        if self.cascade.training:
+        if any(part.training for part in (self.cascade, *self.cascade.stages)):
             raise RuntimeError("early exit is for evaluation: call .eval() first")
         total, device, last = len(images), images.device, len(self._runs) - 1
         exits = torch.zeros(total, dtype=torch.int64, device=device)

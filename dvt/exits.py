@@ -197,20 +197,35 @@ def thresholds_for_budget(confidence: Tensor, gmacs: Sequence[float], budget: fl
     return max(reversed(fitting), key=lambda found: found[0])[1]
 
 
+def confidences(values: Sequence[float] | Tensor) -> Tensor:
+    """Thresholds as float32, (K,).
+
+    Raises:
+        ValueError: naming one that is no confidence; one of percent would send every image to the last exit.
+    """
+    try:
+        given = torch.as_tensor(values, dtype=torch.float32).flatten()
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected one confidence for each exit, numbers between 0 and 1, got {values!r:.80}"
+        ) from error
+    for value in given[given.isnan() | ((given > 1 + 1e-6) & (given <= 100))].tolist():
+        raise ValueError(f"{value:g} is not a confidence; give numbers between 0 and 1")
+    return given
+
+
 def complete_thresholds(values: Sequence[float] | Tensor, exits: int) -> Tensor:
     """Thresholds of all exits, (K,), of all of them or of all but the last, which always answers.
 
     Raises:
         ValueError: if there are others, or one is not a number.
     """
-    given = torch.as_tensor(values, dtype=torch.float32).flatten()
+    given = confidences(values)
     if len(given) not in (exits - 1, exits):
         raise ValueError(
             f"expected the thresholds of the first {exits - 1} exits (the last always answers), got {len(given)} "
             "numbers"
         )
-    if bool(given.isnan().any()):
-        raise ValueError("nan is not a confidence; give numbers between 0 and 1")
     return torch.cat([given, given.new_tensor([EVERYBODY])])[:exits]
 
 

@@ -47,6 +47,7 @@ class Networks(Exits):
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
         super().__init__()
+        networks = list(networks) if isinstance(networks, Iterable) else [networks]
         if len(networks) < 2:
             raise UsageError(f"a cascade needs at least two networks, got {len(networks)}")
         for number, network in enumerate(networks):
@@ -224,6 +225,8 @@ class EarlyExit(DynamicClassifier):
 
         def watched() -> Iterator[tuple[Tensor, Tensor]]:
             for images, labels in cast(Iterable[tuple[Tensor, Tensor]], data):
+                if not len(images):
+                    continue
                 if not seen:
                     seen.append(images[:8])
                 yield images, labels

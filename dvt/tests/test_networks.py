@@ -131,6 +131,14 @@ def test_thresholds_for_a_budget_are_found_on_a_folder_or_batches(imagenet: Path
         net.calibrate([(images, labels + 6)], budget)
 
 
+def test_an_empty_batch_is_no_reason_not_to_find_thresholds() -> None:
+    images, labels = draw_images(8), torch.zeros(8, dtype=torch.long)
+    net = leanvit.cascade([plain(16, 1), plain()])
+    costs = exit_gmacs(net.cascade, images)
+    batches = [(images[:0], labels[:0]), (images, labels)]
+    assert net.calibrate(batches, sum(costs) / 2) == net.calibrate(batches[1:], sum(costs) / 2)
+
+
 def test_the_networks_are_exported_one_by_one(tmp_path: Path) -> None:
     small, large = (plain(width, seed, torch.float32, depth=1) for width, seed in ((16, 1), (32, 2)))
     images = draw_images(6, torch.float32)
@@ -202,8 +210,13 @@ def test_networks_that_do_not_go_together_are_named() -> None:
             leanvit.cascade(networks, [0.5])
     with pytest.raises(ValueError, match="thresholds of the first 1 exits"):
         leanvit.cascade([small, plain()], [0.5, 0.5, 0.5])
-    with pytest.raises(ValueError, match="nan is not a confidence"):
-        leanvit.cascade([small, plain()], [float("nan")])
+    for threshold, message in ((float("nan"), "nan is not a confidence"), (90, "90 is not"), ("x", "one confidence")):
+        with pytest.raises(ValueError, match=message):
+            leanvit.cascade([small, plain()], [threshold])  # pyright: ignore[reportArgumentType]
+        with pytest.raises(ValueError, match=message):
+            leanvit.cascade([small, plain()]).set_thresholds([threshold, 0.0])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UsageError, match="at least two networks, got 1"):
+        leanvit.cascade(small)
     images = draw_images(2)
     for shape, message in (
         ((7,), r"networks\[1\] \(Odd\) gives \(2, 7\), expected logits \(2, 6\)"),
@@ -217,6 +230,10 @@ def test_networks_that_do_not_go_together_are_named() -> None:
     assert isinstance(net, EarlyExit)
     with pytest.raises(RuntimeError, match=r"call \.eval"):
         net.train()(images)
+    net = leanvit.cascade([small, plain()])
+    small.train()  # by who else has it
+    with pytest.raises(RuntimeError, match=r"call \.eval"):
+        net(images)
 
 
 def _headless() -> Any:
