@@ -55,6 +55,7 @@ class SwagViT(Host):
     """
 
     lean_class = LeanSwag
+    layers = "encoder.layers"
 
     @staticmethod
     def accepts(net: nn.Module) -> bool:

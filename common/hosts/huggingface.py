@@ -296,6 +296,7 @@ class HuggingFaceTrunk(Host):
             patches, layers = trunk.get_submodule(family.patches), trunk.get_submodule(family.layers)
         except AttributeError as error:
             raise NotAHost(f"{kind.__name__}: {error}: {_versions()}") from error
+        self.layers = family.layers
         above, _, _ = family.layers.rpartition(".")
         self.opened = refuse_hooks([(above, trunk.get_submodule(above))] if above else [])
         self.blocks = [HuggingFaceBlock(family, layer, index) for index, layer in enumerate(layers)]
@@ -354,6 +355,7 @@ class HuggingFaceTrunk(Host):
         if given.get("pixel_values") is None:
             raise UsageError("pixel_values are missing: expected images (B, C, H, W)")
         check_images(given["pixel_values"])
+        self.check_blocks(net)
         options = {name: given.get(name) for name in EMBEDDING_OPTIONS if name in self.names}
         restored = restored and net.plan.restores
         tokens = self.embed(net, given["pixel_values"], **options)
@@ -390,6 +392,7 @@ class HuggingFaceHead(Host):
         self.trunk = HuggingFaceTrunk(getattr(net, self.child))
         self.facts = replace(self.trunk.facts, name=f"transformers' {kind.__name__}")
         self.blocks, self.opened = self.trunk.blocks, self.trunk.opened
+        self.layers = f"{self.child}.{self.trunk.layers}"
         head = getattr(self.trunk.family.modeling, kind.__name__, None)
         self._reads_prefix = kind.__name__ in READ_THE_PREFIX and head is kind
 

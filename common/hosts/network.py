@@ -53,9 +53,14 @@ class Lean:
 
     def run(self, images: Tensor, *, restorable: bool = True, seen: list[Tokens] | None = None) -> Tokens:
         """Tokens behind the last block, reduced; ``seen`` as in ``Plan.run``."""
-        check_images(images)
-        tokens = self.plan.host.embed(self, images)
+        tokens = self.start(images)
         return self.plan.run(tokens if restorable else tokens.update(undo=None), seen=seen)
+
+    def start(self, images: Tensor) -> Tokens:
+        """Tokens that enter the first block."""
+        check_images(images)
+        self.plan.host.check_blocks(self)  # pyright: ignore[reportArgumentType] - a mixin of modules
+        return self.plan.host.embed(self, images)
 
     def output(self, images: Tensor, *, seen: list[Tokens] | None = None) -> Any:
         """What the host returns for images; ``seen`` as in ``Plan.run``."""
@@ -81,9 +86,8 @@ class Lean:
         Returns:
             (B, C, rows, columns).
         """
-        check_images(images)
         host = self.plan.host
-        start = host.embed(self, images)
+        start = self.start(images)
         x = host.normalize(self, self.plan.run(start).restored())
         assert start.grid is not None
         return x[:, start.prefix :].transpose(1, 2).unflatten(2, start.grid)
@@ -109,7 +113,7 @@ class Lean:
         """
         seen: list[Tokens] = []
         with torch.no_grad(), evaluating(self):  # pyright: ignore[reportArgumentType] - a mixin of modules
-            self.plan.run(self.plan.host.embed(self, self._probe(images, "drops_by_data")), seen=seen)
+            self.plan.run(self.start(self._probe(images, "drops_by_data")), seen=seen)
         return [tokens.x.shape[1] for tokens in seen]
 
     def gmacs(self, images: Tensor | None = None) -> float:
@@ -127,7 +131,6 @@ class Lean:
     def _probe(self, images: Tensor | None, needs: str) -> Tensor:
         """The images given, or an empty one; ``needs`` is the property of methods for which that says nothing."""
         if images is not None:
-            check_images(images)
             return images
         if names := ", ".join(method.name for method in self.plan.methods if getattr(method, needs)):
             raise UsageError(f"what {names} does depends on weights and images: give some, (B, C, H, W)")

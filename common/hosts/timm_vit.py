@@ -83,6 +83,7 @@ class TimmHost(Host):
     """What the two families of timm share: names of modules, checks, the way from tokens to an output."""
 
     lean_class = LeanTimm
+    layers = "blocks"
     family: ClassVar[Any]
     """timm's class"""
     view: ClassVar[Any]

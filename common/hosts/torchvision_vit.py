@@ -56,6 +56,7 @@ class TorchvisionViT(Host):
     """B/16 to H/14 of torchvision, also with the weights of SWAG."""
 
     lean_class = LeanTorchvision
+    layers = "encoder.layers"
 
     @staticmethod
     def accepts(net: nn.Module) -> bool:

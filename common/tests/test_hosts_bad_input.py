@@ -1,5 +1,6 @@
 """What cannot work is said before any image is read; what is odd works: one token, odd sizes, too much to reduce."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -123,6 +124,21 @@ def test_small_and_odd_networks(options: dict[str, Any], method: str) -> None:
         features = fast.features(shape)
         assert features.shape == (batch, 32, rows, columns)
         assert features.isfinite().all()
+
+
+@pytest.mark.parametrize("replace", [
+    lambda net, fast: net.blocks.__setitem__(0, nn.Identity()),
+    lambda net, fast: fast.blocks.append(copy.deepcopy(fast.blocks[0])),
+    lambda net, fast: setattr(fast, "blocks", copy.deepcopy(fast.blocks)),
+])  # fmt: skip
+def test_blocks_that_were_replaced_do_not_go_on_as_the_old_ones(replace: Any) -> None:
+    net = VisionTransformer(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=3).eval()
+    fast, images = lean(net, "tome", r=1), torch.zeros(1, 3, 16, 16)
+    assert copy.deepcopy(fast)(images).shape == (1, 3)
+    replace(net, fast)
+    for call in (fast, fast.features, fast.tokens_per_layer):
+        with pytest.raises(NotAHost, match="blocks: modules were replaced since lean was called"):
+            call(images)
 
 
 def test_more_than_there_is_to_reduce() -> None:
