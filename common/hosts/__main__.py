@@ -10,9 +10,11 @@ or file.py:function, which returns a network. Nothing is downloaded: without --w
 has on this machine, or random.
 
 A method is a name and its settings; a plus sign joins several in one network, and a bar lists values that are tried,
-"tome:r=4|8|12". Without --methods all are tried. Every method stands beside the dense network at a smaller image size
-of about the same cost: what does not beat that is not worth having. Cosines are of the features restored to the full
-grid, and of the class feature, with those of the dense network. --output takes index.html, which holds everything.
+"tome:r=4|8|12". A FILE.safetensors of leanvit.save or sit/export.py is one, too, with the weights that it holds, say a
+slimmed student beside its teacher. Without --methods all are tried. Every method stands beside the dense network at a
+smaller image size of about the same cost: what does not beat that is not worth having. Cosines are of the features
+restored to the full grid, and of the class feature, with those of the dense network. --output takes index.html, which
+holds everything.
 A budget, or a cosine to keep, names the settings that are best within it, and the lines of Python that build them.
 """
 
@@ -42,7 +44,9 @@ class Wanted:
     """Methods of one network: what was typed, and each name with its settings."""
 
     text: str
-    methods: Sequence[tuple[str, Mapping[str, Any]]]
+    methods: Sequence[tuple[str, Mapping[str, Any]]] = ()
+    file: Path | None = None
+    """of ``leanvit.save``, in place of methods"""
 
 
 MOST = 1000
@@ -52,8 +56,10 @@ MOST = 1000
 def methods(text: str) -> list[Wanted]:
     """``name:key=value,key=value``, several joined by ``+``; values as Python writes them, words without quotes.
 
-    Values with a bar between them are alternatives, of which all combinations are meant.
+    Values with a bar between them are alternatives, of which all combinations are meant. A file stands alone.
     """
+    if text.endswith(".safetensors"):
+        return [Wanted(text, file=Path(text))]
     choices = [piece.split("|") for piece in re.split(r"([,+](?![^(\[]*[)\]]))", text)]
     choices = [[choice[0], *(f"{choice[0].partition('=')[0]}={value}" for value in choice[1:])] for choice in choices]
     if (count := math.prod(map(len, choices))) > MOST:
@@ -86,7 +92,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("name", metavar="MODEL", help="the network; see above")
     parser.add_argument(
         "--methods", nargs="+", type=methods, metavar="METHOD",
-        help="name:key=value,... of each (default: all that are possible, each with a few settings)",
+        help="name:key=value,... of each, or FILE.safetensors (default: all, each with a few settings)",
     )  # fmt: skip
     parser.add_argument("--images", type=Path, required=True, help="an image, or a folder of them")
     parser.add_argument(

@@ -312,6 +312,8 @@ def make_lean(net: nn.Module, plan: Plan) -> Any:
 def explain(net: nn.Module) -> dict[str, str]:
     """Which methods a network can have with their default settings: name -> the settings, or why not.
 
+    A method that must be learned says how.
+
     Raises:
         NotAHost: if it can have none.
     """
@@ -319,7 +321,7 @@ def explain(net: nn.Module) -> dict[str, str]:
     check(host)
 
     def answers() -> Iterator[tuple[str, str]]:
-        for name in METHODS:
+        for name in (*METHODS, *TRAINED):
             try:
                 yield name, f"possible: {Plan(host, [make_method(name, {})]).methods[0]}"
             except UsageError as error:

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 from tqdm import tqdm
 
 from common.data.images import SUFFIXES, BadImageError, is_image, load_image
 from common.hosts.accuracy import KNN, PROBE, TOP1, measure_accuracy
 from common.hosts.draw import Principal, Strip, mosaic, spread
+from common.hosts.files import load
 from common.hosts.host import Facts, Tokens
 from common.hosts.network import METHODS, lean, make_lean, make_method
 from common.hosts.opening import Model
@@ -152,11 +153,11 @@ def _unseen(step: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return undo
 
 
-def own_gmacs(net: nn.Module, fast: Any, images: Tensor | None = None, *, total: float | None = None) -> float:
+def own_gmacs(fast: Any, images: Tensor | None = None, *, total: float | None = None) -> float:
     """Of a lean network's multiply-accumulates, ``total`` if known, those that are no module's of the host."""
     plan = copy.copy(fast.plan)
     plan.acting = [{hook: [Unseen(step) for step in steps] for hook, steps in acting.items()} for acting in plan.acting]
-    return (fast.gmacs(images) if total is None else total) - make_lean(net, plan).gmacs(images)
+    return (fast.gmacs(images) if total is None else total) - make_lean(plan.host.net, plan).gmacs(images)
 
 
 def default_sweep(facts: Facts) -> list[str]:
@@ -189,12 +190,14 @@ class Trade:
 
     Args:
         model: the dense network, on its device, and what it wants of images.
-        wanted: methods, each with ``text`` and ``methods``.
+        wanted: methods, each with ``text`` and either ``methods`` or a ``file`` of ``leanvit.save``.
         images: what they are tried on.
         batch_size: images at a time.
 
     Raises:
-        UsageError: if the network is no host, a method or a setting is unknown, or no method can work on it.
+        UsageError: if the network is no host, a method or a setting is unknown, no method can work on it, or a file's
+            network is for other images than this one.
+        CheckpointError: naming a file that cannot be opened.
     """
 
     def __init__(self, model: Model, wanted: Sequence[Any], images: Images, *, batch_size: int = 8) -> None:
@@ -218,7 +221,12 @@ class Trade:
         """method -> the row of smaller images at its cost"""
         self.more: dict[str, Any] = {}
         """what else was measured, for the record"""
+        self.files: dict[str, Path] = {}
+        """row -> file that it was opened from"""
         for each in wanted:
+            if each.file is not None:
+                self.files[each.text], self.lean[each.text] = each.file, self._open(each.file)
+                continue
             methods = tuple(make_method(name, settings) for name, settings in each.methods)
             self.methods[each.text] = methods
             try:
@@ -229,6 +237,18 @@ class Trade:
             raise PlanError("; ".join(dict.fromkeys(self.refused.values())))
 
     # ------------------------------------------------------------------------------------------------------- networks
+
+    def _open(self, file: Path) -> Any:
+        """A network with other weights, for the same images and patches as the dense one."""
+        fast = load(file, device=self.device, verify=False)
+        for name in ("image_size", "grid", "prefix", "class_token", "width"):
+            ours, theirs = getattr(self.facts, name), getattr(fast.plan.host.facts, name)
+            if ours != theirs:
+                raise UsageError(
+                    f"{file} cannot stand beside {self.model.spec}: its {name.replace('_', ' ')} is {theirs}, expected "
+                    f"{ours}; see --img-size"
+                )
+        return fast.to(self.model.dtype)
 
     def at_rows(self, rows: int) -> tuple[float, Smaller]:
         """The dense network on images with so many rows of patches, and its GMACs."""
@@ -334,7 +354,7 @@ class Trade:
             try:
                 probe = some if fast.depends_on_data else None
                 tokens, cost = fast.tokens_per_layer(probe)[-1], fast.gmacs(probe)
-                row = Row(name, tokens, cost, own_gmacs(self.net, fast, probe, total=cost), 0.0, 0.0)
+                row = Row(name, tokens, cost, own_gmacs(fast, probe, total=cost), 0.0, 0.0)
             except UsageError as error:  # what a method finds out where it runs
                 self.refused[name] = str(error)
                 continue
@@ -565,6 +585,8 @@ def python_lines(trade: Trade, row: Row) -> str:
     if isinstance(network, Smaller):
         lines[0] = "from common.hosts.resizing import Smaller"
         made = f"Smaller(model.net, {network.size})"
+    elif row.name in trade.files:
+        made = f"leanvit.load({str(trade.files[row.name])!r})"
     else:
         methods = "".join(f", {_constructor(method)}" for method in trade.methods.get(row.name, ()))
         made = f"leanvit.lean(model.net{methods})"

@@ -15,7 +15,9 @@ import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
+from torch import nn
 
+import leanvit
 from common.hosts import lean
 from common.hosts.__main__ import main, methods, parse_args
 from common.hosts.draw import CAPTION, MARGIN, TITLE, mosaic
@@ -24,6 +26,7 @@ from common.hosts.trade import Row, best_within, own_gmacs, tokens_of_patches
 from common.run.errors import CheckpointError, UsageError
 from common.run.files import ROOT
 from common.tests.small_methods import Drop, Halve, Replace
+from sit.models.slimming import TokenSlimmingModule
 
 NAME = "test_vit"
 
@@ -73,6 +76,29 @@ def test_alternatives_are_combined() -> None:
         "tome:r=8+evit:layers=(2,3),keep=0.5",
     ]
     assert found[3].methods == [("tome", {"r": 8}), ("evit", {"layers": (2, 3), "keep": 0.5})]
+
+
+def test_a_file_stands_beside_the_methods(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A student with weights of its own, and one for other images."""
+    net = timm.create_model(NAME)
+    learned = nn.ModuleList([TokenSlimmingModule(net.embed_dim, 40)])
+    file, other = tmp_path / "slim.safetensors", tmp_path / "other.safetensors"
+    slim = leanvit.Slim((3,)).with_weights({"tsm": learned})
+    leanvit.save(lean(net, slim), file)
+    leanvit.save(lean(timm.create_model(NAME, img_size=96), "tome", r=2), other)
+    words = [NAME, "--images", str(folder / "china.png"), "--rounds", "1", "--timing-seconds", "1", "--device", "cpu"]
+    main([*words, "--methods", str(file), "--output", str(tmp_path / "page")])
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if line.startswith(str(file)))
+    assert " 41 " in row  # the class token and the 40 of the module
+    assert f"fast = leanvit.load('{file}')" in printed
+    assert leanvit.explain(net)["slim"].startswith("not possible: slim has modules that must be learned")
+    with pytest.raises(
+        UsageError, match=r"other\.safetensors cannot stand beside test_vit: its image size is \(96, 96\)"
+    ):
+        main([*words, "--methods", str(other)])
+    with pytest.raises(CheckpointError, match=r"nothing\.safetensors"):
+        main([*words, "--methods", str(tmp_path / "nothing.safetensors")])
 
 
 @pytest.mark.parametrize("text", ["tome:16", "tome:=3", "tome:r=3,16"])
@@ -226,8 +252,8 @@ def test_what_belongs_to_the_method() -> None:
     """A method that computes the attention itself owns its products; one that only moves tokens owns none."""
     net = timm.create_model(NAME)
     tokens, width = net.patch_embed.num_patches + net.num_prefix_tokens, net.embed_dim
-    assert own_gmacs(net, lean(net, Halve())) == own_gmacs(net, lean(net, Drop())) == 0
-    assert own_gmacs(net, lean(net, Replace())) == pytest.approx(2 * tokens**2 * width / 1e9)
+    assert own_gmacs(lean(net, Halve())) == own_gmacs(lean(net, Drop())) == 0
+    assert own_gmacs(lean(net, Replace())) == pytest.approx(2 * tokens**2 * width / 1e9)
 
 
 def test_tokens_of_patches_and_their_colours() -> None:
