@@ -63,9 +63,10 @@ def run(main: Callable[[], Result], *, expected: tuple[type[Exception], ...] = (
     """Call ``main()``; a failure on one rank ends the whole job, printing that rank's error.
 
     A user's mistake (an error of ``common.run.errors``, a ``SystemExit`` with a text), or a disk that is full or closed
-    to him, prints one line, on rank 0 of a job of several ranks, and ends with status 2, as argparse's do. A bug shows
-    its traceback and ends with status 1. Where nobody reads the output any more (``| head``), a process ends as other
-    programs do, in silence and with status 141; what it has written to files stays.
+    to him, prints one line, on rank 0 of a job of several ranks, and ends with status 2, as argparse's do; Ctrl-C
+    prints "interrupted" and ends with status 130. A bug shows its traceback and ends with status 1. Where nobody reads
+    the output any more (``| head``), a process ends as other programs do, in silence and with status 141; what it has
+    written to files stays.
 
     Args:
         main: the entry point; it calls ``common.run.launch.launch`` itself.
@@ -87,6 +88,10 @@ def run(main: Callable[[], Result], *, expected: tuple[type[Exception], ...] = (
             _shutdown()
         elif "TORCHELASTIC_RUN_ID" in os.environ or _process_group():
             _leave(error, agent, mistake=mistake)
+        elif isinstance(error, KeyboardInterrupt):
+            _shutdown()
+            sys.stderr.write("interrupted\n")
+            raise SystemExit(128 + signal.SIGINT) from error
         elif isinstance(error, BrokenPipeError) and _nobody_reads():
             _shutdown()
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what the interpreter still has to write at its end

@@ -281,6 +281,10 @@ def test_expected_errors_of_one_process_print_one_line(
     with pytest.raises(SystemExit) as ended:
         run(partial(fail, SystemExit(3)))
     assert ended.value.code == 3
+    with pytest.raises(SystemExit) as ended:
+        run(partial(fail, KeyboardInterrupt()))
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
     def broken() -> None:
         raise ArithmeticError("a bug")
