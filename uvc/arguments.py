@@ -289,11 +289,17 @@ def joint_run(args: argparse.Namespace) -> JointRun:
             "give --pretrained 0 to start from random weights"
         )
     zlr = args.zlr_schedule_list
+    warm = args.warmup_epochs if args.enable_warmup or args.official else 0
+    if warm >= args.num_epochs + args.official and not args.eval:
+        raise UsageError(
+            f"--warmup_epochs {warm}: nothing would be pruned in --num_epochs {args.num_epochs}; give fewer of the "
+            "first or more of the second"
+        )
     learned = args.enable_patch_gating == 1 and not args.official
     primal_dual = PrimalDualSettings.of(args, zlr=zlr[0], learn_patches=learned)
     course = JointSettings.of(
         args,
-        warmup_epochs=args.warmup_epochs if args.enable_warmup or args.official else 0,
+        warmup_epochs=warm,
         zlr_schedule={0: zlr[0]} if args.official else zlr_schedule(zlr, args.num_epochs),
         select_ratio=args.patch_ratio if args.enable_patch_gating == 2 else None,
     )

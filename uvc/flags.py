@@ -13,13 +13,13 @@ def switch(text: str) -> bool:
 
 
 def numbers(text: str) -> list[float]:
-    """Numbers separated by commas."""
+    """Rates separated by commas."""
     try:
-        values = [float(part) for part in text.split(",") if part.strip()]
-    except ValueError:
+        values = [rate(part) for part in text.split(",") if part.strip()]
+    except (ValueError, argparse.ArgumentTypeError):
         values = []
     if not values:
-        raise argparse.ArgumentTypeError(f"must be numbers separated by commas, such as 1,5,9, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be numbers from 0 on, separated by commas, such as 1,5,9, got {text!r}")
     return values
 
 

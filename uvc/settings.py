@@ -66,11 +66,11 @@ class PrimalDualSettings(Settings):
     )
     soptim: str = flag("sgd", "optimizer of s", choices=("sgd", "adam", "rmsprop"))
     roptim: str = flag("sgd", "optimizer of r", choices=("sgd", "adam", "rmsprop"))
-    slr: float = flag(0.02, "learning rate of s")
-    rlr: float = flag(0.02, "learning rate of r")
-    ylr: float = flag(1e-4, "learning rate of y")
-    plr: float = flag(1e-4, "learning rate of p")
-    sl2wd: float = flag(0.0, "decay of s and r relative to their bounds")
+    slr: float = flag(0.02, "learning rate of s", type=rate)
+    rlr: float = flag(0.02, "learning rate of r", type=rate)
+    ylr: float = flag(1e-4, "learning rate of y", type=rate)
+    plr: float = flag(1e-4, "learning rate of p", type=rate)
+    sl2wd: float = flag(0.0, "decay of s and r relative to their bounds", type=rate)
     z_grad_clip: float = flag(
         0.5, "bound of cost minus budget where it is differentiated; z sees it unclipped", type=cli.positive_float
     )
@@ -80,11 +80,11 @@ class PrimalDualSettings(Settings):
         "network's all the same, as in stage 2",
         type=switch,
     )
-    glr: float = flag(1e-3, "learning rate of the gates' SGD")
+    glr: float = flag(1e-3, "learning rate of the gates' SGD", type=rate)
     gating_interval: int = flag(100, "steps between its updates", type=cli.positive_int, metavar="N")
-    gating_weight: float = flag(5.0, "factor on the cost's gradient there")
-    patchlr: float = flag(0.01, "learning rate of the patch gates, mode 1")
-    patch_weight: float = flag(5.0, "factor on the cost's gradient of the patch gates, mode 1")
+    gating_weight: float = flag(5.0, "factor on the cost's gradient there", type=rate)
+    patchlr: float = flag(0.01, "learning rate of the patch gates, mode 1", type=rate)
+    patch_weight: float = flag(5.0, "factor on the cost's gradient of the patch gates, mode 1", type=rate)
     zlr: float = 10.0
     enable_block_gating: bool = True
     learn_patches: bool = False

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -60,6 +61,14 @@ def count(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+    return value
+
+
+def number(text: str) -> float:
+    """What a flag of type float takes: a typed nan would pass every later comparison."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
     return value
 
 
@@ -114,6 +123,8 @@ def _add(group: Any, spellings: Sequence[str], *, default: Any, help: str, **opt
         options.setdefault("metavar", "0|1")
     elif shown in (None, ""):
         shown = "none"
+    if options.get("type") is float:
+        options["type"] = number
     said = "" if options.get("required") or "(default: " in help else f" (default: {shown})"
     group.add_argument(*spellings, default=default, help=(help + said).replace("%", "%%"), **options)
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage] - documented, but not in __all__
 
 from common.run import program
-from common.run.errors import LaunchError
+from common.run.errors import LaunchError, UsageError
 from common.run.program import get_rank, is_main
 
 ANSWER_S = 6.0
@@ -370,7 +370,7 @@ def seed_everything(seed: int, rank: int | None = None) -> None:
     """Seed Python's, NumPy's and torch's generators (CUDA included) with ``seed + rank``, as DeiT does."""
     value = seed + (get_rank() if rank is None else rank)
     if not 0 <= value < 2**32:
-        raise ValueError(f"--seed plus the rank must be between 0 and {2**32 - 1}, got {value}")
+        raise UsageError(f"--seed plus the rank must be between 0 and {2**32 - 1}, got {value}")
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)

@@ -404,6 +404,7 @@ def test_what_ships_inside_needs_no_folder(name):
         ),
         ([*DIGITS, "--distillation-type", "none", "--model_path", "nowhere.pth"], r"nowhere\.pth: no such file"),
         (["--data_dir", "nowhere", "--device", "cpu"], "nowhere"),
+        ([*DIGITS, "--pretrained", "0", "--num_epochs", "5", "--warmup_epochs", "5"], "nothing would be pruned in"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -416,7 +417,9 @@ def test_stage1_refuses(words, message):
     ("words", "message"),
     [
         (["--budget", "1.5"], "must be above 0 and at most 1"),
-        (["--zlr_schedule_list", "a,b"], "numbers separated by commas"),
+        (["--zlr_schedule_list", "a,b"], "numbers from 0 on, separated by commas"),
+        (["--slr", "nan"], "argument --slr: must be a number from 0 on, got nan"),
+        (["--mixup", "nan"], "argument --mixup: must be a finite number, got nan"),
         (["--train_batch_size", "6", "--gradient_accumulation_steps", "4"], "no multiple"),
         (["--train_batch_size", "4", "--gradient_accumulation_steps", "4"], "must be at least 2"),
         (["--cutmix-minmax", "0.1"], "expected 2 arguments"),
