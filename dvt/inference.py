@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     mode, file = args.eval_mode, args.checkpoint_path
     check_files(file, *(name.partition("=")[2] for name in args.networks))
-    check_output(args.output)
+    check_output(args.output, inputs=[file])
     if mode:
         check_data_path(args.dataset, args.data_url)
     from common.run.checkpoint import read_checkpoint

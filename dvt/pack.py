@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
     """Evaluate, search, write; returns what was written."""
     args = parse_args(argv)
     check_files(args.checkpoint)
-    check_output(args.output)
+    check_output(args.output, args.export, inputs=[args.checkpoint])
     check_data_path(args.dataset, args.data)
     import torch
 

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     args = parse_args(argv)
     check_method_flags(args)
     check_files(args.weights)
-    check_output(args.onnx, args.torch_export)
+    check_output(args.onnx, args.torch_export, inputs=[args.weights])
     from common.hosts import Lean
     from common.hosts import export as of_hosts
     from common.measure.benchmark import random_images

@@ -125,7 +125,7 @@ def load(args: argparse.Namespace, network: argparse.Namespace, device: torch.de
 
 def main(args: argparse.Namespace) -> None:
     """Costs, then speed."""
-    check_output(args.output)
+    check_output(args.output, inputs=[args.weights])
     import torch
 
     from common.run.launch import choose_device

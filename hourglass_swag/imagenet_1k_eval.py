@@ -163,7 +163,7 @@ def warn_of_classes(dataset: Dataset[Any], model: nn.Module) -> None:
 def evaluate_network(args: argparse.Namespace) -> dict[str, Any]:
     """What one process does."""
     check_files(args.weights)
-    check_output(args.output)
+    check_output(args.output, inputs=[args.weights, args.sweep])
     check_data_path(args.dataset, args.data)
     groups = read_settings(args.sweep) if args.sweep else [[Setting("", args)]]
     if args.weights and len(groups) > 1:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.run.files import check_files, check_output, replacing
+from common.run.files import check_files, check_output, output_files, replacing
 from common.run.flags import make_parser
 from common.run.program import run
 from hourglass_swag.models import create
@@ -123,13 +123,6 @@ def draw(image: Image.Image, stages: Sequence[Stage], title: str, notes: Sequenc
         paint = drawing.draw_groups if isinstance(stage, Grouping) else drawing.draw_selection
         panels.append((paint(image, shown), f"layer {stage.layer}", stage.caption))
     return drawing.draw_sheet(title, notes, panels)
-
-
-def output_files(paths: Sequence[Path], model: str, folder: Path) -> list[Path]:
-    """A file in ``folder`` for each image, numbered where names are equal."""
-    stems = [path.stem for path in paths]
-    numbers = [stems[:i].count(stem) for i, stem in enumerate(stems)]
-    return [folder / f"{s}_{model}{f'_{n + 1}' if n else ''}.png" for s, n in zip(stems, numbers, strict=True)]
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:

@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
     output = Path(args.output)
-    if output.suffix not in ("", ".safetensors"):
+    if not output.name or output.suffix not in ("", ".safetensors"):
         sys.exit(f"error: --output must end in .safetensors or have no suffix, got {output.name}")
     args.output = output.with_suffix(".safetensors")
     return args
@@ -51,7 +51,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     args = parse_args(argv)
     check_files(args.checkpoint)
-    check_output(args.output)
+    check_output(args.output, inputs=[args.checkpoint])
     from common.run.checkpoint import read_checkpoint
     from scala.loading import load_trained
     from scala.standalone import export_slice

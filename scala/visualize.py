@@ -157,7 +157,7 @@ def draw_widths(trained: Trained, source: str) -> Figure:
 def main(argv: Sequence[str] | None = None) -> Path:
     args = parse_args(argv)
     check_files(args.checkpoint)
-    check_output(args.output)
+    check_output(args.output, inputs=[args.checkpoint])
     if args.checkpoint:
         from common.run.checkpoint import read_checkpoint
         from scala.loading import load_trained

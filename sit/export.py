@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> float:
     """
     args = parse_args(argv)
     check_files(args.weights)
-    check_output(args.output)
+    check_output(args.output, inputs=[args.weights])
     from common.measure.benchmark import random_images
     from common.run.export import export_onnx, export_program
     from sit.build import build_student, deployed

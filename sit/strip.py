@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     """Write the file and say what is gone."""
     args = parse_args(argv)
     check_files(args.checkpoint)
-    check_output(args.output)
+    check_output(args.output, inputs=[args.checkpoint])
     from common.run.checkpoint.loading import summarise
     from sit.loading import read_weights, strip
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.run.cli import make_parser, positive_int
 from common.run.errors import DataError
-from common.run.files import check_files, check_output, replacing
+from common.run.files import check_files, check_output, output_files, replacing
 from common.run.flags import add_flags
 from common.run.program import run
 from common.sizes import TIMM
@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     args = parse_args(argv)
     single = args.output.suffix == ".png" and len(args.images) == 1
     check_files(args.weights)
-    check_output(args.output, folder=not single)
+    check_output(args.output, folder=not single, inputs=[args.weights, *args.images])
     for path in args.images:
         if not path.exists() and not path.name.startswith("digit-") and str(path) not in SAMPLES:
             raise DataError(f"{path}: no such file, and no image inside scikit-learn: {', '.join(SAMPLES)}, digit-N")
@@ -196,19 +196,17 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     side = model.image_shape[0]
     transform = eval_transform(side)
     shown = Compose([Resize(448, InterpolationMode.BICUBIC), CenterCrop(448 if side <= 32 else 392)])
-    files = []
-    for path in args.images:
+    files = [args.output] if single else output_files(args.images, args.model, args.output)
+    for path, file in zip(args.images, files, strict=True):
         image = open_image(path)
         stages = trace_mixing(model, torch.as_tensor(transform(image))[None])
         for stage in stages:
             print(f"{path}: after block {stage.block}: {stage.entering} to {len(stage.weights)} tokens")
         weights = "/".join(Path(args.weights).parts[-2:]) if args.weights else "random weights"
         title = f"{path.name} in {args.model}, {weights}: what the slimmed tokens are made of."
-        file = args.output if single else args.output / f"{path.stem}_{args.model}.png"
         with replacing(file) as target:
             draw_sheet(shown(image), stages, model.grid, args.tokens, title).savefig(target, format="png")
         print(f"written to {file}")
-        files.append(file)
     return files
 
 

@@ -23,6 +23,7 @@ from common.run import program
 from common.run.cli import make_parser
 from common.run.errors import UsageError
 from common.run.files import check_output, write_atomic
+from uvc.flags import share
 
 STAGE2 = "deit-small-stage2"
 
@@ -87,7 +88,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--against", required=True, choices=list(PUBLISHED), help="published log; the last one is of stage 2"
     )
-    parser.add_argument("--budget", type=float, help="budget of the run (default: as its log says, else the log's)")
+    parser.add_argument("--budget", type=share, help="budget of the run (default: as its log says, else the log's)")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw both courses")
     return parser.parse_args(argv)
 
@@ -123,8 +124,10 @@ def read_jsonl(text: str) -> tuple[list[Epoch], dict[str, Any]]:
     for line in text.splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             continue  # half a line, of a run killed while writing it
+        if not isinstance(row, dict):
+            continue
         if row.get("event") == "start":
             arguments = row.get("arguments", {})
         if row.get("event") == "epoch" and row.get("test_top1_percent") is not None:
@@ -250,7 +253,7 @@ def draw_courses(run: Sequence[Epoch], log: PublishedLog) -> bytes:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare; the exit status is 1 if a check does not hold."""
     args = parse_args(argv)
-    check_output(args.plot)
+    check_output(args.plot, inputs=[args.run])
     run, arguments = read_run(args.run)
     log = PUBLISHED[args.against]
     print_courses(run, log)

@@ -54,6 +54,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="precision of --benchmark")
     add("--device", default="auto", help="of --benchmark: auto (CUDA if there is one), cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
+    if not args.output:
+        parser.error("--output is empty: give the name of a file")
     if args.export and not args.export.endswith(".pt2"):
         parser.error(f"--export {args.export}: the name must end in .pt2, which torch.export.load asks for")
     if args.processor_time and args.device not in ("cpu", "auto"):
@@ -65,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Compress, write, check; returns costs, agreement and speeds."""
     args = parse_args(argv)
     check_files(args.checkpoint)
-    check_output(args.output, args.export, args.onnx)
+    weights = Path(args.output if args.output.endswith(".safetensors") else f"{args.output}.safetensors")
+    check_output(args.output, inputs=[args.checkpoint])
+    check_output(weights, weights.with_suffix(".json"), args.export, args.onnx, inputs=[args.checkpoint])
     from common.run.export import export_onnx, export_program
     from common.run.launch import choose_device
     from uvc import compact_files

@@ -96,7 +96,7 @@ def load_structure(file: str, model_type: str = "") -> tuple[Structure, float | 
 def main(argv: Sequence[str] | None = None) -> Structure:
     """Draw; returns what was drawn."""
     args = parse_args(argv)
-    check_output(args.output)
+    check_output(args.output, inputs=[args.file])
     structure, percent = load_structure(args.file, args.model_type)
     running = f"{len(structure.running)} of {len(structure.blocks)} blocks run"
     title = running if percent is None else f"{running}, {percent:.2f} % of the cost remain"

@@ -8,7 +8,7 @@ import secrets
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -185,15 +185,32 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
-def check_output(*paths: str | os.PathLike[str] | None, folder: bool = False) -> None:
+def output_files(paths: Sequence[Path], model: str, folder: Path) -> list[Path]:
+    """A PNG in ``folder`` for each image, numbered where names are equal."""
+    stems = [path.stem for path in paths]
+    numbers = [stems[:i].count(stem) for i, stem in enumerate(stems)]
+    return [folder / f"{s}_{model}{f'_{n + 1}' if n else ''}.png" for s, n in zip(stems, numbers, strict=True)]
+
+
+def check_output(
+    *paths: str | os.PathLike[str] | None, folder: bool = False, inputs: Iterable[str | os.PathLike[str] | None] = ()
+) -> None:
     """Raise what writing would where a result cannot go: for ``main``, after parsing. Empty paths pass.
 
+    Args:
+        inputs: files that the program reads.
+
     Raises:
-        UsageError: see :func:`problem_with`.
+        UsageError: see :func:`problem_with`; or a file would take the place of an input, or of another output.
     """
-    for path in paths:
-        if path and (problem := problem_with(Path(path), folder=folder)):
+    taken = {Path(path).resolve() for path in inputs if path}
+    for path in filter(None, paths):
+        problem = problem_with(Path(path), folder=folder)
+        if not problem and Path(path).resolve() in taken:
+            problem = f"{path} is read or written as something else, which would be lost"
+        if problem:
             raise UsageError(f"no place for the output: {problem}; name another")
+        taken.add(Path(path).resolve())
 
 
 def problem_with(path: Path, *, folder: bool = False) -> str:

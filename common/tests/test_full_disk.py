@@ -16,7 +16,7 @@ import torch
 
 from common.run.checkpoint import load_safely, save_atomic, save_described
 from common.run.errors import OutputError, UsageError
-from common.run.files import append, check_output, write_atomic
+from common.run.files import append, check_output, output_files, write_atomic
 from common.run.launch import World
 from common.run.metrics import Record
 from common.run.program import run
@@ -24,6 +24,7 @@ from common.tests.full_disk import contents, fill_disk
 from common.tests.jobs import training
 from dvt.tests.test_transfer import few_digits
 from sit.tests.tools import SMALL, miniature_imagenet
+from uvc import compress
 from uvc.tests.conftest import OWN
 
 ALONE = World(0, 1, 0, torch.device("cpu"), None)
@@ -266,6 +267,26 @@ def test_what_is_no_file_is_never_replaced(tmp_path: Path) -> None:
             check_output(tmp_path / name)
     assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_no_output_takes_the_place_of_an_input_or_of_another(tmp_path: Path) -> None:
+    (tmp_path / "weights.pth").touch()
+    (tmp_path / "link").symlink_to("weights.pth")
+    for name in ("weights.pth", "link", "../" + tmp_path.name + "/weights.pth"):
+        with pytest.raises(UsageError, match="read or written as something else, which would be lost"):
+            check_output(tmp_path / name, inputs=[None, tmp_path / "weights.pth"])
+    check_output(tmp_path / "a", None, tmp_path / "b")
+    with pytest.raises(UsageError, match="a is read or written as something else"):
+        check_output(tmp_path / "a", None, tmp_path / "a")
+    args = ["--checkpoint", str(tmp_path / "weights.pth"), "--output", str(tmp_path / "f")]
+    with pytest.raises(UsageError, match=r"f\.safetensors is read or written as something else"):
+        compress.main([*args, "--onnx", str(tmp_path / "f.safetensors")])
+    assert sorted(os.listdir(tmp_path)) == ["link", "weights.pth"]
+
+
+def test_images_of_one_name_are_drawn_to_files_of_their_own() -> None:
+    files = output_files([Path("a/x.png"), Path("b/x.jpg"), Path("y.png")], "m", Path("out"))
+    assert [file.name for file in files] == ["x_m.png", "x_m_2.png", "y_m.png"]
 
 
 @pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EROFS, errno.EACCES])
