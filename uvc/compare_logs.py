@@ -123,14 +123,13 @@ def read_jsonl(text: str) -> tuple[list[Epoch], dict[str, Any]]:
     arguments: dict[str, Any] = {}
     for line in text.splitlines():
         try:
-            row = json.loads(line)
+            row: Any = json.loads(line)
         except (json.JSONDecodeError, RecursionError):
             continue  # half a line, of a run killed while writing it
-        if not isinstance(row, dict):
-            continue
-        if row.get("event") == "start":
+        event = row.get("event") if isinstance(row, dict) else None
+        if event == "start":
             arguments = row.get("arguments", {})
-        if row.get("event") == "epoch" and row.get("test_top1_percent") is not None:
+        if event == "epoch" and row.get("test_top1_percent") is not None:
             epochs.append(Epoch(row["epoch"] + 1, **{name: row.get(logged) for name, logged in LOGGED.items()}))
     return epochs, arguments
 
