@@ -323,6 +323,6 @@ def read_ratios(parser: argparse.ArgumentParser, words: Sequence[str]) -> str | 
     if words == ["all"]:
         return "all"
     try:
-        return [float(word) for word in words]
+        return [float(word) for word in words] or parser.error("--eval_ratio is empty")
     except ValueError:
         parser.error(f"--eval_ratio takes width ratios such as 0.5, or all, got {' '.join(words)!r}")

@@ -108,6 +108,7 @@ def load_trained(
     with naming(source, "what it says of its network is damaged", (UsageError,)):
         state = select_state(content, *([(weights, "state_dict")] if weights else []), source=source)
         recorded, flags = recorded_arguments(content), flags or {}
+        resolve_grid(flags, recorded, source)  # another bound cuts other channels than were trained
         for flag, value in flags.items():
             if recorded.get(flag, value) != value:
                 logger.warning("--%s %s replaces %s, with which %s was trained", flag, value, recorded[flag], source)

@@ -69,7 +69,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"the width {dim} must be a multiple of the number of heads, {num_heads}")
+            raise UsageError(f"the width {dim} must be a multiple of the number of heads, {num_heads}")
         rule = SliceRule(smallest_ratio, largest_ratio)
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5

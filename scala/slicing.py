@@ -224,6 +224,8 @@ def make_grid(smallest: float, largest: float, granularity: float) -> WidthGrid:
         )
     if not granularity > 0:
         raise WidthError(f"--granularity must be positive, got {granularity:g}")
+    if largest / granularity > MOST_PARTS + 0.5:
+        raise WidthError(f"--granularity {granularity:g} makes more than {MOST_PARTS} widths; give a coarser one")
     for name, size in (("the range from --smallest_ratio to --largest_ratio", largest - smallest),
                        ("--largest_ratio", largest)):  # fmt: skip
         steps = size / granularity

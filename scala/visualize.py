@@ -43,7 +43,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--checkpoint", default="", metavar="FILE",
         help="of main_scala.py: draw what its widths see, instead of channels (default: none)")  # fmt: skip
     add("--output", required=True, metavar="FILE", help="image to write, .png or .svg")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.output.endswith((".png", ".svg")):
+        parser.error(f"--output {args.output}: expected a file that ends in .png or .svg")
+    return args
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -130,7 +130,8 @@ def read_jsonl(text: str) -> tuple[list[Epoch], dict[str, Any]]:
         if event == "start":
             arguments = row.get("arguments", {})
         if event == "epoch" and row.get("test_top1_percent") is not None:
-            epochs.append(Epoch(row["epoch"] + 1, **{name: row.get(logged) for name, logged in LOGGED.items()}))
+            values: dict[str, Any] = {name: row.get(logged) for name, logged in LOGGED.items()}
+            epochs.append(Epoch(row["epoch"] + 1, **values))
     return epochs, arguments
 
 

@@ -14,6 +14,8 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms_factory import create_transform
 from torchvision import transforms
 
+from common.run.errors import UsageError
+
 Transform = Callable[[Image.Image], torch.Tensor]
 
 
@@ -87,21 +89,24 @@ def train_transform(
     if simple_random_crop and not three_augment:
         raise ValueError("simple_random_crop belongs to 3-Augment: set three_augment too (--ThreeAugment)")
     policy = "3a" if three_augment else auto_augment
-    pipeline = create_transform(
-        size,
-        is_training=True,
-        color_jitter=color_jitter,  # pyright: ignore[reportArgumentType]  # timm tests it for None
-        auto_augment=None if policy in (None, "", "none") else policy,
-        interpolation=interpolation,
-        scale=scale,
-        ratio=ratio,
-        hflip=hflip,
-        re_prob=0.0 if three_augment else erase_probability,
-        re_mode=erase_mode,
-        re_count=erase_count,
-        mean=tuple(mean),
-        std=tuple(std),
-    )
+    try:
+        pipeline = create_transform(
+            size,
+            is_training=True,
+            color_jitter=color_jitter,  # pyright: ignore[reportArgumentType]  # timm tests it for None
+            auto_augment=None if policy in (None, "", "none") else policy,
+            interpolation=interpolation,
+            scale=scale,
+            ratio=ratio,
+            hflip=hflip,
+            re_prob=0.0 if three_augment else erase_probability,
+            re_mode=erase_mode,
+            re_count=erase_count,
+            mean=tuple(mean),
+            std=tuple(std),
+        )
+    except (AssertionError, ValueError) as error:
+        raise UsageError(f"timm makes no transform of --aa {policy}, --color-jitter {color_jitter}: {error}") from error
     assert isinstance(pipeline, transforms.Compose)
     crop, *rest = pipeline.transforms
     if simple_random_crop:
@@ -128,7 +133,7 @@ def eval_transform(
     it counts as 1, so that a 32x32 image passes untouched, as in DeiT.
     """
     if not 0 < crop_ratio <= 1:
-        raise ValueError(f"crop_ratio must be in (0, 1], got {crop_ratio}")
+        raise UsageError(f"crop_ratio must be in (0, 1], got {crop_ratio}")
     resized = size if size <= SMALL else int(size / crop_ratio)
     return Pipeline(
         [

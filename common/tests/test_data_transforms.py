@@ -12,6 +12,7 @@ from torchvision.transforms import functional as F
 
 from common.data.loaders import eval_transform, seeded, train_transform
 from common.data.transforms import Pipeline, posterize_any
+from common.run.errors import UsageError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -112,6 +113,8 @@ def test_simple_random_crop_of_three_augment(picture: Image.Image) -> None:
     assert (resize.size, crop.padding, crop.padding_mode) == (64, 4, "reflect")
     with pytest.raises(ValueError, match="ThreeAugment"):
         train_transform(64, simple_random_crop=True)
+    with pytest.raises(UsageError, match="timm makes no transform of --aa rend-m9"):
+        train_transform(64, auto_augment="rend-m9")
 
 
 @pytest.mark.parametrize(("size", "ratio", "resized"), [(224, 0.875, 256), (288, 0.875, 329), (512, 1.0, 512)])

@@ -169,6 +169,8 @@ def test_untrained_and_impossible_widths_are_refused(
         run_export(checkpoint, tmp_path, "--ratio", "0.375")
     with pytest.raises(WidthError, match="multiples of 3/96"):
         run_export(checkpoint, tmp_path, "--ratio", "0.3", "--allow-untrained")
+    with pytest.raises(UsageError, match=r"--smallest_ratio 0\.5 contradicts .*trained with 0\.25"):
+        run_export(checkpoint, tmp_path, "--ratio", "0.5", "--smallest-ratio", "0.5")
     assert not list(tmp_path.iterdir())
     caplog.set_level("WARNING", logger="scala")
     loading.logger.propagate = True

@@ -13,7 +13,8 @@ from common.measure.flops import count_parameters
 from common.run.errors import UsageError
 from common.tests.apart import check_images_apart
 from common.tests.reference import build, image
-from scala import models_scala
+from scala import models_scala, visualize
+from scala.arguments import parse_args
 from scala.layers import sliced_state_dict
 from scala.models_scala import MODELS, DistilledVisionTransformer_scala, VisionTransformer_scala, create
 from scala.slicing import (
@@ -235,12 +236,23 @@ def test_factories_swallow_what_timm_adds_and_nothing_else() -> None:
         ({"smallest_ratio": 0.0}, "slicing bound"),
         ({"weight_init": "xavier"}, "weight_init must be"),
         ({"norm_layer": nn.BatchNorm1d}, "must be a layer normalisation"),
-        ({"num_heads": 5}, "must be a multiple of the number of heads"),
     ],
 )
 def test_options_that_are_refused(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VisionTransformer_scala(**TINY | kwargs)
+
+
+def test_what_a_user_types_wrong_is_a_line() -> None:
+    with pytest.raises(UsageError, match="must be a multiple of the number of heads"):
+        VisionTransformer_scala(**TINY | {"num_heads": 5})
+    with pytest.raises(UsageError, match="--granularity 1e-09 makes more than 1000 widths"):
+        make_grid(0.25, 1.0, 1e-9)
+    for words in (["--eval_ratio", ","], ["--eval_ratio", ""]):
+        with pytest.raises(SystemExit):
+            parse_args(words)
+    with pytest.raises(SystemExit):
+        visualize.parse_args(["--output", "widths.txt"])
 
 
 def test_pictures_of_another_size_are_refused() -> None:
