@@ -11,7 +11,7 @@ from common.data.paths import INSIDE, reads_folder
 from common.run import cli
 from common.run.flags import Group
 from common.run.program import get_logger
-from common.run.settings import CACHE_DECODED
+from common.run.settings import CACHE_DECODED, FSDP
 from common.sizes import TIMM, Names
 from dvt import BUDGETS, SEARCH_IMAGES, TRANSFORMS
 from dvt.models import GRIDS, MODELS, find_entry
@@ -156,6 +156,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--apex-amp", bool, False, "the same as --amp, with a warning: apex is not used")
     add("--amp-dtype", ("fp16", "bf16"), None, "another precision for --amp")
     add("--compile", cli.Switch, False, "run the network through torch.compile")
+    add("--fsdp", bool, False, FSDP)
     add("--device", str, "auto", "auto (CUDA if there is one), cpu, cuda, or cuda:N")
     add("--seed", cli.count, 42, "of all random numbers; each process adds its rank")
     add("--log-interval", cli.positive_int, 50, "steps between two rows of the record", metavar="N")
@@ -195,6 +196,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         (args.aug_splits and mixing, "--aug-splits cannot be mixed: add --mixup 0 --cutmix 0"),
         (mixing and args.batch_size % 2,
          f"--batch-size {args.batch_size}: mixup pairs the images of a batch, so it must be even"),
+        (args.fsdp and args.eval_checkpoint, "--fsdp is for training: leave it out, and evaluate one file"),
         (args.resume == "auto" and not args.experiment,
          "--resume auto looks into the folder of --experiment NAME: give one"),
     ):  # fmt: skip

@@ -19,7 +19,7 @@ from common.run.engine import check_labels
 from common.run.launch import broadcast_buffers, reduce_sums
 from common.run.metrics import ProgressLine
 from common.run.precision import autocast
-from common.run.wrapping import unwrap
+from common.run.wrapping import gathered, unwrap
 from dvt.losses import exit_logits, summed_loss
 from dvt.models.cascade import Exits
 
@@ -76,7 +76,8 @@ def run_exits(
     was_training = model.training
     model.eval()
     try:
-        with ProgressLine(title, len(loader) if isinstance(loader, Sized) else None, show=show) as line:
+        length = len(loader) if isinstance(loader, Sized) else None
+        with gathered(model), ProgressLine(title, length, show=show) as line:
             for images, targets in loader:
                 with autocast(amp, device):
                     answers = exit_logits(model(images.to(device, non_blocking=True)))

@@ -15,7 +15,7 @@ from common.run.checkpoint import (
     CheckpointError,
     TrainingState,
     load_strict,
-    read_checkpoint,
+    read_state,
     resize_pos_embed,
     select_state,
 )
@@ -184,7 +184,7 @@ def resume(state: TrainingState, *, path: File, optimizer: bool = True, start_ep
     Raises:
         CheckpointError: naming what the file lacks or what does not fit.
     """
-    content = read_checkpoint(path)
+    content = read_state(path, state)
     if isinstance(content, Mapping) and "state_dict" in content and "model" not in content:
         content = _from_official(content)
     if optimizer:

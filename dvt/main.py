@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     start = args.eval_checkpoint or args.initial_checkpoint
     if not args.eval_checkpoint:
         check_filled(args.model, args.img_size, args.grids)
-    check_files(args.eval_checkpoint, args.initial_checkpoint, args.resume, args.weights)
+    check_files(args.eval_checkpoint, args.initial_checkpoint, args.weights)
+    check_files(args.resume, sharded=args.fsdp)
     check_output(args.output, folder=True)
     check_data_path(args.data_set, args.data)
 

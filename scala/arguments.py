@@ -267,7 +267,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add_flags(parser, "augmentation", ScalaAugmentation)
     cli.add_optimizer_args(parser)
     add_flags(parser, "schedule", CosineSettings)
-    cli.add_runtime_args(parser, amp=None)  # resolved once the device is known
+    cli.add_runtime_args(parser, fsdp=True, amp=None)  # resolved once the device is known
     cli.add_ignored_args(parser, REJECTED, refused=True)
     cli.add_ignored_args(parser, {"--resplit": "there are no augmentation splits"}, nargs=0, refused=True)
     always = "every process evaluates its share, each image once"

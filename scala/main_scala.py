@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     check_data_path(args.data_set, args.data_path)
     check_output(args.output_dir, folder=True)
-    check_files(args.resume, *(file for file in (args.finetune, args.teacher_path) if file != "timm"))
+    check_files(args.resume, sharded=args.fsdp and not args.eval)
+    check_files(*(file for file in (args.finetune, args.teacher_path) if file != "timm"))
     from common.run.build import scaled_lr
     from common.run.launch import launch, seed_everything
     from scala import sweep, training

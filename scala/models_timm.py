@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -32,6 +32,7 @@ from torch.func import functional_call
 from common.hosts.files import LIBRARIES, Unknown
 from common.hosts.host import NotAHost, refuse_shared
 from common.hosts.network import find_host
+from common.run.wrapping import divided, within
 from scala import models_scala
 from scala.narrowing import FULL, Narrowed, State
 from scala.slicing import Ratio, SliceRule, Width, WidthError, check_ratio, exact
@@ -257,6 +258,7 @@ class TimmViT_scala(Narrowed):
         sizes = [module.head_dim for module in host.modules() if hasattr(module, "head_dim")]
         self.num_heads = host.embed_dim // math.gcd(host.embed_dim, *sizes)
         self.queries = query_weights(host)
+        self._units: dict[Width, Any] = {}
         for name, child in host.named_children():
             self.add_module(name, child)
         for name, parameter in host.named_parameters(recurse=False):
@@ -301,8 +303,28 @@ class TimmViT_scala(Narrowed):
             raise ValueError(f"how to build the network cannot be written: {error}") from error
         return {"model_name": name, **arguments}, {"smallest_ratio": 1.0, "largest_ratio": 1.0}
 
-    def _state(self, width: Width) -> State:
-        return scale_queries(self.queries, self.trunk(width), width.steps / width.of)
+    def _state(self, width: Width, names: Callable[[str], bool] | None = None) -> State:
+        trunk = self.trunk(width, names)
+        queries = {name: part for name, part in self.queries.items() if name in trunk}
+        return scale_queries(queries, trunk, width.steps / width.of)
+
+    def _in_units(self, width: Width) -> tuple[nn.Module, State]:
+        """The plain network of a width whose blocks cut their weights when they run, and the weights of the rest."""
+        plain, blocks = self.plain(width), cast(Any, self.blocks)
+        if width not in self._units:
+            units = (
+                _Unit(own, block, partial(self._block_state, width, f"blocks.{index}."))
+                for index, (own, block) in enumerate(zip(blocks, plain.blocks, strict=True))
+            )
+            self._units[width] = copy.copy(plain)
+            self._units[width]._modules = plain._modules | {"blocks": nn.Sequential(*units)}
+        network = self._units[width]
+        network.training = plain.training  # its modules are those of the plain one
+        return network, self._state(width, lambda name: not name.startswith("blocks."))
+
+    def _block_state(self, width: Width, prefix: str) -> State:
+        state = self._state(width, lambda name: name.startswith(prefix))
+        return {name.removeprefix(prefix): value for name, value in state.items()}
 
     def _call(self, method: str, ratio: Ratio, *args: Any, **options: Any) -> Any:
         width = self.check_ratio(ratio)
@@ -324,7 +346,32 @@ class TimmViT_scala(Narrowed):
             ValueError: a ratio the heads cannot share.
         """
         width = self.check_ratio(ratio)
-        return functional_call(self.plain(width), self._state(width), (images,))
+        if divided(cast(nn.Module, self.blocks)):
+            network, state = self._in_units(width)
+        else:
+            network, state = self.plain(width), self._state(width)
+        return functional_call(network, state, (images,))
+
+
+class _Unit(nn.Module):
+    """A block of a plain network as a unit of FSDP: it runs with a part of the weights of ``own``, gathered meanwhile.
+
+    Args:
+        own: the block of the network at any width.
+        block: the one of the plain network.
+        state: its weights.
+    """
+
+    def __init__(self, own: nn.Module, block: nn.Module, state: Callable[[], State]) -> None:
+        super().__init__()
+        self.block, self.state = block, state
+        self._own = (own,)  # a tuple, so that it is not registered
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        return within(self._own[0], self._run, *args, **options)
+
+    def _run(self, *args: Any, **options: Any) -> Any:
+        return functional_call(self.block, self.state(), args, options)
 
 
 class _Method(nn.Module):

@@ -51,11 +51,12 @@ class Narrowed(SlicedNetwork, nn.Module):
         network = self._plain[width]
         return network if network.training == self.training else network.train(self.training)
 
-    def trunk(self, width: Width) -> State:
-        """Parameters of the plain network of a width, views."""
+    def trunk(self, width: Width, names: Callable[[str], bool] | None = None) -> State:
+        """Parameters of the plain network of a width, views; those alone whose ``names`` are wanted."""
         own = dict(self.named_parameters())
         self.plain(width)
-        return {name: self.rule.cut_to(own[name], width, shape) for name, shape in self._shapes[width].items()}
+        shapes = {name: shape for name, shape in self._shapes[width].items() if names is None or names(name)}
+        return {name: self.rule.cut_to(own[name], width, shape) for name, shape in shapes.items()}
 
     def sliced_parameters(self, width: Width) -> State:
         return self.trunk(width)

@@ -18,9 +18,11 @@ from common.measure.flops import count_parameters
 from common.run.build import build_average, build_optimizer, build_run
 from common.run.checkpoint import read_checkpoint
 from common.run.errors import UsageError
+from common.run.files import sharded_name
 from common.run.launch import World
 from common.run.program import get_logger
 from common.run.settings import DataSettings, OptimizerSettings, RunSettings
+from common.run.wrapping import gathered, shard
 from scala.arguments import (
     DEFAULT_MODEL,
     DEFAULTS,
@@ -68,9 +70,16 @@ def resumed_bound(run: RunSettings, flags: Mapping[str, Any]) -> dict[str, float
     source = run.resume
     if source == "auto":
         last = Path(run.output_dir) / LAST
+        last = sharded_name(last) if run.fsdp else last
         source = str(last) if run.output_dir and last.exists() else ""
-    grid = resolve_grid(flags, recorded_arguments(read_checkpoint(source)) if source else {}, source)
-    return grid.arguments
+    content: Any = {}
+    if source and run.fsdp:
+        from common.run.checkpoint.sharded import read_rest  # only where it is asked for
+
+        content = read_rest(source)
+    elif source:
+        content = read_checkpoint(source)
+    return resolve_grid(flags, recorded_arguments(content), source).arguments
 
 
 def train_widths(
@@ -118,6 +127,8 @@ def train_widths(
         teacher = build_teacher(
             losses.teacher_model, losses.teacher_path, batches.classes, input_size=data.input_size
         ).to(world.device)
+        if run.fsdp:
+            shard(teacher, world, whole=True)
     if run.compile:
         allow_widths(len(ratios))
     updates = build_optimizer(model, optimizer)
@@ -140,7 +151,8 @@ def train_widths(
     )  # fmt: skip
     test = partial(evaluate_width, model, batches.held_out, device=world.device, amp=run.amp)
     trainer.fit(coordination, batches.train, evaluate_fn=lambda: test(grid.largest, show_progress=False))
-    rows = sweep(model, batches.held_out, ratios, device=world.device, amp=run.amp)
+    with gathered(model):
+        rows = sweep(model, batches.held_out, ratios, device=world.device, amp=run.amp)
     if trainer.record is not None:
         trainer.record.replace("width", rows, step=trainer.state.progress.step)
     write(rows, run.output_dir, known)

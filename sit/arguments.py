@@ -143,7 +143,7 @@ def get_args_parser(description: str | None = None) -> argparse.ArgumentParser:
     cli.add_augmentation_args(parser, color_jitter=0.4)
     cli.add_optimizer_args(parser, model_ema=False)
     cli.add_schedule_args(parser)
-    cli.add_runtime_args(parser, amp="auto")
+    cli.add_runtime_args(parser, fsdp=True, amp="auto")
     cli.add_ignored_args(parser, DEAD)
     cli.add_ignored_args(parser, DEAD_LISTS, nargs="+")
     cli.add_ignored_args(parser, DEAD_SWITCHES, nargs=0)

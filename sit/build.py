@@ -19,9 +19,11 @@ from common.hosts.network import Lean
 from common.losses import label_criterion
 from common.run.checkpoint import load_strict
 from common.run.errors import UsageError
+from common.run.launch import World
 from common.run.precision import amp_dtype
 from common.run.program import get_logger
-from common.run.settings import AugmentationSettings, DataSettings
+from common.run.settings import AugmentationSettings, DataSettings, RunSettings
+from common.run.wrapping import shard
 from common.sizes import TIMM
 from sit.arguments import Job, SiTSettings
 from sit.engine import store_for_autocast, training_step
@@ -167,16 +169,19 @@ def deployed(model: Any, *, fold_batch_norm: bool = True) -> Any:
     return timm_vit.deployed(model) if isinstance(model, Lean) else model.deployed(fold_batch_norm=fold_batch_norm)
 
 
-def build_teacher(own: SiTSettings, student: Any, amp: str, device: torch.device) -> nn.Module | None:
+def build_teacher(own: SiTSettings, student: Any, run: RunSettings, world: World) -> nn.Module | None:
     """The network without slimming, in evaluation mode for good, its weights in the precision it runs in.
 
     None where no loss needs it.
     """
     if not own.teaches:
         return None
+    device = world.device
     teacher = build_timm_teacher(own, student) if own.of_timm else build_lvvit_teacher(own, student)
     teacher = teacher.to(device).eval().requires_grad_(False)
-    store_for_autocast(teacher, amp_dtype(amp, device))
+    store_for_autocast(teacher, amp_dtype(run.amp, device))
+    if run.fsdp:
+        shard(teacher, world)
     return teacher
 
 
@@ -225,7 +230,7 @@ def build_cnn_teacher(own: SiTSettings, classes: int, device: torch.device) -> n
     return cnn.to(device).eval().requires_grad_(False)
 
 
-def build_step(job: Job, model: Any, network: nn.Module, device: torch.device) -> Callable[[Any], Mapping[str, Tensor]]:
+def build_step(job: Job, model: Any, network: nn.Module, world: World) -> Callable[[Any], Mapping[str, Tensor]]:
     """The training step of ``network``: the model, or ``DenseNetwork`` around it, under the gradient exchange."""
     own, augmentation = job.own, job.augmentation
     if own.token_label_data:
@@ -233,7 +238,7 @@ def build_step(job: Job, model: Any, network: nn.Module, device: torch.device) -
         return make_step(network, model.grid[0], model.num_classes, **options)
     criterion = DistillationLoss(
         label_criterion(mixed=augmentation.mixes, smoothing=augmentation.smoothing),
-        build_teacher(own, model, job.run.amp, device), build_cnn_teacher(own, model.num_classes, device),
+        build_teacher(own, model, job.run, world), build_cnn_teacher(own, model.num_classes, world.device),
         own.distillation_type, own.lambda_token, own.lambda_logits, own.lambda_cnn, own.distillation_tau,
         weigh_cnn=True,
     )  # fmt: skip

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.losses import distillation_term, divergence
+from common.run.wrapping import within
 from sit.sizes import TYPES
 
 Teacher = Callable[[Tensor], object]
@@ -111,7 +112,8 @@ class DistillationLoss(nn.Module):
         if not (self.lambda_token or self.lambda_logits):
             return None, ()
         if hasattr(teacher, "forward_parts"):
-            return teacher.forward_parts(inputs, logits=bool(self.lambda_logits), tokens=bool(self.lambda_token))  # pyright: ignore
+            wanted = {"logits": bool(self.lambda_logits), "tokens": bool(self.lambda_token)}
+            return within(teacher, teacher.forward_parts, inputs, **wanted)  # pyright: ignore
         logits, *_, tokens = teacher(inputs)  # pyright: ignore[reportOptionalCall, reportGeneralTypeIssues]
         return logits, tokens
 

@@ -93,11 +93,11 @@ def train_model(job: Job, world: World) -> dict[str, float]:
         average=build_average(model, job.optimizer), clip_grad=job.optimizer.clip_grad, arguments=job.arguments,
         start_epoch=own.start_epoch, files=("checkpoint.pth", "best_checkpoint.pth"),
         published=("log.txt", partial(published_log, n_parameters=trained)),
-        wrapped=build.wrapped(own, model),
+        wrapped=build.wrapped(own, model), units=("rtsm",),
         show_progress=not own.print_freq,
     )  # fmt: skip
     assert trainer.network is not None
-    step = build.build_step(job, model, trainer.network, world.device)
+    step = build.build_step(job, model, trainer.network, world)
     images = batches.train or build.label_loader(own.token_label_data, job.data, job.augmentation)
     logs = Logs(step, batches=len(images), print_freq=own.print_freq)
 
@@ -120,7 +120,8 @@ def train_model(job: Job, world: World) -> dict[str, float]:
 def run_with(args: argparse.Namespace) -> dict[str, float]:
     """What one process does."""
     check_output(args.output_dir, folder=True)
-    check_files(args.finetune, args.resume, "" if args.eval else args.teacher_path)
+    check_files(args.finetune, "" if args.eval else args.teacher_path)
+    check_files(args.resume, sharded=args.fsdp and not args.eval)
     check_data_path(args.data_set, args.data_path)
     from common.run.launch import launch, seed_everything
     from sit.build import check_flags

@@ -30,6 +30,7 @@ from torchvision.transforms import RandomHorizontalFlip
 
 from common.data.loaders import DataError
 from common.run.checkpoint import CheckpointError, load_safely
+from common.run.wrapping import within
 from sit.models import LVViT
 
 Box = tuple[int, int, int, int]
@@ -163,6 +164,9 @@ class DenseNetwork(nn.Module):
 
     def forward(self, images: Tensor, box: Box) -> tuple[Tensor, Tensor]:
         """Logits (B, K) of the class token and (B, N, K) of the patches."""
+        return within(self.model, self._answer, images, box)
+
+    def _answer(self, images: Tensor, box: Box) -> tuple[Tensor, Tensor]:
         x, _ = self.model.run_blocks(self.model.embed(images, mix=lambda grid: mix_box(grid, box)), keep=False)
         x = self.model.norm(x)
         return self.model.head(x[:, 0]), self.model.aux_head(x[:, 1:])

@@ -11,7 +11,6 @@ row = trainer.fit(step, batches, evaluate_fn=test)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from common.run.launch import World
 from common.run.metrics import Record
 from common.run.precision import make_scaler
 from common.run.settings import OptimizerSettings, RunSettings, ScheduleSettings
-from common.run.wrapping import prepare_network
+from common.run.wrapping import prepare_network, shard
 
 
 def scaled_lr(lr: float, *, batch_size: int, world_size: int, reference: int = 512) -> float:
@@ -133,6 +132,7 @@ def build_run(
     published: tuple[str, Callable[[list[dict[str, Any]]], str]] | None = None,
     resume: Callable[[TrainingState], object] | None = None,
     wrapped: nn.Module | None = None,
+    units: Sequence[str] = (),
     find_unused_parameters: bool = False,
     broadcast_buffers: bool = True,
     **options: Any,
@@ -152,7 +152,9 @@ def build_run(
         files: names of the last and the best state in ``--output-dir``.
         published: a file beside ``log.jsonl`` in ``--output-dir``; see ``common.run.metrics.Record``.
         resume: instead of ``--resume``'s own reading; called with the state.
-        wrapped: the module around ``model`` that the step calls, where it is not ``model`` itself.
+        wrapped: the module around ``model`` that the step calls, where it is not ``model`` itself; under ``--fsdp`` it
+            runs the model's weights :func:`common.run.wrapping.within` it.
+        units: see ``common.run.wrapping.shard``.
         find_unused_parameters, broadcast_buffers: see ``prepare_network``.
         options: further fields of ``Trainer``: own_backward, train_mode, schedule_every, show_progress.
     """
@@ -164,24 +166,38 @@ def build_run(
         schedule, epochs = build_schedule(optimizer, schedule)
     if epochs is None:
         raise TypeError("a scheduler that is built already needs epochs=")
+    mesh = None
+    if settings.fsdp:
+        if average is not None and average.device is not None:
+            raise UsageError("--fsdp keeps the average with the weights it divides: leave --model-ema-force-cpu out")
+        mesh = shard(model, world, optimizer, also=units)
+        if average is not None:
+            shard(average.module, world, also=units)
+            average.foreach &= not any(True for _ in model.buffers())  # torch takes no list of both kinds of tensors
     state = TrainingState(
         model, optimizer, schedule, make_scaler(settings.amp, world.device), average, dict(extra or {}),
-        dict(arguments or {}), world.device,
+        dict(arguments or {}), world.device, mesh=mesh,
     )  # fmt: skip
     state.progress.epoch = start_epoch
     folder = Path(settings.output_dir) if settings.output_dir else None
     last, best = files
     manager = None
     if folder:
-        manager = CheckpointManager(folder, metric=metric, higher_is_better=higher_is_better, last=last, best=best)
+        manager = CheckpointManager(
+            folder, metric=metric, higher_is_better=higher_is_better, last=last, best=best, sharded=settings.fsdp
+        )
         if not settings.eval:
             manager.lock()
     if resume is not None:
         resume(state)
     elif settings.resume:
         (manager or CheckpointManager(".", metric=None)).resume(state, settings.resume)
-    prepare = partial(prepare_network, world=world, compiled=settings.compile, broadcast_buffers=broadcast_buffers)
-    network = prepare(wrapped or model, find_unused_parameters=find_unused_parameters)
+    network = wrapped or model
+    if not settings.fsdp:
+        network = prepare_network(
+            network, world, compiled=settings.compile, broadcast_buffers=broadcast_buffers,
+            find_unused_parameters=find_unused_parameters,
+        )  # fmt: skip
     record = None
     if folder and not settings.eval:
         board = folder / "tensorboard" if settings.tensorboard else None

@@ -27,6 +27,7 @@ from common.run.flags import make_parser as make_parser
 from common.run.flags import positive_float as positive_float
 from common.run.flags import positive_int as positive_int
 from common.run.settings import (
+    FSDP,
     AugmentationSettings,
     DataSettings,
     OptimizerSettings,
@@ -81,9 +82,17 @@ def add_schedule_args(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     add_flags(parser, "schedule", ScheduleSettings, **defaults)
 
 
-def add_runtime_args(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """--device, --amp, --compile, --seed, --output-dir, --resume, --eval, --tensorboard, --local-rank, ..."""
-    add_flags(parser, "runtime", RunSettings, **defaults).add_argument(
+def add_runtime_args(parser: argparse.ArgumentParser, *, fsdp: bool = False, **defaults: Any) -> None:
+    """--device, --amp, --compile, --seed, --output-dir, --resume, --eval, --tensorboard, --local-rank, ...
+
+    Args:
+        fsdp: also --fsdp, for programs whose networks run their weights :func:`common.run.wrapping.within` units.
+        defaults: in place of the flags' own, by field.
+    """
+    group = add_flags(parser, "runtime", RunSettings, **defaults)
+    if fsdp:
+        group.add_argument("--fsdp", action="store_true", help=f"{FSDP} (default: off)")
+    group.add_argument(
         "--apex-amp", action=_Apex, nargs=0, dest="amp", default=argparse.SUPPRESS,
         help="of published commands: the same as --amp without a word (default: off)",
     )  # fmt: skip

@@ -36,7 +36,7 @@ from common.run.launch import World, broadcast_buffers, reduce_sums
 from common.run.metrics import Means, ProgressLine, Record, values_text
 from common.run.precision import autocast, make_scaler, without_autocast
 from common.run.program import get_logger
-from common.run.wrapping import no_sync, without_exchange
+from common.run.wrapping import gathered, no_sync, without_exchange
 
 logger = get_logger(__name__)
 
@@ -307,6 +307,9 @@ class Trainer:
                 if evaluate_fn is not None and self.manager is not None:
                     self.manager.save(self.state)  # a run killed while it evaluates need not train the epoch again
                 row = self.finish_epoch(means, evaluate_fn)
+            if self.manager is not None and self.manager.sharded:
+                logger.info("%s is in shards; python -m common.run.one_file %s FILE makes one file of it",
+                            *2 * (self.manager.best if self.manager.best.exists() else self.manager.last,))  # fmt: skip
         finally:
             if self.manager is not None:
                 self.manager.unlock()
@@ -481,8 +484,9 @@ def evaluate(
 
     Args:
         model: gives class logits (B, C) of images (B, 3, height, width); put in evaluation mode, and back afterwards.
-            Without the shell of DistributedDataParallel, whose ranks would have to take the same number of batches.
-            Its buffers become those of rank 0, which are the ones in a checkpoint.
+            Without the shell of DistributedDataParallel, whose ranks would have to take the same number of batches;
+            under FSDP every rank holds all weights meanwhile, for the same reason. Its buffers become those of rank 0,
+            which are the ones in a checkpoint.
         loader: (images, targets) of this rank's share; an attribute ``skipped`` counts undecodable images.
         device: of the model.
         amp: value of ``--amp``; logits are compared in float32.
@@ -503,7 +507,7 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     images_seen = batches_seen = 0
     try:
-        with ProgressLine(title, length_hint(loader) or None, show=show_progress) as line:
+        with gathered(model), ProgressLine(title, length_hint(loader) or None, show=show_progress) as line:
             for images, targets in loader:
                 with autocast(amp, device):
                     logits = model(images.to(device, non_blocking=True))

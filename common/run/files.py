@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import secrets
+import shutil
 import socket
 import tempfile
 import time
@@ -19,15 +20,24 @@ ROOT = Path(__file__).resolve().parents[2]
 """The checkout: the folder that holds ``common`` and the papers."""
 
 
-def check_files(*sources: str | os.PathLike[str] | None) -> None:
+SHARDED = ".dcp"
+"""How folders end that hold a checkpoint in shards, of a run with ``--fsdp``."""
+SHARDS = ".metadata"
+"""What torch.distributed.checkpoint writes into each of them."""
+
+
+def check_files(*sources: str | os.PathLike[str] | None, sharded: bool = False) -> None:
     """Raise what reading would where a checkpoint is not there: for ``main``, after parsing, before torch and data.
 
     Addresses, ``auto`` and empty values pass.
+
+    Args:
+        sharded: folders of a run with ``--fsdp`` are expected.
     """
     for source in sources:
         text = os.fspath(source or "")
         if text and text != "auto" and "://" not in text:
-            existing_file(text)
+            existing_folder(text) if sharded else existing_file(text)
 
 
 class NotAFile(OSError):
@@ -47,6 +57,28 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     return path.read_bytes()
 
 
+def sharded_name(path: Path) -> Path:
+    """The folder that a run with ``--fsdp`` writes in place of the file ``path``: ``last.dcp`` of ``last.pth.tar``."""
+    return path.with_name(path.name.partition(".")[0] + SHARDED)
+
+
+def existing_folder(source: str | os.PathLike[str]) -> Path:
+    """``source`` as the path of a checkpoint in shards.
+
+    Raises:
+        CheckpointError: nothing is there, or something else.
+    """
+    path = Path(source)
+    if path.exists() and not (path / SHARDS).is_file():
+        raise CheckpointError(
+            f"{path}: expected a folder that a run with --fsdp wrote, with {SHARDS} in it; a run with --fsdp goes on "
+            "from such a folder alone, and starts from the weights of a file by the program's flag for weights"
+        )
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such folder, expected a checkpoint of a run with --fsdp; check the path")
+    return path
+
+
 def existing_file(source: str | os.PathLike[str]) -> Path:
     """``source`` as the path of a checkpoint.
 
@@ -54,6 +86,11 @@ def existing_file(source: str | os.PathLike[str]) -> Path:
         CheckpointError: nothing is there, or no file.
     """
     path = Path(source)
+    if (path / SHARDS).is_file():
+        raise CheckpointError(
+            f"{path}: found a checkpoint in shards, of a run with --fsdp, expected one file: make it by "
+            f"python -m common.run.one_file {path} FILE, or give --fsdp to train on"
+        )
     if path.is_dir():
         raise CheckpointError(f"{path}: found a folder, expected a checkpoint file; name a file inside it")
     if not path.exists():
@@ -175,6 +212,29 @@ def stale(path: Path) -> Iterator[Path]:
     for other in path.parent.glob(".*.tmp"):
         if other.name.startswith(f".{path.name}."):
             yield other
+
+
+def replace_folder(path: Path, new: Path) -> None:
+    """Let the whole folder ``new`` beside ``path`` take its place; who is killed meanwhile leaves one of them whole."""
+    old = _old(path)
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    new.rename(path)
+    _sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def heal_folder(path: Path) -> None:
+    """Clear up after processes that were killed while they wrote, or replaced, a folder ``path``."""
+    if _old(path).exists() and not path.exists():
+        _old(path).rename(path)
+    for half in path.parent.glob(f".{path.name}.*"):
+        shutil.rmtree(half)
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -10,12 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 
+from common.run.errors import UsageError
 from common.run.flags import Settings as Settings
 from common.run.flags import amp_mode, count, flag, fraction, positive_float, positive_int
 
 CACHE_DECODED = (
     "folder that keeps evaluation images decoded, resized and cropped, for later evaluations at this size: 3 bytes a "
     "pixel, 0.15 MB an image at 224"
+)
+FSDP = (
+    "keep a part of the weights, their average and the optimiser's state on each process (FSDP2), for networks that do "
+    "not fit on one device; checkpoints are folders, see the README"
 )
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
@@ -130,7 +135,11 @@ class ScheduleSettings(Settings):
 
 @dataclass(frozen=True)
 class RunSettings(Settings):
-    """Of ``add_runtime_args``: what concerns the run and not the result."""
+    """Of ``add_runtime_args``: what concerns the run and not the result.
+
+    Raises:
+        UsageError: flags that do not go together.
+    """
 
     device: str = flag("auto", "auto (CUDA if there is one), cpu, cuda, or cuda:N")
     amp: str = flag(
@@ -140,6 +149,7 @@ class RunSettings(Settings):
         "--native-amp", nargs="?", const="on", type=amp_mode, metavar="MODE",
     )  # fmt: skip
     compile: bool = flag(False, "run the model through torch.compile")
+    fsdp: bool = False
     seed: int = flag(0, "of all random numbers; each process adds its rank", type=count)
     output_dir: str = flag(
         "", "where checkpoints and the record go; without it nothing is written", "--output_dir", metavar="DIR"
@@ -159,3 +169,11 @@ class RunSettings(Settings):
         -1, "set by torch.distributed.launch: this process's place on its machine; -1 without a launcher",
         "--local_rank", metavar="N",
     )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.fsdp and self.compile:
+            raise UsageError(
+                "--fsdp gathers weights between the blocks, which --compile cannot follow: give one of them"
+            )
+        if self.fsdp and self.eval:
+            raise UsageError("--fsdp is for training: leave it out, and evaluate one file")

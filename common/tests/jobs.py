@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,6 +58,26 @@ def tiny_model() -> nn.Module:
     )
 
 
+def tiny_transformer() -> nn.Module:
+    """With blocks, dropout, running averages, and dimensions that two processes cannot share evenly."""
+    blocks = nn.ModuleDict(
+        {str(index): nn.Sequential(nn.Linear(9, 9), nn.GELU(), nn.Dropout(0.3)) for index in range(2)}
+    )
+    layers = {"stem": nn.Conv2d(3, 9, 6), "norm": nn.BatchNorm2d(9), "flat": nn.Flatten()}
+    return BlockNetwork(nn.ModuleDict(layers), blocks, nn.Linear(9, 4))
+
+
+class BlockNetwork(nn.Module):
+    def __init__(self, layers: nn.ModuleDict, blocks: nn.ModuleDict, head: nn.Module) -> None:
+        super().__init__()
+        self.layers, self.blocks, self.head = layers, blocks, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in (*self.layers.values(), *self.blocks.values(), self.head):
+            x = part(x)
+        return x
+
+
 class Duals:
     """State of a paper's own, updated after every step."""
 
@@ -71,10 +92,12 @@ class Duals:
 
 
 def digest(*parts: object) -> str:
-    """Fingerprint of nested state, bit for bit."""
+    """Fingerprint of nested state, bit for bit; of what is divided among the ranks, the whole."""
     sha = hashlib.sha256()
 
-    def feed(part: object) -> None:
+    def feed(part: Any) -> None:
+        if hasattr(part, "full_tensor"):
+            part = part.full_tensor()
         if isinstance(part, Tensor):
             sha.update(part.detach().contiguous().numpy().tobytes())
         elif isinstance(part, dict):
@@ -103,6 +126,7 @@ def training(
     workers: int = 0,
     pause_s: float = 0.0,
     compiled: bool = False,
+    fsdp: bool = False,
 ) -> str:
     """Train the tiny model for three epochs of five steps, resuming from ``folder`` if it holds a state.
 
@@ -111,7 +135,7 @@ def training(
     """
     seed_everything(0, world.rank)
     torch.manual_seed(0)  # the same weights on every rank
-    model = tiny_model()
+    model = (tiny_transformer() if fsdp else tiny_model()).to(world.device)
     seed_everything(0, world.rank)
     settings = OptimizerSettings(lr=1e-2, clip_grad=1.0, model_ema=True, model_ema_decay=0.9)
     optimizer = build_optimizer(model, settings)
@@ -122,9 +146,9 @@ def training(
     ema, duals = build_average(model, settings), Duals()
     assert ema is not None
     if kill_in_save is not None:
-        arm_save(kill_in_save)
+        arm_replace(kill_in_save) if fsdp else arm_save(kill_in_save)
     trainer = build_run(
-        model, world, RunSettings(compile=compiled, output_dir=str(folder), resume="auto",
+        model, world, RunSettings(compile=compiled, fsdp=fsdp, output_dir=str(folder), resume="auto",
                                   save_every_steps=save_every_steps),
         optimizer=optimizer, schedule=schedule, epochs=EPOCHS, average=ema, clip_grad=1.0, arguments={"seed": 0},
         extra={"duals": duals}, schedule_every=schedule_every, show_progress=False,
@@ -173,6 +197,19 @@ def arm_save(number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     torch.save = save  # this process only
+
+
+def arm_replace(number: int) -> None:
+    """Die while the ``number``-th folder takes the place of an older one, which has lost its name already."""
+    original, calls = Path.rename, iter(range(1, 1000))
+
+    def rename(self: Path, target: Path) -> Path:
+        moved = original(self, target)
+        if target.name.endswith(".old") and next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return moved
+
+    Path.rename = rename  # this process only
 
 
 def job_train(args: argparse.Namespace, world: World) -> None:

@@ -21,6 +21,7 @@ from common.hosts.timm_vit import TimmBlock, TimmViT
 from common.layers import init_linear
 from common.run.checkpoint import keep_own_heads, load_strict
 from common.run.errors import UsageError
+from common.run.wrapping import within
 from common.sizes import TIMM
 from dvt.models import patch_of
 from dvt.models.backbone import Stage
@@ -39,7 +40,7 @@ class TimmReusing(Reusing, TimmBlock):
         self.name = name
 
     def __call__(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.forward(*args, **options)
+        return within(self.module, self.forward, *args, **options)
 
     @property
     def make_features(self) -> nn.Module | None:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -22,6 +22,7 @@ from common.hosts.opening import create_timm
 from common.hosts.timm_vit import TimmViT
 from common.layers import init_linear
 from common.run.errors import UsageError
+from common.run.wrapping import within
 from sit.models.lvvit import patch_grid
 from sit.models.slim import Slim
 from sit.models.slimming import (
@@ -168,6 +169,9 @@ class Recovering(nn.Module):
 
         Source: SiT, arXiv:2111.12624, feature recalibration distillation (FRD): X'_l = RTSM_l(Y_l) of every block l.
         """
+        return within(self.model, self._recover, images)
+
+    def _recover(self, images: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         logits, tokens = logits_and_tokens(self.model, images)
         if hasattr(self.model, "rtsm"):
             tokens = [reverse(kept) for reverse, kept in zip(self.model.rtsm, tokens, strict=True)]

@@ -19,6 +19,7 @@ from common.run.checkpoint.training import CheckpointManager as CheckpointManage
 from common.run.checkpoint.training import Progress as Progress
 from common.run.checkpoint.training import Stateful as Stateful
 from common.run.checkpoint.training import TrainingState as TrainingState
+from common.run.checkpoint.training import read_state as read_state
 from common.run.checkpoint.writing import plain as plain
 from common.run.checkpoint.writing import save_atomic as save_atomic
 from common.run.checkpoint.writing import save_described as save_described

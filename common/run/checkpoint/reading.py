@@ -425,6 +425,8 @@ def _oddity(key: Any, value: Tensor) -> str:
     """What keeps an entry of a checkpoint from being a weight, a counter or a mask; empty if nothing does."""
     if not isinstance(key, str):
         return f"the name is a {type(key).__name__}"
+    if own := getattr(value, "to_local", None):  # divided among the ranks, each of which looks at its part
+        return _oddity(key, own())
     if value.is_meta or value.layout is not torch.strided:
         return "without data" if value.is_meta else str(value.layout).removeprefix("torch.")
     if value.is_complex() or value.is_quantized:

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -20,10 +20,13 @@ from common.run.checkpoint.loading import load_strict
 from common.run.checkpoint.reading import load_safely, naming, select_state, some
 from common.run.checkpoint.writing import plain, save_atomic
 from common.run.errors import CheckpointError
-from common.run.files import lock_folder, make_folder, stale
-from common.run.launch import gather_objects, get_world_size, main_process_first
+from common.run.files import heal_folder, lock_folder, make_folder, sharded_name, stale
+from common.run.launch import barrier, gather_objects, get_world_size, main_process_first
 from common.run.program import get_logger, get_rank, is_main
 from common.run.wrapping import unwrap
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 logger = get_logger(__name__)
 
@@ -97,6 +100,8 @@ class TrainingState:
         arguments: the run's flags, ``vars(args)``, for the record.
         device: this process's, whose generator is part of the state.
         data: what the training's loader says of its images, to be compared when the run is resumed.
+        mesh: of the ranks that the weights are divided among, see ``common.run.wrapping.shard``; None where they are
+            not.
     """
 
     model: nn.Module
@@ -111,6 +116,7 @@ class TrainingState:
     data: Mapping[str, Any] = field(default_factory=dict[str, Any])
     resumed_random: Mapping[str, Any] | None = None
     """Generators to put back when training starts: what runs in between may draw numbers of its own. And their file."""
+    mesh: DeviceMesh | None = None
 
     def __post_init__(self) -> None:
         self.model = unwrap(self.model)
@@ -218,14 +224,32 @@ class TrainingState:
             self.resumed_random = None
 
 
+def read_state(source: str | os.PathLike[str], state: TrainingState) -> Any:
+    """Content of a checkpoint for ``state``: a file or URL, or the folder of a run with ``--fsdp`` where this is one.
+
+    Raises:
+        CheckpointError: nothing of that kind, or damaged.
+    """
+    with main_process_first():
+        path = locate(source)
+    if state.mesh is None:
+        return load_safely(path)
+    from common.run.checkpoint.sharded import load_sharded  # only where it is asked for
+
+    return load_sharded(path, state.mesh)
+
+
 class CheckpointManager:
     """Keeps the last and the best state of a run in a folder, each written whole or not at all.
+
+    Each is a file, or of a run with ``--fsdp`` a folder of its own.
 
     Args:
         folder: created if needed.
         metric: key of the evaluation's result by which a state is best; None keeps the last only.
         higher_is_better: False for a loss.
         last, best: file names.
+        sharded: the states are divided among the ranks; see ``common.run.checkpoint.sharded``.
     """
 
     def __init__(
@@ -236,11 +260,15 @@ class CheckpointManager:
         higher_is_better: bool = True,
         last: str = "last.pth",
         best: str = "best.pth",
+        sharded: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.metric = metric
         self.higher_is_better = higher_is_better
-        self.last, self.best = self.folder / last, self.folder / best
+        self.sharded = sharded
+        files = self.folder / last, self.folder / best
+        folders = sharded_name(files[0]), sharded_name(files[1])
+        (self.last, self.best), (self.other, _) = (folders, files) if sharded else (files, folders)
         self._unlock: Callable[[], object] = lambda: None
         if is_main():
             make_folder(self.folder)
@@ -253,8 +281,13 @@ class CheckpointManager:
         """
         if is_main():
             self._unlock = weakref.finalize(self, lock_folder(self.folder))
-            for half in (*stale(self.last), *stale(self.best)):
-                half.unlink(missing_ok=True)
+            for path in (self.last, self.best):
+                if self.sharded:
+                    heal_folder(path)
+                for half in stale(path):
+                    half.unlink(missing_ok=True)
+        if self.sharded:
+            barrier()  # the others look for the folder next
 
     def unlock(self) -> None:
         """Let other runs have the folder; nothing without a lock."""
@@ -281,24 +314,35 @@ class CheckpointManager:
             if improved:
                 state.progress.best = value
         content = state.state_dict()
-        if is_main():
+        if self.sharded:
+            from common.run.checkpoint.sharded import save_sharded  # only where it is asked for
+
+            save_sharded(content, *([self.best] if improved else []), self.last)
+        elif is_main():
             if improved:  # first, so that a run killed in between repeats it
                 save_atomic(content, self.best)
             save_atomic(content, self.last)
         return improved
 
     def resume(self, state: TrainingState, source: str | os.PathLike[str] = "auto") -> bool:
-        """Load ``source`` into ``state``: a path, a URL, or ``auto`` for this folder's last file, if there is one.
+        """Load ``source`` into ``state``: a path, a URL, or ``auto`` for this folder's last state, if there is one.
 
         Returns:
             False where ``auto`` found nothing, and the run starts new.
+
+        Raises:
+            CheckpointError: it cannot be resumed from; or ``auto`` found the state of a run with ``--fsdp``, or of one
+                without, and this is the other.
         """
         if os.fspath(source) == "auto":
+            if not self.last.exists() and self.other.exists():
+                raise CheckpointError(
+                    f"{self.other} is of a run {'without' if self.sharded else 'with'} --fsdp, which cannot go on as "
+                    "this one: resume it as it began, or name another folder"
+                )
             if not self.last.exists():
                 return False
             source = self.last
-        with main_process_first():
-            path = locate(source)
-        state.load_state_dict(load_safely(path), source=str(path))
-        logger.info("resumed from %s at epoch %d, step %d", path, state.progress.epoch, state.progress.step)
+        state.load_state_dict(read_state(source, state), source=str(source))
+        logger.info("resumed from %s at epoch %d, step %d", source, state.progress.epoch, state.progress.step)
         return True
