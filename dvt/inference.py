@@ -80,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     check_output(args.output, inputs=[file])
     if mode:
         check_data_path(args.dataset, args.data_url)
+    from common.data.build import check_trained_classes
     from common.run.checkpoint import read_checkpoint
     from common.run.launch import choose_device
     from dvt.costs import exit_gflops, exit_gmacs
@@ -112,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         options = network_options(args)
         images = ImageSource.of(args, root=args.data_url, size=options["img_size"])
         held_out = images.held_out()
+        check_trained_classes(content, held_out, file)
         model = load_network(args.model, content, source=file, average=args.model_ema, **options).to(device).eval()
         flops = packed.get("flops") or exit_gflops(model)
     for budget in args.budget:

@@ -4,6 +4,7 @@ The published format is a dictionary of five entries (``PACKED_KEYS``). Nothing 
 :mod:`common.run.checkpoint`.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -150,6 +151,8 @@ def read_packed(content: Any, needed: Sequence[str], *, source: File, why: str, 
             values[key] = rows = torch.as_tensor(value, dtype=torch.float32)
             if rows.dim() != 2 or rows.shape[1] != exits or len(rows) == 0:
                 raise CheckpointError(f"{source}: {key} has shape {tuple(rows.shape)}, expected (59, {exits})")
+            if bool(rows.isnan().any()):
+                raise CheckpointError(f"{source}: {key} holds what is no number (nan)")
         elif key == "budgeted_batch_classification":
             if not isinstance(value, (list, tuple)) or len(value) != 2:
                 raise CheckpointError(f"{source}: {key} must be [costs, accuracies], found {type(value).__name__}")
@@ -165,8 +168,8 @@ def _numbers(value: Any, count: int, where: str) -> list[float]:
         numbers = [float(number) for number in value]
     except (TypeError, ValueError, RuntimeError):
         numbers = []
-    if len(numbers) != count or count == 0:
-        raise CheckpointError(f"{where} must hold {count} numbers, found {value!r:.80}")
+    if len(numbers) != count or count == 0 or not all(map(math.isfinite, numbers)):
+        raise CheckpointError(f"{where} must hold {count} finite numbers, found {value!r:.80}")
     return numbers
 
 

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     from timm.data.random_erasing import RandomErasing
 
-    from common.data.build import build_loaders, build_mixup
+    from common.data.build import build_loaders, build_mixup, check_trained_classes
     from common.data.transforms import eval_transform
     from common.run.build import build_average, build_run
     from common.run.checkpoint import plain, read_checkpoint
@@ -112,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         logger.warning("top5 is taken over all %d classes", args.num_classes)
     test = partial(evaluate_exits, loader=batches.held_out, device=world.device, amp=amp)
     if args.eval_checkpoint:
+        check_trained_classes(content, batches.held_out, start)
         result = test(model)
         report(result, Path(args.output) if args.output else None)
         return result

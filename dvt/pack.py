@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
     check_data_path(args.dataset, args.data)
     import torch
 
+    from common.data.build import check_trained_classes
     from common.run.checkpoint import read_checkpoint, save_atomic
     from common.run.export import export_onnx, export_program
     from common.run.launch import choose_device
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
     content, device, options = read_checkpoint(args.checkpoint), choose_device(args.device), network_options(args)
     images = ImageSource.of(args, root=args.data, size=options["img_size"])
     held_out = images.held_out()
+    check_trained_classes(content, held_out, args.checkpoint)
     search = images.search(augment=args.augment_search, count=args.search_images, seed=args.seed)
     model = load_network(args.model, content, source=args.checkpoint, average=args.model_ema, **options)
     model = model.to(device).eval()

@@ -348,6 +348,8 @@ class VisionTransformer_scala(SlicedNetwork, Sliced, nn.Module):
         self.smallest_ratio, self.largest_ratio = smallest_ratio, largest_ratio
         self.rule = self._outer_rule(SliceRule(smallest_ratio, largest_ratio))
         self.dims = {name: {2: 1} for name in ("cls_token", "dist_token", "pos_embed")}
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be at least 0 (features), got {num_classes}")
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.embed_dim = self.num_features = embed_dim

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from common.data.build import build_loaders, build_mixup, build_train_transform, open_split
+from common.data.build import build_loaders, build_mixup, build_train_transform, check_trained_classes, open_split
 from common.data.loaders import num_classes, train_loader
 from common.data.transforms import eval_transform
 from common.measure.flops import count_parameters
@@ -187,6 +187,7 @@ def evaluate_checkpoint(
         model.check_ratio(ratio)
     data = replace(data, input_size=trained.input_size)
     batches = build_loaders(data, classes=model.num_classes, eval_batch_size=int(1.5 * data.batch_size))
+    check_trained_classes(content, batches.held_out, run.resume)
     model.to(world.device)
     calibrate(model, ratios, data, settings.calibrate_batches, world.device)
     if run.compile:

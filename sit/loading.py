@@ -50,6 +50,8 @@ class WeightsFile:
     state: dict[str, Tensor]
     source: str
     stripped: bool = False
+    data: Mapping[str, Any] | None = None
+    """what a training file of ours says of its images"""
 
     @property
     def slimmed(self) -> bool:
@@ -102,7 +104,8 @@ def read_weights(source: str | os.PathLike[str], *, key: str = "model") -> Weigh
     if key != "model" and not isinstance(content.get(key) if isinstance(content, Mapping) else None, Mapping):
         raise CheckpointError(f"{source}: holds no weights under {key!r}; was it trained with --model-ema?")
     state = select_state(content, (key,), source=str(source))
-    return WeightsFile(state, str(source), bool(isinstance(content, Mapping) and content.get("stripped")))
+    said = content if isinstance(content, Mapping) else {}
+    return WeightsFile(state, str(source), bool(said.get("stripped")), said.get("data"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

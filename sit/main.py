@@ -37,7 +37,7 @@ def evaluate_checkpoint(job: Job, world: World) -> dict[str, float]:
     """Accuracy of --finetune, or of --resume; prints the published lines and writes results.json to --output_dir."""
     import torch
 
-    from common.data.build import build_loaders
+    from common.data.build import build_loaders, check_trained_classes
     from sit import build, engine
     from sit.loading import read_weights
 
@@ -45,6 +45,7 @@ def evaluate_checkpoint(job: Job, world: World) -> dict[str, float]:
     batches = build_loaders(
         job.data, classes=job.own.num_classes or file.classes, eval_batch_size=int(1.5 * job.data.batch_size)
     )
+    check_trained_classes({"data": file.data}, batches.held_out, file.source)
     model = build.build_student(job.own, batches.classes, file, evaluates=True)
     model = build.deployed(model.to(world.device), fold_batch_norm=False)
     network: Any = torch.compile(model) if job.run.compile else model

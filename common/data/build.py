@@ -6,6 +6,8 @@ batches.train, batches.held_out, batches.classes
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +91,34 @@ def check_same_classes(data_set: str, train: Dataset[Any], held_out: Dataset[Any
     names: list[list[str]] = [list(getattr(split, "classes", None) or ()) for split in (train, held_out)]
     if all(names):
         compare_classes(names[0], names[1], f"--data-set {data_set}: held out are not the classes of training")
+
+
+def check_trained_classes(content: Any, images: Loader, source: str | os.PathLike[str]) -> None:
+    """Compare the classes of images to evaluate on with those that a checkpoint of ours says it was trained on.
+
+    Files and images that do not name their classes pass. All names may be others, such as numbers in place of synsets:
+    that is said, and passes, too.
+
+    Args:
+        content: of a file.
+        images: of a data set.
+        source: of ``content``, for messages.
+
+    Raises:
+        DataError: classes of the same names have other numbers, or some are missing.
+    """
+    data = content.get("data") if isinstance(content, Mapping) else None
+    before = data.get("classes") if isinstance(data, Mapping) else None
+    now = images.about().get("classes") if hasattr(images, "about") else None
+    if not isinstance(before, str) or not isinstance(now, str) or before == now:
+        return
+    trained, found = before.split("\n"), now.split("\n")
+    if set(trained) & set(found):
+        compare_classes(trained, found, f"{source}: these are not the classes that it was trained on")
+    logger.warning(
+        "%s was trained on classes of other names (%s, ...) than the images have (%s, ...): the accuracy means nothing "
+        "unless they are the same in the same order", source, trained[0], found[0],
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from common.data.build import build_loaders, build_mixup, count_classes, open_split
+from common.data.build import build_loaders, build_mixup, check_trained_classes, count_classes, open_split
 from common.run.errors import DataError, UsageError
 from common.run.settings import AugmentationSettings, DataSettings
 
@@ -37,6 +37,20 @@ def test_splits_of_other_classes_are_refused(tmp_path: Path, data_set: str) -> N
     settings = DataSettings(data_set, str(tmp_path), 8, 1, workers=0, pin_mem=False)
     with pytest.raises(DataError, match=r"\['c'\].*\['d'\].*class numbers would not agree"):
         build_loaders(settings, AugmentationSettings(repeated_aug=False))
+
+
+def test_classes_that_a_checkpoint_was_not_trained_on(caplog: pytest.LogCaptureFixture) -> None:
+    images, digits = build_loaders(DIGITS).held_out, [str(digit) for digit in range(10)]
+    for passes in ({}, [], {"data": None}, {"data": {"classes": "\n".join(digits)}}):
+        check_trained_classes(passes, images, "a.pth")
+    assert not caplog.records
+    with pytest.raises(DataError, match=r"a\.pth: these are not the classes that it was trained on"):
+        check_trained_classes({"data": {"classes": "\n".join(reversed(digits))}}, images, "a.pth")
+    package = logging.getLogger("common")
+    package.addHandler(caplog.handler)
+    check_trained_classes({"data": {"classes": "\n".join("abcdefghij")}}, images, "a.pth")
+    package.removeHandler(caplog.handler)
+    assert "a.pth was trained on classes of other names (a, ...) than the images have (0, ...)" in caplog.text
 
 
 def test_mixup_only_where_something_is_mixed() -> None:

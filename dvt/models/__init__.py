@@ -192,6 +192,8 @@ def create_model(name: str, *, grids: Sequence[int] | None = None, **options: An
     from dvt.models.t2t_vit import T2T_ViT
 
     entry = find_entry(name, grids)
+    if options.get("num_classes", 0) < 0:
+        raise ValueError(f"num_classes must be at least 0 (features), got {options['num_classes']}")
     if entry.family == "timm":
         from dvt.models.timm_stage import make_timm_stage as make
     else:

@@ -178,10 +178,12 @@ def test_a_missing_entry_is_named_with_the_mode_that_needs_it(packed, imagenet, 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("flops", [1.0, 2.0], "flops must hold 3 numbers"),
-        ("flops", "x", "flops must hold 3 numbers"),
+        ("flops", [1.0, 2.0], "flops must hold 3 finite numbers"),
+        ("flops", "x", "flops must hold 3 finite numbers"),
+        ("flops", [1.0, 2.0, float("nan")], "flops must hold 3 finite numbers"),
+        ("dynamic_threshold", torch.full((59, 3), torch.nan), "dynamic_threshold holds what is no number"),
         ("dynamic_threshold", torch.zeros(59), r"dynamic_threshold has shape \(59,\), expected"),
-        ("budgeted_batch_classification", [[1.0], [2.0, 3.0]], "must hold 1 numbers"),
+        ("budgeted_batch_classification", [[1.0], [2.0, 3.0]], "must hold 1 finite numbers"),
         ("budgeted_batch_classification", {}, r"must be \[costs, accuracies\]"),
     ],
 )

@@ -328,6 +328,11 @@ def test_what_cannot_work_is_refused(make, message):
         make()
 
 
+def test_a_number_of_classes_is_no_negative_one():
+    with pytest.raises(ValueError, match="num_classes must be at least 0"):
+        create_model("DVT_desk", num_classes=-3)
+
+
 def test_stages_that_do_not_fit_are_refused():
     stages = list(small().stages)
     other = small(embed_dim=32).stages

@@ -234,6 +234,7 @@ def test_factories_swallow_what_timm_adds_and_nothing_else() -> None:
         ({"global_pool": "max"}, "global_pool must be"),
         ({"class_token": False}, "needs class_token=True"),
         ({"smallest_ratio": 0.0}, "slicing bound"),
+        ({"num_classes": -1}, "num_classes must be at least 0"),
         ({"weight_init": "xavier"}, "weight_init must be"),
         ({"norm_layer": nn.BatchNorm1d}, "must be a layer normalisation"),
     ],
