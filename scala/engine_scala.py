@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
 
-from common.run.engine import Optimization, evaluate
+from common.run.engine import Optimization, evaluate, evaluate_all
 from common.run.wrapping import unwrap
 from scala.arguments import TRANSFER_TYPES, CosineSettings
 from scala.losses import WidthLosses
@@ -229,3 +229,13 @@ def evaluate_width(
 ) -> dict[str, float]:
     """Accuracy at one width; see ``common.run.engine.evaluate``. Each image counts once, in ``loss`` too."""
     return evaluate(AtRatio(model, ratio), loader, device=device, amp=amp, **options)
+
+
+def evaluate_widths(
+    model: nn.Module, loader: Iterable[Any], ratios: Sequence[float], *, device: torch.device, amp: str = "none"
+) -> list[dict[str, float]]:
+    """Accuracy at each width, of images that are loaded once."""
+    models = {f"width {ratio}": AtRatio(model, ratio) for ratio in ratios}  # of two that are the same, one
+    title = f"{len(models)} widths" if len(models) > 1 else next(iter(models))
+    found = evaluate_all(models, loader, device=device, amp=amp, title=title)
+    return [found[f"width {ratio}"] for ratio in ratios]

@@ -11,7 +11,7 @@ from common.measure.flops import gmacs
 from common.plots import Figure, Series, draw
 from common.run.files import write_atomic
 from common.run.program import get_logger, is_main
-from scala.engine_scala import evaluate_width
+from scala.engine_scala import evaluate_widths
 
 logger = get_logger(__name__)
 
@@ -34,8 +34,7 @@ def sweep(
         the width touches; ``top1_percent``, ``top5_percent``, ``loss``, ``images``, ``skipped``.
     """
     rows: list[dict[str, float]] = []
-    for ratio in ratios:
-        measured = evaluate_width(model, loader, ratio, device=device, amp=amp, title=f"width {ratio:g}")
+    for ratio, measured in zip(ratios, evaluate_widths(model, loader, ratios, device=device, amp=amp), strict=True):
         row = {"ratio": ratio, **costs(model, ratio), **measured}
         rows.append(row)
         if is_main():

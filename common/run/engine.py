@@ -19,7 +19,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from operator import length_hint
@@ -470,7 +470,6 @@ class Trainer:
 # Evaluation
 
 
-@torch.no_grad()  # inference mode would leave a model's cached tensors unusable for training
 def evaluate(
     model: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor]],
@@ -500,36 +499,60 @@ def evaluate(
     Raises:
         ValueError: no image at all, or a label the model has no class for.
     """
-    model = without_exchange(model)
-    broadcast_buffers(model)
-    was_training = model.training
-    model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    shown: dict[str, Any] = {"title": title, "show_progress": show_progress}
+    return evaluate_all({"the model": model}, loader, device=device, amp=amp, **shown)["the model"]
+
+
+@torch.no_grad()  # inference mode would leave a model's cached tensors unusable for training
+def evaluate_all(
+    models: Mapping[str, nn.Module],
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device,
+    amp: str = "none",
+    title: str = "test",
+    show_progress: bool = True,
+) -> dict[str, dict[str, float]]:
+    """:func:`evaluate` for several models, whose images are loaded once; the names are those of errors, too."""
+    models = {name: without_exchange(model) for name, model in models.items()}
+    was_training = {name: model.training for name, model in models.items()}
+    sums = {name: torch.zeros(4, dtype=torch.float64, device=device) for name in models}
     images_seen = batches_seen = 0
-    try:
-        with gathered(model), ProgressLine(title, length_hint(loader) or None, show=show_progress) as line:
-            for images, targets in loader:
+    with ExitStack() as stack:
+        for name, model in models.items():
+            broadcast_buffers(model)
+            stack.callback(model.train, was_training[name])
+            model.eval()
+            stack.enter_context(gathered(model))
+        line = stack.enter_context(ProgressLine(title, length_hint(loader) or None, show=show_progress))
+        for images, targets in loader:
+            images, labels = (part.to(device, non_blocking=True) for part in (images, targets))
+            for name, model in models.items():
                 with autocast(amp, device):
-                    logits = model(images.to(device, non_blocking=True))
+                    logits = model(images)
                 if not isinstance(logits, Tensor) or logits.ndim != 2:
                     found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-                    raise TypeError(f"evaluation needs class logits (B, C), the model gave {found}")
+                    raise TypeError(f"evaluation needs class logits (B, C), {name} gave {found}")
                 logits = logits.float()
                 check_labels(targets, logits.shape[1])
-                sums += _batch_sums(logits, targets.to(device, non_blocking=True))
-                images_seen, batches_seen = images_seen + len(targets), batches_seen + bool(len(targets))
-                line.update(len(targets))
-    finally:
-        model.train(was_training)
-    loss, top1, top5, batch_loss = sums.tolist()
-    total = reduce_sums(
-        {"loss": loss, "top1": top1, "top5": top5, "images": images_seen, "skipped": getattr(loader, "skipped", 0)}
-        | {"batch_loss": batch_loss, "batches": batches_seen}
-    )
+                sums[name] += _batch_sums(logits, labels)
+            images_seen, batches_seen = images_seen + len(targets), batches_seen + bool(len(targets))
+            line.update(len(targets))
+    seen = {"images": images_seen, "batches": batches_seen, "skipped": getattr(loader, "skipped", 0)}
+    return {name: _reduced(name, dict(zip(SUMS, found.tolist(), strict=True)) | seen) for name, found in sums.items()}
+
+
+SUMS = ("loss", "top1", "top5", "batch_loss")
+"""Of :func:`_batch_sums`."""
+
+
+def _reduced(name: str, sums: Mapping[str, float]) -> dict[str, float]:
+    """What :func:`evaluate` returns, of the sums of this rank."""
+    total = reduce_sums(sums)
     if total["images"] == 0:
         raise ValueError(f"no image to evaluate ({total['skipped']:.0f} skipped as undecodable); check the dataset")
     if math.isnan(total["loss"]):
-        raise ValueError("the model gives logits that are not numbers: damaged weights, or an overflow under --amp")
+        raise ValueError(f"{name} gives logits that are not numbers: damaged weights, or an overflow under --amp")
     return {
         "loss": total["loss"] / total["images"],
         "batch_loss": total["batch_loss"] / total["batches"],

@@ -211,15 +211,12 @@ def test_a_finished_run_resumed_repeats_no_width(
     published = (tmp_path / "log.txt").read_text()
     assert train(1) == widths
     assert (tmp_path / "log.txt").read_text() == published
-    evaluate, calls = sweep.evaluate_width, iter((True, None))
 
-    def die(*args: Any, **options: Any) -> Any:
-        if next(calls) is None:
-            raise KeyboardInterrupt
-        return evaluate(*args, **options)
+    def die(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "evaluate_width", die)
+        patch.setattr(sweep, "evaluate_widths", die)
         with pytest.raises(KeyboardInterrupt):
             train(1)
     assert train(1) == widths
