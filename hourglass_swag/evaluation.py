@@ -108,6 +108,10 @@ class ProgressMeter:
         print(" ".join([" *", *(meter.summarize() for meter in self.meters)]), flush=True)
 
 
+class NotNumbers(DataError):
+    """Logits that are nan."""
+
+
 class Tally:
     """Loss and hits of one network, batch by batch, with the published lines.
 
@@ -145,7 +149,7 @@ class Tally:
         if images == 0:
             raise DataError(f"no image to evaluate ({skipped} skipped as undecodable)")
         if math.isnan(total["loss"]):
-            raise DataError(
+            raise NotNumbers(
                 f"{of}the network gives logits that are not numbers: damaged weights, or an overflow under --amp"
             )
         self.losses.avg, self.top1.avg, self.top5.avg = (
@@ -200,11 +204,14 @@ def evaluate_all(
     *,
     amp: str = "none",
     print_freq: int = 10,
+    failed: dict[str, str] | None = None,
 ) -> dict[str, dict[str, float | int]]:
     """:func:`evaluate` for several networks, whose images are loaded once; ``seconds`` are of all together.
 
     Args:
         models: name, which begins every printed line -> network.
+        failed: takes the names of networks whose logits are not numbers, and what is to be said of them; they are left
+            out of the result. None raises it.
     """
     tallies = {name: Tally(name, len(loader)) for name in models}  # pyright: ignore[reportArgumentType]
     start = before = time.perf_counter()
@@ -225,6 +232,13 @@ def evaluate_all(
             if world.is_main and i % print_freq == 0:
                 tallies[name].progress.display(i)
     skipped = getattr(loader, "skipped", 0)
-    found = {name: tally.reduce(skipped, world) for name, tally in tallies.items()}
+    found: dict[str, dict[str, float | int]] = {}
+    for name, tally in tallies.items():
+        try:
+            found[name] = tally.reduce(skipped, world)
+        except NotNumbers as error:  # on all processes alike
+            if failed is None:
+                raise
+            failed[name] = str(error)
     seconds = time.perf_counter() - start
     return {name: measured | {"seconds": seconds} for name, measured in found.items()}

@@ -185,20 +185,27 @@ def evaluate_network(args: argparse.Namespace) -> dict[str, Any]:
     if args.seed is not None:
         torch.manual_seed(args.seed + world.rank)
     rows: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
+    measured: dict[str, Any] = {}
     for settings in groups:
         dataset = build_data(args, settings[0].network.resolution)
         models = build_models(args, settings, world.device)
         warn_of_classes(dataset, next(iter(models.values())))
         batch = images_per_process(args.batch_size, world.size)
         loader = eval_loader(dataset, batch_size=batch, workers=args.workers)
-        rows |= evaluate_all(models, loader, world, amp=args.amp, print_freq=args.print_freq)
-    if args.sweep and world.is_main:
-        print(sweep_table([setting for settings in groups for setting in settings], rows))
-    measured = {"rows": rows} if args.sweep else rows[""]
-    result = measured | {"arguments": vars(args) | {"output": str(args.output)}, "processes": world.size}
-    if args.output and world.is_main:
-        write_atomic(args.output, json.dumps(result | {"device": describe_device(world.device)}, indent=1) + "\n")
-    return result
+        rows |= evaluate_all(
+            models, loader, world, amp=args.amp, print_freq=args.print_freq, failed=failed if args.sweep else None
+        )
+        measured = {"rows": rows} if args.sweep else rows[""]
+        measured |= {"arguments": vars(args) | {"output": str(args.output)}, "processes": world.size}
+        if args.output and world.is_main:  # after each group: what follows may fail, and takes hours
+            content = measured | {"device": describe_device(world.device)}
+            write_atomic(args.output, json.dumps(content, indent=1) + "\n")
+    if args.sweep and world.is_main and rows:
+        print(sweep_table([setting for settings in groups for setting in settings if setting.name in rows], rows))
+    if failed:
+        raise DataError("; ".join(failed.values()))
+    return measured
 
 
 def report_devices(args: argparse.Namespace, world: World) -> None:

@@ -287,6 +287,32 @@ def test_a_sweep_gives_what_single_runs_give(material, tmp_path, capsys):
         }
 
 
+def test_a_network_of_a_sweep_that_fails_leaves_the_others(material, tmp_path, capsys, monkeypatch):
+    file, output = tmp_path / "rows.txt", tmp_path / "out.json"
+    file.write_text("-m vit_desk -r 32\n-m tome_vit_desk -r 32 --tome_r 4\n-m ats_vit_desk -r 32\n")
+    build_models = imagenet_1k_eval.build_models
+
+    def one_damaged(*args):
+        models = build_models(*args)
+        for name in models:
+            if "tome" in name:
+                models[name].register_forward_hook(lambda module, images, logits: logits * torch.nan)
+        return models
+
+    monkeypatch.setattr(imagenet_1k_eval, "build_models", one_damaged)
+    words = ["--sweep", str(file), "--output", str(output), "-j", "0", "-b", "4", "--no-pretrained", "--seed", "3"]
+    with pytest.raises(SystemExit) as ended:
+        imagenet_1k_eval.main([*words, str(material / "data")])
+    said = capsys.readouterr()
+    assert ended.value.code == 2
+    assert "--tome_r 4: the network gives logits that are not numbers" in said.err
+    assert [line.rsplit("  ", 1)[0].rstrip() for line in said.out.splitlines()[-2:]] == [
+        "-m vit_desk -r 32",
+        "-m ats_vit_desk -r 32",
+    ]
+    assert list(json.loads(output.read_text())["rows"]) == ["-m vit_desk -r 32", "-m ats_vit_desk -r 32"]
+
+
 def test_a_sweep_takes_published_rows_and_names_what_is_none(material, tmp_path, capsys):
     groups = read_settings("tome,hourglass-l16-*,swag-l16")
     assert [group[0].shares for group in groups] == [(512, "vit_l16_in1k.torch"), (518, "vit_h14_in1k.torch")]
