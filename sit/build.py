@@ -147,6 +147,11 @@ def build_timm_student(own: SiTSettings, classes: int, file: WeightsFile | None,
     assert own.of_timm
     plain_options = {name: own.options[name] for name in ("img_size", "patch_size") if name in own.options}
     net = timm_vit.make_plain(own.of_timm, num_classes=classes, drop=own.drop, drop_path=own.drop_path, **plain_options)
+    kernel = file.state.get("patch_embed.proj.weight") if file is not None and evaluates else None
+    if file is not None and kernel is not None and kernel.dim() == 4 and "patch_size" not in own.options:
+        side = kernel.shape[-1]
+        if kernel.shape[2:] != net.patch_embed.patch_size:  # it would be resampled, for other patches than in training
+            raise UsageError(f"{file.source}: its patches are of {side} pixels: give --patch-size {side}")
     stages: Any = {name: own.options.get(name) for name in ("stage_blocks", "keeping_ratio")}
     if own.distillation_type == "none":
         stages = {"stage_blocks": [len(net.blocks)]}

@@ -341,6 +341,10 @@ def strip(file: WeightsFile, path: str | os.PathLike[str], *, half: bool = False
     kept = {key: value for key, value in file.state.items() if key not in removed}
     if half:
         kept = {key: value.half() if value.is_floating_point() else value for key, value in kept.items()}
+        if large := [key for key, value in kept.items() if not value.isfinite().all()]:
+            raise CheckpointError(
+                f"{file.source}: {large[0]} has values that are too large for float16: leave out --half"
+            )
     written = save_atomic({"model": kept, "stripped": list(TRAINING_ONLY)}, Path(path))
     parameters = sum(value.numel() for value in kept.values() if value.is_floating_point())
     return {"removed": removed, "parameters": parameters, "bytes": written.stat().st_size}

@@ -191,6 +191,8 @@ def test_from_own_weights_to_an_exported_student(folder: Path, tmp_path: Path, c
     assert main.main([*COMMON, *data, "--eval", "--finetune", str(stripped)])["loss"] == tested["loss"]
     for name in ("own.onnx", "own.safetensors"):
         assert export.main([*COMMON, "--weights", str(student), "--output", str(tmp_path / name)]) < 1e-4
+    with pytest.raises(UsageError, match=r"its patches are of 8 pixels: give --patch-size 8"):
+        export.main([*COMMON[:4], "--weights", str(student), "--output", str(tmp_path / "other.safetensors")])
     fast = leanvit.load(tmp_path / "own.safetensors")
     assert fast.tokens_per_layer() == [17, 17, 17, 12, 8, 6, 6]
     assert {key: value for key, value in fast.state_dict().items() if "rtsm" not in key}.keys() == {

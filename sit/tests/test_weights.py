@@ -100,6 +100,11 @@ def test_a_stripped_file_says_so_and_gives_the_same_logits(tmp_path: Path):
         strip(small, tmp_path / "smaller.pth")
     strip(read_weights(tmp_path / "checkpoint.pth"), tmp_path / "half.pth", half=True)
     assert read_weights(tmp_path / "half.pth").state["pos_embed"].dtype == torch.float16
+    file = read_weights(tmp_path / "checkpoint.pth")
+    file.state["pos_embed"] = file.state["pos_embed"].clone().fill_(1e5)
+    with pytest.raises(CheckpointError, match="pos_embed has values that are too large for float16"):
+        strip(file, tmp_path / "large.pth", half=True)
+    assert not (tmp_path / "large.pth").exists()
     half = make("frd")
     load_for_evaluation(half, read_weights(tmp_path / "half.pth"))
     assert torch.allclose(half(images)[0], model(images)[0], atol=0.05)
