@@ -505,12 +505,11 @@ def test_benchmark_measures_and_refuses():
 @pytest.mark.slow
 def test_compiled_for_any_batch():
     """The second size of a batch makes it symbolic, which the merge must survive."""
-    model = models.create("tome_vit_desk", tome_r=4).eval()
-    nn.init.normal_(model.head.layers.head.weight)
+    model = patched()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for batch in (1, 3, 5):
-            images = torch.randn(batch, 3, 32, 32)
+            images = image(batch, 24)
             torch.testing.assert_close(compiled(images), model(images))
 
 
