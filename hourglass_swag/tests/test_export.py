@@ -43,7 +43,7 @@ def test_programs(name: str, weights: Path, tmp_path: Path, capsys: pytest.Captu
     assert torch.export.load(path).module()(images).shape == (5, 10)
 
 
-@pytest.mark.parametrize("name", ["vit_desk", "tome_vit_desk"])
+@pytest.mark.parametrize("name", ["vit_desk", "e_vit_desk"])  # every method: common/tests/test_hosts_export.py
 def test_onnx(name: str, weights: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="pip install -e .[export]")
     path = tmp_path / "net.onnx"
