@@ -3,6 +3,7 @@
 import sys
 
 from common.ledger.docs import main as main
+from common.run.program import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

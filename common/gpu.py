@@ -20,6 +20,7 @@ from pathlib import Path
 
 from common.run.files import problem_with
 from common.run.flags import make_parser
+from common.run.program import run
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -83,4 +84,4 @@ def main(argv: Sequence[str] | None = None, root: Path | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -4,6 +4,7 @@ import sys
 
 from common.ledger.results import main as main
 from common.ledger.results import parse_args as parse_args
+from common.run.program import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -207,7 +207,3 @@ def main(argv: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
         print("make docs renders them", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

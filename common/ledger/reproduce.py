@@ -199,7 +199,3 @@ def conclude(ledger: Ledger, screen: TextIO) -> None:
     totals = ", ".join(f"{count} {status}" for status, count in counts.items())
     errors = f", {plural(len(ledger.failures), 'error')}" if ledger.failures else ""
     print(f"{plural(sum(counts.values()), 'published value')}: {totals}{errors}", file=screen)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

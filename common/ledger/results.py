@@ -25,13 +25,14 @@ from typing import Annotated, Any
 
 from common.ledger.reading import Reader, not_empty
 from common.ledger.tables import COLUMNS, TableError, load_tables, papers
+from common.run.errors import DataError
 from common.run.files import ROOT, read_file, write_atomic
 from common.run.flags import make_parser
 
 FORMAT = 1
 
 
-class RecordError(ValueError):
+class RecordError(DataError):
     """A record file that cannot be used; the message names file, record and key."""
 
 
@@ -430,7 +431,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

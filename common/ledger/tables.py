@@ -17,12 +17,13 @@ from typing import Annotated, Any, Literal
 
 from common.ledger.reading import Reader, not_empty
 from common.plots import Figure
+from common.run.errors import DataError
 from common.run.files import ROOT
 
 Kind = Literal["cost", "speed", "accuracy"]
 
 
-class TableError(ValueError):
+class TableError(DataError):
     """A table file that says something impossible; the message names file, row and key."""
 
 

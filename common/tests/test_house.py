@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from common.ledger.tables import load_tables
+from common.ledger.results import RecordError
+from common.ledger.tables import TableError, load_tables
+from common.run.errors import EXPECTED
 from common.run.files import ROOT
 
 PAPERS = ("scala", "hourglass_swag", "dvt", "sit", "uvc")
@@ -195,3 +197,12 @@ def test_documented_commands_are_accepted_by_the_real_parsers(tmp_path: Path, mo
             (tmp_path / file).write_text(printed.getvalue())
         seen.add(found[0])
     assert {"common.reproduce", "hourglass_swag.imagenet_1k_eval", "hourglass_swag.get_flops_fps"} <= seen
+
+
+def test_every_program_of_common_reports_mistakes_and_closed_pipes_alike() -> None:
+    programs = [file for file in (ROOT / "common").glob("*.py") if "__main__" in file.read_text()]
+    assert len(programs) > 4
+    for file in programs:
+        assert "run(main)" in file.read_text(), file
+    for error in (TableError, RecordError):
+        assert issubclass(error, EXPECTED)
