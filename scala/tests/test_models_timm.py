@@ -102,6 +102,27 @@ def test_slices_equal_networks_of_their_own(name: str) -> None:
     assert all(value.equal(before[key]) for key, value in net.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["test_vit", "vit_small_patch14_reg4_dinov2"])
+def test_weights_that_timm_fetches(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a file in place of the download; the second has no head. Positions and patches are resampled as timm does."""
+    shape = {"embed_dim": 32, "depth": 2, "num_heads": 4}
+    torch.save(timm.create_model(name, **shape).state_dict(), tmp_path / "published.pth")
+    create = timm.create_model
+
+    def fetching(*args: Any, pretrained: bool = False, **options: Any) -> Any:
+        overlay = {"file": str(tmp_path / "published.pth")} | options.pop("pretrained_cfg_overlay", {})
+        return create(*args, pretrained=pretrained, pretrained_cfg_overlay=overlay, **options)
+
+    monkeypatch.setattr(timm, "create_model", fetching)
+    small = shape | {"img_size": 32, "patch_size": 8}
+    model = build_timm(name, "timm", num_classes=3, smallest_ratio=0.25, largest_ratio=1.0, **small)
+    expected = fetching(name, pretrained=True, **small).state_dict()
+    for key, value in model.state_dict().items():
+        if not key.startswith("head."):
+            assert value.equal(expected[key]), key
+    assert model(torch.randn(1, 3, 32, 32), 0.5).shape == (1, 3)
+
+
 @torch.no_grad()
 def test_slices_are_those_of_the_published_class() -> None:
     """One network as timm's and as ours, whose attention and layers are other code."""
