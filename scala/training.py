@@ -112,6 +112,10 @@ def train_widths(
         data, augmentation, classes=classes, eval_batch_size=int(1.5 * data.batch_size), train=transform
     )
     model = build_model(network, batches.classes)
+    if run.fsdp and isinstance(model, NarrowedNetwork):
+        raise UsageError(
+            f"--fsdp goes by transformer blocks; {network.model} uses the weights of all its blocks at once"
+        )
     ratios = check_training(grid, model, alone=step.alone)
     if step.alone and len(grid.ratios) > 1:
         logger.warning(

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from timm.models._factory import create_model
 from torch import Tensor, nn
 
@@ -222,7 +221,7 @@ def build_timm_teacher(own: SiTSettings, student: Any) -> timm_vit.Teacher:
     return teacher
 
 
-def build_cnn_teacher(own: SiTSettings, classes: int, device: torch.device) -> nn.Module | None:
+def build_cnn_teacher(own: SiTSettings, classes: int, run: RunSettings, world: World) -> nn.Module | None:
     """The network of --extra-teacher-model, in evaluation mode for good."""
     if not own.extra_teacher_model:
         return None
@@ -232,7 +231,10 @@ def build_cnn_teacher(own: SiTSettings, classes: int, device: torch.device) -> n
         raise UsageError(f"--extra-teacher-model: {error}; timm.list_models() has the names") from error
     file = read_weights(own.extra_teacher_path)
     load_strict(cnn, file.state, source=file.source)
-    return cnn.to(device).eval().requires_grad_(False)
+    cnn = cnn.to(world.device).eval().requires_grad_(False)
+    if run.fsdp:
+        shard(cnn, world, whole=True)
+    return cnn
 
 
 def build_step(job: Job, model: Any, network: nn.Module, world: World) -> Callable[[Any], Mapping[str, Tensor]]:
@@ -243,7 +245,7 @@ def build_step(job: Job, model: Any, network: nn.Module, world: World) -> Callab
         return make_step(network, model.grid[0], model.num_classes, **options)
     criterion = DistillationLoss(
         label_criterion(mixed=augmentation.mixes, smoothing=augmentation.smoothing),
-        build_teacher(own, model, job.run, world), build_cnn_teacher(own, model.num_classes, world.device),
+        build_teacher(own, model, job.run, world), build_cnn_teacher(own, model.num_classes, job.run, world),
         own.distillation_type, own.lambda_token, own.lambda_logits, own.lambda_cnn, own.distillation_tau,
         weigh_cnn=True,
     )  # fmt: skip

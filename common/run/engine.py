@@ -36,7 +36,7 @@ from common.run.launch import World, broadcast_buffers, reduce_sums
 from common.run.metrics import Means, ProgressLine, Record, values_text
 from common.run.precision import autocast, make_scaler, without_autocast
 from common.run.program import get_logger
-from common.run.wrapping import gathered, no_sync, without_exchange
+from common.run.wrapping import divided, gathered, no_sync, without_exchange
 
 logger = get_logger(__name__)
 
@@ -108,12 +108,25 @@ class Optimization:
         return no_sync(self.network)
 
     def step(self) -> None:
-        """Unscale, clip, step, and adapt the loss scale; an overflow under fp16 skips the step."""
+        """Unscale, clip, step, and adapt the loss scale; an overflow under fp16 skips the step.
+
+        Raises:
+            UsageError: an optimizer that cannot work on weights that are divided among the ranks.
+        """
         if self.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             parameters = [weight for group in self.optimizer.param_groups for weight in group["params"]]
             nn.utils.clip_grad_norm_(parameters, self.clip_grad)
-        self.scaler.step(self.optimizer)
+        try:
+            self.scaler.step(self.optimizer)
+        except (AssertionError, RuntimeError) as error:
+            if self.network is not None and divided(self.network) and (not str(error) or "DTensor" in str(error)):
+                name = type(self.optimizer).__name__
+                raise UsageError(
+                    f"{name} cannot work on weights that --fsdp divides ({error or 'an assertion of its own'}): take "
+                    "another --opt, such as adamw, lamb or sgd"
+                ) from error
+            raise
         self.scaler.update()
 
 

@@ -154,8 +154,15 @@ def test_one_file_serves_every_program(trained: Path, tmp_path: Path, capfd: pyt
             program.main(["--eval", *flags, str(folders[0] / "checkpoint.dcp"), *network, *data])
 
 
-def test_a_finished_run_is_resumed_by_one_process(trained: Path) -> None:
-    """Which has the same widths of it; two ranks wrote it."""
+def test_a_network_that_uses_all_its_weights_at_once_is_refused(trained: Path) -> None:
+    words = ["--fsdp", "--model", "mobilenet_v2_scala", "--device", "cpu", "--data-path", str(trained / "data")]
+    words += ["--input-size", "32", "--batch-size", "4", "--granularity", "0.25", "--no-repeated-aug"]
+    with pytest.raises(UsageError, match="mobilenet_v2_scala uses the weights of all its blocks at once"):
+        importlib.import_module("scala.main_scala").main(words)
+
+
+def test_what_two_processes_wrote_is_resumed_by_one(trained: Path) -> None:
+    """A finished run has the same widths, one that goes on the losses of the run of one process."""
     before = epochs(trained / "two", "scala.main_scala")
     try:
         train("scala.main_scala", trained / "two", "--batch-size", "8", "--fsdp", "--resume", "auto")
@@ -163,6 +170,15 @@ def test_a_finished_run_is_resumed_by_one_process(trained: Path) -> None:
         shutdown()
     after = epochs(trained / "two", "scala.main_scala")
     assert [row["loss"] for row in before[1:]] == pytest.approx([row["loss"] for row in after[1:]], rel=1e-6)
+    one, two = (place(trained / folder, "dvt.main") for folder in ("one", "two"))
+    train("dvt.main", one.parents[1], "-b", "8", "--epochs", "2", "--resume", str(one / "last.pth.tar"))
+    try:
+        train("dvt.main", two.parents[1], "-b", "8", "--epochs", "2", "--resume", str(two / "last.dcp"), "--fsdp")
+    finally:
+        shutdown()
+    (_, alone), (_, again) = (epochs(trained / folder, "dvt.main") for folder in ("one", "two"))
+    for name in ("train_loss", "test_loss"):
+        assert again[name] == pytest.approx(alone[name], rel=1e-4), name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,16 +187,21 @@ def test_a_finished_run_is_resumed_by_one_process(trained: Path) -> None:
 
 def overflow(world: World) -> float:
     """The loss scale, 4 before, after a step that changes nothing: rank 0 alone has an infinite gradient."""
-    model = tiny_transformer()
+    model: Any = tiny_transformer()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     shard(model, world, optimizer)
+    held = sum(parameter.to_local().numel() for parameter in model.parameters())
+    assert held < 0.6 * sum(parameter.numel() for parameter in model.parameters())
+    others: list[bool] = []
+    model.blocks["1"][0].register_forward_hook(lambda *_: others.append(divided(model.blocks["0"])))
     optimization = Optimization(optimizer, torch.amp.GradScaler("cpu", init_scale=4.0), 1.0, model)
     optimization.backward(model(torch.ones(2, 3, 6, 6)).sum())
+    assert others == [True], "one block runs while another one is gathered"
     with gathered(model):
         before = digest(model.state_dict())
-    found = next(value for value in model.parameters() if value.to_local().numel())  # pyright: ignore
+    found = next(value for value in model.parameters() if value.to_local().numel())
     if world.is_main:
-        found.grad.to_local().view(-1)[0] = torch.inf  # pyright: ignore
+        found.grad.to_local().view(-1)[0] = torch.inf
     optimization.step()
     assert digest(model.state_dict()) == before
     return optimization.scaler.get_scale()
@@ -235,11 +256,14 @@ def start(model: nn.Module, **options: Any) -> Any:
     )  # fmt: skip
 
 
-def test_what_cannot_be_divided_is_refused() -> None:
+def test_what_cannot_be_divided_is_refused(alone: World) -> None:
     with pytest.raises(UsageError, match="Sequential has no module called blocks"):
         start(tiny_model())
     with pytest.raises(UsageError, match="leave --model-ema-force-cpu out"):
         start(tiny_transformer(), model_ema=True, model_ema_force_cpu=True)
+    trainer = start(tiny_transformer(), opt="novograd")
+    with pytest.raises(UsageError, match="NvNovoGrad cannot work on weights that --fsdp divides"):
+        trainer.fit(lambda images: {"loss": trainer.network(images).sum()}, [torch.ones(2, 3, 6, 6)])
     with pytest.raises(UsageError, match="--compile cannot follow"):
         RunSettings(fsdp=True, compile=True)
     with pytest.raises(UsageError, match="--fsdp is for training"):

@@ -71,7 +71,9 @@ def save_sharded(content: Any, path: Path, *others: Path) -> None:
             save(shards, checkpoint_id=folder)
             own = {file.name: _sha256(file) for file in folder.glob(f"__{get_rank()}_*")}
     except CheckpointException as error:
-        reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
+        shutil.rmtree(folder, ignore_errors=True)
+        failure = next(iter(error.failures.values()))[0]
+        reason = str(failure.__context__ or failure).splitlines()[0]
         raise OutputError(f"cannot write {path} ({reason}): is the disk full, or the folder read-only?") from error
     files = {name: digest for each in gather_objects(own) for name, digest in each.items()}
     if is_main():
