@@ -104,7 +104,7 @@ def test_slices_equal_networks_of_their_own(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["test_vit", "vit_small_patch14_reg4_dinov2"])
 def test_weights_that_timm_fetches(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a file in place of the download; the second has no head. Positions and patches are resampled as timm does."""
+    """From a file in place of the download; the second has no head. Positions and patches are resampled as by timm."""
     shape = {"embed_dim": 32, "depth": 2, "num_heads": 4}
     torch.save(timm.create_model(name, **shape).state_dict(), tmp_path / "published.pth")
     create = timm.create_model
