@@ -11,6 +11,7 @@ its ``features`` are restored, and the number of classes of timm:NAME is that of
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import warnings
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.run.cli import make_parser, positive_int
-from common.run.files import check_files, check_output, replacing
+from common.run.files import check_files, check_output, write_atomic
 from common.run.flags import add_flags
 from common.run.program import run
 from common.sizes import TIMM
@@ -38,8 +39,9 @@ def export_script(model: nn.Module, images: Tensor, path: Path) -> float:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer, about sizes that are fixed in it
         traced = torch.jit.trace(model, images[:2])
-        with replacing(path) as file:
-            torch.jit.save(traced, file)
+        content = io.BytesIO()  # torch's writer of files ends the process where the disk is full
+        torch.jit.save(traced, content)
+        write_atomic(path, content.getvalue())
         return difference(torch.jit.load(str(path)), images, model(images), path)
 
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from common.run.errors import UsageError
-from common.run.files import problem_with
+from common.run.files import check_output, problem_with
 from common.run.flags import count, fraction, make_parser, positive_float, positive_int
 from common.run.program import run
 
@@ -146,6 +146,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                 f"--{flag.replace('_', '-')} writes one network: give one in --methods, or --budget-gmacs, --budget-ms "
                 "or --keep-cosine that chooses it"
             )
+    saved = args.save and args.save.with_name(args.save.name.removesuffix(".safetensors") + ".safetensors")
+    try:
+        check_output(saved, args.onnx, args.torch_export, inputs=[args.weights])
+    except UsageError as error:
+        parser.error(str(error))
     return args
 
 

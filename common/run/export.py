@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import inspect
+import io
 import os
 import tempfile
 import warnings
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from common.run.errors import ExportError
-from common.run.files import make_folder
+from common.run.files import make_folder, write_atomic
 from common.run.program import get_logger
 
 logger = get_logger(__name__)
@@ -80,7 +81,9 @@ def export_program(model: nn.Module, images: Tensor, path: str | os.PathLike[str
     with _temporary(path) as temporary:
         with _said_by("torch.export", path):
             program = torch.export.export(model, (images[:2],), dynamic_shapes=_any_batch(model))
-            torch.export.save(program, temporary)
+            content = io.BytesIO()  # torch's writer of files ends the process where the disk is full
+            torch.export.save(program, content)
+        write_atomic(temporary, content.getvalue())
         return difference(torch.export.load(temporary).module(), images, expected, path)
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from common.run import export
-from common.run.errors import ExportError
+from common.run.errors import ExportError, OutputError
 from common.run.export import difference, export_onnx, export_program
+from common.tests.full_disk import fill_disk
 
 IMAGES = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -62,6 +63,13 @@ def test_a_program_for_any_batch(tmp_path: Path) -> None:
         export_program(net.train(), IMAGES, tmp_path / "other.pt2")
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["net.pt2"]
+
+
+def test_a_program_on_a_full_disk_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill_disk(monkeypatch, room=1000)
+    with pytest.raises(OutputError, match=r"x\.pt2 \(No space left on device\)"):
+        export_program(network(), IMAGES, tmp_path / "x.pt2")
+    assert not list(tmp_path.iterdir())
 
 
 def test_onnx_for_any_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -563,6 +563,8 @@ def test_mistakes_name_the_flag(words: list[str], message: str, own: Path, photo
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--save", "x", "--methods", "tome:r=1", "--onnx", "x.safetensors"], "which would be lost"),
+        (["--save", "x.safetensors", "--methods", "tome:r=1", "--weights", "x.safetensors"], "which would be lost"),
         (["--save", "x"], "--save writes one network: give one in --methods, or --budget-gmacs"),
         (["--save", "x", "--methods", "tome:r=1|2"], "--save writes one network"),
         (["--budget-gmacs", "1", "--keep-cosine", "0.9"], "not allowed with argument"),
