@@ -273,6 +273,10 @@ def test_what_cannot_be_divided_is_refused(alone: World) -> None:
 def test_shards_that_are_damaged_or_hostile_are_named(alone: World, tmp_path: Path) -> None:
     trainer = start(tiny_transformer())
     manager = CheckpointManager(tmp_path, metric=None, sharded=True)
+    half = tmp_path / ".last.dcp.0123.tmp"  # of a process that was killed
+    half.mkdir()
+    manager.lock()
+    assert not half.exists()
     manager.save(trainer.state)
     folder = tmp_path / "last.dcp"
     ordinary = CheckpointManager(tmp_path, metric=None)
