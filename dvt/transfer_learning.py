@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         check_data_path(args.dataset, args.data)
     import torch
 
-    from common.data.build import check_same_classes, open_split
+    from common.data.build import check_same_classes, count_classes, open_split
     from common.data.loaders import eval_loader, train_loader
     from common.run.build import build_run
     from common.run.checkpoint import load_safely, read_checkpoint, save_atomic
@@ -102,12 +102,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     transform = cifar.train_transform(args.img_size, hflip=args.hflip)
     images = open_split(data, "train", transform, download=args.download)
     check_same_classes(data.data_set, images, held_out)
+    options = network_options(args)
+    count_classes(data.data_set, images, options["num_classes"])
     batches = train_loader(images, batch_size=data.batch_size, workers=args.workers, seed=args.seed)
     tests = eval_loader(held_out, batch_size=100, workers=args.workers)  # as published
     torch.manual_seed(args.seed)
     model = load_network(
         args.model, content, source=args.transfer_model, new_heads=True, drop_rate=args.drop,
-        drop_path_rate=args.drop_path, **network_options(args),
+        drop_path_rate=args.drop_path, **options,
     ).to(world.device)  # fmt: skip
     optimizer = cifar.build_optimizer(model, lr=args.lr, ratio=args.transfer_ratio, weight_decay=args.wd)
     metric = f"exit{MODELS[args.model].exits}_top1"

@@ -617,7 +617,7 @@ def create(name: str, **kwargs: Any) -> VisionTransformer_scala:
         ValueError: an unknown name.
     """
     if name not in MODELS and name not in DINOV2_MODELS:
-        raise ValueError(f"no sliceable network {name!r}; the models are {', '.join(MODELS)}")
+        raise UsageError(f"no sliceable network {name!r}; the models are {', '.join(MODELS)}")
     size = (MODELS | DINOV2_MODELS)[name]
     network = DistilledVisionTransformer_scala if size.distilled else VisionTransformer_scala
     shape: dict[str, Any] = {

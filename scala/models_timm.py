@@ -32,6 +32,7 @@ from torch.func import functional_call
 from common.hosts.files import LIBRARIES, Unknown
 from common.hosts.host import NotAHost, refuse_shared
 from common.hosts.network import find_host
+from common.hosts.opening import known_timm
 from common.run.wrapping import divided, within
 from scala import models_scala
 from scala.narrowing import FULL, Narrowed, State
@@ -208,9 +209,8 @@ def make_timm(model_name: str, **arguments: Any) -> Any:
             sliced.
         TypeError: an argument that it does not take.
     """
-    if timm.is_model(model_name):
-        with torch.device("meta"):  # where structure is all there is
-            check(timm.create_model(model_name))
+    with torch.device("meta"):  # where structure is all there is
+        check(timm.create_model(known_timm(model_name)))
     net: Any = TIMM_NETWORK(model_name, arguments)
     embed = net.patch_embed
     for side, patch in zip(embed.img_size, embed.patch_size, strict=True):

@@ -179,6 +179,11 @@ def known_timm(name: str) -> str:
     """
     if not timm.is_model(name):
         raise UsageError(f"timm has no network {name!r}{_near(name, timm.list_models(pretrained=False))}")
+    try:
+        timm.models.get_pretrained_cfg(name)
+    except RuntimeError as error:  # of NAME.TAG
+        tags = timm.list_pretrained(f"{name.partition('.')[0]}.*")
+        raise UsageError(f"timm has no weights {name!r}{_near(name, tags)}") from error
     return name
 
 

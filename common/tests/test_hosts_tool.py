@@ -327,6 +327,10 @@ def test_a_function_of_a_file(own: Path) -> None:
     ("spec", "message"),
     [
         ("vit_smal_patch16_224", "timm has no network 'vit_smal_patch16_224'; near are .*vit_small_patch16_224"),
+        (
+            "vit_tiny_patch16_224.nope",
+            r"timm has no weights 'vit_tiny_patch16_224\.nope'; near are vit_tiny_patch16_224\.",
+        ),
         ("torchvision:vit_b_15", "torchvision has no Vision Transformer 'vit_b_15'; it has vit_b_16"),
         ("torchvision:resnet50", "torchvision has no Vision Transformer 'resnet50'"),
         ("keras:vit", "expected a name of timm, timm:NAME, torchvision:NAME, hf:NAME, swag:NAME or FILE.py:FUNCTION"),

@@ -207,6 +207,9 @@ def test_bad_command_lines(capsys, tmp_path, monkeypatch):
         patch.setattr(launch, "launch", lambda *_, **__: launch.World(0, 3, 0, torch.device("cpu"), None))
         with pytest.raises(UsageError, match="a multiple of it"):
             transfer_learning.main(["--dataset", "cifar100", "--data", str(tmp_path)])
+    with pytest.raises(UsageError, match="the data set has 10 classes and the network 9"):
+        transfer_learning.main(["--model", "DVT_desk", "--dataset", "digits", "--workers", "0", "--device", "cpu",
+                                "--output", str(tmp_path), "--num-classes", "9"])  # fmt: skip
     with pytest.raises(CheckpointError, match=r"there is no .*last\.pth"):
         transfer_learning.main(
             ["--model", "DVT_desk", "--dataset", "digits", "--workers", "0", "--resume", "--output", str(tmp_path),

@@ -241,6 +241,7 @@ def test_training_refuses_what_cannot_be_sliced(imagenet: Path) -> None:
         ("timm:resnet18", "a ResNet cannot be sliced"),
         ("timm:vit_small_r26_s32_224", "patch_embed is a HybridEmbed"),
         ("timm:vit_nothing", "has no network 'vit_nothing'"),
+        ("timm:vit_tiny_patch16_224.nope", "timm has no weights"),
     ):
         with pytest.raises(UsageError, match=message):
             main_scala.main([*words, name])
