@@ -193,7 +193,7 @@ EVALUATING = {
 WRITING = {
     "scala.benchmark": "--output {out}",
     "scala.export": "--checkpoint {scala} --ratio 0.5 --output {out}.safetensors",
-    "scala.visualize": "--output {out}",
+    "scala.visualize": "--output {out}.png",
     "dvt.inference": "--model DVT_desk --checkpoint_path {dvt} --data_url {data} --eval_mode 2 --img-size 32 "
     "--num-classes 3 --workers 0 --device cpu --search-images 8 --output {out}",
     "dvt.benchmark": "--model DVT_desk --output {out}",
