@@ -438,7 +438,7 @@ def _other_versions(content: Mapping[str, Any]) -> str:
     for name, written in content["versions"].items():
         try:
             here = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+        except (importlib.metadata.PackageNotFoundError, ValueError):  # the latter for no name at all
             here = "none"
         if here != written:
             changed.append(f"{name} {written}, here is {here}")

@@ -697,7 +697,8 @@ def explore(name: str, number: int, seconds: float) -> Outcome:
         except Exception as error:
             for each in error.exceptions if isinstance(error, ExceptionGroup) else [error]:
                 last = traceback.extract_tb(each.__traceback__)[-1]
-                text = "".join(traceback.format_exception(each, chain=False))
+                lines = "".join(traceback.format_exception(each, chain=False)).splitlines()
+                text = "\n".join(line[:300] for line in lines)  # one may hold a whole input
                 outcome.crashes.setdefault(f"{name}: {type(each).__name__} at {last.filename}:{last.lineno}", text)
     faulthandler.cancel_dump_traceback_later()
     return outcome
