@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from common.run.errors import UsageError
+
 DISTILLATION_TYPES = ("none", "soft", "hard")
 """How an external teacher supervises: not at all, by its distribution, by its choice."""
 
@@ -21,7 +23,12 @@ def label_criterion(*, mixed: bool, smoothing: float = 0.0) -> nn.Module:
     Args:
         mixed: targets are class probabilities (B, C) of mixed images, smoothed already; else labels (B,).
         smoothing: probability that is spread over all classes.
+
+    Raises:
+        UsageError: nothing of the labels would be left.
     """
+    if not 0 <= smoothing < 1:
+        raise UsageError(f"--smoothing must be from 0 to below 1, got {smoothing:g}")
     if mixed:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()

@@ -40,8 +40,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         dest="batch_size")  # fmt: skip
     add("--lr", cli.positive_float, 0.01, "learning rate of the heads")
     add("--transfer-ratio", cli.positive_float, 0.01, "the backbone's rate over that of the heads")
-    add("--min-lr", float, 2e-4, "rate at the end of the cosine, of backbone and heads alike")
-    add("--wd", float, 5e-4, "weight decay, of every tuned parameter")
+    add("--min-lr", cli.not_negative, 2e-4, "rate at the end of the cosine, of backbone and heads alike")
+    add("--wd", cli.not_negative, 5e-4, "weight decay, of every tuned parameter")
     add("--epochs", cli.positive_int, 60, "epochs, and length of the cosine")
     add("--drop", cli.fraction, 0.0, "dropout")
     add("--drop-path", cli.fraction, 0.1, "rate of the last block")

@@ -14,7 +14,7 @@ from common.data.paths import check_data_path, reads_folder
 from common.run import cli
 from common.run.errors import DataError, UsageError
 from common.run.files import check_files, check_output
-from common.run.flags import Group, add_flags
+from common.run.flags import Group, add_flags, not_negative
 from common.run.settings import (
     CACHE_DECODED,
     AugmentationSettings,
@@ -25,7 +25,7 @@ from common.run.settings import (
 )
 from common.sizes import TIMM
 from uvc.config import config_text, with_config
-from uvc.flags import numbers, rate, switch
+from uvc.flags import numbers, switch
 from uvc.schedules import zlr_schedule
 from uvc.settings import JointRun, JointSettings, PostRun, PrimalDualSettings, Student, Teacher
 
@@ -80,8 +80,8 @@ def add_common_arguments(
     add("--gpu_num", str, None, "sets CUDA_VISIBLE_DEVICES where that is not set, such as 0,1", metavar="LIST")
 
     add = Group(parser, "mixing")
-    add("--mixup", float, 0.8, "mixup's Beta parameter; 0 for no mixup", metavar="ALPHA")
-    add("--cutmix", float, 1.0, "CutMix's Beta parameter; 0 for no CutMix", metavar="ALPHA")
+    add("--mixup", not_negative, 0.8, "mixup's Beta parameter; 0 for no mixup", metavar="ALPHA")
+    add("--cutmix", not_negative, 1.0, "CutMix's Beta parameter; 0 for no CutMix", metavar="ALPHA")
     add("--cutmix-minmax", float, None, "smallest and largest side of CutMix's box", nargs=2, metavar="SHARE")
     add("--mixup-prob", cli.fraction, 0.8, "probability of mixing a batch")
     add("--mixup-switch-prob", cli.fraction, 0.5, "probability of CutMix where both are on")
@@ -90,7 +90,7 @@ def add_common_arguments(
     add("--no-aug", bool, False, "train on images as they are validated, neither cropped at random nor flipped")
 
     add = Group(parser, "optimisation")
-    add("--learning_rate", rate, 1e-4, "learning rate of the weights")
+    add("--learning_rate", not_negative, 1e-4, "learning rate of the weights")
     add("--max_grad_norm", cli.positive_float, 1.0, "largest L2 norm of all gradients together", metavar="NORM")
     add("--gradient_accumulation_steps", cli.positive_int, 1,
         "parts in which a batch of --train_batch_size is taken", metavar="N")  # fmt: skip
@@ -119,7 +119,7 @@ def joint_parser(description: str | None) -> argparse.ArgumentParser:
     add("--official", bool, False,
            "the published behaviour where it is not what was meant: z keeps its first rate, patch gates are plain "
            "parameters, old zeros stay in masks, one epoch more, noisy validation, bare state dicts")  # fmt: skip
-    add("--weight_decay", float, 0.05, "decay of every parameter")
+    add("--weight_decay", not_negative, 0.05, "decay of every parameter")
     add("--enable_warmup", switch, True, "0 leaves the epochs of warm-up out")
     add("--zlr_schedule_list", numbers, [10.0, 20.0, 30.0, 40.0, 50.0],
         "learning rates of z, spread evenly over the epochs; under --official the first one alone",
@@ -163,8 +163,8 @@ def post_parser(description: str | None) -> argparse.ArgumentParser:
     add("--opt", str, "adamw", "timm's name of the optimiser", metavar="NAME")
     add("--opt-eps", cli.positive_float, 1e-8, "its epsilon")
     add("--opt-betas", float, None, "its betas; none is its own", nargs="+", metavar="BETA")
-    add("--momentum", float, 0.9, "of SGD-like optimisers")
-    add("--weight-decay", float, 0.05, "decay of matrices; biases, norms and tokens have none")
+    add("--momentum", not_negative, 0.9, "of SGD-like optimisers")
+    add("--weight-decay", not_negative, 0.05, "decay of matrices; biases, norms and tokens have none")
     cli.add_schedule_args(parser, epochs=100)
     cli.add_ignored_args(
         parser,

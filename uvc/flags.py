@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from common.run.flags import not_negative
+
 
 def switch(text: str) -> bool:
     """1 or 0, as the published commands write it."""
@@ -15,7 +17,7 @@ def switch(text: str) -> bool:
 def numbers(text: str) -> list[float]:
     """Rates separated by commas."""
     try:
-        values = [rate(part) for part in text.split(",") if part.strip()]
+        values = [not_negative(part) for part in text.split(",") if part.strip()]
     except (ValueError, argparse.ArgumentTypeError):
         values = []
     if not values:
@@ -28,12 +30,4 @@ def share(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
-    return value
-
-
-def rate(text: str) -> float:
-    """A learning rate: 0, which leaves things as they are, or more."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number from 0 on, got {text}")
     return value

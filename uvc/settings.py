@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from common.run import cli
-from common.run.flags import flag
+from common.run.flags import flag, not_negative
 from common.run.settings import (
     AugmentationSettings,
     DataSettings,
@@ -20,7 +20,7 @@ from common.run.settings import (
     ScheduleSettings,
     Settings,
 )
-from uvc.flags import rate, share, switch
+from uvc.flags import share, switch
 from uvc.schedules import DECAYS
 
 
@@ -66,11 +66,11 @@ class PrimalDualSettings(Settings):
     )
     soptim: str = flag("sgd", "optimizer of s", choices=("sgd", "adam", "rmsprop"))
     roptim: str = flag("sgd", "optimizer of r", choices=("sgd", "adam", "rmsprop"))
-    slr: float = flag(0.02, "learning rate of s", type=rate)
-    rlr: float = flag(0.02, "learning rate of r", type=rate)
-    ylr: float = flag(1e-4, "learning rate of y", type=rate)
-    plr: float = flag(1e-4, "learning rate of p", type=rate)
-    sl2wd: float = flag(0.0, "decay of s and r relative to their bounds", type=rate)
+    slr: float = flag(0.02, "learning rate of s", type=not_negative)
+    rlr: float = flag(0.02, "learning rate of r", type=not_negative)
+    ylr: float = flag(1e-4, "learning rate of y", type=not_negative)
+    plr: float = flag(1e-4, "learning rate of p", type=not_negative)
+    sl2wd: float = flag(0.0, "decay of s and r relative to their bounds", type=not_negative)
     z_grad_clip: float = flag(
         0.5, "bound of cost minus budget where it is differentiated; z sees it unclipped", type=cli.positive_float
     )
@@ -80,11 +80,11 @@ class PrimalDualSettings(Settings):
         "network's all the same, as in stage 2",
         type=switch,
     )
-    glr: float = flag(1e-3, "learning rate of the gates' SGD", type=rate)
+    glr: float = flag(1e-3, "learning rate of the gates' SGD", type=not_negative)
     gating_interval: int = flag(100, "steps between its updates", type=cli.positive_int, metavar="N")
-    gating_weight: float = flag(5.0, "factor on the cost's gradient there", type=rate)
-    patchlr: float = flag(0.01, "learning rate of the patch gates, mode 1", type=rate)
-    patch_weight: float = flag(5.0, "factor on the cost's gradient of the patch gates, mode 1", type=rate)
+    gating_weight: float = flag(5.0, "factor on the cost's gradient there", type=not_negative)
+    patchlr: float = flag(0.01, "learning rate of the patch gates, mode 1", type=not_negative)
+    patch_weight: float = flag(5.0, "factor on the cost's gradient of the patch gates, mode 1", type=not_negative)
     zlr: float = 10.0
     enable_block_gating: bool = True
     learn_patches: bool = False
@@ -107,7 +107,7 @@ class JointSettings(Settings):
     warmup_epochs: int = flag(
         5, "first epochs, in which every block's update is halved and nothing is pruned or skipped", type=cli.count
     )
-    warmup_lr: float = flag(1e-4, "learning rate of the first step of each of them", type=rate)
+    warmup_lr: float = flag(1e-4, "learning rate of the first step of each of them", type=not_negative)
     warmup_reset: bool = flag(False, "start optimizer and schedule anew after them", type=switch)
     log_interval: int = flag(2000, "steps between records of the structure", type=cli.positive_int, metavar="N")
     eps_decay: float = flag(0.92, "factor on --eps at each epoch after the warm-up", type=cli.positive_float)

@@ -24,6 +24,7 @@ from common.run.flags import amp_mode as amp_mode
 from common.run.flags import count as count
 from common.run.flags import fraction as fraction
 from common.run.flags import make_parser as make_parser
+from common.run.flags import not_negative as not_negative
 from common.run.flags import positive_float as positive_float
 from common.run.flags import positive_int as positive_int
 from common.run.settings import (

@@ -72,6 +72,14 @@ def number(text: str) -> float:
     return value
 
 
+def not_negative(text: str) -> float:
+    """A rate, a decay or a strength: 0, which leaves things as they are, or more."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 on, got {text}")
+    return value
+
+
 def positive_float(text: str) -> float:
     value = float(text)
     if not value > 0:

@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass
 
 from common.run.errors import UsageError
 from common.run.flags import Settings as Settings
-from common.run.flags import amp_mode, count, flag, fraction, positive_float, positive_int
+from common.run.flags import amp_mode, count, flag, fraction, not_negative, positive_float, positive_int
 
 CACHE_DECODED = (
     "folder that keeps evaluation images decoded, resized and cropped, for later evaluations at this size: 3 bytes a "
@@ -57,7 +57,7 @@ class DataSettings(Settings):
 class AugmentationSettings(Settings):
     """Of ``add_augmentation_args``, and the probability of a flip."""
 
-    color_jitter: float | None = flag(0.3, "strength of colour jitter; used where --aa is none")
+    color_jitter: float | None = flag(0.3, "strength of colour jitter; used where --aa is none", type=not_negative)
     aa: str | None = flag("rand-m9-mstd0.5-inc1", "timm's automatic augmentation; '' for none", metavar="POLICY")
     train_interpolation: str = flag(
         "bicubic", "resampling of the training crop; random is either per image",
@@ -68,8 +68,8 @@ class AugmentationSettings(Settings):
     reprob: float = flag(0.25, "probability of random erasing", type=fraction)
     remode: str = flag("pixel", "what random erasing fills in", choices=("const", "rand", "pixel"))
     recount: int = flag(1, "areas that random erasing takes", type=positive_int)
-    mixup: float = flag(0.8, "mixup's Beta parameter; 0 for no mixup", metavar="ALPHA")
-    cutmix: float = flag(1.0, "CutMix's Beta parameter; 0 for no CutMix", metavar="ALPHA")
+    mixup: float = flag(0.8, "mixup's Beta parameter; 0 for no mixup", type=not_negative, metavar="ALPHA")
+    cutmix: float = flag(1.0, "CutMix's Beta parameter; 0 for no CutMix", type=not_negative, metavar="ALPHA")
     cutmix_minmax: Sequence[float] | None = flag(
         None, "smallest and largest side of CutMix's box as a share of the image's, instead of --cutmix",
         type=float, nargs=2, metavar=("MIN", "MAX"),
@@ -98,8 +98,8 @@ class OptimizerSettings(Settings):
         None, "betas of Adam-like optimisers; none is the optimiser's own, 0.9 0.999 for AdamW",
         type=float, nargs="+", metavar="BETA",
     )  # fmt: skip
-    momentum: float = flag(0.9, "of SGD-like optimisers")
-    weight_decay: float = flag(0.05, "decoupled decay per step and learning rate")
+    momentum: float = flag(0.9, "of SGD-like optimisers", type=not_negative)
+    weight_decay: float = flag(0.05, "decoupled decay per step and learning rate", type=not_negative)
     clip_grad: float | None = flag(
         None, "largest L2 norm of all gradients together; none does not clip", type=positive_float, metavar="NORM"
     )
@@ -121,11 +121,11 @@ class ScheduleSettings(Settings):
         None, "from which, and up to which, fraction of the epochs the learning rate gets noise",
         type=float, nargs="+", metavar="FRACTION",
     )  # fmt: skip
-    lr_noise_pct: float = flag(0.67, "bound of that noise, as a fraction of the rate")
-    lr_noise_std: float = flag(1.0, "standard deviation of that noise")
+    lr_noise_pct: float = flag(0.67, "bound of that noise, as a fraction of the rate", type=not_negative)
+    lr_noise_std: float = flag(1.0, "standard deviation of that noise", type=not_negative)
     noise_seed: int = 42
-    warmup_lr: float = flag(1e-6, "learning rate at the first epoch of the warm-up")
-    min_lr: float = flag(1e-5, "learning rate at the end of the schedule")
+    warmup_lr: float = flag(1e-6, "learning rate at the first epoch of the warm-up", type=not_negative)
+    min_lr: float = flag(1e-5, "learning rate at the end of the schedule", type=not_negative)
     decay_epochs: float = flag(30, "epochs between two decays of --sched step", type=float)
     warmup_epochs: int = flag(5, "epochs of linear warm-up", type=count)
     cooldown_epochs: int = flag(10, "epochs at --min-lr after --epochs", type=count)

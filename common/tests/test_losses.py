@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from common.losses import DistillationLoss, distillation_term, divergence
+from common.losses import DistillationLoss, distillation_term, divergence, label_criterion
+from common.run.errors import UsageError
 from common.tests.reference import array
 
 STUDENT, TEACHER, CLASS = (torch.from_numpy(array(name, (4, 5), 3)) for name in ("student", "teacher", "class"))
@@ -50,3 +51,8 @@ def test_what_cannot_be_is_refused(options, message) -> None:
         DistillationLoss(nn.CrossEntropyLoss(), **options)
     with pytest.raises(ValueError, match="network with a distillation head"):
         DistillationLoss(nn.CrossEntropyLoss(), nn.Identity(), "hard")(torch.zeros(1), CLASS, TARGETS)
+
+
+def test_smoothing_leaves_something_of_the_labels() -> None:
+    with pytest.raises(UsageError, match="--smoothing must be from 0 to below 1, got 1"):
+        label_criterion(mixed=False, smoothing=1.0)

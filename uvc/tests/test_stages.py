@@ -419,7 +419,7 @@ def test_stage1_refuses(words, message):
         (["--budget", "1.5"], "must be above 0 and at most 1"),
         (["--zlr_schedule_list", "a,b"], "numbers from 0 on, separated by commas"),
         (["--slr", "nan"], "argument --slr: must be a number from 0 on, got nan"),
-        (["--mixup", "nan"], "argument --mixup: must be a finite number, got nan"),
+        (["--mixup", "nan"], "argument --mixup: must be a number from 0 on, got nan"),
         (["--train_batch_size", "6", "--gradient_accumulation_steps", "4"], "no multiple"),
         (["--train_batch_size", "4", "--gradient_accumulation_steps", "4"], "must be at least 2"),
         (["--cutmix-minmax", "0.1"], "expected 2 arguments"),
