@@ -75,6 +75,7 @@ def run(main: Callable[[], Result], *, expected: tuple[type[Exception], ...] = (
     Returns:
         What ``main`` returns, after the process group is gone.
     """
+    _open_streams()
     agent = _find_agent()
     # names of files may hold what the output's encoding has not
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
@@ -104,6 +105,18 @@ def run(main: Callable[[], Result], *, expected: tuple[type[Exception], ...] = (
         raise
     _shutdown()
     return result
+
+
+def _open_streams() -> None:
+    """Where a standard stream is closed, what is written to it goes nowhere, and not into the next file opened."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, "w" if number else "r")  # which takes the number, if it is the lowest free one
+            try:
+                os.fstat(number)
+            except OSError:
+                os.dup2(stream.fileno(), number)
+            setattr(sys, name, stream)
 
 
 def _nobody_reads() -> bool:

@@ -286,6 +286,10 @@ def test_expected_errors_of_one_process_print_one_line(
     assert ended.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
 
+    with bare.context() as patch:
+        patch.setattr(sys, "stderr", None)  # as of a program that is started with 2>&-
+        assert run(lambda: sys.stderr.isatty()) is False
+
     def broken() -> None:
         raise ArithmeticError("a bug")
 
