@@ -111,7 +111,7 @@ def _open_streams() -> None:
     """Where a standard stream is closed, what is written to it goes nowhere, and not into the next file opened."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            stream = open(os.devnull, "w" if number else "r")  # which takes the number, if it is the lowest free one
+            stream = os.fdopen(os.open(os.devnull, os.O_RDWR), "w" if number else "r")  # takes the lowest free number
             try:
                 os.fstat(number)
             except OSError:
