@@ -230,7 +230,8 @@ def heal_folder(path: Path) -> None:
     if _old(path).exists() and not path.exists():
         _old(path).rename(path)
     for half in path.parent.glob(f".{path.name}.*"):
-        shutil.rmtree(half)
+        if half.is_dir():
+            shutil.rmtree(half)
 
 
 def _old(path: Path) -> Path:

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Read the folder and write the file; returns its path."""
     args = parse_args(argv)
     folder = existing_folder(args.folder)
-    check_output(args.file)
+    check_output(args.file, inputs=folder.iterdir())
     from common.run.checkpoint.sharded import load_sharded
     from common.run.checkpoint.writing import save_atomic
 

@@ -275,6 +275,7 @@ def test_shards_that_are_damaged_or_hostile_are_named(alone: World, tmp_path: Pa
     manager = CheckpointManager(tmp_path, metric=None, sharded=True)
     half = tmp_path / ".last.dcp.0123.tmp"  # of a process that was killed
     half.mkdir()
+    (tmp_path / ".last.dcp.note").touch()
     manager.lock()
     assert not half.exists()
     manager.save(trainer.state)
@@ -300,13 +301,32 @@ def test_shards_that_are_damaged_or_hostile_are_named(alone: World, tmp_path: Pa
     content[len(content) // 2] ^= 1
     shards.write_bytes(content)
     assert manager.resume(trainer.state)
+    with pytest.raises(UsageError, match=r"state\.pth is read or written as something else"):
+        one_file.main([str(folder), str(folder / "state.pth")])
+    listed, saved = (folder / ".metadata").read_bytes(), load_safely(folder / "state.pth")
     (folder / ".metadata").write_bytes(pickle.dumps(os.system))
     with pytest.raises(CheckpointError, match=r"\.metadata is missing or damaged"):
         load_sharded(folder, None)
-    found = hashlib.sha256((folder / ".metadata").read_bytes()).hexdigest()  # whoever writes it can write this, too
-    saved = load_safely(folder / "state.pth")
-    save_atomic({**saved, "files": {**saved["files"], ".metadata": found}}, folder / "state.pth")
-    with pytest.raises(CheckpointError, match=r"it names posix\.system, which no list of tensors does"):
+
+    def write(about: Any, said: str) -> None:
+        (folder / ".metadata").write_bytes(pickle.dumps(about))
+        found = hashlib.sha256((folder / ".metadata").read_bytes()).hexdigest()  # whoever writes it can write this, too
+        save_atomic({**saved, "files": {**saved["files"], ".metadata": found}}, folder / "state.pth")
+        with pytest.raises(CheckpointError, match=said):
+            load_sharded(folder, None)
+
+    write(os.system, r"it names posix\.system, which no list of tensors does")
+    about = pickle.loads(listed)
+    next(iter(about.storage_data.values())).relative_path = "/etc/passwd"
+    write(about, r"it reads /etc/passwd, which is no file of it")
+    about = pickle.loads(listed)
+    next(iter(about.state_dict_metadata.values())).chunks.clear()
+    write(about, r"the parts of .* are not the whole")
+    about = pickle.loads(listed)
+    next(iter(about.storage_data.values())).length = 3
+    write(about, r"last\.dcp: cannot be read")
+    save_atomic({**saved, "files": 3}, folder / "state.pth")
+    with pytest.raises(CheckpointError, match=r"state\.pth: expected the rest of a checkpoint"):
         load_sharded(folder, None)
 
 

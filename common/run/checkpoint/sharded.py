@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor import empty as empty_dtensor
+from torch.distributed.tensor import zeros as zero_dtensor
 from torch.utils._pytree import keystr, tree_map, tree_map_with_path
 
 from common.run.checkpoint.reading import load_safely, naming
@@ -72,8 +72,8 @@ def save_sharded(content: Any, path: Path, *others: Path) -> None:
             own = {file.name: _sha256(file) for file in folder.glob(f"__{get_rank()}_*")}
     except CheckpointException as error:
         shutil.rmtree(folder, ignore_errors=True)
-        failure = next(iter(error.failures.values()))[0]
-        reason = str(failure.__context__ or failure).splitlines()[0]
+        cause = _cause(error)
+        reason = str(cause.__context__ or cause).splitlines()[0]
         raise OutputError(f"cannot write {path} ({reason}): is the disk full, or the folder read-only?") from error
     files = {name: digest for each in gather_objects(own) for name, digest in each.items()}
     if is_main():
@@ -117,23 +117,39 @@ def load_sharded(source: str | os.PathLike[str], mesh: DeviceMesh | None) -> Any
     folder = existing_folder(source)
     saved = _read_rest(folder)
     rank, ranks = (0, 1) if mesh is None else (get_rank(), get_world_size())
-    damaged = [name for name in sorted(saved["files"])[rank::ranks] if _damaged(folder / name, saved["files"][name])]
+    files = saved["files"]
+    damaged = [name for name in sorted(files)[rank::ranks] if _damaged(folder / name, files[name])]
     for name in next(filter(None, gather_objects(damaged) if mesh else [damaged]), ()):
         raise CheckpointError(f"{folder / name} is missing or damaged: its SHA-256 is not the one it was written with")
     with naming(folder, "cannot be read"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be
         reader = _Reader(folder)
-        known: Any = reader.read_metadata().state_dict_metadata
+        metadata = reader.read_metadata()
+        known: Any = metadata.state_dict_metadata
         if strange := [name for name, about in known.items() if not isinstance(about, TensorStorageMetadata)]:
             raise TypeError(f"it holds {strange[0]}, which is no tensor")
+        if foreign := {part.relative_path for part in metadata.storage_data.values()} - files.keys():
+            raise ValueError(f"it reads {min(foreign)}, which is no file of it")
+        for name, about in known.items():
+            if sum(part.sizes.numel() for part in about.chunks) < about.size.numel():
+                raise ValueError(f"the parts of {name} are not the whole")
         size = sum(each.size.numel() * each.properties.dtype.itemsize for each in known.values())
-        if size > sum((folder / name).stat().st_size for name in saved["files"]):
+        if size > sum((folder / name).stat().st_size for name in files):
             raise ValueError(f"its tensors would take {size} bytes, more than it has")
         shards = {name: _room(known[name], mesh) for name in known}
-        load(shards, storage_reader=reader, no_dist=mesh is None)
+        try:
+            load(shards, storage_reader=reader, no_dist=mesh is None)
+        except CheckpointException as error:  # torch's, which is no Exception
+            raise _cause(error) from error
         return tree_map(
             lambda value: shards[value[PLACE]] if _is_place(value) else value, saved["content"], is_leaf=_is_place
         )
+
+
+def _cause(error: CheckpointException) -> Exception:
+    """What the first rank that failed says."""
+    failure = next(iter(error.failures.values()))[0]
+    return failure if isinstance(failure, Exception) else RuntimeError(str(failure))
 
 
 def _is_place(value: Any) -> bool:
@@ -143,14 +159,15 @@ def _is_place(value: Any) -> bool:
 def _room(about: TensorStorageMetadata, mesh: DeviceMesh | None) -> Tensor:
     """A tensor to read into."""
     if mesh is None:
-        return torch.empty(about.size, dtype=about.properties.dtype)
+        return torch.zeros(about.size, dtype=about.properties.dtype)
     placement = Shard(0) if about.size else Replicate()
-    return empty_dtensor(about.size, dtype=about.properties.dtype, device_mesh=mesh, placements=[placement])
+    return zero_dtensor(about.size, dtype=about.properties.dtype, device_mesh=mesh, placements=[placement])
 
 
 def _read_rest(folder: Path) -> Any:
     saved = load_safely(folder / REST)
-    if not isinstance(saved, Mapping) or not {"content", "files"} <= saved.keys():
+    files = saved.get("files") if isinstance(saved, Mapping) and "content" in saved else None
+    if not isinstance(files, Mapping) or not all(isinstance(name, str) for name in files):
         raise CheckpointError(f"{folder / REST}: expected the rest of a checkpoint of a run with --fsdp")
     return saved
 
