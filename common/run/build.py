@@ -24,7 +24,7 @@ from torch import nn
 from common.run.checkpoint import CheckpointManager, Stateful, TrainingState
 from common.run.engine import Trainer
 from common.run.errors import UsageError
-from common.run.launch import World
+from common.run.launch import World, broadcast_tensors
 from common.run.metrics import Record
 from common.run.precision import make_scaler
 from common.run.settings import OptimizerSettings, RunSettings, ScheduleSettings
@@ -105,9 +105,13 @@ def build_schedule(optimizer: torch.optim.Optimizer, settings: ScheduleSettings)
 
 
 def build_average(model: nn.Module, settings: OptimizerSettings) -> ModelEmaV3 | None:
-    """``--model-ema``: the moving average of the weights, or None."""
+    """``--model-ema``: the moving average of the weights, or None; call it on every rank.
+
+    It begins with rank 0's weights, which become those of all: seeds differ, and DistributedDataParallel comes later.
+    """
     if not settings.model_ema:
         return None
+    broadcast_tensors((*model.parameters(), *model.buffers()))
     where = torch.device("cpu") if settings.model_ema_force_cpu else None
     return ModelEmaV3(model, settings.model_ema_decay, device=where)
 

@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple, overload
@@ -361,9 +361,14 @@ def gather_objects(value: object) -> list[Any]:
 
 def broadcast_buffers(model: nn.Module) -> None:
     """Give every rank the buffers of rank 0: batch norm's running averages differ after each training batch."""
+    broadcast_tensors(model.buffers())
+
+
+def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
+    """Give every rank the values of rank 0, in place."""
     if get_world_size() > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), src=0)
 
 
 def seed_everything(seed: int, rank: int | None = None) -> None:

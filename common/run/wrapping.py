@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.run.errors import UsageError
+from common.run.launch import broadcast_tensors
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -141,8 +142,7 @@ def shard(
         backend = "nccl" if world.device.type == "cuda" and dist.is_nccl_available() else "gloo"
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage] - documented, but not in __all__
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    for tensor in (*model.parameters(), *model.buffers()):
-        dist.broadcast(tensor.detach(), src=0)
+    broadcast_tensors((*model.parameters(), *model.buffers()))
     groups = [] if optimizer is None else optimizer.param_groups
     names = {parameter: name for name, parameter in model.named_parameters()}
     places = [[names[parameter] for parameter in group["params"]] for group in groups]

@@ -17,6 +17,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from common.data.loaders import eval_loader, train_loader
+from common.run.build import build_average
 from common.run.checkpoint import CheckpointManager, TrainingState, load_safely, save_atomic
 from common.run.engine import (
     MOST_PENDING,
@@ -34,6 +35,7 @@ from common.run.launch import World, launch
 from common.run.metrics import Means, Record
 from common.run.precision import amp_dtype, autocast, make_scaler
 from common.run.program import run
+from common.run.settings import OptimizerSettings
 from common.run.wrapping import prepare_network
 from common.tests.forks import run_forked, torchrun_variables
 from common.tests.jobs import Images, tiny_model, training
@@ -544,6 +546,23 @@ def test_buffers_stay_where_no_exchange_is_wanted() -> None:
     ranks = run_forked(lambda: run(exchanged), torchrun_variables(2))
     assert [ended.status for ended in ranks] == [0, 0], ranks
     assert not ranks[1].result
+
+
+def average_at_first() -> list[float]:
+    """Of a network that each rank initialises by a seed of its own; its weight is not contiguous."""
+    world = launch("cpu", start_timeout_s=30)
+    torch.manual_seed(world.rank)
+    model = nn.Linear(2, 3)
+    model.weight = nn.Parameter(torch.randn(2, 3).t())
+    average = build_average(model, OptimizerSettings(lr=1, model_ema=True))
+    assert average is not None
+    return average.module.get_parameter("weight").flatten().tolist()
+
+
+def test_the_average_begins_alike_on_all_ranks() -> None:
+    ranks = run_forked(lambda: run(average_at_first), torchrun_variables(2))
+    assert [ended.status for ended in ranks] == [0, 0], ranks
+    assert ranks[0].result == ranks[1].result
 
 
 class Fixed(nn.Module):
