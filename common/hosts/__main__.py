@@ -148,7 +148,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             )
     saved = args.save and args.save.with_name(args.save.name.removesuffix(".safetensors") + ".safetensors")
     try:
-        check_output(saved, args.onnx, args.torch_export, inputs=[args.weights])
+        inputs = [args.weights, *(each.file for each in itertools.chain.from_iterable(args.methods or ()))]
+        check_output(saved, args.onnx, args.torch_export, inputs=inputs)
     except UsageError as error:
         parser.error(str(error))
     return args

@@ -20,7 +20,7 @@ from common.data.datasets import SPLIT_NAMES, SkipBadImages
 from common.data.loaders import Loader, eval_loader
 from common.data.transforms import Transform
 from common.hosts.network import floating
-from common.run.errors import DataError
+from common.run.errors import DataError, UsageError
 from common.run.settings import DataSettings
 
 NEIGHBOURS = 5
@@ -101,18 +101,25 @@ def measure_accuracy(
 
     Raises:
         DataError: if there are no class folders, or an image is broken.
+        UsageError: a network's head is for other classes than the dense network's.
     """
     precision = floating(networks[dense]).dtype
     settings = DataSettings("folder", str(data), 0, batch_size, seed, skip_bad_images=skip_broken)
     held_out: Any = open_split(settings, "val", transform)
     chosen, why = outputs_of_classes(networks[dense], held_out.classes)
     if chosen is not None:
+        outputs = number_of_outputs(networks[dense])
         loader, right, seen = eval_loader(held_out, batch_size=batch_size), dict.fromkeys(networks, 0), 0
         for images, labels in tqdm(loader, desc="accuracy", unit="batch", delay=1, leave=False, disable=None):
             seen += len(labels)
             for name, network in networks.items():
-                found = logits(network(images.to(device, precision)))[:, chosen].argmax(1).cpu()
-                right[name] += int((found == labels).sum())
+                found = logits(network(images.to(device, precision)))
+                if found.shape[1] != outputs:
+                    raise UsageError(
+                        f"--data: {name} has {found.shape[1]} outputs, the dense network {outputs}: name networks "
+                        "with heads for the same classes, or leave --data out"
+                    )
+                right[name] += int((found[:, chosen].argmax(1).cpu() == labels).sum())
         if not seen:
             raise DataError(f"--data {data}: none of its images can be decoded")
         text = f"top-1 of {seen} images ({why})"

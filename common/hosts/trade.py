@@ -59,7 +59,7 @@ class Row:
     @property
     def kind(self) -> str:
         """Names of the methods, without their settings; "dense" for all without any."""
-        return "dense" if self.name.startswith("dense") else re.sub(r":.*?(?=\+[a-z]|$)", "", self.name)
+        return "dense" if re.match("dense($| at )", self.name) else re.sub(r":.*?(?=\+[a-z]|$)", "", self.name)
 
     @property
     def measure(self) -> str:

@@ -18,8 +18,10 @@ from sklearn.datasets import load_sample_image
 from torch import nn
 
 import leanvit
+from common.data.transforms import eval_transform
 from common.hosts import lean
 from common.hosts.__main__ import main, methods, parse_args
+from common.hosts.accuracy import measure_accuracy
 from common.hosts.draw import CAPTION, MARGIN, TITLE, mosaic
 from common.hosts.parts import COLUMNS, OWN, compile_all
 from common.hosts.trade import Row, best_within, own_gmacs, tokens_of_patches
@@ -99,6 +101,20 @@ def test_a_file_stands_beside_the_methods(folder: Path, tmp_path: Path, capsys: 
         main([*words, "--methods", str(other)])
     with pytest.raises(CheckpointError, match=r"nothing\.safetensors"):
         main([*words, "--methods", str(tmp_path / "nothing.safetensors")])
+    with pytest.raises(SystemExit):
+        main([*words, "--methods", str(file), "--onnx", str(file)])
+    assert "slim.safetensors is read or written as something else" in capsys.readouterr().err
+    assert Row("dense_student.safetensors", 1, 1.0, 0.0, 1.0, 1.0).kind == "dense_student.safetensors"
+
+
+def test_accuracy_is_of_heads_for_the_same_classes(folder: Path) -> None:
+    networks: dict[str, nn.Module] = {"dense": timm.create_model(NAME, num_classes=2)}
+    networks["student"] = timm.create_model(NAME, num_classes=3)
+    with pytest.raises(UsageError, match="student has 3 outputs, the dense network 2"):
+        measure_accuracy(
+            networks, lambda name, images: images, folder / "classes", eval_transform(160), dense="dense", batch_size=2,
+            device=torch.device("cpu"),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("text", ["tome:16", "tome:=3", "tome:r=3,16"])
