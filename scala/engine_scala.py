@@ -232,10 +232,16 @@ def evaluate_width(
 
 
 def evaluate_widths(
-    model: nn.Module, loader: Iterable[Any], ratios: Sequence[float], *, device: torch.device, amp: str = "none"
-) -> list[dict[str, float]]:
-    """Accuracy at each width, of images that are loaded once."""
+    model: nn.Module,
+    loader: Iterable[Any],
+    ratios: Sequence[float],
+    *,
+    device: torch.device,
+    amp: str = "none",
+    failed: dict[str, str] | None = None,
+) -> dict[float, dict[str, float]]:
+    """Accuracy at each width, of images that are loaded once; ``failed`` as in ``common.run.engine.evaluate_all``."""
     models = {f"width {ratio}": AtRatio(model, ratio) for ratio in ratios}  # of two that are the same, one
     title = f"{len(models)} widths" if len(models) > 1 else next(iter(models))
-    found = evaluate_all(models, loader, device=device, amp=amp, title=title)
-    return [found[f"width {ratio}"] for ratio in ratios]
+    found = evaluate_all(models, loader, device=device, amp=amp, title=title, failed=failed)
+    return {ratio: found[f"width {ratio}"] for ratio in ratios if f"width {ratio}" in found}

@@ -9,6 +9,7 @@ import torch
 
 from common.measure.flops import gmacs
 from common.plots import Figure, Series, draw
+from common.run.errors import DataError
 from common.run.files import write_atomic
 from common.run.program import get_logger, is_main
 from scala.engine_scala import evaluate_widths
@@ -20,7 +21,13 @@ HEADS = ("width ratio", "GMACs", "parameters (M)", "top-1 (%)", "top-5 (%)", "lo
 
 
 def sweep(
-    model: Any, loader: Iterable[Any], ratios: Sequence[float], *, device: torch.device, amp: str
+    model: Any,
+    loader: Iterable[Any],
+    ratios: Sequence[float],
+    *,
+    device: torch.device,
+    amp: str,
+    failed: dict[str, str],
 ) -> list[dict[str, float]]:
     """Evaluate every width on the same images.
 
@@ -28,14 +35,16 @@ def sweep(
         model: a sliced network, the bare module.
         loader: the images, as ``common.data.loaders.eval_loader`` gives them.
         ratios: valid widths, at least one.
+        failed: takes the widths whose logits are not numbers, for :func:`check_numbers`.
 
     Returns:
-        A row per width: ``ratio``; ``gmacs`` by fvcore's convention, as the paper counts, and ``params_m``, those that
-        the width touches; ``top1_percent``, ``top5_percent``, ``loss``, ``images``, ``skipped``.
+        A row per other width: ``ratio``; ``gmacs`` by fvcore's convention, as the paper counts, and ``params_m``, those
+        that the width touches; ``top1_percent``, ``top5_percent``, ``loss``, ``images``, ``skipped``.
     """
     rows: list[dict[str, float]] = []
-    for ratio, measured in zip(ratios, evaluate_widths(model, loader, ratios, device=device, amp=amp), strict=True):
-        row = {"ratio": ratio, **costs(model, ratio), **measured}
+    measured = evaluate_widths(model, loader, ratios, device=device, amp=amp, failed=failed)
+    for ratio in filter(measured.__contains__, ratios):
+        row = {"ratio": ratio, **costs(model, ratio), **measured[ratio]}
         rows.append(row)
         if is_main():
             print(
@@ -45,6 +54,16 @@ def sweep(
         logger.info("Width ratio: %g, Accuracy of the network on the %d test images: %.1f%%", ratio, row["images"],
                     row["top1_percent"])  # fmt: skip
     return rows
+
+
+def check_numbers(failed: Mapping[str, str]) -> None:
+    """For the end, when the other widths are written.
+
+    Raises:
+        DataError: a width gave logits that are not numbers.
+    """
+    if failed:
+        raise DataError("; ".join(failed.values()))
 
 
 def costs(model: Any, ratio: float) -> dict[str, float]:

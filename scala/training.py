@@ -39,7 +39,7 @@ from scala.loading import Trained, load_trained, recorded_arguments, resolve_gri
 from scala.narrowing import NarrowedNetwork, calibrate_
 from scala.record import published_log
 from scala.slicing import WidthGrid
-from scala.sweep import sweep, write
+from scala.sweep import check_numbers, sweep, write
 
 logger = get_logger(__name__)
 
@@ -155,11 +155,13 @@ def train_widths(
     )  # fmt: skip
     test = partial(evaluate_width, model, batches.held_out, device=world.device, amp=run.amp)
     trainer.fit(coordination, batches.train, evaluate_fn=lambda: test(grid.largest, show_progress=False))
+    failed: dict[str, str] = {}
     with gathered(model):
-        rows = sweep(model, batches.held_out, ratios, device=world.device, amp=run.amp)
+        rows = sweep(model, batches.held_out, ratios, device=world.device, amp=run.amp, failed=failed)
     if trainer.record is not None:
         trainer.record.replace("width", rows, step=trainer.state.progress.step)
     write(rows, run.output_dir, known)
+    check_numbers(failed)
     return rows
 
 
@@ -197,9 +199,11 @@ def evaluate_checkpoint(
     if run.compile:
         allow_widths(len(ratios))
         model = torch.compile(model)
-    rows = sweep(model, batches.held_out, ratios, device=world.device, amp=run.amp)
+    failed: dict[str, str] = {}
+    rows = sweep(model, batches.held_out, ratios, device=world.device, amp=run.amp, failed=failed)
     known = {**arguments, **grid.arguments, "model": trained.name, "input_size": trained.input_size}
     write(rows, run.output_dir, known)
+    check_numbers(failed)
     return rows
 
 

@@ -510,7 +510,7 @@ def evaluate(
         fewer than five classes), ``images``, ``skipped``; the same on every rank.
 
     Raises:
-        ValueError: no image at all, or a label the model has no class for.
+        DataError: no image at all, a label the model has no class for, or logits that are not numbers.
     """
     shown: dict[str, Any] = {"title": title, "show_progress": show_progress}
     return evaluate_all({"the model": model}, loader, device=device, amp=amp, **shown)["the model"]
@@ -525,8 +525,14 @@ def evaluate_all(
     amp: str = "none",
     title: str = "test",
     show_progress: bool = True,
+    failed: dict[str, str] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """:func:`evaluate` for several models, whose images are loaded once; the names are those of errors, too."""
+    """:func:`evaluate` for several models, whose images are loaded once; the names are those of errors, too.
+
+    Args:
+        failed: takes the names of models whose logits are not numbers, and what is to be said of them; they are left
+            out of the result. None raises it.
+    """
     models = {name: without_exchange(model) for name, model in models.items()}
     was_training = {name: model.training for name, model in models.items()}
     sums = {name: torch.zeros(4, dtype=torch.float64, device=device) for name in models}
@@ -552,7 +558,19 @@ def evaluate_all(
             images_seen, batches_seen = images_seen + len(targets), batches_seen + bool(len(targets))
             line.update(len(targets))
     seen = {"images": images_seen, "batches": batches_seen, "skipped": getattr(loader, "skipped", 0)}
-    return {name: _reduced(name, dict(zip(SUMS, found.tolist(), strict=True)) | seen) for name, found in sums.items()}
+    rows: dict[str, dict[str, float]] = {}
+    for name, found in sums.items():
+        try:
+            rows[name] = _reduced(name, dict(zip(SUMS, found.tolist(), strict=True)) | seen)
+        except NotNumbers as error:  # on all ranks alike
+            if failed is None:
+                raise
+            failed[name] = str(error)
+    return rows
+
+
+class NotNumbers(DataError):
+    """Logits that are nan."""
 
 
 SUMS = ("loss", "top1", "top5", "batch_loss")
@@ -563,9 +581,9 @@ def _reduced(name: str, sums: Mapping[str, float]) -> dict[str, float]:
     """What :func:`evaluate` returns, of the sums of this rank."""
     total = reduce_sums(sums)
     if total["images"] == 0:
-        raise ValueError(f"no image to evaluate ({total['skipped']:.0f} skipped as undecodable); check the dataset")
+        raise DataError(f"no image to evaluate ({total['skipped']:.0f} skipped as undecodable); check the dataset")
     if math.isnan(total["loss"]):
-        raise ValueError(f"{name} gives logits that are not numbers: damaged weights, or an overflow under --amp")
+        raise NotNumbers(f"{name} gives logits that are not numbers: damaged weights, or an overflow under --amp")
     return {
         "loss": total["loss"] / total["images"],
         "batch_loss": total["batch_loss"] / total["batches"],
@@ -579,7 +597,7 @@ def _reduced(name: str, sums: Mapping[str, float]) -> dict[str, float]:
 def check_labels(targets: Tensor, classes: int) -> None:
     """On the CPU, where the loader leaves them: on the GPU a wrong label ends in an unreadable assertion."""
     if not targets.is_cuda and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
-        raise ValueError(
+        raise DataError(
             f"the dataset has label {int(targets.max())}, the model only {classes} classes; check --num-classes and "
             "that the dataset is the one the model was trained for"
         )

@@ -13,10 +13,10 @@ import pytest
 import timm
 import torch
 
-from common.run.errors import UsageError
+from common.run.errors import DataError, UsageError
 from common.run.files import ROOT
 from common.tests.forks import free_port
-from scala import main_scala, sweep
+from scala import engine_scala, main_scala, sweep
 from scala.models_scala import create
 from scala.slicing import WidthError
 
@@ -110,6 +110,21 @@ def test_a_checkpoint_evaluates_at_every_width(
     assert (tmp_path / "out" / "widths.md").read_text().startswith("| width ratio |")
     recorded = json.loads((tmp_path / "out" / "widths.json").read_text())["arguments"]
     assert (recorded["model"], recorded["granularity"], recorded["input_size"]) == (MODEL[1], 0.125, 32)
+
+
+def test_a_width_that_gives_nan_leaves_the_others(
+    trained: Path, imagenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = engine_scala.AtRatio.forward
+    monkeypatch.setattr(
+        engine_scala.AtRatio,
+        "forward",
+        lambda self, images: forward(self, images) * (torch.nan if self.ratio == 0.5 else 1),
+    )
+    with pytest.raises(DataError, match=r"width 0\.5 gives logits that are not numbers"):
+        evaluate(trained, imagenet, "--eval_ratio", "0.25", "0.5", "1", "0.25", "--output_dir", str(tmp_path))
+    rows = json.loads((tmp_path / "widths.json").read_text())["widths"]
+    assert [row["ratio"] for row in rows] == [0.25, 1, 0.25]
 
 
 def test_a_checkpoint_is_exported_at_every_width_for_timm(trained: Path, tmp_path: Path) -> None:
