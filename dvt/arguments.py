@@ -74,14 +74,35 @@ def read_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
     """Defaults out of a YAML file; an unknown key is an error."""
     try:
         content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         parser.error(f"--config {path}: cannot be read: {error}")
     if not isinstance(content, dict):
         parser.error(f"--config {path}: expected a mapping of flags to values, found {type(content).__name__}")
     flags = {action.dest for action in parser._actions}
     if unknown := sorted(str(key) for key in content if key not in flags):
         parser.error(f"--config {path}: unknown keys {', '.join(unknown)}; keys are flags with underscores")
-    return content
+    actions = {action.dest: action for action in parser._actions}
+    return {key: _checked(parser, path, actions[key], value) for key, value in content.items()}
+
+
+def _checked(parser: argparse.ArgumentParser, path: Path, action: argparse.Action, value: Any) -> Any:
+    """A value of a YAML file, as its flag takes it."""
+    if action.nargs == 0:
+        if not isinstance(value, (bool, type(None))):
+            parser.error(f"--config {path}: {action.dest}: expected true or false, got {value!r:.80}")
+        return value
+    words = value if isinstance(value, list) else [value]
+    if value is None:
+        return None
+    if not all(isinstance(word, (str, int, float)) for word in words):
+        parser.error(f"--config {path}: {action.dest}: expected values, and none that hold others")
+    wanted = action.nargs if isinstance(action.nargs, int) else 1 if action.nargs != "+" else len(words) or 1
+    if len(words) != wanted:
+        parser.error(f"--config {path}: {action.dest}: expected {wanted} values, got {len(words)}")
+    try:
+        return parser._get_values(action, [str(word) for word in words])
+    except argparse.ArgumentError as error:
+        parser.error(f"--config {path}: {error}")
 
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:

@@ -177,7 +177,10 @@ class Calibration:
 
 
 class EarlyExit(DynamicClassifier):
-    """A cascade as one classifier, images to logits. :class:`~dvt.dynamic.DynamicClassifier` says how it works."""
+    """A cascade as one classifier, images to logits. :class:`~dvt.dynamic.DynamicClassifier` says how it works.
+
+    Its state dict holds the weights alone: keep ``thresholds`` beside it.
+    """
 
     def answer(self, images: Tensor) -> DynamicOutput:
         """Logits (B, C), and of each image the exit that answered and its confidence."""

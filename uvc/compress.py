@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     check_files(args.checkpoint)
     weights = Path(args.output if args.output.endswith(".safetensors") else f"{args.output}.safetensors")
-    check_output(args.output, inputs=[args.checkpoint])
+    check_output(args.output)
     check_output(weights, weights.with_suffix(".json"), args.export, args.onnx, inputs=[args.checkpoint])
     from common.run.export import export_onnx, export_program
     from common.run.launch import choose_device

@@ -15,6 +15,8 @@ from typing import Any
 
 from common.run.errors import UsageError
 
+DEEPEST = 2
+"""Groups of settings within groups."""
 NEEDED = "the package ml_collections is missing: pip install 'leanvit[papers]', or give the settings in JSON"
 
 
@@ -71,17 +73,21 @@ def _words(action: argparse.Action, value: Any) -> list[str]:
     if action.nargs == 0:
         return [flag] if value else []
     if isinstance(value, (list, tuple)):
+        if any(isinstance(item, (list, tuple, Mapping)) for item in value):
+            raise UsageError(f"--config: {flag} takes values, and none that hold others")
         return [flag, *map(str, value)] if action.nargs else [f"{flag}={','.join(map(str, value))}"]
     return [f"{flag}={int(value) if isinstance(value, bool) else value}"]
 
 
-def _leaves(content: Any, file: str) -> Iterator[tuple[str, Any]]:
+def _leaves(content: Any, file: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Names and values, those of nested groups, too."""
+    if depth > DEEPEST:  # YAML's aliases can make any number of groups of a few lines
+        raise UsageError(f"--config {file}: groups are nested deeper than {DEEPEST}")
     if not isinstance(content, Mapping):
         raise UsageError(f"--config {file}: it holds a {type(content).__name__}, expected settings by name")
     for name, value in content.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, file)
+            yield from _leaves(value, file, depth + 1)
         else:
             yield str(name).replace("-", "_"), value
 

@@ -101,6 +101,8 @@ class TimmHost(Host):
             raise NotAHost("patch_drop drops patches in training: build the network with patch_drop_rate=0")
         if getattr(vit.patch_embed, "grid_size", None) is None:
             raise NotAHost(f"patch_embed ({type(vit.patch_embed).__name__}) has no grid of patches")
+        if not len(vit.blocks):
+            raise NotAHost(f"{kind.__name__} has no blocks")
         self.opened = refuse_hooks([("blocks", vit.blocks)])
         self.blocks = [self.view(block, f"blocks.{index}") for index, block in enumerate(vit.blocks)]
         self.facts = Facts(

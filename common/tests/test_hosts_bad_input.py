@@ -92,6 +92,7 @@ def test_methods_that_do_not_go_together_are_refused_before_an_image_is_read() -
         (None, "NoneType is not a host"),
         (nn.DataParallel(nn.Linear(1, 1)), "DataParallel wraps a network: give the network itself"),
         (torch.compile(nn.Linear(1, 1)), "OptimizedModule wraps a network"),
+        (VisionTransformer(depth=0, embed_dim=8, num_heads=1), "VisionTransformer has no blocks"),
         (nn.Sequential(nn.Linear(1, 1)), "Sequential is not a host; known are timm's"),
     ],
 )

@@ -204,11 +204,26 @@ def test_classes_that_the_data_lack_are_pointed_out(imagenet, tmp_path, caplog, 
     assert "--num-classes 6 was probably meant" in caplog.text + capsys.readouterr().err
 
 
-def test_initial_weights_config_and_decay(trained, imagenet, tmp_path):
+def test_initial_weights_config_and_decay(trained, imagenet, tmp_path, capsys):
     (tmp_path / "flags.yaml").write_text("model: DVT_desk\nlr: 0.25\nmodel_ema: false\nscale: [0.5, 1.0]\n")
     args = main.parse_args(["-c", str(tmp_path / "flags.yaml"), "--lr", "0.5", "--batch-size", "2"])
     assert (args.lr, args.model_ema, args.scale, args.data_set) == (0.5, False, [0.5, 1.0], "digits")
     assert main.parse_args(["--model", "DVT_desk", "--data-set", "fashion_tune"]).data == ""
+    for text, message in (
+        ("lr: -1", "argument --lr: must be positive, got -1"),
+        ("batch_size: 0", "must be at least 1, got 0"),
+        ("mixup: .nan", "must be a number from 0 on, got nan"),
+        ("epochs: 1.5", "invalid positive_int value"),
+        ("remode: x", "invalid choice"),
+        ("model_ema: 3", "model_ema: expected true or false, got 3"),
+        ("lr: [1, 2]", "lr: expected 1 values, got 2"),
+        ("scale: [1]", "scale: expected 2 values, got 1"),
+        ("mean: &a [1, 1, 1]\nlr: [*a, *a]", "expected values, and none that hold others"),
+    ):
+        (tmp_path / "wrong.yaml").write_text(f"model: DVT_desk\n{text}\n")
+        with pytest.raises(SystemExit):
+            main.parse_args(["-c", str(tmp_path / "wrong.yaml")])
+        assert message in capsys.readouterr().err
     state = state_of(trained)
     model = load_network(
         "DVT_desk", state, source="last.pth.tar", feature_reuse=True, relation_reuse=True, num_classes=6

@@ -546,6 +546,11 @@ def test_settings_in_a_file(tmp_path, capsys):
     assert joint_train.parse_args([f"--config={tmp_path / 'run.yaml'}", "--budget", "0.6"]).budget == 0.6
     assert joint_train.parse_args(["--config", str(tmp_path / "run.py")]).budget == 0.3
     assert joint_train.parse_args(["--config", str(tmp_path / "run.json")]).zlr_schedule_list == [2, 3]
+    nested = "x: &a {seed: 1}\nz: &b {a: *a, b: *a}\nu: &c {a: *b, b: *b}\nv: {a: *c, b: *c}\n"
+    for text, message in ((nested, "nested deeper than 2"), ("slr: [[1], [2]]", "--slr takes values, and none")):
+        (tmp_path / "bomb.yaml").write_text(text)
+        with pytest.raises(UsageError, match=message):
+            joint_train.parse_args(["--config", str(tmp_path / "bomb.yaml")])
     config = ConfigDict({"run": {"budget": 0.3, "zlr_schedule_list": (2, 3)}})
     (tmp_path / "tagged.yaml").write_text(config.to_yaml())
     assert joint_train.parse_args(["--config", str(tmp_path / "tagged.yaml")]).zlr_schedule_list == [2, 3]
