@@ -16,6 +16,7 @@ generator, and the hooks below are called exactly once each in the life of a run
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -41,6 +42,9 @@ from common.run.wrapping import divided, gathered, no_sync, without_exchange
 logger = get_logger(__name__)
 
 MOST_PENDING = 16  # rows of loss terms that may be on their way from the GPU before one is waited for
+
+UNDIVIDED = re.compile(r"DTensor|placement|sharded|input\.numel\(\) == 0")
+"""What torch says of an operation that divided weights cannot take, or an empty part of them."""
 
 Terms = Mapping[str, Tensor]
 Batch = Any
@@ -120,7 +124,7 @@ class Optimization:
         try:
             self.scaler.step(self.optimizer)
         except (AssertionError, RuntimeError) as error:
-            if self.network is not None and divided(self.network) and (not str(error) or "DTensor" in str(error)):
+            if self.network is not None and divided(self.network) and (not str(error) or UNDIVIDED.search(str(error))):
                 name = type(self.optimizer).__name__
                 raise UsageError(
                     f"{name} cannot work on weights that --fsdp divides ({error or 'an assertion of its own'}): take "

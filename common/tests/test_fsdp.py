@@ -261,9 +261,10 @@ def test_what_cannot_be_divided_is_refused(alone: World) -> None:
         start(tiny_model())
     with pytest.raises(UsageError, match="leave --model-ema-force-cpu out"):
         start(tiny_transformer(), model_ema=True, model_ema_force_cpu=True)
-    trainer = start(tiny_transformer(), opt="novograd")
-    with pytest.raises(UsageError, match="NvNovoGrad cannot work on weights that --fsdp divides"):
-        trainer.fit(lambda images: {"loss": trainer.network(images).sum()}, [torch.ones(2, 3, 6, 6)])
+    for opt, name in (("novograd", "NvNovoGrad"), ("mars", "Mars")):
+        trainer = start(tiny_transformer(), opt=opt)
+        with pytest.raises(UsageError, match=f"{name} cannot work on weights that --fsdp divides"):
+            trainer.fit(lambda images: {"loss": trainer.network(images).sum()}, [torch.ones(2, 3, 6, 6)])  # noqa: B023
     with pytest.raises(UsageError, match="--compile cannot follow"):
         RunSettings(fsdp=True, compile=True)
     with pytest.raises(UsageError, match="--fsdp is for training"):
