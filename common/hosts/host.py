@@ -245,7 +245,7 @@ class Host(ABC):
         """
         if torch.compiler.is_exporting():  # torch.export may run copies of the modules
             return
-        modules = list(net.get_submodule(self.layers)._modules.values())  # one that stands twice, twice
+        modules = list(vars(net.get_submodule(self.layers))["_modules"].values())  # children() has none twice
         if len(modules) != len(self.blocks) or any(
             view.opened[0][1] is not module for view, module in zip(self.blocks, modules, strict=True)
         ):
