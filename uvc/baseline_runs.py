@@ -32,13 +32,13 @@ SMALL = 0.01
 def open_dense(data: DataSettings, model_type: str, source: str | None, *, img_size: int | None) -> Masked:
     """The dense network of a checkpoint with masks of ones, or one of random weights without it."""
     if source:
-        model = load_masked(source, model_type).model
+        dense = load_masked(source, model_type)
     else:
         size = img_size or input_size(model_type)
         classes = num_classes(open_split(data, "val", None))
-        model = register_masks(create(model_type, num_classes=classes, img_size=size))
-    model.fix_blocks([True] * len(model.blocks))
-    return Masked(model, model_type)
+        dense = Masked(register_masks(create(model_type, num_classes=classes, img_size=size)), model_type)
+    dense.model.fix_blocks([True] * len(dense.model.blocks))
+    return dense
 
 
 def prepare(model: GatedTransformer, scratch: str | None) -> None:

@@ -99,7 +99,7 @@ class JointTraining(Training):
         settings: see ``JointSettings``.
         record: gets rows of the structure.
         folder: where files go, or None.
-        model_type: for the files.
+        model_type, classes: for the files; the latter are the names of the data's classes, a line each.
     """
 
     optimizer: torch.optim.Optimizer
@@ -109,6 +109,7 @@ class JointTraining(Training):
     record: Record | None = None
     folder: Path | None = None
     model_type: str = ""
+    classes: str | None = None
     epoch: int = field(default=0, init=False)
     dumped: dict[str, dict[int, Any]] = field(default_factory=lambda: {"s": {}, "r": {}, "gating": {}}, init=False)
     started: str = field(default_factory=lambda: time.strftime("%Y-%m-%d-%H:%M:%S"), init=False)
@@ -292,6 +293,7 @@ class JointTraining(Training):
         save_masked(
             path, self.model, model_type=self.model_type, bare=self.settings.official, patch_mode=patch_mode,
             epoch=self.epoch + 1, step=self.steps, metrics=dict(metrics), variables=self.structure_row(),
+            data={"classes": self.classes},
         )  # fmt: skip
 
 

@@ -39,6 +39,10 @@ class Masked:
 
     model: GatedTransformer
     model_type: str
+    source: str = ""
+    """file that it is of"""
+    data: Mapping[str, Any] | None = None
+    """what the file says of the images that it was trained on"""
 
 
 def read_state(source: str | os.PathLike[str], *, prefer_ema: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -59,6 +63,8 @@ def read_state(source: str | os.PathLike[str], *, prefer_ema: bool = False) -> t
     for key in ("args", METADATA):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             said |= content[key]
+    if isinstance(content, Mapping) and "data" in content:
+        said["data"] = content["data"]
     return select_state(content, keys, source=str(source)), said
 
 
@@ -158,7 +164,7 @@ def load_masked(source: str | os.PathLike[str], model_type: str = "", *, patch: 
     model.gates.jumping = bool(said.get("enable_jumping") or said.get("jumping"))
     apply_masks_(model)
     model.fix_blocks()
-    return Masked(model.eval(), name)
+    return Masked(model.eval(), name, str(source), said.get("data"))
 
 
 def sizes_of(state: Mapping[str, Tensor], name: str, *, source: str = "checkpoint") -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from common.data.build import Batches
+from common.data.build import Batches, check_trained_classes, class_names
 from common.run.build import build_run, scaled_lr
 from common.run.engine import StepInfo, evaluate
 from common.run.errors import UsageError
@@ -66,7 +66,7 @@ def learn(settings: JointRun, world: World) -> dict[str, Any]:
         model=model, network=trainer.network, parts=settings.parts, optimizer=optimizer, scheduler=scheduler,
         primal_dual=primal_dual, criterion=criterion, mix=build_mix(settings.augmentation, batches.classes),
         settings=replace(course, total_steps=steps), record=trainer.record,
-        folder=None if run.eval else folder, model_type=student.model_type,
+        folder=None if run.eval else folder, model_type=student.model_type, classes=class_names(batches.held_out),
     )  # fmt: skip
     training.enter(trainer.state.progress.epoch, trainer.state.progress.step)
     measure = partial(validate, model, batches, world, run)
@@ -120,6 +120,7 @@ def fine_tune(
         raise UsageError(
             f"the network has {model.num_classes} classes, the data {classes}: is this the data set it was made with?"
         )
+    check_trained_classes({"data": masked.data}, batches.held_out, masked.source)
     criterion = build_objective(None if run.eval else settings.teacher, classes, world.device, img_size=size)
     tuning = FineTuning(
         model=model, criterion=criterion, mix=build_mix(settings.augmentation, classes), parts=settings.parts,
@@ -154,6 +155,7 @@ def fine_tune(
             save_masked(
                 folder / f"{file_stem(masked.model_type)}.pth.tar", model, model_type=masked.model_type,
                 patch_mode=model.gates.patch, epoch=state.progress.epoch + 1, metrics={**metrics, **cost},
+                data={"classes": class_names(batches.held_out)},
             )  # fmt: skip
         return metrics
 

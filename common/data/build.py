@@ -109,8 +109,8 @@ def check_trained_classes(content: Any, images: Loader, source: str | os.PathLik
     """
     data = content.get("data") if isinstance(content, Mapping) else None
     before = data.get("classes") if isinstance(data, Mapping) else None
-    now = images.about().get("classes") if hasattr(images, "about") else None
-    if not isinstance(before, str) or not isinstance(now, str) or before == now:
+    now = class_names(images)
+    if not isinstance(before, str) or now is None or before == now:
         return
     trained, found = before.split("\n"), now.split("\n")
     if set(trained) & set(found):
@@ -119,6 +119,12 @@ def check_trained_classes(content: Any, images: Loader, source: str | os.PathLik
         "%s was trained on classes of other names (%s, ...) than the images have (%s, ...): the accuracy means nothing "
         "unless they are the same in the same order", source, trained[0], found[0],
     )  # fmt: skip
+
+
+def class_names(images: Loader) -> str | None:
+    """Names of the classes of a loader's images, a line each in their order, as files have them; None without any."""
+    found = images.about().get("classes") if hasattr(images, "about") else None
+    return found if isinstance(found, str) else None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 
 from common.data.paths import INSIDE
 from common.run.engine import Optimization, evaluate
-from common.run.errors import UsageError
+from common.run.errors import DataError, UsageError
 from common.run.files import ROOT
 from common.tests.forks import free_port, run_forked, torchrun_variables
 from uvc import arguments, joint_train, post_train
@@ -98,6 +99,19 @@ def run_script(name: str, *words: str, **variables: str) -> subprocess.Completed
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def test_classes_in_another_order_are_refused(material, found, tmp_path):
+    """The same names, of which the first is missing: the number of classes does not tell."""
+    other = tmp_path / "data"
+    for split in ("train", "val"):
+        shutil.copytree(Path(material.data, split, "n00"), other / split / "n02")
+        shutil.copytree(Path(material.data, split, "n01"), other / split / "n01")
+    words = stage2(SimpleNamespace(**{**vars(material), "data": str(other)}), tmp_path / "out", found.file)
+    with pytest.raises(DataError, match=r"deit_desk_2\.pth\.tar: these are not the classes that it was trained on"):
+        post_train.main(words)
+    with pytest.raises(DataError, match="these are not the classes that it was trained on"):
+        post_train.main([*words, "--eval"])
 
 
 @pytest.mark.slow
