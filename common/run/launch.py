@@ -272,7 +272,7 @@ def _open_store(host: str, port: int, place: _Place, wait_s: float) -> Any:
     with _silent_stderr():  # torch tells of each attempt with its stack
         greeting = threading.Thread(target=greet, daemon=True)  # it waits for ever for one that keeps silent
         greeting.start()
-        greeting.join(ANSWER_S)
+        greeting.join(ANSWER_S + 1)  # what torch says when its own time is up is over then
     if not found:
         raise LaunchError(taken)
     found[0].set_timeout(timedelta(seconds=wait_s))
