@@ -78,10 +78,9 @@ def read_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
         parser.error(f"--config {path}: cannot be read: {error}")
     if not isinstance(content, dict):
         parser.error(f"--config {path}: expected a mapping of flags to values, found {type(content).__name__}")
-    flags = {action.dest for action in parser._actions}
-    if unknown := sorted(str(key) for key in content if key not in flags):
-        parser.error(f"--config {path}: unknown keys {', '.join(unknown)}; keys are flags with underscores")
     actions = {action.dest: action for action in parser._actions}
+    if unknown := sorted(str(key) for key in content if key not in actions):
+        parser.error(f"--config {path}: unknown keys {', '.join(unknown)}; keys are flags with underscores")
     return {key: _checked(parser, path, actions[key], value) for key, value in content.items()}
 
 

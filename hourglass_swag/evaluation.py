@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torchvision.transforms import Compose
 
 from common.data.images import to_rgb
-from common.data.loaders import DataError, eval_transform
+from common.data.loaders import eval_transform
+from common.run.errors import DataError, NotNumbers
 from common.run.launch import World, reduce_sums
 from common.run.precision import autocast
 
@@ -106,10 +107,6 @@ class ProgressMeter:
     def display_summary(self) -> None:
         """Print the last line; a meter without summary leaves its slot empty, as published."""
         print(" ".join([" *", *(meter.summarize() for meter in self.meters)]), flush=True)
-
-
-class NotNumbers(DataError):
-    """Logits that are nan."""
 
 
 class Tally:

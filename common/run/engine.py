@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from common.run.checkpoint import CheckpointManager, TrainingState
-from common.run.errors import DataError, NonFiniteLoss, UsageError
+from common.run.errors import DataError, NonFiniteLoss, NotNumbers, UsageError
 from common.run.launch import World, broadcast_buffers, reduce_sums
 from common.run.metrics import Means, ProgressLine, Record, values_text
 from common.run.precision import autocast, make_scaler, without_autocast
@@ -516,8 +516,9 @@ def evaluate(
     Raises:
         DataError: no image at all, a label the model has no class for, or logits that are not numbers.
     """
-    shown: dict[str, Any] = {"title": title, "show_progress": show_progress}
-    return evaluate_all({"the model": model}, loader, device=device, amp=amp, **shown)["the model"]
+    name = "the model"
+    found = evaluate_all({name: model}, loader, device=device, amp=amp, title=title, show_progress=show_progress)
+    return found[name]
 
 
 @torch.no_grad()  # inference mode would leave a model's cached tensors unusable for training
@@ -571,10 +572,6 @@ def evaluate_all(
                 raise
             failed[name] = str(error)
     return rows
-
-
-class NotNumbers(DataError):
-    """Logits that are nan."""
 
 
 SUMS = ("loss", "top1", "top5", "batch_loss")

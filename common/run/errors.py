@@ -12,6 +12,10 @@ class DataError(ValueError):
     """Data that is missing, incomplete or damaged; the message names it and says what to do."""
 
 
+class NotNumbers(DataError):
+    """Logits of an evaluation that are nan."""
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be read, written or matched; the message names the file, the finding and the way out."""
 
